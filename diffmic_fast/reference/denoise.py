@@ -1,0 +1,153 @@
+"""The reverse chain: from noise around the prior to the label vector (spec, section 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffmic_fast.reference import philox
+from diffmic_fast.reference.conditional_linear import ConditionalLayer, conditional_linear
+from diffmic_fast.reference.conditioning import conditioning
+
+# Noise of this many timesteps is drawn at a time, so that its hundred small operations are paid once for all of them.
+_NOISE_BLOCK = 64
+
+
+class DenoiserWeights(NamedTuple):
+    """Weights of the denoiser behind its image encoder.
+
+    Attributes:
+        conditioning: first conditional layer, 2C -> F.
+        hidden: the two conditional layers F -> F.
+        output_weight: [C, F].
+        output_bias: [C].
+        eps: BatchNorm's, one for each of the three layers.
+    """
+
+    conditioning: ConditionalLayer
+    hidden: tuple[ConditionalLayer, ConditionalLayer]
+    output_weight: Tensor
+    output_bias: Tensor
+    eps: tuple[float, float, float] = (1e-5, 1e-5, 1e-5)
+
+
+class StepTable(NamedTuple):
+    """A sampler, as the coefficients of its n steps.
+
+    Step i stands at timestep t with s = sqrt(alpha_bar_t) and q = sqrt(1 - alpha_bar_t), estimates
+
+        y0 = (y - (1 - s) prior - q eps) / s
+
+    and moves to  y0_weight * y0 + y_weight * y + prior_weight * prior + eps_weight * eps + sigma * z.
+
+    The table lies on the CPU; its numbers travel to a device as kernel arguments.
+
+    Attributes:
+        timesteps: [n] int64, falling.
+        sqrt_alpha_bar, sqrt_one_minus_alpha_bar: [n] float32, s and q.
+        y0_weight, y_weight, prior_weight, eps_weight, sigma: [n] float32.
+        start: the timestep that addresses the noise of the chain's beginning (T, one above every timestep).
+    """
+
+    timesteps: Tensor
+    sqrt_alpha_bar: Tensor
+    sqrt_one_minus_alpha_bar: Tensor
+    y0_weight: Tensor
+    y_weight: Tensor
+    prior_weight: Tensor
+    eps_weight: Tensor
+    sigma: Tensor
+    start: int
+
+
+def predict_noise(
+    features: Tensor, y: Tensor, guidance: Tensor, weights: DenoiserWeights, timesteps: Tensor
+) -> Tensor:
+    """eps of the denoiser in eval mode: [M, C] from features [M, F], y and guidance [M, C], timesteps [M] or [1]."""
+    h = conditioning(features, y, guidance, weights.conditioning, timesteps, eps=weights.eps[0])
+    for layer, eps in zip(weights.hidden, weights.eps[1:], strict=True):
+        h = conditional_linear(h, layer, timesteps, eps=eps)
+    return F.linear(h, weights.output_weight, weights.output_bias)
+
+
+def estimate_y0(y: Tensor, prior: Tensor, eps: Tensor, s: Tensor, q: Tensor) -> Tensor:
+    """y0 = (y - (1 - s) prior - q eps) / s: the label that noise eps would have led to y."""
+    return 1.0 / s * (y - (1.0 - s) * prior - eps * q)
+
+
+def denoise(
+    features: Tensor,
+    prior: Tensor,
+    guidance: Tensor,
+    weights: DenoiserWeights,
+    steps: StepTable,
+    *,
+    noise: Tensor | None = None,
+    seed: int = 0,
+    image_ids: Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    trajectory: bool = False,
+) -> Tensor:
+    """A whole reverse chain over M independent rows.
+
+    Args:
+        features: [M, F] float32, image features after `norm`.
+        prior: [M, C] float32, mean of the chain's beginning.
+        guidance: [M, C] float32, what the denoiser is conditioned on.
+        weights: the denoiser in eval mode.
+        steps: the sampler, n steps.
+        noise: [n, M, C] float32, in the order drawn: noise[0] makes the beginning, noise[i] is z of step i - 1; the
+            last step takes none. Without it, Philox noise of `seed`, `image_ids` and `sample_ids` at `steps.start`
+            and at each step's timestep.
+        seed: 64-bit key of the noise.
+        image_ids, sample_ids: [M] int64, the row's image and sample (default 0 … M-1, and 0).
+        trajectory: return every state instead of the last.
+
+    Returns:
+        y_0 [M, C] float32, or with `trajectory` [n + 1, M, C] from the beginning to y_0.
+    """
+    draw = _noise_source(prior, steps, noise, seed, image_ids, sample_ids)
+    y = prior + draw(0)
+    states = [y]
+    for i in range(len(steps.timesteps)):
+        timestep = steps.timesteps[i : i + 1].to(prior.device)
+        eps = predict_noise(features, y, guidance, weights, timestep)
+        y0 = estimate_y0(y, prior, eps, steps.sqrt_alpha_bar[i], steps.sqrt_one_minus_alpha_bar[i])
+        mean = steps.y0_weight[i] * y0 + steps.y_weight[i] * y + steps.prior_weight[i] * prior
+        y = mean + steps.eps_weight[i] * eps
+        if steps.sigma[i] > 0:
+            y = y + steps.sigma[i] * draw(i + 1)
+        states.append(y)
+    return torch.stack(states) if trajectory else y
+
+
+def _noise_source(
+    prior: Tensor,
+    steps: StepTable,
+    noise: Tensor | None,
+    seed: int,
+    image_ids: Tensor | None,
+    sample_ids: Tensor | None,
+) -> Callable[[int], Tensor]:
+    """draw(0) makes the chain's beginning, draw(i) is z of step i - 1, each [M, C]."""
+    if noise is not None:
+        return lambda i: noise[i]
+    rows, classes = prior.shape
+    images = torch.arange(rows, device=prior.device) if image_ids is None else image_ids
+    samples = torch.zeros_like(images) if sample_ids is None else sample_ids
+    moments = torch.cat((torch.tensor([steps.start]), steps.timesteps))
+    blocks: dict[int, Tensor] = {}
+
+    def draw(i: int) -> Tensor:
+        number, offset = divmod(i, _NOISE_BLOCK)
+        if number not in blocks:
+            blocks.clear()
+            block = moments[number * _NOISE_BLOCK : (number + 1) * _NOISE_BLOCK]
+            blocks[number] = philox.normal(seed, images, samples, block, classes)
+        return blocks[number][offset]
+
+    return draw

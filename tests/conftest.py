@@ -1,0 +1,75 @@
+"""Fixtures that all tests share: the recorded numbers, and the small denoiser that they were recorded with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffmic_fast.diffusion import Schedule, make_schedule
+from diffmic_fast.reference.conditional_linear import ConditionalLayer
+from diffmic_fast.reference.denoise import DenoiserWeights
+
+DATA = Path(__file__).parent / "data"
+
+Golden = Callable[[str], dict[str, Tensor]]
+
+
+@pytest.fixture(scope="session")
+def golden() -> Golden:
+    """golden("denoiser") is tests/data/denoiser.npz as fresh tensors by name."""
+
+    def load(name: str) -> dict[str, Tensor]:
+        with np.load(DATA / f"{name}.npz") as arrays:
+            return {key: torch.from_numpy(arrays[key].copy()) for key in arrays}
+
+    return load
+
+
+@pytest.fixture
+def record(golden: Golden) -> dict[str, Tensor]:
+    """The numbers recorded from a denoiser of C = 5, F = 64, T = 100 for a batch of 8."""
+    return golden("denoiser")
+
+
+@pytest.fixture
+def state(record: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Its state dict before anything ran."""
+    return {key[6:]: value for key, value in record.items() if key.startswith("state/")}
+
+
+@pytest.fixture
+def weights(state: dict[str, Tensor]) -> DenoiserWeights:
+    """Its layers behind the image encoder."""
+    layers = [
+        ConditionalLayer(
+            state[f"lin{n}.lin.weight"],
+            state[f"lin{n}.lin.bias"],
+            state[f"lin{n}.embed.weight"],
+            *(
+                state[f"unetnorm{n}.{name}"]
+                for name in ("weight", "bias", "running_mean", "running_var")
+            ),
+        )
+        for n in (1, 2, 3)
+    ]
+    return DenoiserWeights(
+        layers[0], (layers[1], layers[2]), state["lin4.weight"], state["lin4.bias"]
+    )
+
+
+@pytest.fixture
+def features(record: dict[str, Tensor], state: dict[str, Tensor]) -> Tensor:
+    """Image features after `norm` in eval mode."""
+    norm = (state[f"norm.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
+    return torch.nn.functional.batch_norm(record["x"], *norm, False)
+
+
+@pytest.fixture(scope="session")
+def schedule() -> Schedule:
+    """Tables of the recorded runs."""
+    return make_schedule("linear", 100)
