@@ -1,0 +1,298 @@
+"""DiffMIC: guidance, denoiser and diffusion, from images to a diagnosis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffmic_fast.checks import Arguments
+from diffmic_fast.diffusion.samplers import make_steps
+from diffmic_fast.diffusion.schedule import make_schedule, q_sample
+from diffmic_fast.models.denoiser import ConditionalModel
+from diffmic_fast.models.encoders import evaluation_mode
+from diffmic_fast.models.guidance import DCG
+from diffmic_fast.models.image_ids import image_ids
+from diffmic_fast.ops.denoise import denoise
+from diffmic_fast.ops.mmd import mmd
+from diffmic_fast.reference.rois import Channels
+
+
+@dataclass
+class DiffMICConfig:
+    """What a DiffMIC model is made of; the section `model` of a configuration file.
+
+    Attributes:
+        classes: C >= 2.
+        image_size: side of the (square) images in pixels that the model is meant for.
+        timesteps, schedule, beta_start, beta_end: the noise schedule (`diffusion.make_schedule`).
+        feature_dim: F, width of the denoiser.
+        encoder, encoder_weights: image encoder of the denoiser (`models.encoders.make_trunk`).
+        guidance_trunk, guidance_weights: both trunks of the guidance model.
+        crops, crop_size, percent_t, crop_channels: patches of the guidance model (`models.DCG`).
+        mmd_weight: weight of the two MMD terms in the training loss.
+    """
+
+    classes: int
+    image_size: int = 224
+    timesteps: int = 1000
+    schedule: str = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 2e-2
+    feature_dim: int = 6144
+    encoder: str = "resnet18"
+    encoder_weights: str | None = None
+    guidance_trunk: str = "resnet50"
+    guidance_weights: str | None = None
+    crops: int = 6
+    crop_size: int = 32
+    percent_t: float = 1.0
+    crop_channels: Channels = "first"
+    mmd_weight: float = 0.5
+
+
+class DiffMICLoss(NamedTuple):
+    """Parts of the training loss, scalars (spec, section 5).
+
+    Attributes:
+        total: noise + mmd_weight * (mmd_global + mmd_local); the one to differentiate.
+        noise: mean squared error of the fused stream's noise.
+        mmd_global, mmd_local: discrepancy between true and predicted noise of the other streams.
+    """
+
+    total: Tensor
+    noise: Tensor
+    mmd_global: Tensor
+    mmd_local: Tensor
+
+
+class Prediction(NamedTuple):
+    """What `DiffMIC.predict` tells about B images.
+
+    Attributes:
+        probabilities: [B, C] float32, softmax of y_0, mean over the samples.
+        label: [B] int64, its argmax.
+        spread: [B, C], standard deviation of the probabilities over the samples (0 for one sample).
+        samples: [B, S, C], y_0 of every sample.
+        guidance: [B, 3, C], probabilities of the guidance's fused, global and local streams.
+        trajectory: [B, S, n + 1, C] from the chain's beginning to y_0, or None.
+        saliency: [B, C, h, w], or None.
+        boxes: [B, K, 4] int64 patches in pixels (top, left, bottom, right; the last two exclusive), or None.
+    """
+
+    probabilities: Tensor
+    label: Tensor
+    spread: Tensor
+    samples: Tensor
+    guidance: Tensor
+    trajectory: Tensor | None = None
+    saliency: Tensor | None = None
+    boxes: Tensor | None = None
+
+
+class DiffMIC(nn.Module):
+    """The whole model.
+
+    Attributes:
+        config: what it was built from.
+        denoiser: `ConditionalModel`.
+        guidance: `DCG`.
+        schedule: tables of the noise schedule, on the CPU.
+    """
+
+    def __init__(self, config: DiffMICConfig, *, pretrained: bool = True) -> None:
+        """Build the model.
+
+        Args:
+            config: see `DiffMICConfig`.
+            pretrained: load the ImageNet weights that the configuration names; False where a checkpoint follows.
+
+        Raises:
+            ValueError: a value outside its range, an unknown encoder or schedule.
+        """
+        super().__init__()
+        self.config = config
+        self.schedule = make_schedule(
+            config.schedule, config.timesteps, config.beta_start, config.beta_end
+        )
+        self.denoiser = ConditionalModel(
+            config.classes,
+            config.timesteps,
+            config.feature_dim,
+            config.encoder,
+            encoder_weights=config.encoder_weights if pretrained else None,
+        )
+        self.guidance = DCG(
+            config.classes,
+            config.guidance_trunk,
+            crops=config.crops,
+            crop_size=config.crop_size,
+            percent_t=config.percent_t,
+            crop_channels=config.crop_channels,
+            trunk_weights=config.guidance_weights if pretrained else None,
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class probabilities [B, C] of images [B, 3, H, W], by the whole chain of one sample (eval mode only).
+
+        Raises:
+            RuntimeError: in training mode.
+        """
+        if self.training:
+            raise RuntimeError(
+                "DiffMIC: forward gives class probabilities and wants eval mode; call eval() first, or loss(images, "
+                "labels) to train"
+            )
+        return self.predict(images).probabilities
+
+    def loss(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        draws: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> DiffMICLoss:
+        """Training loss of the denoiser (spec, section 5).
+
+        The guidance model runs in eval mode and gets no gradient. Timesteps are antithetic, one noise serves the three
+        streams, and one encoder pass serves them all.
+
+        Args:
+            images: [B, 3, H, W] float32; B >= 2 in training mode.
+            labels: [B] int64 in [0, C).
+            draws: timesteps and noises an image, as published 1. More cost little beside the encoder pass that they
+                share, and let the denoiser learn from few images; batch statistics and MMD are then over B * draws.
+            generator: CPU generator of timesteps and noise (default: torch's own).
+
+        Raises:
+            ValueError, TypeError: images or labels that do not fit, named.
+        """
+        images = self._check_images("DiffMIC.loss", images)
+        classes = self.config.classes
+        args = Arguments("DiffMIC.loss")
+        args.sizes["B"] = len(images)
+        args.integer("labels", labels, "B")
+        args.within("labels", labels, 0, classes - 1)
+        if draws < 1:
+            raise ValueError(f"DiffMIC.loss: draws must be at least 1, got {draws}")
+        rows = len(images) * draws
+        timesteps = antithetic_timesteps(rows, self.config.timesteps, generator)
+        timesteps = timesteps.to(images.device)
+        noise = torch.randn(rows, classes, generator=generator).to(images.device)
+        with torch.no_grad(), evaluation_mode(self.guidance):
+            prior = torch.stack(self.guidance(images)).float().softmax(dim=-1)
+        prior = prior.repeat_interleave(draws, dim=1)
+        y_0 = F.one_hot(labels.repeat_interleave(draws), classes).to(noise.dtype)
+        y_t = q_sample(y_0, prior, self.schedule, timesteps, noise)
+        eps = self.denoiser.forward_streams(images, y_t, timesteps, prior, draws).float()
+        error = F.mse_loss(eps[0], noise)
+        discrepancies = [mmd(noise, eps[stream]) for stream in (1, 2)]
+        total = error + self.config.mmd_weight * (discrepancies[0] + discrepancies[1])
+        return DiffMICLoss(total, error, *discrepancies)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        images: Tensor,
+        *,
+        sampler: str = "ddpm",
+        steps: int | None = None,
+        eta: float = 0.0,
+        samples: int = 1,
+        seed: int = 0,
+        ids: Tensor | None = None,
+        trajectory: bool = False,
+        saliency: bool = False,
+        boxes: bool = False,
+    ) -> Prediction:
+        """Classify images (in eval mode, whatever the model's own).
+
+        A prediction depends on the image, the seed and the sample's number, never on the batch: noise is addressed by
+        them (`reference.philox`).
+
+        Args:
+            images: [B, 3, H, W] float32, finite.
+            sampler, steps, eta: see `diffusion.make_steps`.
+            samples: S >= 1 chains an image.
+            seed: 64-bit key of the noise.
+            ids: [B] int64, key of each image's noise (default: a hash of its pixels).
+            trajectory, saliency, boxes: what to return beside the labels.
+
+        Raises:
+            ValueError, TypeError: arguments that do not fit, named; images that are not finite, by their index.
+            FloatingPointError: the model's result for an image is not finite.
+        """
+        images = self._check_images("DiffMIC.predict", images)
+        if samples < 1:
+            raise ValueError(f"DiffMIC.predict: samples must be at least 1, got {samples}")
+        table = make_steps(self.schedule, sampler, steps, eta)
+        batch = len(images)
+        if ids is None:
+            ids = image_ids(images)
+        else:
+            args = Arguments("DiffMIC.predict")
+            args.sizes["B"] = batch
+            args.integer("ids", ids, "B")
+        with evaluation_mode(self):
+            detail = self.guidance.detail(images)
+            guidance = torch.stack(detail.logits, dim=1).float().softmax(dim=-1)
+            prior = guidance[:, 0].repeat_interleave(samples, dim=0)
+            features = self.denoiser.features(images).float().repeat_interleave(samples, dim=0)
+            states = denoise(
+                features,
+                prior,
+                prior,
+                self.denoiser.weights(),
+                table,
+                seed=seed,
+                image_ids=ids.to(images.device).repeat_interleave(samples),
+                sample_ids=torch.arange(samples, device=images.device).repeat(batch),
+                trajectory=trajectory,
+            )
+        y_0 = (states[-1] if trajectory else states).view(batch, samples, -1)
+        _check_finite("the model's result", y_0, FloatingPointError)
+        each = y_0.softmax(dim=-1)
+        probabilities = each.mean(dim=1)
+        size = torch.tensor([0, 0, self.config.crop_size, self.config.crop_size])
+        return Prediction(
+            probabilities=probabilities,
+            label=probabilities.argmax(dim=-1),
+            spread=each.std(dim=1, correction=0),
+            samples=y_0,
+            guidance=guidance,
+            trajectory=states.view(-1, batch, samples, y_0.shape[-1]).permute(1, 2, 0, 3)
+            if trajectory
+            else None,
+            saliency=detail.saliency if saliency else None,
+            boxes=detail.origins.repeat(1, 1, 2) + size.to(images.device) if boxes else None,
+        )
+
+    def _check_images(self, operation: str, images: Tensor) -> Tensor:
+        args = Arguments(operation)
+        args.floating("images", images, "B 3 H W")
+        _check_finite(f"{operation}: the argument images", images, ValueError)
+        return images
+
+
+def antithetic_timesteps(
+    count: int, timesteps: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """`count` timesteps: floor(count / 2) + 1 draws from 0 … T - 1, then T - 1 minus them, cut to `count`.
+
+    Returns:
+        [count] int64 on the CPU.
+    """
+    drawn = torch.randint(0, timesteps, (count // 2 + 1,), generator=generator)
+    return torch.cat((drawn, timesteps - 1 - drawn))[:count]
+
+
+def _check_finite(what: str, values: Tensor, error: type[Exception]) -> None:
+    if torch.compiler.is_compiling() or bool(torch.isfinite(values).all()):
+        return
+    finite = torch.isfinite(values.flatten(1)).all(dim=1)
+    indices = (~finite).nonzero()[:, 0].tolist()
+    raise error(f"{what}: not-a-number or infinite for image {', '.join(map(str, indices[:8]))}")

@@ -1,0 +1,120 @@
+"""Encoders by name, and one pass that counts as several for the running statistics."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from diffmic_fast.models import DCG, ConditionalModel, ImageEncoder, Trunk
+from diffmic_fast.models.encoders import evaluation_mode, make_trunk, repeated_statistics
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+@pytest.mark.parametrize("build", [lambda: ConditionalModel(5), lambda: DCG(5)])
+def test_names_and_shapes_of_published_checkpoints(build):
+    published = json.loads((DATA / "checkpoint_keys.json").read_text())
+    model = build()
+    wanted = next(value for key, value in published.items() if key.startswith(type(model).__name__))
+    assert {key: list(value.shape) for key, value in model.state_dict().items()} == wanted
+    checkpoint = {key: torch.zeros(shape) for key, shape in wanted.items()}
+    model.load_state_dict(checkpoint, strict=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "resnet50",
+        "densenet121",
+        "efficientnet_b0",
+        "mobilenet_v3_small",
+        "regnet_y_400mf",
+    ],
+)
+def test_trunk_and_pooling_are_the_whole_network(name):
+    """Trunk, mean and the network's own classifier give the network's own result."""
+    torch.manual_seed(0)
+    network = torchvision.models.get_model(name, weights=None).eval()
+    torch.manual_seed(0)
+    trunk = Trunk(name).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        pooled = trunk(images).mean(dim=(2, 3))
+        head = next(m for n, m in network.named_children() if n in ("fc", "classifier"))
+        torch.testing.assert_close(head(pooled), network(images), rtol=1e-4, atol=1e-5)
+    assert pooled.shape[1] == trunk.channels
+
+
+def test_timm_name():
+    encoder = ImageEncoder("tf_efficientnet_lite0", 16).eval()
+    with torch.no_grad():
+        assert encoder(torch.randn(2, 3, 64, 64)).shape == (2, 16)
+    assert Trunk("tf_efficientnet_lite0").channels == 1280
+
+
+def test_unknown_and_unfitting_encoders_are_named(tmp_path):
+    with pytest.raises(ValueError, match="'resnet19' is neither a torchvision nor a timm model"):
+        make_trunk("resnet19")
+    with pytest.raises(ValueError, match="family VisionTransformer is not supported"):
+        make_trunk("vit_b_16")
+    with pytest.raises(ValueError, match="does not end in a feature map"):
+        make_trunk("mixer_s32_224")
+    with pytest.raises(ValueError, match="no weights file"):
+        make_trunk("resnet18", str(tmp_path / "none.pth"))
+    torch.save(torchvision.models.resnet34().state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="is not of this network"):
+        make_trunk("resnet18", str(tmp_path / "other.pth"))
+
+
+def test_weights_from_a_file(tmp_path):
+    network = torchvision.models.resnet18(num_classes=7)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    trunk, _ = make_trunk("resnet18", str(tmp_path / "weights.pth"))
+    assert torch.equal(trunk[0].weight, network.conv1.weight)
+    assert torch.equal(trunk[7][1].conv2.weight, network.layer4[1].conv2.weight)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.37, 1.0, None])
+@pytest.mark.parametrize("times", [1, 3])
+def test_one_pass_counts_as_several(momentum, times):
+    encoder = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=momentum), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5),
+        nn.BatchNorm1d(5, momentum=momentum),
+    )  # fmt: skip
+    images = torch.randn(6, 3, 8, 8)
+    encoder(torch.randn(6, 3, 8, 8))
+    repeated = copy.deepcopy(encoder)
+    for _ in range(times):
+        expected = repeated(images)
+    with repeated_statistics(encoder, times):
+        assert torch.equal(encoder(images), expected)
+    for (name, a), b in zip(
+        encoder.state_dict().items(), repeated.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7, msg=name)
+    assert encoder[1].momentum == momentum and not encoder[1]._forward_hooks
+
+
+def test_a_shared_batchnorm_is_refused():
+    norm = nn.BatchNorm1d(4)
+    encoder = nn.Sequential(norm, nn.Linear(4, 4), norm)
+    with pytest.raises(RuntimeError, match="more than once"), repeated_statistics(encoder, 3):
+        encoder(torch.randn(5, 4))
+    assert norm.momentum == 0.1
+
+
+def test_evaluation_mode_gives_back_every_mode():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(), nn.Sequential(nn.Dropout()))
+    model[1].eval()
+    before = [part.training for part in model.modules()]
+    with pytest.raises(KeyError), evaluation_mode(model):
+        assert not any(part.training for part in model.modules())
+        raise KeyError
+    assert [part.training for part in model.modules()] == before
