@@ -99,20 +99,20 @@ class ConditionalModel(nn.Module):
         super().train(mode)
         return self
 
+    def encode(self, images: Tensor) -> Tensor:
+        """Image features after `norm`, [B, F]."""
+        return self.norm(self.encoder_x(images))
+
     def features(self, images: Tensor) -> Tensor:
-        """Image features after `norm`, [B, F], computed anew only if something changed (see the class)."""
-
-        def compute() -> Tensor:
-            return self.norm(self.encoder_x(images))
-
+        """As `encode`, computed anew only if something changed (see the class)."""
         modules = (self.encoder_x, self.norm)
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or any(part.training for module in modules for part in module.modules())
         ):
-            return compute()
-        return self._cache.features(images, modules, compute)
+            return self.encode(images)
+        return self._cache.features(images, modules, lambda: self.encode(images))
 
     def forward(self, x: Tensor, y: Tensor, t: Tensor, y_0_hat: Tensor | None = None) -> Tensor:
         """eps of one stream.
@@ -150,7 +150,7 @@ class ConditionalModel(nn.Module):
         """
         streams = y.shape[0]
         with repeated_statistics(self.encoder_x, streams), repeated_statistics(self.norm, streams):
-            features = self.features(x)
+            features = self.encode(x)
         return self.denoise_features(features.repeat_interleave(draws, dim=0), y, t, guidance)
 
     def denoise_features(
@@ -197,11 +197,12 @@ class ConditionalModel(nn.Module):
         """The layers behind the image encoder, for `ops.denoise`.
 
         Raises:
-            TypeError: a layer was replaced by something that is not of its type.
+            TypeError: there is more to a chain than its weights (see `runs_on_weights`).
         """
-        if not self._is_plain() or not isinstance(self.lin4, nn.Linear):
+        if not self.runs_on_weights or not isinstance(self.lin4, nn.Linear):
             raise TypeError(
-                "ConditionalModel: a layer was replaced or carries a hook, so the chain cannot run on its weights"
+                "ConditionalModel: weights tell all there is only of a guided model in eval mode, none of whose layers "
+                "was replaced or carries a hook"
             )
         return DenoiserWeights(
             self._layer(1),

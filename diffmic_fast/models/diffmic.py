@@ -16,8 +16,9 @@ from diffmic_fast.models.denoiser import ConditionalModel
 from diffmic_fast.models.encoders import evaluation_mode
 from diffmic_fast.models.guidance import DCG
 from diffmic_fast.models.image_ids import image_ids
-from diffmic_fast.ops.denoise import denoise
+from diffmic_fast.ops.denoise import StepTable, denoise
 from diffmic_fast.ops.mmd import mmd
+from diffmic_fast.reference.denoise import chain
 from diffmic_fast.reference.rois import Channels
 
 
@@ -241,17 +242,15 @@ class DiffMIC(nn.Module):
             detail = self.guidance.detail(images)
             guidance = torch.stack(detail.logits, dim=1).float().softmax(dim=-1)
             prior = guidance[:, 0].repeat_interleave(samples, dim=0)
-            features = self.denoiser.features(images).float().repeat_interleave(samples, dim=0)
-            states = denoise(
+            features = self.denoiser.encode(images).float().repeat_interleave(samples, dim=0)
+            states = self._chain(
                 features,
                 prior,
-                prior,
-                self.denoiser.weights(),
                 table,
-                seed=seed,
-                image_ids=ids.to(images.device).repeat_interleave(samples),
-                sample_ids=torch.arange(samples, device=images.device).repeat(batch),
-                trajectory=trajectory,
+                seed,
+                ids.to(images.device).repeat_interleave(samples),
+                torch.arange(samples, device=images.device).repeat(batch),
+                trajectory,
             )
         y_0 = (states[-1] if trajectory else states).view(batch, samples, -1)
         _check_finite("the model's result", y_0, FloatingPointError)
@@ -269,6 +268,39 @@ class DiffMIC(nn.Module):
             else None,
             saliency=detail.saliency if saliency else None,
             boxes=detail.origins.repeat(1, 1, 2) + size.to(images.device) if boxes else None,
+        )
+
+    def _chain(
+        self,
+        features: Tensor,
+        prior: Tensor,
+        steps: StepTable,
+        seed: int,
+        image_ids: Tensor,
+        sample_ids: Tensor,
+        trajectory: bool,
+    ) -> Tensor:
+        """The reverse chain in one call, or layer by layer where a layer was replaced or carries a hook."""
+        if self.denoiser.runs_on_weights:
+            return denoise(
+                features,
+                prior,
+                prior,
+                self.denoiser.weights(),
+                steps,
+                seed=seed,
+                image_ids=image_ids,
+                sample_ids=sample_ids,
+                trajectory=trajectory,
+            )
+        return chain(
+            lambda y, timestep: self.denoiser.denoise_features(features, y, timestep, prior),
+            prior,
+            steps,
+            seed=seed,
+            image_ids=image_ids,
+            sample_ids=sample_ids,
+            trajectory=trajectory,
         )
 
     def _check_images(self, operation: str, images: Tensor) -> Tensor:

@@ -67,7 +67,15 @@ class ImageEncoder(nn.Module):
         self.g = nn.Linear(channels, feature_dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Feature rows of a batch of images."""
+        """Feature rows of a batch of images.
+
+        Raises:
+            ValueError: images of another shape than [B, 3, H, W].
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"ImageEncoder: images must be [B, 3, H, W], got {tuple(images.shape)}"
+            )
         return self.g(torch.flatten(self.f(images), start_dim=1))
 
 

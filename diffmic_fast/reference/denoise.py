@@ -110,12 +110,43 @@ def denoise(
     Returns:
         y_0 [M, C] float32, or with `trajectory` [n + 1, M, C] from the beginning to y_0.
     """
+    return chain(
+        lambda y, timestep: predict_noise(features, y, guidance, weights, timestep),
+        prior,
+        steps,
+        noise=noise,
+        seed=seed,
+        image_ids=image_ids,
+        sample_ids=sample_ids,
+        trajectory=trajectory,
+    )
+
+
+def chain(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    prior: Tensor,
+    steps: StepTable,
+    *,
+    noise: Tensor | None = None,
+    seed: int = 0,
+    image_ids: Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    trajectory: bool = False,
+) -> Tensor:
+    """The reverse chain of any denoiser.
+
+    Args:
+        predict: eps [M, C] from the state [M, C] and the timestep [1].
+        prior, steps, noise, seed, image_ids, sample_ids, trajectory: as in `denoise`.
+
+    Returns:
+        As `denoise`.
+    """
     draw = _noise_source(prior, steps, noise, seed, image_ids, sample_ids)
     y = prior + draw(0)
     states = [y]
     for i in range(len(steps.timesteps)):
-        timestep = steps.timesteps[i : i + 1].to(prior.device)
-        eps = predict_noise(features, y, guidance, weights, timestep)
+        eps = predict(y, steps.timesteps[i : i + 1].to(prior.device))
         y0 = estimate_y0(y, prior, eps, steps.sqrt_alpha_bar[i], steps.sqrt_one_minus_alpha_bar[i])
         mean = steps.y0_weight[i] * y0 + steps.y_weight[i] * y + steps.prior_weight[i] * prior
         y = mean + steps.eps_weight[i] * eps

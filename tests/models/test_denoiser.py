@@ -140,5 +140,9 @@ def test_bad_arguments_are_named():
         model(x, y, t)
     with pytest.raises(ValueError, match="y must have a row an image"):
         model(x, y[:1], t, y[:1])
+    with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\], got \(2, 1, 40, 40\)"):
+        model(x[:, :1], y, t, y)
+    with pytest.raises(TypeError, match="none of whose layers was replaced or carries a hook"):
+        small_model().train().weights()
     with pytest.raises(ValueError, match="classes must be at least 2, got 1"):
         ConditionalModel(1)

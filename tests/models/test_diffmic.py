@@ -106,6 +106,35 @@ def test_predict_leaves_the_model_as_it_was(model, images):
     assert all(torch.equal(a, state[key]) for key, a in model.state_dict().items())
 
 
+def test_replaced_and_hooked_layers_are_used(model, images):
+    arguments = {"sampler": "ddim", "steps": 4}
+    plain = model.predict(images, **arguments).samples
+    calls = []
+    handle = model.denoiser.lin2.register_forward_hook(lambda *_: calls.append(1))
+    hooked = model.predict(images, **arguments).samples
+    torch.testing.assert_close(hooked, plain, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 4
+    handle.remove()
+    model.denoiser.lin4 = torch.nn.Sequential(model.denoiser.lin4, torch.nn.Tanh())
+    assert not torch.allclose(model.predict(images, **arguments).samples, plain)
+    model.guidance.ds_net = torch.nn.Sequential(model.guidance.ds_net, torch.nn.ReLU6())
+    assert not torch.allclose(model.predict(images, **arguments).guidance[:, 1], plain[:, 0])
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_several_draws_share_the_encoder(model, images, draws):
+    calls = []
+    model.train().denoiser.encoder_x.register_forward_hook(lambda *_: calls.append(1))
+    labels = torch.tensor([0, 2, 1, 1, 0])
+    generator = torch.Generator().manual_seed(0)
+    loss = model.loss(images, labels, draws=draws, generator=generator)
+    assert len(calls) == 1 and bool(torch.isfinite(loss.total))
+    drawn = torch.Generator().manual_seed(0)
+    antithetic_timesteps(5 * draws, 40, drawn)
+    torch.randn(5 * draws, 3, generator=drawn)
+    assert torch.equal(generator.get_state(), drawn.get_state())
+
+
 def test_loss_is_its_definition(model, images):
     """Against the three streams written out, one pass each, in the published order."""
     from diffmic_fast.reference.mmd import mmd
@@ -163,6 +192,8 @@ def test_bad_arguments_are_named(model, images):
         model.predict(images, ids=labels[:2])
     with pytest.raises(ValueError, match="samples must be at least 1"):
         model.predict(images, samples=0)
+    with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
+        model.loss(images, labels, draws=0)
     with pytest.raises(ValueError, match="'ddpm' walks all 40 timesteps, got steps=60"):
         model.predict(images, steps=60)
     images[3, 0, 5, 5] = float("nan")
