@@ -135,6 +135,8 @@ class DiffMIC(nn.Module):
             crop_channels=config.crop_channels,
             trunk_weights=config.guidance_weights if pretrained else None,
         )
+        # The layout that convolutions are fastest in, on CPUs (up to four times) as on GPUs.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """Class probabilities [B, C] of images [B, 3, H, W], by the whole chain of one sample (eval mode only).

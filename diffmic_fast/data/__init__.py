@@ -1,0 +1,1 @@
+"""Images with labels: sources, splits, transforms and datasets."""
