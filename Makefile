@@ -1,0 +1,59 @@
+# Everything a fresh machine with Python >= 3.10 and a C++ compiler needs:
+#
+#   make demo   install, train on synthetic fundus images, evaluate, predict, draw
+#   make test   build the wheel, install it, and test it from outside the sources
+#   make lint   ruff, clang-format, mypy
+#
+# Each makes .venv from $(PYTHON) if it is not there. PYTEST_ARGS is handed to pytest.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+# Whatever the wheel is made of: a change there builds and installs it again.
+SOURCES := $(CXX_SOURCES) $(shell find diffmic_fast -name '*.py' -o -name '*.yml') \
+           csrc/build_config.h.in setup.py pyproject.toml MANIFEST.in CMakeLists.txt
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.package
+	$(BIN)/diffmic-fast demo
+
+test: $(VENV)/.test
+	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
+	cp -r tests pyproject.toml "$$scratch" && cd "$$scratch" && \
+	DIFFMIC_SOURCE="$(CURDIR)" $(BIN)/python -m pytest -p no:cacheprovider $(PYTEST_ARGS) tests
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist
+
+$(VENV)/.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	  "diffmic_fast needs Python 3.10 or newer, $(PYTHON) is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# The dependencies come with the first install; a later one only replaces the package itself, unless
+# they changed.
+$(VENV)/.package: $(VENV)/.venv $(SOURCES)
+	rm -rf build/wheel
+	$(PIP) wheel --no-deps --wheel-dir build/wheel .
+	$(PIP) install build/wheel/diffmic_fast-*.whl
+	$(PIP) install --no-deps --force-reinstall build/wheel/diffmic_fast-*.whl
+	touch $@
+
+$(VENV)/.test: $(VENV)/.package
+	$(PIP) install "$$(echo build/wheel/diffmic_fast-*.whl)[test]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.package
+	$(PIP) install "$$(echo build/wheel/diffmic_fast-*.whl)[dev]"
+	touch $@

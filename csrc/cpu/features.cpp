@@ -1,0 +1,98 @@
+#include "cpu/features.h"
+
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+namespace diffmic::cpu {
+
+#if defined(__x86_64__) || defined(__i386__)
+
+std::vector<std::string> AvailableInstructionSets() {
+  std::vector<std::string> names;
+  // The builtin wants a literal, and also asks whether the system saves the wider registers.
+#define DIFFMIC_ADD_IF_SUPPORTED(name) \
+  if (__builtin_cpu_supports(name)) names.emplace_back(name)
+  __builtin_cpu_init();
+  DIFFMIC_ADD_IF_SUPPORTED("sse2");
+  DIFFMIC_ADD_IF_SUPPORTED("sse4.2");
+  DIFFMIC_ADD_IF_SUPPORTED("avx");
+  DIFFMIC_ADD_IF_SUPPORTED("avx2");
+  DIFFMIC_ADD_IF_SUPPORTED("fma");
+  DIFFMIC_ADD_IF_SUPPORTED("avx512f");
+  DIFFMIC_ADD_IF_SUPPORTED("avx512bw");
+  DIFFMIC_ADD_IF_SUPPORTED("avx512vl");
+  DIFFMIC_ADD_IF_SUPPORTED("avx512vnni");
+  DIFFMIC_ADD_IF_SUPPORTED("avx512bf16");
+#undef DIFFMIC_ADD_IF_SUPPORTED
+  return names;
+}
+
+#elif defined(__aarch64__) && defined(__linux__)
+
+std::vector<std::string> AvailableInstructionSets() {
+  std::vector<std::string> names;
+  const unsigned long first = getauxval(AT_HWCAP);
+  const unsigned long second = getauxval(AT_HWCAP2);
+  if (first & HWCAP_ASIMD) names.emplace_back("neon");
+  if (first & HWCAP_ASIMDHP) names.emplace_back("fp16");
+#if defined(HWCAP_ASIMDDP)
+  if (first & HWCAP_ASIMDDP) names.emplace_back("dotprod");
+#endif
+#if defined(HWCAP_SVE)
+  if (first & HWCAP_SVE) names.emplace_back("sve");
+#endif
+#if defined(HWCAP2_SVE2)
+  if (second & HWCAP2_SVE2) names.emplace_back("sve2");
+#endif
+#if defined(HWCAP2_BF16)
+  if (second & HWCAP2_BF16) names.emplace_back("bf16");
+#endif
+  static_cast<void>(second);
+  return names;
+}
+
+#else
+
+std::vector<std::string> AvailableInstructionSets() { return AssumedInstructionSets(); }
+
+#endif
+
+std::vector<std::string> AssumedInstructionSets() {
+  std::vector<std::string> names;
+#if defined(__SSE2__)
+  names.emplace_back("sse2");
+#endif
+#if defined(__AVX2__)
+  names.emplace_back("avx2");
+#endif
+#if defined(__FMA__)
+  names.emplace_back("fma");
+#endif
+#if defined(__AVX512F__)
+  names.emplace_back("avx512f");
+#endif
+#if defined(__ARM_NEON)
+  names.emplace_back("neon");
+#endif
+  return names;
+}
+
+const char* Architecture() {
+#if defined(__x86_64__)
+  return "x86_64";
+#elif defined(__aarch64__)
+  return "aarch64";
+#elif defined(__i386__)
+  return "i386";
+#elif defined(__riscv)
+  return "riscv";
+#elif defined(__powerpc64__)
+  return "ppc64";
+#else
+  return "unknown";
+#endif
+}
+
+}  // namespace diffmic::cpu

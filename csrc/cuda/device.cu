@@ -1,0 +1,72 @@
+#include "cuda/device.h"
+
+#include <cuda_runtime_api.h>
+
+#include <sstream>
+
+#include "build_config.h"
+#include "text.h"
+
+namespace diffmic::cuda {
+namespace {
+
+void Check(cudaError_t status, const char* call) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // a query's failure must not be found by the next launch
+  throw Error(Text(call, " failed: ", cudaGetErrorName(status), ": ", cudaGetErrorString(status)));
+}
+
+}  // namespace
+
+bool Serves(const std::string& architectures, int major, int minor) {
+  std::istringstream words(architectures);
+  for (std::string word; words >> word;) {
+    std::size_t digits = 0;
+    const int number = std::stoi(word, &digits);
+    const int capability = major * 10 + minor;
+    const std::string suffix = word.substr(digits, word.find('+') - digits);
+    const bool ptx = word.find('+') != std::string::npos;
+    const bool same_major = number / 10 == major;
+    if (suffix == "a" ? number == capability : same_major && number <= capability) return true;
+    if (ptx && suffix.empty() && number <= capability) return true;
+  }
+  return false;
+}
+
+State Query() {
+  State state{};
+  Check(cudaRuntimeGetVersion(&state.runtime_version), "cudaRuntimeGetVersion");
+  Check(cudaDriverGetVersion(&state.driver_version), "cudaDriverGetVersion");
+  if (state.driver_version == 0) {
+    state.reason = "no NVIDIA driver is installed";
+    return state;
+  }
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaErrorInsufficientDriver) {
+    cudaGetLastError();
+    state.reason = Text("the NVIDIA driver knows CUDA ", state.driver_version / 1000, ".",
+                        state.driver_version % 1000 / 10, " only, this build needs ",
+                        state.runtime_version / 1000, ".", state.runtime_version % 1000 / 10);
+    return state;
+  }
+  if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0)) {
+    cudaGetLastError();
+    state.reason =
+        "the NVIDIA driver shows no GPU (none installed, or hidden by "
+        "CUDA_VISIBLE_DEVICES)";
+    return state;
+  }
+  Check(status, "cudaGetDeviceCount");
+  for (int index = 0; index < count; ++index) {
+    cudaDeviceProp properties;
+    Check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
+    state.devices.push_back(
+        {index, properties.name, properties.major, properties.minor, properties.multiProcessorCount,
+         static_cast<std::int64_t>(properties.totalGlobalMem),
+         Serves(DIFFMIC_CUDA_ARCHITECTURES, properties.major, properties.minor)});
+  }
+  return state;
+}
+
+}  // namespace diffmic::cuda

@@ -1,0 +1,119 @@
+"""Which implementation serves an operation: the grid of design decisions, as one small table.
+
+Five names: ``reference`` (plain PyTorch, the definition), ``cpu`` (C++), ``cuda`` (CUDA C++),
+``triton``, and ``cuda-emulated`` (CUDA sources run on the CPU, for tests). ``auto`` takes the
+fastest one that can serve the tensors at hand.
+
+The environment variable ``DIFFMIC_BACKEND`` sets what ``auto`` means for a process. An operation
+that has an implementation of that name uses it or raises; one that has none of that name (no
+operation has all of them) keeps the ordinary choice and says so once.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+
+from diffmic_fast import _native
+
+BACKENDS = ("reference", "cpu", "cuda", "triton", "cuda-emulated")
+
+IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "denoise": ("reference",),
+    "conditioning": ("reference",),
+    "conditional_linear": ("reference",),
+    "mmd": ("reference",),
+    "rois": ("reference", "cpu"),
+}
+
+_VARIABLE = "DIFFMIC_BACKEND"
+_said: set[str] = set()
+
+
+def resolve(operation: str, backend: str, device: torch.device) -> str:
+    """Name the backend that serves one call.
+
+    Args:
+        operation: a key of `IMPLEMENTATIONS`.
+        backend: ``"auto"`` or one of `BACKENDS`.
+        device: where the operation's tensors are.
+
+    Returns:
+        One of `BACKENDS`, never ``"auto"``.
+
+    Raises:
+        ValueError: the name is none of these.
+        RuntimeError: the backend was asked for by name and cannot serve; says why.
+    """
+    name, remark = decide(operation, backend, device)
+    if remark and remark not in _said:
+        _said.add(remark)
+        warnings.warn(remark, RuntimeWarning, stacklevel=3)
+    return name
+
+
+# torch.compile takes the answer as a constant of the graph instead of tracing through the
+# environment and the extension's loading. This is the mark that torch.compiler.
+# assume_constant_result sets; calling that here would import all of torch._dynamo.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def decide(operation: str, backend: str, device: torch.device) -> tuple[str, str]:
+    """`resolve` without its warning: the backend's name, and what there is to say about it."""
+    _check_name(operation, backend, "backend")
+    if backend != "auto":
+        _require(operation, backend, device, asked_by=f'backend="{backend}"')
+        return backend, ""
+
+    wanted = os.environ.get(_VARIABLE) or "auto"
+    _check_name(operation, wanted, f"the variable {_VARIABLE}")
+    if wanted == "auto":
+        return _fastest(operation, device)
+    implementations = IMPLEMENTATIONS[operation]
+    if wanted in implementations:
+        _require(operation, wanted, device, asked_by=f"{_VARIABLE}={wanted}")
+        return wanted, ""
+    name, _ = _fastest(operation, device)
+    return name, (
+        f"{operation}: {_VARIABLE}={wanted} does not apply, this operation has only "
+        f"{', '.join(implementations)}; using {name}"
+    )
+
+
+def unavailable(operation: str, backend: str, device: torch.device) -> str:
+    """Why `backend` cannot serve `operation` for tensors on `device`; empty when it can."""
+    if backend not in IMPLEMENTATIONS[operation]:
+        names = ", ".join(IMPLEMENTATIONS[operation])
+        return f"there is no {backend} implementation of it, only {names}"
+    if backend == "cpu":
+        if device.type != "cpu":
+            return f"it takes tensors on the CPU, these are on {device}"
+        if _native.failure():
+            return f"the compiled extension is not available: {_native.failure()}"
+    return ""
+
+
+def _fastest(operation: str, device: torch.device) -> tuple[str, str]:
+    if "cpu" not in IMPLEMENTATIONS[operation] or device.type != "cpu":
+        return "reference", ""
+    if not _native.failure():
+        return "cpu", ""
+    return "reference", (
+        f"{operation}: using the slower reference implementation, because the compiled extension "
+        f"is not available: {_native.failure()}"
+    )
+
+
+def _require(operation: str, backend: str, device: torch.device, *, asked_by: str) -> None:
+    reason = unavailable(operation, backend, device)
+    if reason:
+        raise RuntimeError(f"{operation}: {asked_by} cannot serve: {reason}")
+
+
+def _check_name(operation: str, backend: str, argument: str) -> None:
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(
+            f"{operation}: {argument} must be auto, {', '.join(BACKENDS)}; got {backend!r}"
+        )

@@ -1,0 +1,267 @@
+"""`rois`: where the saliency is highest, and the crops cut there (spec, section 3).
+
+The signatures are those of `diffmic_fast.reference.rois` and a choice of backend. Both operations
+are `torch.library` operators, so they are one node of a compiled graph and never traced into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from diffmic_fast import _native
+from diffmic_fast.checks import Arguments
+from diffmic_fast.ops._backend import resolve
+from diffmic_fast.reference import rois as reference
+from diffmic_fast.reference.rois import Channels, Rois, cell_to_pixel, window_size
+
+__all__ = ["Rois", "cell_to_pixel", "choose_windows", "cut_crops", "rois", "window_size"]
+
+_PIXELS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8)
+_SALIENCY = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def choose_windows(
+    saliency: Tensor, window: tuple[int, int], count: int, *, backend: str = "auto"
+) -> Tensor:
+    """The `count` windows of largest mean saliency, found greedily. No gradient passes.
+
+    Args:
+        saliency: [B, C, h, w] floating, C >= 1, any strides, finite; computed in float32.
+        window: (height, width) in cells, not larger than the map.
+        count: K >= 1, windows an image.
+        backend: a backend's name, or "auto".
+
+    Returns:
+        [B, K, 2] int64, (row, column) of each upper-left cell.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, named; saliency that is not finite, with
+            the image's number.
+        RuntimeError: the backend asked for cannot serve.
+    """
+    operation = "rois.choose_windows"
+    Arguments(operation).tensor("saliency", saliency, "B C h w")
+    _check_dtype(operation, "saliency", saliency, _SALIENCY)
+    height, width = _pair(operation, "window", window)
+    if saliency.shape[1] < 1:
+        raise ValueError(
+            f"{operation}: saliency must have at least one class, got {tuple(saliency.shape)}"
+        )
+    if height > saliency.shape[2] or width > saliency.shape[3]:
+        raise ValueError(
+            f"{operation}: window must lie in the saliency map of {tuple(saliency.shape[2:])} "
+            f"cells, got {(height, width)}"
+        )
+    if count < 1:
+        raise ValueError(f"{operation}: count must be at least 1, got {count}")
+    return _choose_windows(saliency.detach(), [height, width], count, backend)
+
+
+def cut_crops(
+    images: Tensor,
+    origins: Tensor,
+    size: tuple[int, int],
+    channels: Channels = "first",
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Crops of all images at once, differentiable in `images`.
+
+    The part of a crop inside the image is aligned to the crop's lower right; the rest is the
+    channel's minimum over its whole image, whose gradient is shared by the pixels that attain it.
+
+    Args:
+        images: [B, Ch, H, W] float32, float16, bfloat16, float64 or uint8; any strides.
+        origins: [B, K, 2] int64, upper-left pixel (row, column) of each crop; any value.
+        size: (height, width) of a crop in pixels; may exceed the image.
+        channels: "first" cuts channel 0 and repeats it three times (as published), "all" cuts every
+            channel.
+        backend: a backend's name, or "auto".
+
+    Returns:
+        [B, K, 3 or Ch, height, width], contiguous, dtype of `images`.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, named.
+        RuntimeError: the backend asked for cannot serve.
+    """
+    operation = "rois.cut_crops"
+    args = Arguments(operation)
+    args.tensor("images", images, "B Ch H W")
+    _check_dtype(operation, "images", images, _PIXELS)
+    args.integer("origins", origins, "B K 2")
+    height, width = _pair(operation, "size", size)
+    if channels not in ("first", "all"):
+        raise ValueError(f"{operation}: channels must be 'first' or 'all', got {channels!r}")
+    if 0 in images.shape[1:]:
+        raise ValueError(
+            f"{operation}: images must have a channel and a pixel at least, got "
+            f"{tuple(images.shape)}"
+        )
+    return _cut_crops(images, origins, [height, width], channels, backend)
+
+
+def rois(
+    saliency: Tensor,
+    images: Tensor,
+    crop: tuple[int, int],
+    count: int,
+    channels: Channels = "first",
+    *,
+    backend: str = "auto",
+) -> Rois:
+    """Choose the windows of a batch and cut their crops.
+
+    Args:
+        saliency: [B, C, h, w] floating.
+        images: [B, Ch, H, W].
+        crop: (height, width) of a crop in pixels.
+        count: K, crops an image.
+        channels: as in `cut_crops`.
+        backend: a backend's name, or "auto".
+
+    Returns:
+        Cells [B, K, 2], origins [B, K, 2] in pixels, crops [B, K, 3 or Ch, height, width].
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit, named.
+        RuntimeError: the backend asked for cannot serve.
+    """
+    args = Arguments("rois")
+    args.tensor("saliency", saliency, "B C h w")
+    args.tensor("images", images, "B Ch H W")
+    _pair("rois", "crop", crop)
+    if 0 in (*images.shape[1:], *saliency.shape[1:]):
+        raise ValueError(
+            "rois: saliency and images must have a channel and a cell at least, got "
+            f"{tuple(saliency.shape)} and {tuple(images.shape)}"
+        )
+    image = (images.shape[2], images.shape[3])
+    grid = (saliency.shape[2], saliency.shape[3])
+    window = window_size(crop, image, grid)
+    cells = choose_windows(saliency, window, count, backend=backend)
+    origins = cell_to_pixel(cells, grid, image)
+    return Rois(cells, origins, cut_crops(images, origins, crop, channels, backend=backend))
+
+
+def _check_dtype(
+    operation: str, name: str, value: Tensor, allowed: tuple[torch.dtype, ...]
+) -> None:
+    if value.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"{operation}: {name} must be one of {names}, got {value.dtype}")
+
+
+def _pair(operation: str, name: str, value: tuple[int, int]) -> tuple[int, int]:
+    if len(value) != 2 or value[0] < 1 or value[1] < 1:
+        raise ValueError(
+            f"{operation}: {name} must be (height, width), both at least 1, got {tuple(value)}"
+        )
+    return value[0], value[1]
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    # What DLPack can say: no gradient, and no sign that is still to be applied.
+    return tensor.detach().resolve_neg()
+
+
+@torch.library.custom_op("diffmic_fast::choose_windows", mutates_args=())
+def _choose_windows(saliency: Tensor, window: Sequence[int], count: int, backend: str) -> Tensor:
+    if resolve("rois", backend, saliency.device) == "reference":
+        return reference.choose_windows(saliency, (window[0], window[1]), count)
+    cells = saliency.new_empty((saliency.shape[0], count, 2), dtype=torch.int64)
+    _native.extension().choose_windows(
+        _readable(saliency), (window[0], window[1]), cells, torch.get_num_threads()
+    )
+    return cells
+
+
+@_choose_windows.register_fake
+def _(saliency: Tensor, window: Sequence[int], count: int, backend: str) -> Tensor:
+    return saliency.new_empty((saliency.shape[0], count, 2), dtype=torch.int64)
+
+
+@torch.library.custom_op("diffmic_fast::cut_crops", mutates_args=())
+def _cut_crops(
+    images: Tensor, origins: Tensor, size: Sequence[int], channels: str, backend: str
+) -> Tensor:
+    if resolve("rois", backend, images.device) == "reference":
+        return reference.cut_crops(images, origins, (size[0], size[1]), cast(Channels, channels))
+    crops = images.new_empty(_crops_shape(images, origins, size, channels))
+    _native.extension().cut_crops(
+        _readable(images), origins, channels == "first", crops, torch.get_num_threads()
+    )
+    return crops
+
+
+@_cut_crops.register_fake
+def _(images: Tensor, origins: Tensor, size: Sequence[int], channels: str, backend: str) -> Tensor:
+    return images.new_empty(_crops_shape(images, origins, size, channels))
+
+
+def _crops_shape(
+    images: Tensor, origins: Tensor, size: Sequence[int], channels: str
+) -> tuple[int, ...]:
+    depth = 3 if channels == "first" else images.shape[1]
+    return (*origins.shape[:2], depth, size[0], size[1])
+
+
+@torch.library.custom_op("diffmic_fast::cut_crops_backward", mutates_args=())
+def _cut_crops_backward(
+    grad: Tensor, images: Tensor, origins: Tensor, size: Sequence[int], channels: str
+) -> Tensor:
+    """Gradient of the images: each crop's inside goes back to its place, the rest to the minimum.
+
+    Crops are added in their order, so the sum has one value.
+    """
+    height, width = images.shape[2:]
+    result = torch.zeros_like(images, memory_format=torch.contiguous_format)
+    if channels == "first":
+        grad = grad.sum(dim=2, keepdim=True)
+    depth = grad.shape[2]
+    for image, target, corners, crop_grads in zip(
+        images, result, origins.tolist(), grad, strict=True
+    ):
+        fill_grad = grad.new_zeros(depth)
+        for (top, left), crop_grad in zip(corners, crop_grads, strict=True):
+            rows = slice(min(max(top, 0), height), min(max(top + size[0], 0), height))
+            columns = slice(min(max(left, 0), width), min(max(left + size[1], 0), width))
+            place = target[:depth, rows, columns]
+            # Rows above the covered part, and columns to its left, are fill.
+            above = size[0] - place.shape[1] if place.numel() else size[0]
+            margin = size[1] - place.shape[2]
+            if place.numel():
+                place += crop_grad[:, above:, margin:]
+            fill_grad += crop_grad[:, :above].sum(dim=(1, 2))
+            fill_grad += crop_grad[:, above:, :margin].sum(dim=(1, 2))
+        if bool(fill_grad.any()):
+            least = image[:depth] == image[:depth].amin(dim=(1, 2), keepdim=True)
+            share = fill_grad / least.sum(dim=(1, 2))
+            target[:depth] += least * share[:, None, None]
+    return result
+
+
+@_cut_crops_backward.register_fake
+def _(grad: Tensor, images: Tensor, origins: Tensor, size: Sequence[int], channels: str) -> Tensor:
+    return torch.empty_like(images, memory_format=torch.contiguous_format)
+
+
+def _save_for_backward(
+    ctx: Any, inputs: tuple[Tensor, Tensor, Sequence[int], str, str], output: Tensor
+) -> None:
+    images, origins, size, channels, _ = inputs
+    ctx.save_for_backward(images, origins)
+    ctx.size, ctx.channels = size, channels
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    images, origins = ctx.saved_tensors
+    images_grad = _cut_crops_backward(grad, images, origins, ctx.size, ctx.channels)
+    return images_grad, None, None, None, None
+
+
+_cut_crops.register_autograd(_backward, setup_context=_save_for_backward)

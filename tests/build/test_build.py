@@ -1,0 +1,307 @@
+"""Building the package: what setup.py decides, and real builds without CUDA and without a compiler.
+
+These need the source tree: DIFFMIC_SOURCE names it where the tests run elsewhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[2])
+if not (SOURCE / "setup.py").is_file():
+    pytest.skip("no source tree: set DIFFMIC_SOURCE", allow_module_level=True)
+
+KNOWN = ("75", "80", "86", "89", "90", "100", "103", "110", "120", "121")
+
+
+@pytest.fixture(scope="module")
+def setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("diffmic_setup", SOURCE / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- decisions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [
+        ("8.0", ("80",)),
+        ("8.0;9.0+PTX", ("80", "90+PTX")),
+        ("8.0 8.6, 12.0+PTX", ("80", "86", "120+PTX")),
+        (" 9.0a;12.0a+PTX; ", ("90a", "120a+PTX")),
+        ("10.0f", ("100f",)),
+        ("8.0;8.0+PTX;8.0", ("80+PTX",)),
+        ("Hopper", ("90+PTX",)),
+        ("ampere;Ada", ("80", "86+PTX", "89+PTX")),
+        ("Blackwell+Tegra", ("110",)),
+        ("Blackwell", ("100", "103", "120", "121+PTX")),
+    ],
+)
+def test_arch_list(setup: ModuleType, text: str, targets: tuple[str, ...]) -> None:
+    assert setup.parse_architectures(text, KNOWN) == targets
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sm_80", "'sm_80' is no architecture"),
+        ("8", "'8' is no architecture"),
+        ("8.0+SASS", "is no architecture"),
+        ("Hopper2", "'Hopper2' is no architecture"),
+        ("8.0;5.2", "does not compile for 5.2; it knows 7.5, 8.0"),
+        ("12.4a", "does not compile for 12.4a"),
+        (" ; ", "names no architecture"),
+    ],
+)
+def test_arch_list_that_cannot_be_met(setup: ModuleType, text: str, message: str) -> None:
+    with pytest.raises(setup.ConfigurationError, match=f"TORCH_CUDA_ARCH_LIST.*{message}"):
+        setup.parse_architectures(text, KNOWN)
+
+
+def test_default_architectures_are_those_that_nvcc_knows(setup: ModuleType) -> None:
+    assert setup.default_architectures(KNOWN) == ("80", "86", "89", "90", "100", "120+PTX")
+    assert setup.default_architectures(("70", "80", "86", "90")) == ("80", "86", "90+PTX")
+    with pytest.raises(setup.ConfigurationError, match="none of 80, 86"):
+        setup.default_architectures(("50", "61"))
+
+
+Programs = Callable[..., str]
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Programs:
+    """programs(nvcc="exit 1") is a folder of shell scripts, to be a whole PATH."""
+
+    def make(**scripts: str) -> str:
+        for name, body in scripts.items():
+            path = tmp_path / name.replace("cxx", "c++")
+            path.write_text(f"#!/bin/sh\n{body}\n")
+            path.chmod(0o755)
+        return str(tmp_path)
+
+    return make
+
+
+GOOD_NVCC = 'if [ "$1" = --list-gpu-arch ]; then echo compute_80; echo compute_90; fi; exit 0'
+
+
+def test_without_a_compiler_nothing_is_compiled(setup: ModuleType, programs: Programs) -> None:
+    plan = setup.make_plan({"PATH": programs(nvcc=GOOD_NVCC)})
+    assert plan.compiler is None and plan.nvcc is None
+    assert plan.reason.startswith("no C++ compiler was found")
+
+
+def test_cuda_follows_nvcc(setup: ModuleType, programs: Programs) -> None:
+    path = programs(cxx="exit 0", nvcc=GOOD_NVCC)
+    for wanted in ("auto", "on", ""):
+        plan = setup.make_plan({"PATH": path, "DIFFMIC_CUDA": wanted})
+        assert (plan.nvcc, plan.architectures) == (f"{path}/nvcc", ("80", "90+PTX"))
+    plan = setup.make_plan({"PATH": path, "TORCH_CUDA_ARCH_LIST": "9.0a"})
+    assert plan.architectures == ("90a",)
+    plan = setup.make_plan({"PATH": path, "DIFFMIC_CUDA": "off"})
+    assert plan.compiler == f"{path}/c++"
+    assert (plan.nvcc, plan.cuda_reason) == (None, "DIFFMIC_CUDA=off")
+
+
+def test_cuda_home_is_looked_into(setup: ModuleType, programs: Programs, tmp_path: Path) -> None:
+    path = programs(cxx="exit 0", nvcc=GOOD_NVCC)
+    (tmp_path / "toolkit" / "bin").mkdir(parents=True)
+    shutil.move(f"{path}/nvcc", tmp_path / "toolkit" / "bin" / "nvcc")
+    assert setup.make_plan({"PATH": path}).nvcc is None
+    home = str(tmp_path / "toolkit")
+    assert setup.make_plan({"PATH": path, "CUDA_HOME": home}).nvcc == f"{home}/bin/nvcc"
+    assert setup.make_plan({"PATH": path, "CUDA_PATH": home}).nvcc == f"{home}/bin/nvcc"
+
+
+def test_without_nvcc_auto_records_and_on_refuses(setup: ModuleType, programs: Programs) -> None:
+    path = programs(cxx="exit 0")
+    plan = setup.make_plan({"PATH": path})
+    assert plan.nvcc is None and plan.cuda_reason.startswith("nvcc was not found")
+    with pytest.raises(setup.ConfigurationError, match="DIFFMIC_CUDA=on, but nvcc was not found"):
+        setup.make_plan({"PATH": path, "DIFFMIC_CUDA": "on"})
+
+
+def test_an_nvcc_that_rejects_the_compiler(setup: ModuleType, programs: Programs) -> None:
+    path = programs(cxx="exit 0", nvcc="echo 'error: unsupported GNU version' >&2; exit 1")
+    plan = setup.make_plan({"PATH": path})
+    assert plan.nvcc is None
+    assert plan.cuda_reason.endswith("c++: error: unsupported GNU version")
+    with pytest.raises(setup.ConfigurationError, match="unsupported GNU version"):
+        setup.make_plan({"PATH": path, "DIFFMIC_CUDA": "on"})
+
+
+def test_values_that_mean_nothing(setup: ModuleType, programs: Programs) -> None:
+    path = programs(cxx="exit 0")
+    with pytest.raises(setup.ConfigurationError, match="must be auto, on or off, got 'yes'"):
+        setup.make_plan({"PATH": path, "DIFFMIC_CUDA": "yes"})
+    with pytest.raises(setup.ConfigurationError, match="CXX=nowhere/c"):
+        setup.make_plan({"PATH": path, "CXX": "nowhere/c++"})
+    with pytest.raises(setup.ConfigurationError, match="on, but no C"):
+        setup.make_plan({"PATH": "", "DIFFMIC_CUDA": "on"})
+
+
+# ---- real builds -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sdist of a copy of the tree, unpacked."""
+    folder = tmp_path_factory.mktemp("sdist")
+    skipped = {".git", ".venv", "build", "dist", "diffmic_fast.egg-info"}
+    shutil.copytree(
+        SOURCE,
+        folder / "tree",
+        ignore=lambda at, names: skipped.intersection(names) if at == str(SOURCE) else set(),
+    )
+    code = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=folder / "tree", check=True, capture_output=True
+    )
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder / "unpacked", filter="data")
+    (root,) = (folder / "unpacked").iterdir()
+    return root
+
+
+def pip(command: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """pip with the build requirements of this environment, so that no test needs a network."""
+    unset = {"DIFFMIC_CUDA", "TORCH_CUDA_ARCH_LIST", "CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH"}
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    options = ["--disable-pip-version-check", "--no-build-isolation", "--no-deps"]
+    return subprocess.run(
+        [sys.executable, "-m", "pip", command, *options, *map(str, arguments)],
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_sdist_holds_what_a_build_needs(sdist: Path) -> None:
+    for name in (
+        "CMakeLists.txt",
+        "Makefile",
+        "LICENSE",
+        "README.md",
+        ".ci/run",
+        "csrc/bindings.cpp",
+        "csrc/build_config.h.in",
+        "csrc/cpu/rois.cpp",
+        "csrc/cuda/device.cu",
+        "benchmarks/bench_rois.py",
+        "diffmic_fast/py.typed",
+        "diffmic_fast/presets/demo.yml",
+        "tests/conftest.py",
+        "tests/data/guidance.npz",
+        "tests/build/test_build.py",
+    ):
+        assert (sdist / name).is_file(), name
+    assert not list(sdist.rglob("*.so")) and not list(sdist.rglob("_build.json"))
+
+
+def test_wheel_of_the_sdist_without_cuda(sdist: Path, tmp_path: Path) -> None:
+    result = pip("wheel", "-w", tmp_path, sdist, DIFFMIC_CUDA="off")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = tmp_path.glob("diffmic_fast-*.whl")
+    assert f"cp{sys.version_info[0]}{sys.version_info[1]}" in wheel.name
+    with zipfile.ZipFile(wheel) as packed:
+        names = packed.namelist()
+        packed.extractall(tmp_path / "site")
+    presets = {f"diffmic_fast/presets/{p.name}" for p in SOURCE.glob("diffmic_fast/presets/*.yml")}
+    assert presets and presets <= set(names)
+    assert "diffmic_fast/py.typed" in names
+    assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks"))]
+
+    program = """
+import json
+from diffmic_fast import _native, info
+found = info.report()
+print(json.dumps({"file": _native.extension().__file__, "gpu": found["gpu"]["reason"],
+                  "rois": found["backends"]["cpu"]["rois"], "installed": found["installed"]}))
+"""
+    found = run_with(tmp_path / "site", program)
+    assert found["file"].startswith(str(tmp_path))
+    assert found["gpu"] == "the extension was built without CUDA: DIFFMIC_CUDA=off"
+    assert found["rois"] == "cpu"
+    assert found["installed"]["extension"] is True and found["installed"]["cuda"] is False
+    assert found["installed"]["compiler"] and "-O3" in found["installed"]["flags"]
+
+
+def test_install_without_a_compiler(sdist: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    result = pip(
+        "install", "-v", "--no-compile", "--target", tmp_path / "site", sdist, PATH=str(empty)
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    said = result.stdout + result.stderr
+    assert "installed without its C++ extension: no C++ compiler was found" in said
+    program = """
+import json, warnings
+warnings.simplefilter("ignore")
+import torch
+from diffmic_fast import info
+from diffmic_fast.ops.rois import choose_windows
+found = info.report()
+print(json.dumps({"extension": found["extension"], "file": info.__file__,
+                  "cells": choose_windows(torch.eye(3)[None, None], (1, 1), 1).tolist()}))
+"""
+    found = run_with(tmp_path / "site", program)
+    assert found["file"].startswith(str(tmp_path))
+    assert found["extension"]["loaded"] is False
+    assert "left out when diffmic_fast was installed: no C++" in found["extension"]["reason"]
+    assert found["cells"] == [[[0, 0]]]
+
+
+def test_a_compiler_that_fails_makes_the_installation_fail(sdist: Path, tmp_path: Path) -> None:
+    failing = tmp_path / "failing-c++"
+    failing.write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")
+    failing.chmod(0o755)
+    result = pip("wheel", "-w", tmp_path, sdist, CXX=str(failing), DIFFMIC_CUDA="off")
+    assert result.returncode != 0
+    assert "diffmic_fast: compiling the extension failed" in result.stdout + result.stderr
+    assert not list(tmp_path.glob("*.whl"))
+
+
+def test_cuda_that_cannot_be_had_is_one_sentence(sdist: Path, tmp_path: Path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nexit 0\n")
+    compiler.chmod(0o755)
+    result = pip("wheel", "-w", tmp_path, sdist, PATH=str(tmp_path), DIFFMIC_CUDA="on")
+    assert result.returncode != 0
+    said = result.stdout + result.stderr
+    lines = [line for line in said.splitlines() if "diffmic_fast:" in line]
+    assert len(lines) == 1 and "DIFFMIC_CUDA=on, but nvcc was not found" in lines[0]
+    assert "Traceback" not in said
+
+
+def run_with(site: Path, program: str) -> dict[str, object]:
+    """What a fresh process prints that finds diffmic_fast in `site` first."""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=site,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])

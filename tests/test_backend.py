@@ -1,0 +1,153 @@
+"""The choice of a backend: what auto means, and what a backend asked for by name says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from diffmic_fast import _native
+from diffmic_fast.ops import _backend
+from diffmic_fast.ops._backend import BACKENDS, IMPLEMENTATIONS, resolve
+from diffmic_fast.ops.rois import choose_windows
+
+CPU = torch.device("cpu")
+REASON = "nothing was there to compile it"
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("DIFFMIC_BACKEND", raising=False)
+    monkeypatch.setattr(_backend, "_said", set())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.fixture
+def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "attempt", lambda: (None, REASON))
+
+
+def test_every_operation_has_a_reference() -> None:
+    assert set(IMPLEMENTATIONS) == {"denoise", "conditioning", "conditional_linear", "mmd", "rois"}
+    for operation, backends in IMPLEMENTATIONS.items():
+        assert set(backends) <= set(BACKENDS)
+        assert resolve(operation, "reference", CPU) == "reference"
+        assert resolve(operation, "reference", torch.device("cuda", 1)) == "reference"
+
+
+def test_auto_takes_the_kernel_that_can_serve() -> None:
+    assert resolve("rois", "auto", CPU) == "cpu"
+    assert resolve("rois", "auto", torch.device("cuda")) == "reference"
+    assert resolve("mmd", "auto", CPU) == "reference"
+
+
+def test_an_unknown_name_lists_the_names() -> None:
+    with pytest.raises(ValueError, match=r"rois: backend must be auto, reference, cpu.*'fast'"):
+        resolve("rois", "fast", CPU)
+
+
+def test_a_named_backend_that_does_not_exist_raises() -> None:
+    with pytest.raises(RuntimeError, match=r"mmd: backend=\"cpu\" cannot serve: there is no cpu"):
+        resolve("mmd", "cpu", CPU)
+    for name in ("cuda", "triton", "cuda-emulated"):
+        with pytest.raises(RuntimeError, match=f"rois: .*there is no {name} implementation"):
+            resolve("rois", name, CPU)
+
+
+def test_a_named_backend_on_another_device_raises() -> None:
+    with pytest.raises(RuntimeError, match="takes tensors on the CPU, these are on cuda:1"):
+        resolve("rois", "cpu", torch.device("cuda", 1))
+
+
+def test_without_the_extension_auto_says_so_once(no_extension: None) -> None:
+    with pytest.warns(RuntimeWarning, match=f"rois: using the slower reference.*{REASON}"):
+        assert resolve("rois", "auto", CPU) == "reference"
+    assert resolve("rois", "auto", CPU) == "reference"  # a second warning would be an error
+    assert resolve("mmd", "auto", CPU) == "reference"
+    with pytest.raises(RuntimeError, match=f"cannot serve: the compiled extension.*{REASON}"):
+        resolve("rois", "cpu", CPU)
+
+
+def test_the_variable_sets_what_auto_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFMIC_BACKEND", "reference")
+    assert resolve("rois", "auto", CPU) == "reference"
+    assert resolve("rois", "cpu", CPU) == "cpu"
+    monkeypatch.setenv("DIFFMIC_BACKEND", "auto")
+    assert resolve("rois", "auto", CPU) == "cpu"
+    monkeypatch.setenv("DIFFMIC_BACKEND", "")
+    assert resolve("rois", "auto", CPU) == "cpu"
+    monkeypatch.setenv("DIFFMIC_BACKEND", "fast")
+    with pytest.raises(ValueError, match="the variable DIFFMIC_BACKEND must be auto"):
+        resolve("rois", "auto", CPU)
+
+
+def test_the_variable_raises_where_its_kernel_cannot_serve(
+    monkeypatch: pytest.MonkeyPatch, no_extension: None
+) -> None:
+    monkeypatch.setenv("DIFFMIC_BACKEND", "cpu")
+    with pytest.raises(RuntimeError, match="rois: DIFFMIC_BACKEND=cpu cannot serve"):
+        resolve("rois", "auto", CPU)
+
+
+def test_the_variable_says_once_where_an_operation_has_no_such_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DIFFMIC_BACKEND", "cpu")
+    with pytest.warns(RuntimeWarning, match="mmd: DIFFMIC_BACKEND=cpu does not apply"):
+        assert resolve("mmd", "auto", CPU) == "reference"
+    assert resolve("mmd", "auto", CPU) == "reference"
+
+
+def test_resolve_is_a_constant_of_a_compiled_graph() -> None:
+    @torch.compile(fullgraph=True, backend="eager")
+    def add(x: torch.Tensor) -> torch.Tensor:
+        return x + (1 if resolve("mmd", "auto", x.device) == "reference" else 2)
+
+    assert add(torch.zeros(2)).tolist() == [1, 1]
+
+
+def test_an_operation_passes_the_reason_on(no_extension: None) -> None:
+    with pytest.raises(RuntimeError, match=REASON):
+        choose_windows(torch.rand(1, 2, 3, 3), (1, 1), 1, backend="cpu")
+
+
+@pytest.mark.parametrize("breakage", ["missing", "broken"])
+def test_the_package_works_without_a_loadable_extension(breakage: str) -> None:
+    """A fresh process in which importing diffmic_fast._C fails, in two ways."""
+    program = f"""
+import sys, warnings, importlib.abc, importlib.machinery
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "diffmic_fast._C":
+            if {breakage == "broken"}:
+                raise ImportError("undefined symbol: kernel")
+            raise ModuleNotFoundError("No module named " + repr(name), name=name)
+sys.meta_path.insert(0, Finder())
+import torch
+from diffmic_fast import _native
+from diffmic_fast.ops.rois import choose_windows
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        print(choose_windows(torch.ones(1, 2, 3, 3), (1, 1), 2).tolist())
+print([str(w.message) for w in caught if "rois" in str(w.message)])
+try:
+    _native.extension()
+except RuntimeError as error:
+    print(error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    lines = result.stdout.splitlines()
+    assert lines[0] == lines[1] == "[[[0, 0], [0, 0]]]"
+    said = eval(lines[2])
+    assert len(said) == 1
+    expected = "undefined symbol: kernel" if breakage == "broken" else "diffmic_fast._C is not"
+    assert expected in said[0] and expected in lines[3]
