@@ -1,0 +1,1 @@
+"""Configuration, training, checkpoints, evaluation and prediction; what the command line runs."""

@@ -1,0 +1,211 @@
+"""Measures on labelled images: the guidance model alone and each sampler, side by side."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from diffmic_fast.data.dataset import ImageDataset
+from diffmic_fast.models import DiffMIC
+from diffmic_fast.training.checkpoint import atomic_file
+from diffmic_fast.training.config import SAMPLERS, SamplingConfig, check_steps
+from diffmic_fast.training.metrics import ECE_BINS, NAMES, TITLES, Metrics, compute_metrics
+
+GUIDANCE = "guidance alone"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A sampler with its steps (None: the whole chain) and, for ddim, eta."""
+
+    sampler: str
+    steps: int | None = None
+    eta: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Method:
+        """'ddpm', 'ddpm_truncated:60', 'ddim:20' or 'ddim:20:0.5' (eta)."""
+        parts = text.split(":")
+        if parts[0] not in SAMPLERS or len(parts) > 3:
+            raise ValueError(
+                f"sampler wants NAME[:STEPS[:ETA]] with NAME one of {', '.join(SAMPLERS)}, "
+                f"got {text!r}"
+            )
+        try:
+            steps = int(parts[1]) if len(parts) > 1 else None
+            eta = float(parts[2]) if len(parts) > 2 else 0.0
+        except ValueError:
+            raise ValueError(f"sampler: STEPS and ETA want numbers, got {text!r}") from None
+        if eta and parts[0] != "ddim":
+            raise ValueError(f"sampler: only ddim has an eta, got {text!r}")
+        return cls(parts[0], steps, eta)
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig) -> Method:
+        """The method that a configuration's sampling section asks for."""
+        return cls(sampling.sampler, sampling.steps, sampling.eta)
+
+    @property
+    def name(self) -> str:
+        """As in tables: 'ddim 20'."""
+        eta = f" eta {self.eta:g}" if self.eta else ""
+        return f"{self.sampler} {self.steps}{eta}" if self.steps else f"{self.sampler}{eta}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one method gave: measures, seconds an image, and probabilities float64 [N, C]."""
+
+    method: str
+    metrics: Metrics
+    seconds_per_image: float
+    probabilities: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results of all methods on the same images, the guidance model alone first."""
+
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    results: tuple[Result, ...]
+    samples: int
+    seed: int
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "images": len(self.labels),
+            "classes": list(self.classes),
+            "samples": self.samples,
+            "seed": self.seed,
+            "calibration_bins": ECE_BINS,
+            "notes": self.notes,
+            "results": [
+                {
+                    "method": r.method,
+                    "seconds_per_image": r.seconds_per_image,
+                    **r.metrics.to_dict(),
+                }
+                for r in self.results
+            ],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, whole or not at all."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        with atomic_file(path) as file:
+            file.write((text + "\n").encode())
+
+    def print(self, file: Any = None) -> None:
+        """Print a table of methods and measures, with the reasons for measures that are missing."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"{len(self.labels)} images, {len(self.classes)} classes")
+        table.add_column("method", no_wrap=True)
+        for name in NAMES:
+            table.add_column(TITLES[name], justify="right")
+        table.add_column("ms / image", justify="right")
+        for r in self.results:
+            cells = [f"{getattr(r.metrics, name):.4f}" for name in NAMES]
+            cells = ["-" if cell == "nan" else cell for cell in cells]
+            table.add_row(r.method, *cells, f"{1000 * r.seconds_per_image:.2f}")
+        # Outside a terminal rich assumes 80 columns and would fold the cells.
+        console = Console(file=file)
+        if not console.is_terminal:
+            console = Console(file=file, width=140)
+        console.print(table)
+        reasons = {f"{TITLES[k]}: {v}" for r in self.results for k, v in r.metrics.notes.items()}
+        for reason in sorted(reasons):
+            console.print(f"- = not defined, {reason}", markup=False)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.no_grad()
+def evaluate(
+    model: DiffMIC,
+    dataset: ImageDataset,
+    methods: Sequence[Method],
+    *,
+    samples: int = 1,
+    seed: int = 0,
+    batch_size: int = 32,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    on_batch: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Classify every image of `dataset` with the guidance model alone and with each method.
+
+    The noise of an image follows from its pixels, `seed` and the sample number, so results depend
+    neither on the batch size nor on the order of images. Times are of the model alone, images
+    already loaded and on the device; a method's time includes its guidance model.
+    on_batch: called with the number of images after each batch; may raise to stop.
+    """
+    device = torch.device(device)
+    timesteps = model.config.timesteps
+    for method in methods:
+        check_steps(method.sampler, method.steps, timesteps)
+    classes = dataset.table.classes
+    if len(classes) != model.config.classes:
+        raise ValueError(
+            f"evaluate: the images have {len(classes)} classes ({', '.join(classes)}), the model "
+            f"{model.config.classes}"
+        )
+    model.to(device).eval()
+    # A generator of its own: creating a loader would otherwise draw from the global one.
+    loader = DataLoader(
+        dataset, batch_size, num_workers=workers, generator=torch.Generator().manual_seed(0)
+    )
+    names = [GUIDANCE, *(m.name for m in methods)]
+    rows: list[list[NDArray[np.float64]]] = [[] for _ in names]
+    seconds = [0.0] * len(names)
+    labels: list[NDArray[np.int64]] = []
+    for number, (images, batch_labels, _) in enumerate(loader):
+        images = images.to(device)
+        if number == 0:  # first calls allocate and choose algorithms; that is not the model's time
+            model.guidance(images[:1])
+            if methods:
+                model.predict(images[:1], sampler="ddim", steps=1, seed=seed)
+        todo: list[Method | None] = [None, *methods]
+        for i, entry in enumerate(todo):
+            _synchronize(device)
+            start = time.perf_counter()
+            if entry is None:
+                p = model.guidance(images)[0].float().softmax(dim=1)
+            else:
+                p = model.predict(
+                    images,
+                    sampler=entry.sampler,
+                    steps=entry.steps,
+                    eta=entry.eta,
+                    samples=samples,
+                    seed=seed,
+                ).probabilities
+            _synchronize(device)
+            seconds[i] += time.perf_counter() - start
+            rows[i].append(p.double().cpu().numpy())
+        labels.append(np.asarray(batch_labels, dtype=np.int64))
+        if on_batch is not None:
+            on_batch(len(images))
+    truth = np.concatenate(labels)
+    results = []
+    for name, parts, spent in zip(names, rows, seconds, strict=True):
+        joined = np.concatenate(parts)
+        metrics = compute_metrics(joined, truth)
+        results.append(Result(name, metrics, spent / len(truth), joined))
+    return Evaluation(classes, truth, tuple(results), samples, seed)

@@ -1,0 +1,210 @@
+"""The command line, end to end on a few small images, and what it says when something is wrong."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffmic_fast.cli import main
+
+CONFIG = """
+seed: 3
+data: {{kind: folder, root: "{root}", train_table: train, test_table: test}}
+model: {{classes: 2, image_size: 32, timesteps: 10, feature_dim: 32, encoder: test_resnet,
+        guidance_trunk: test_resnet, crops: 2, crop_size: 16}}
+training: {{batch_size: 4, epochs: {epochs}, guidance_epochs: 1, warmup_epochs: 1, ema_decay: 0.9,
+           tensorboard: false}}
+sampling: {{sampler: ddim, steps: 2, samples: 2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Images of two classes, a configuration of 1 + 1 epochs and a run trained with it."""
+    root = tmp_path_factory.mktemp("cli")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 5), ("test", 2)):
+        for name, level in (("dark", 60), ("light", 190)):
+            folder = root / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(level - 40, level + 40, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    for name, epochs in (("c.yml", 1), ("long.yml", 3)):
+        (root / name).write_text(CONFIG.format(root=root / "images", epochs=epochs))
+    assert main(["train", "--config", str(root / "c.yml"), "--out", str(root / "run")]) == 0
+    return root
+
+
+def test_train_writes_a_run(work):
+    assert (work / "run" / "ckpt.pth").is_file()
+    with open(work / "run" / "log.csv", newline="") as file:
+        assert [r["epoch"] for r in csv.DictReader(file)] == ["0", "1"]
+
+
+def test_evaluate_prints_a_table_and_writes_files(work, tmp_path, capsys):
+    status = main(
+        ["evaluate", str(work / "run"), "--sampler", "ddpm", "--sampler", "ddpm_truncated:4",
+         "--samples", "1", "--json", str(tmp_path / "e.json"),
+         "--confusion", str(tmp_path / "c.png")]
+    )  # fmt: skip
+    assert status == 0
+    out = capsys.readouterr().out
+    assert "guidance alone" in out and "ddpm_truncated 4" in out
+    value = json.loads((tmp_path / "e.json").read_text())
+    assert [r["method"] for r in value["results"]] == ["guidance alone", "ddpm", "ddpm_truncated 4"]
+    assert value["classes"] == ["dark", "light"]
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_predict_with_a_corrupt_image_writes_the_good_ones_and_exits_3(work, tmp_path, capsys):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    good = (work / "images/test/dark/0.png").read_bytes()
+    (folder / "a.png").write_bytes(good)
+    (folder / "broken.png").write_bytes(good[:300])
+    (folder / "c.png").write_bytes((work / "images/test/light/0.png").read_bytes())
+    out, picture = tmp_path / "p.csv", tmp_path / "f.png"
+    status = main(
+        ["predict", str(work / "run" / "ckpt.pth"), str(folder), "--out", str(out),
+         "--figure", str(picture), "--images-out", str(tmp_path / "each")]
+    )  # fmt: skip
+    assert status == 3
+    err = capsys.readouterr().err
+    assert f"unreadable: {folder / 'broken.png'}: " in err
+    assert "1 of 3 files were unreadable" in err
+    with open(out, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["file"] for r in rows] == [str(folder / "a.png"), str(folder / "c.png")]
+    assert {r["class"] for r in rows} <= {"dark", "light"}
+    assert picture.is_file() and len(list((tmp_path / "each").iterdir())) == 2
+
+
+def test_predict_to_standard_output_is_csv_alone(work, capsys):
+    assert main(["predict", str(work / "run"), str(work / "images/test/light")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("file,label,class,probability_dark") and len(lines) == 3
+
+
+def test_predict_with_nothing_readable_fails_and_writes_nothing(work, tmp_path, capsys):
+    (tmp_path / "x.png").write_text("no image")
+    out = tmp_path / "p.json"
+    assert main(["predict", str(work / "run"), str(tmp_path / "x.png"), "--out", str(out)]) == 1
+    assert "none of the 1 files could be read" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_published_files_with_a_configuration(work, tmp_path, capsys):
+    """A checkpoint without our extras: needs --config, then works; its labels are numbers."""
+    parts = torch.load(work / "run" / "ckpt.pth", weights_only=True)
+    torch.save(parts[:5], tmp_path / "published.pth")
+    args = ["predict", str(tmp_path / "published.pth"), str(work / "images/test/dark/0.png")]
+    assert main(args) == 2
+    assert "no configuration inside (its weights say classes 2" in capsys.readouterr().err
+    args += ["--config", str(work / "c.yml"), "--guidance", str(work / "run" / "aux_ckpt.pth")]
+    assert main(args) == 0
+    assert "probability_0" in capsys.readouterr().out
+
+
+def one_error(capsys, argv, *parts):
+    """The command exits with 2 and a single line that holds all parts."""
+    assert main(argv) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("error: ") and "\n" not in err
+    for part in parts:
+        assert part in err
+
+
+def test_bad_input_is_one_clear_line(work, tmp_path, capsys):
+    run, config = str(work / "run"), str(work / "c.yml")
+    new = str(tmp_path / "new")
+    train = ["train", "--config", config, "--out", new]
+    one_error(capsys, [*train, "--set", "training.epoch=3"], "'epoch'", "'training'", "'epochs'")
+    one_error(capsys, [*train, "--set", "model.classes=3"], "2 classes (dark, light)", "classes=3")
+    (tmp_path / "empty").mkdir()
+    one_error(capsys, [*train, "--set", f"data.root={tmp_path / 'empty'}"], "empty")
+    one_error(capsys, ["train", "--config", "nope", "--out", new], "'nope'", "chest_xray_small")
+    one_error(capsys, ["train", "--out", new], "give --config")
+    one_error(capsys, ["train", "--config", config, "--out", run], "already holds a run")
+    one_error(capsys, [*train, "--resume"], "there is no file", "ckpt.pth")
+    one_error(capsys, [*train, "--device", "tpu3"], "auto, cpu, cuda")
+    (tmp_path / "text.pth").write_text("dear reader")
+    one_error(capsys, ["evaluate", str(tmp_path / "text.pth")], "is no checkpoint")
+    one_error(capsys, ["evaluate", run, "--set", "model.classes=4"], "classes 2", "says 4")
+    one_error(capsys, ["evaluate", run, "--set", "model.timesteps=99"], "timesteps 10", "says 99")
+    one_error(capsys, ["evaluate", run, "--sampler", "ddim:500"], "steps from 1 to 10")
+    one_error(capsys, ["evaluate", run, "--split", "validation"], "validation")
+    one_error(capsys, ["predict", run, str(tmp_path / "empty")], "no images in folder")
+    one_error(capsys, ["predict", run, "x.png", "--out", "p.xls"], ".csv or .json")
+    one_error(
+        capsys,
+        ["evaluate", run, "--set", f"data.root={work / 'images'}", "--set", "data.train_table=null",
+         "--set", "data.test_table=null"],
+        "test",
+    )  # fmt: skip
+    broken = work / "images/test/dark/0.png"
+    bad = tmp_path / "bad" / "dark"
+    bad.mkdir(parents=True)
+    (tmp_path / "bad" / "light").mkdir()
+    (bad / "cut.png").write_bytes(broken.read_bytes()[:300])
+    (tmp_path / "bad" / "light" / "1.png").write_bytes(broken.read_bytes())
+    one_error(capsys, ["evaluate", run, "--set", f"data.test_table={tmp_path / 'bad'}"], "cut.png")
+
+
+def test_debug_shows_the_traceback(work):
+    with pytest.raises(ValueError, match=r"is no checkpoint|no file"):
+        main(["evaluate", str(work / "nothere.pth"), "--debug"])
+
+
+def test_usage_errors_exit_with_2(capsys):
+    for argv in ([], ["fly"], ["train"], ["predict", "x"], ["evaluate", "x", "--samples", "0"]):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 2
+    assert "wants a positive whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_resumes_to_the_same_numbers(work, tmp_path, signum):
+    """Ctrl-C and SIGTERM to a real process; then --resume from the command line."""
+    unbroken = work / "unbroken"
+    config = str(work / "long.yml")
+    if not unbroken.exists():
+        assert main(["train", "--config", config, "--out", str(unbroken), "--threads", "1"]) == 0
+    command = [sys.executable, "-m", "diffmic_fast", "train", "--config", config]
+    command += ["--out", str(tmp_path), "--threads", "1"]
+    # A shell in the background would have SIGINT ignored; the child must start with the default.
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    assert first.startswith("epoch 1/4 guidance"), first
+    process.send_signal(signum)
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == 128 + signum
+    assert "interrupted in epoch" in rest and "go on with --resume" in rest
+    assert main(["train", "--out", str(tmp_path), "--resume", "--threads", "1"]) == 0
+    one, other = (torch.load(p / "ckpt.pth", weights_only=True) for p in (unbroken, tmp_path))
+    for state in (0, 4):
+        assert all(torch.equal(v, other[state][k]) for k, v in one[state].items())
+    guidance = one[5]["guidance"]
+    assert all(torch.equal(v, other[5]["guidance"][k]) for k, v in guidance.items())
+    with open(tmp_path / "log.csv", newline="") as file:
+        assert [r["epoch"] for r in csv.DictReader(file)] == [str(i) for i in range(4)]
+
+
+def test_info_names_the_package_version(capsys):
+    import diffmic_fast
+
+    assert main(["info"]) == 0
+    assert diffmic_fast.__version__ in capsys.readouterr().out
