@@ -110,7 +110,7 @@ def load_plain_pickle(path: str | Path) -> Any:
     data = path.read_bytes()
     try:
         for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name.endswith("PUT") and int(argument) > len(data):
+            if opcode.name.endswith("PUT") and int(argument or 0) > len(data):
                 # The reader would make room for as many objects as the number says.
                 raise _Refused(f"it numbers an object {argument} in a file of {len(data)} bytes")
             if opcode.name in _OUTSIDE:
