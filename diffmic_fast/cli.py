@@ -154,6 +154,13 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _make_parents(*paths: str | None) -> None:
+    """Make the folders of files to be written, before the work that they are to hold."""
+    for path in paths:
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+
 def _checkpoint(text: str) -> Path:
     from diffmic_fast.training.checkpoint import NAME
 
@@ -188,6 +195,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from diffmic_fast.training.checkpoint import load_model
     from diffmic_fast.training.trainer import choose_device, make_dataset
 
+    _make_parents(args.json, args.confusion)
     path = _checkpoint(args.checkpoint)
     config = _stored_or_given(args, path)
     model, names = load_model(path, args.guidance, config, ema=args.ema)
@@ -226,6 +234,7 @@ def _predict(args: argparse.Namespace) -> int:
     from diffmic_fast.training.predict import Pictures, collect_files, predict_files, save, to_csv
     from diffmic_fast.training.trainer import choose_device
 
+    _make_parents(args.out, args.figure)
     if args.out and Path(args.out).suffix.lower() not in (".csv", ".json"):
         raise ValueError(f"predict: --out wants an ending .csv or .json, got {args.out!r}")
     files = collect_files(args.inputs)

@@ -75,7 +75,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         key = np.random.SeedSequence([self._seed % 2**64, int(self._epoch), index])
         # The transforms draw from torch's global generator; it gets its own state back.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+            torch.default_generator.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
             image = self.transform.finish(prepared)
         return image, self.table.entries[index].label, index
 

@@ -52,7 +52,9 @@ def make_steps(
 def ddpm(schedule: Schedule, steps: int) -> StepTable:
     """Ancestral sampling over the first `steps` timesteps of the schedule (all of them: the whole chain)."""
     timesteps = torch.arange(steps - 1, -1, -1)
-    s, q = _levels(schedule, timesteps)
+    q = schedule.sqrt_one_minus_alpha_bar[timesteps]
+    # Recovered from q as in the published program, with the digits that this loses near the end.
+    s = torch.sqrt(1.0 - q.square())
     alphas = schedule.alphas[timesteps]
     s_next, q_next = _shift(s, 1.0), _shift(q, 0.0)
     variance = q.square()
@@ -60,7 +62,9 @@ def ddpm(schedule: Schedule, steps: int) -> StepTable:
     y_weight = q_next.square() * alphas.sqrt() / variance
     prior_weight = 1.0 + (s - 1.0) * (alphas.sqrt() + s_next) / variance
     sigma = torch.sqrt(q_next.square() / variance * (1.0 - alphas))
-    return _table(schedule, timesteps, y0_weight, y_weight, prior_weight, torch.zeros(steps), sigma)
+    return _table(
+        schedule, timesteps, s, q, y0_weight, y_weight, prior_weight, torch.zeros(steps), sigma
+    )
 
 
 def ddim(schedule: Schedule, steps: int, eta: float = 0.0) -> StepTable:
@@ -76,17 +80,22 @@ def ddim(schedule: Schedule, steps: int, eta: float = 0.0) -> StepTable:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
     total = len(schedule.betas)
     timesteps = (torch.arange(steps, 0, -1).double() * (total / steps)).round().long() - 1
-    s, q = _levels(schedule, timesteps)
+    s = schedule.sqrt_alpha_bar[timesteps]
+    q = schedule.sqrt_one_minus_alpha_bar[timesteps]
     s_next, q_next = _shift(s, 1.0), _shift(q, 0.0)
     sigma = eta * q_next / q * torch.sqrt((1.0 - (s / s_next).square()).clamp(min=0.0))
     eps_weight = torch.sqrt((q_next.square() - sigma.square()).clamp(min=0.0))
-    return _table(schedule, timesteps, s_next, torch.zeros(steps), 1.0 - s_next, eps_weight, sigma)
-
-
-def _levels(schedule: Schedule, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """s and q at the timesteps; s recovered from q as in the published program, lost digits included."""
-    q = schedule.sqrt_one_minus_alpha_bar[timesteps]
-    return torch.sqrt(1.0 - q.square()), q
+    return _table(
+        schedule,
+        timesteps,
+        s,
+        q,
+        s_next,
+        torch.zeros(steps),
+        1.0 - s_next,
+        eps_weight,
+        sigma,
+    )
 
 
 def _shift(values: Tensor, last: float) -> Tensor:
@@ -97,13 +106,22 @@ def _shift(values: Tensor, last: float) -> Tensor:
 def _table(
     schedule: Schedule,
     timesteps: Tensor,
+    s: Tensor,
+    q: Tensor,
     y0_weight: Tensor,
     y_weight: Tensor,
     prior_weight: Tensor,
     eps_weight: Tensor,
     sigma: Tensor,
 ) -> StepTable:
-    s, q = _levels(schedule, timesteps)
+    lost = (s == 0).nonzero()
+    if len(lost):
+        raise ValueError(
+            "this sampler cannot walk this schedule: at timestep "
+            f"{int(timesteps[lost[-1, 0]])} of {len(schedule.betas)} nothing is left of the label in float32 "
+            "(sqrt(alpha_bar) is 0), so it cannot be estimated; use fewer timesteps or a smaller beta_end, or the "
+            "sampler 'ddpm_truncated' below that timestep"
+        )
     # The last step returns its estimate itself, free of rounding.
     for column, value in zip(
         (y0_weight, y_weight, prior_weight, eps_weight, sigma),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from diffmic_fast.checks import Arguments
 from diffmic_fast.models.encoders import ImageEncoder, repeated_statistics
-from diffmic_fast.models.feature_cache import FeatureCache
+from diffmic_fast.models.feature_cache import FeatureCache, every_module
 from diffmic_fast.ops.conditional_linear import ConditionalLayer, conditional_linear
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.ops.denoise import DenoiserWeights
@@ -109,7 +109,10 @@ class ConditionalModel(nn.Module):
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or any(part.training for module in modules for part in module.modules())
+            or torch.jit.is_tracing()
+            or not isinstance(images, Tensor)
+            or getattr(self, "_is_replica", False)
+            or any(part.training for part in every_module(modules))
         ):
             return self.encode(images)
         return self._cache.features(images, modules, lambda: self.encode(images))
@@ -163,6 +166,10 @@ class ConditionalModel(nn.Module):
             )
         args = Arguments("ConditionalModel")
         args.integer("t", t, "B", "1")
+        args.tensor("y", y, "rows C", "S rows C")
+        embed = getattr(self.lin1, "embed", None)
+        if isinstance(embed, nn.Embedding):
+            args.within("timesteps", t, 0, embed.num_embeddings - 1)
         if features.shape[0] != y.shape[-2]:
             raise ValueError(
                 f"ConditionalModel: y must have a row an image, got {tuple(y.shape)} for {features.shape[0]} images"
@@ -273,7 +280,8 @@ class ConditionalModel(nn.Module):
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks
+        "forward" in vars(module)
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

@@ -180,6 +180,10 @@ class DiffMIC(nn.Module):
         args.sizes["B"] = len(images)
         args.integer("labels", labels, "B")
         args.within("labels", labels, 0, classes - 1)
+        if self.denoiser.training and len(images) < 2:
+            raise ValueError(
+                "DiffMIC.loss: training needs at least 2 images for its batch statistics, got 1"
+            )
         if draws < 1:
             raise ValueError(f"DiffMIC.loss: draws must be at least 1, got {draws}")
         rows = len(images) * draws
@@ -230,8 +234,13 @@ class DiffMIC(nn.Module):
             FloatingPointError: the model's result for an image is not finite.
         """
         images = self._check_images("DiffMIC.predict", images)
+        for name, value in (("samples", samples), ("seed", seed), ("steps", steps)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"DiffMIC.predict: {name} must be a whole number, got {value!r}")
         if samples < 1:
             raise ValueError(f"DiffMIC.predict: samples must be at least 1, got {samples}")
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"DiffMIC.predict: seed must have at most 64 bits, got {seed}")
         table = make_steps(self.schedule, sampler, steps, eta)
         batch = len(images)
         if ids is None:
@@ -308,6 +317,17 @@ class DiffMIC(nn.Module):
     def _check_images(self, operation: str, images: Tensor) -> Tensor:
         args = Arguments(operation)
         args.floating("images", images, "B 3 H W")
+        wanted = next(self.denoiser.parameters())
+        if images.dtype != wanted.dtype and not torch.is_autocast_enabled(images.device.type):
+            raise TypeError(
+                f"{operation}: images must be {wanted.dtype} as the model is, got {images.dtype}"
+            )
+        if images.device != wanted.device:
+            raise ValueError(
+                f"{operation}: images must be on {wanted.device} as the model is, got {images.device}"
+            )
+        if 0 in images.shape:
+            raise ValueError(f"{operation}: images must not be empty, got {tuple(images.shape)}")
         _check_finite(f"{operation}: the argument images", images, ValueError)
         return images
 

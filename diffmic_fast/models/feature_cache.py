@@ -2,10 +2,11 @@
 
 The features are given again only if nothing that they could depend on has changed. Version counters would be quick to
 compare but do not see a change through `tensor.data` or through memory shared with NumPy, so the images and the
-encoder's tensors are compared by content with a copy, which costs a few hundredths of an encoder pass.
+encoder's tensors are compared by content with a copy: a hundredth of an encoder pass of 32 images, a fifth of one's.
 
-A module that computes from something else than its input, tensors and plain attributes (a closure, a file, another
-object's fields) is beyond what can be compared: call `FeatureCache.clear` after changing such a thing.
+A module that computes from something else than its input, tensors, arrays and plain attributes (a closure, a file, the
+fields of an object that is no module, a method replaced on its class) is beyond what can be compared: call
+`FeatureCache.clear` after changing such a thing. Forward hooks of the encoder run when it runs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -99,31 +101,46 @@ def _settings(images: Tensor) -> tuple[object, ...]:
     )
 
 
-def _parts(modules: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
-    for module in modules:
-        yield from module.modules()
+def every_module(modules: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
+    """The modules, their submodules, and modules kept in plain attributes, each once."""
+    todo, seen = list(modules), set()
+    while todo:
+        module = todo.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield module
+        todo += [part for part in module._modules.values() if part is not None]
+        for name, value in vars(module).items():
+            if name not in _MODULE_STATE:
+                todo += [part for part in _within(value) if isinstance(part, nn.Module)]
+
+
+def _within(value: object) -> Iterator[object]:
+    """The value, or what a list, tuple or dict holds at any depth."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _within(part)
+    else:
+        yield value
 
 
 def _tensors(modules: tuple[nn.Module, ...]) -> list[Tensor]:
     """Every tensor of the modules: parameters, buffers, and those kept as plain attributes."""
     found: list[Tensor] = []
-    for module in _parts(modules):
+    for module in every_module(modules):
         found += [tensor for tensor in module._parameters.values() if tensor is not None]
         found += [tensor for tensor in module._buffers.values() if tensor is not None]
         for name, value in vars(module).items():
             if name not in _MODULE_STATE:
-                found += _tensors_within(value)
+                for part in _within(value):
+                    if isinstance(part, Tensor):
+                        found.append(part)
+                    elif isinstance(part, np.ndarray) and part.dtype.kind in "biuf":
+                        found.append(torch.from_numpy(np.array(part)))
     return found
-
-
-def _tensors_within(value: object) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return [tensor for part in value for tensor in _tensors_within(part)]
-    return []
 
 
 def _attributes(modules: tuple[nn.Module, ...]) -> list[tuple[object, ...]]:
@@ -142,7 +159,7 @@ def _attributes(modules: tuple[nn.Module, ...]) -> list[tuple[object, ...]]:
                 if key not in _MODULE_STATE and not isinstance(value, Tensor)
             },
         )
-        for module in _parts(modules)
+        for module in every_module(modules)
     ]
 
 

@@ -1,10 +1,11 @@
 """Checkpoint files: written whole or not at all, read without running code, errors in words.
 
-A checkpoint is a Python list, [denoiser state dict, optimizer state, epoch, step, moving average
-by name, extras]. The first five are the published format, so the file loads as a denoiser
-checkpoint in the authors' program; the sixth is a dict with all that an exact resume needs (the
-guidance model, its optimizer, position, random states, configuration, class names). Beside it
-stands the published form of the guidance file, [state dict, optimizer state].
+A checkpoint is the published list, [denoiser state dict, optimizer state, epoch, step, moving
+average by name], the last left out where there is none; programs of this family take the average
+from the list's end. All else that an exact resume needs (the guidance model, its optimizer,
+position, random states, configuration, class names) lies in the optimizer's state under a key of
+our own, which optimizers do not look at. Beside it stands the published form of the guidance file,
+[state dict, optimizer state].
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from diffmic_fast.training.config import RunConfig
 NAME = "ckpt.pth"
 GUIDANCE_NAME = "aux_ckpt.pth"
 BEST_NAME = "ckpt_best.pth"
+_EXTRAS = "diffmic_fast"
 GUIDANCE_BEST_NAME = "aux_ckpt_best.pth"
 
 _ZIP = b"PK\x03\x04"
@@ -104,15 +106,15 @@ def atomic_save(value: Any, path: str | Path) -> None:
 
 def save_checkpoint(checkpoint: Checkpoint, guidance_name: str = GUIDANCE_NAME) -> None:
     """Write `checkpoint` to its path and the published guidance file beside it."""
-    parts = [
+    extras = checkpoint.extras
+    parts: list[Any] = [
         checkpoint.denoiser,
-        checkpoint.optimizer,
+        checkpoint.optimizer | {_EXTRAS: extras},
         checkpoint.epoch,
         checkpoint.step,
-        checkpoint.ema,
-        checkpoint.extras,
     ]
-    extras = checkpoint.extras
+    if checkpoint.ema:
+        parts.append(checkpoint.ema)
     guidance = [extras["guidance"], extras["guidance_optimizer"]]
     # The denoiser's file last: it is the one that a resume reads, and it is complete by itself.
     atomic_save(guidance, checkpoint.path.parent / guidance_name)
@@ -203,7 +205,7 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> Checkpoint:
     value = _read_list(path, mmap=mmap)
     what = f"{path}"
     if isinstance(value, Mapping):
-        return Checkpoint(Path(path), strip_module(value, what))
+        return Checkpoint(Path(path), strip_module(_unwrapped(value), what))
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(
             f"checkpoint: {path} wants a list [state dict, optimizer state, epoch, step, ...], "
@@ -211,16 +213,26 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> Checkpoint:
         )
     result = Checkpoint(Path(path), strip_module(value[0], f"{what}, entry 0"))
     if len(value) > 1 and isinstance(value[1], dict):
-        result.optimizer = value[1]
-    if len(value) > 2:
-        result.epoch = int(value[2])
-    if len(value) > 3:
-        result.step = int(value[3])
+        result.optimizer = dict(value[1])
+        result.extras = result.optimizer.pop(_EXTRAS, {})
+    for place, name in ((2, "epoch"), (3, "step")):
+        if len(value) > place:
+            if not isinstance(value[place], int):
+                raise ValueError(
+                    f"checkpoint: {path} wants a whole number as entry {place} ({name}), got "
+                    f"{type(value[place]).__name__}"
+                )
+            setattr(result, name, value[place])
     if len(value) > 4 and value[4]:
         result.ema = strip_module(value[4], f"{what}, entry 4 (moving average)")
-    if len(value) > 5 and isinstance(value[5], dict):
-        result.extras = value[5]
     return result
+
+
+def _unwrapped(value: Any) -> Any:
+    """What a file with the one key "state_dict" wraps, else the value itself."""
+    if isinstance(value, Mapping) and isinstance(value.get("state_dict"), Mapping):
+        return value["state_dict"]
+    return value
 
 
 def read_guidance(path: str | Path, *, mmap: bool = False) -> dict[str, Tensor]:
@@ -228,7 +240,7 @@ def read_guidance(path: str | Path, *, mmap: bool = False) -> dict[str, Tensor]:
     value = _read_list(path, mmap=mmap)
     if isinstance(value, (list, tuple)) and value:
         value = value[0]
-    return strip_module(value, str(path))
+    return strip_module(_unwrapped(value), str(path))
 
 
 def denoiser_sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
@@ -281,16 +293,17 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], what: str) -> Non
 @torch.no_grad()
 def apply_average(denoiser: nn.Module, ema: Mapping[str, Tensor], what: str) -> None:
     """Copy a moving average, by parameter name, into `denoiser`; buffers stay as they are."""
+    # A frozen parameter has no average: it is the same at every step.
     names = dict(denoiser.named_parameters())
-    missing = [k for k in names if k not in ema]
+    missing = [k for k in names if k not in ema and not k.startswith("encoder_x.")]
     extra = [k for k in ema if k not in names]
     if missing or extra:
         raise ValueError(
             f"checkpoint: the moving average of {what} does not fit the denoiser: "
             f"{len(missing)} missing {missing[:3]}, {len(extra)} unexpected {extra[:3]}"
         )
-    for key, parameter in names.items():
-        parameter.copy_(ema[key])
+    for key, average in ema.items():
+        names[key].copy_(average)
 
 
 def load_model(

@@ -137,6 +137,8 @@ def check_ranges(config: RunConfig) -> None:
             value = getattr(getattr(config, section), key)
             raise ValueError(f"config: {section}.{key} wants {wish}, got {value!r}")
 
+    if config.seed < 0:
+        raise ValueError(f"config: seed wants a number not below 0, got {config.seed}")
     m, t, s = config.model, config.training, config.sampling
     want("model", "classes", m.classes >= 2, "at least 2 classes")
     for key in ("image_size", "feature_dim", "crops", "crop_size"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from diffmic_fast.data.config import AugmentationConfig
-from diffmic_fast.data.decode import IMAGE_SUFFIXES, UnreadableImageError, load_image
+from diffmic_fast.data.decode import UnreadableImageError, list_images, load_image
 from diffmic_fast.data.transforms import evaluation_transform
 from diffmic_fast.models import DiffMIC, Prediction
 from diffmic_fast.training.checkpoint import atomic_file
@@ -52,14 +52,7 @@ def collect_files(inputs: Sequence[str | Path]) -> list[Path]:
     files: dict[Path, None] = {}
     for entry in map(Path, inputs):
         if entry.is_dir():
-            found = sorted(
-                p for p in entry.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
-            )
-            if not found:
-                raise ValueError(
-                    f"predict: no images in folder {entry} (looked for {', '.join(IMAGE_SUFFIXES)})"
-                )
-            files.update(dict.fromkeys(found))
+            files.update(dict.fromkeys(list_images(entry, recursive=True)))
         else:
             files[entry] = None
     if not files:

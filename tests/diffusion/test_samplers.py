@@ -48,6 +48,18 @@ def test_coefficients_keep_a_noiseless_label(schedule):
     torch.testing.assert_close(y, y_0, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "timesteps"), [("const", 1000), ("linear", 2000), ("jsd", 100)])
+def test_schedules_that_lose_the_label_are_refused_before_the_chain(name, timesteps):
+    schedule = make_schedule(name, timesteps)
+    with pytest.raises(
+        ValueError, match=r"cannot walk this schedule: at timestep .* nothing is left"
+    ):
+        make_steps(schedule, "ddpm")
+    assert len(make_steps(schedule, "ddpm_truncated", 50).timesteps) == 50
+    if name != "jsd":
+        assert bool((make_steps(schedule, "ddim", 20).sqrt_alpha_bar > 0).all())
+
+
 def test_ddim_with_full_variance_is_ddpm(schedule, weights, features, record):
     """At every timestep and eta = 1 the two samplers are the same chain, written in other coefficients."""
     prior = record["y_hat"]

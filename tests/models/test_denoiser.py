@@ -93,6 +93,18 @@ def test_a_hook_runs_and_gives_the_same_numbers(name):
     assert calls == [1] and not model.runs_on_weights
 
 
+@pytest.mark.parametrize("name", ["lin2", "lin3.lin", "unetnorm1", "lin4"])
+@torch.no_grad()
+def test_a_patched_forward_is_used(name):
+    model = small_model().eval()
+    x, y, t = torch.randn(4, 3, 40, 40), torch.randn(4, 3), torch.tensor([3])
+    before = model(x, y, t, y)
+    part = model.get_submodule(name)
+    original = part.forward
+    part.forward = lambda *arguments: original(*arguments) * 0.5
+    assert not torch.allclose(model(x, y, t, y), before) and not model.runs_on_weights
+
+
 def test_composed_layers_train_as_the_operations_do():
     plain, hooked = small_model().train(), small_model().train()
     hooked.unetnorm1.register_forward_hook(lambda *_: None)
@@ -136,6 +148,8 @@ def test_bad_arguments_are_named():
         model(x, y, t + 10, y)
     with pytest.raises(ValueError, match=r"timesteps must be in \[0, 10\], got -1"):
         model(x, y, t - 2, y)
+    with pytest.raises(ValueError, match=r"y must be \[rows, C\]"):
+        model(x, y[0], t, y)
     with pytest.raises(ValueError, match="pass y_0_hat"):
         model(x, y, t)
     with pytest.raises(ValueError, match="y must have a row an image"):

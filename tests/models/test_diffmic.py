@@ -182,6 +182,18 @@ def test_bad_arguments_are_named(model, images):
     labels = torch.zeros(5).long()
     with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\], got \(5, 1, 64, 64\)"):
         model.predict(images[:, :1])
+    with pytest.raises(
+        TypeError, match=r"images must be torch\.float32 as the model is, got torch\.float64"
+    ):
+        model.predict(images.double())
+    with pytest.raises(ValueError, match="images must not be empty"):
+        model.predict(images[:0])
+    with pytest.raises(TypeError, match=r"seed must be a whole number, got 1\.5"):
+        model.predict(images, seed=1.5)
+    with pytest.raises(ValueError, match="seed must have at most 64 bits"):
+        model.predict(images, seed=2**64)
+    with pytest.raises(ValueError, match="at least 2 images for its batch statistics"):
+        copy.deepcopy(model).train().loss(images[:1], labels[:1])
     with pytest.raises(TypeError, match="images must be a floating-point tensor"):
         model.predict(images.to(torch.uint8))
     with pytest.raises(ValueError, match=r"labels must be in \[0, 2\], got 0 … 3"):

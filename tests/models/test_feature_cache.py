@@ -24,11 +24,14 @@ class CountingEncoder(nn.Module):
         self.scale = 1.0
         self.gains = [1.0, 2.0]
         self.table = {"shift": torch.zeros(8)}
+        self.mean = np.zeros(8, np.float32)
+        self.hidden = [nn.Linear(8, 8).eval().requires_grad_(False)]  # not in the state dict
         self.calls = 0
 
     def forward(self, x):
         self.calls += 1
         h = self.norm(self.linear(x.flatten(1))) + self.offset + self.table["shift"]
+        h = self.hidden[0](h - torch.from_numpy(self.mean))
         return h * self.scale * self.gains[0]
 
 
@@ -130,6 +133,14 @@ def _tensor_in_dict(model, x):
     model.encoder_x.table["shift"].add_(1.0)
 
 
+def _array(model, x):
+    model.encoder_x.mean[3] = 5.0
+
+
+def _hidden_module(model, x):
+    model.encoder_x.hidden[0].weight.mul_(3)
+
+
 def _submodule(model, x):
     model.encoder_x.linear = nn.Linear(12, 8)
 
@@ -166,6 +177,8 @@ CHANGES = [
     _attribute,
     _attribute_in_list,
     _tensor_in_dict,
+    _array,
+    _hidden_module,
     _submodule,
     _hook,
     _forward,
@@ -213,7 +226,24 @@ def test_modes_do_not_share_features(model, x):
         with torch.autocast("cpu", torch.bfloat16):
             low = model.features(x)
         assert torch.equal(model.features(x), fresh_features(model, x))
-    assert model.encoder_x.calls == 4 and low.dtype == model.features(x).dtype
+    assert model.encoder_x.calls == 4 and not torch.equal(low.float(), fresh_features(model, x))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
+def test_a_trace_keeps_the_encoder(model, x):
+    y, t, other = torch.full((5, 3), 0.3), torch.tensor([4]), torch.randn_like(x)
+    with torch.no_grad():
+        model(x, y, t, y)
+        traced = torch.jit.trace(model, (x, y, t, y), check_trace=False)
+        torch.testing.assert_close(traced(other, y, t, y), model(other, y, t, y))
+
+
+def test_a_hidden_module_in_training_is_not_cached(model, x):
+    model.encoder_x.hidden[0].train()
+    with torch.no_grad():
+        call(model, x)
+        call(model, x)
+    assert model.encoder_x.calls == 2
 
 
 def fresh_features(model, x):

@@ -60,7 +60,7 @@ def test_collecting(images, tmp_path):
     twice = pr.collect_files([images / "test" / "red", images / "test" / "red" / "red_00.png"])
     assert len(twice) == 2
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(ValueError, match="no images in folder"):
+    with pytest.raises(ValueError, match="there is no image file in"):
         pr.collect_files([tmp_path])
     with pytest.raises(ValueError, match="no files"):
         pr.collect_files([])

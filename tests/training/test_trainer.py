@@ -93,6 +93,18 @@ def test_a_run_leaves_what_it_promises(config, unbroken, images):
     assert not torch.equal(model.denoiser.lin4.weight, file.denoiser["lin4.weight"])
 
 
+def test_the_checkpoint_is_the_published_list(config, unbroken):
+    """A program of that family loads entries 0 to 3 and takes the average from the list's end."""
+    parts = torch.load(unbroken("plain", config) / "ckpt.pth", weights_only=True)
+    assert len(parts) == 5 and [type(part) for part in parts[2:4]] == [int, int]
+    denoiser = DiffMIC(config.model).denoiser
+    denoiser.load_state_dict(parts[0], strict=True)
+    torch.optim.Adam(denoiser.parameters()).load_state_dict(parts[1])
+    trainable = {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+    assert parts[-1].keys() == trainable.keys()
+    assert all(parts[-1][name].shape == p.shape for name, p in trainable.items())
+
+
 def test_the_guidance_file_beside_is_the_published_form(config, unbroken):
     out = unbroken("plain", config)
     parts = torch.load(out / "aux_ckpt.pth", weights_only=True)
