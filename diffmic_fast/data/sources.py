@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +11,16 @@ import numpy as np
 from .config import SPLITS, DataConfig, check_class_names
 from .decode import list_images
 from .pickles import load_plain_pickle
+from .rows import INTEGER, TableBuilder, csv_rows, find_file, is_number, number_labels
 from .synthetic_fundus import GRADES
 from .table import ArrayImage, ImageEntry, ImageTable, SyntheticImage
 
 HAM10000_CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
 APTOS2019_CLASSES = ("no_dr", "mild", "moderate", "severe", "proliferative")
 
-_INTEGER = re.compile(r"[+-]?\d+")
 _PATH_KEYS = ("img_root", "image_root", "img_path", "image_path", "image", "img", "path", "file")
 _LABEL_KEYS = ("label", "target", "class")
 _SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
-_SHOWN = 3
 
 
 def open_source(config: DataConfig, split: str = "train") -> ImageTable:
@@ -207,18 +203,18 @@ def read_csv(
     table = Path(table)
     root = table.parent if root is None else Path(root)
     file_column, label_column, fold_column = columns
-    builder = _Builder(table)
+    builder = TableBuilder(table)
     labels = []
-    for line, row in _csv_rows(table, (file_column, label_column)):
+    for line, row in csv_rows(table, (file_column, label_column)):
         fold = row.get(fold_column)
-        if fold is not None and not _INTEGER.fullmatch(fold):
+        if fold is not None and not INTEGER.fullmatch(fold):
             raise ValueError(f"{table}, line {line}: fold must be a whole number, got {fold!r}")
         name = row[file_column]
         if not name:
             raise ValueError(f"{table}, line {line}: the file name is empty")
         builder.add(f"line {line}", name, root / name, int(fold) if fold is not None else None)
         labels.append(row[label_column])
-    return builder.table(*_number_labels(builder, labels, classes, num_classes))
+    return builder.table(*number_labels(builder, labels, classes, num_classes))
 
 
 def read_ham10000(
@@ -235,17 +231,17 @@ def read_ham10000(
         ValueError: another header, a row that is not one-hot, missing image files.
     """
     table = Path(table)
-    builder = _Builder(table)
+    builder = TableBuilder(table)
     labels = []
-    for line, row in _csv_rows(table, ("image", *HAM10000_CLASSES)):
+    for line, row in csv_rows(table, ("image", *HAM10000_CLASSES)):
         values = [row[name] for name in HAM10000_CLASSES]
-        hot = [i for i, value in enumerate(values) if _is_number(value, 1.0)]
-        if len(hot) != 1 or not all(_is_number(v, 0.0) or i in hot for i, v in enumerate(values)):
+        hot = [i for i, value in enumerate(values) if is_number(value, 1.0)]
+        if len(hot) != 1 or not all(is_number(v, 0.0) or i in hot for i, v in enumerate(values)):
             raise ValueError(
                 f"{table}, line {line}: the classes of {row['image']} must be one 1 and otherwise "
                 f"0, got {', '.join(values)}"
             )
-        builder.add(f"line {line}", row["image"], _find(folders, row["image"] + suffix))
+        builder.add(f"line {line}", row["image"], find_file(folders, row["image"] + suffix))
         labels.append(hot[0])
     return builder.table(HAM10000_CLASSES, labels)
 
@@ -265,15 +261,15 @@ def read_aptos2019(
             none, missing image files.
     """
     table = Path(table)
-    builder = _Builder(table)
+    builder = TableBuilder(table)
     labels = []
-    for line, row in _csv_rows(table, ("id_code", "diagnosis")):
+    for line, row in csv_rows(table, ("id_code", "diagnosis")):
         grade = row["diagnosis"]
-        if not _INTEGER.fullmatch(grade) or not 0 <= int(grade) < len(APTOS2019_CLASSES):
+        if not INTEGER.fullmatch(grade) or not 0 <= int(grade) < len(APTOS2019_CLASSES):
             raise ValueError(
                 f"{table}, line {line}: diagnosis must be a grade from 0 to 4, got {grade!r}"
             )
-        builder.add(f"line {line}", row["id_code"], _find(folders, row["id_code"] + suffix))
+        builder.add(f"line {line}", row["id_code"], find_file(folders, row["id_code"] + suffix))
         labels.append(int(grade))
     return builder.table(APTOS2019_CLASSES, labels)
 
@@ -300,13 +296,13 @@ def read_pickle(
     content = load_plain_pickle(path)
     if not isinstance(content, (list, tuple)):
         raise ValueError(f"{path}: must hold a list of images, got {type(content).__name__}")
-    builder = _Builder(path)
+    builder = TableBuilder(path)
     labels = []
     for number, item in enumerate(content):
         name, label = _pickled_pair(f"{path}, item {number}", item)
         builder.add(f"item {number}", name, Path(root) / name)
         labels.append(str(label))
-    return builder.table(*_number_labels(builder, labels, classes, num_classes))
+    return builder.table(*number_labels(builder, labels, classes, num_classes))
 
 
 def _pickled_pair(where: str, item: Any) -> tuple[str, Any]:
@@ -397,112 +393,3 @@ def _synthetic(config: DataConfig, split: str) -> ImageTable:
         for i in range(counts[position])
     ]
     return ImageTable(GRADES, tuple(entries))
-
-
-class _Builder:
-    """Collects the images of one file, and says in words which one is not as it should be."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.places: list[str] = []
-        self.rows: list[tuple[str, Path, int | None]] = []
-        self._seen: dict[str, str] = {}
-
-    def add(self, place: str, name: str, file: Path, fold: int | None = None) -> None:
-        key = os.path.normpath(name)
-        if key in self._seen:
-            raise ValueError(
-                f"{self.path}, {place}: {name} is there twice, first in {self._seen[key]}"
-            )
-        self._seen[key] = place
-        self.places.append(place)
-        self.rows.append((name, file, fold))
-
-    def table(self, classes: Sequence[str], labels: Sequence[int]) -> ImageTable:
-        if not self.rows:
-            raise ValueError(f"{self.path}: lists no images")
-        missing = [str(file) for _, file, _ in self.rows if not file.is_file()]
-        if missing:
-            raise ValueError(
-                f"{self.path}: {len(missing)} of {len(self.rows)} image files are missing: "
-                f"{', '.join(missing[:_SHOWN])}{', …' if len(missing) > _SHOWN else ''}"
-            )
-        return ImageTable(
-            tuple(classes),
-            tuple(
-                ImageEntry(name, label, file, fold)
-                for (name, file, fold), label in zip(self.rows, labels, strict=True)
-            ),
-        )
-
-
-def _number_labels(
-    builder: _Builder,
-    labels: Sequence[str],
-    classes: Sequence[str] | None,
-    num_classes: int | None,
-) -> tuple[tuple[str, ...], list[int]]:
-    """Class names, and the number of each label."""
-    numeric = bool(labels) and all(_INTEGER.fullmatch(label) for label in labels)
-    if classes is not None:
-        names = tuple(classes)
-    elif numeric:
-        top = max(int(label) for label in labels)
-        names = tuple(str(i) for i in range(num_classes or max(top + 1, 2)))
-    else:
-        names = tuple(sorted(set(labels)))
-    by_name = {name: number for number, name in enumerate(names)}
-    numbers = []
-    for place, label in zip(builder.places, labels, strict=True):
-        number = by_name.get(label)
-        if number is None and numeric and 0 <= int(label) < len(names):
-            number = int(label)
-        if number is None:
-            wanted = (
-                f"a number from 0 to {len(names) - 1}" if numeric else f"one of {', '.join(names)}"
-            )
-            raise ValueError(f"{builder.path}, {place}: label must be {wanted}, got {label!r}")
-        numbers.append(number)
-    if labels:
-        check_class_names(names)
-    return names, numbers
-
-
-def _csv_rows(table: Path, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and stripped cells by column name."""
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            header = [cell.strip() for cell in next(reader, [])]
-            missing = [column for column in wanted if column not in header]
-            if missing:
-                raise ValueError(
-                    f"{table}: column {missing[0]!r} is missing; the header must have "
-                    f"{', '.join(wanted)}, got {', '.join(header) or 'nothing'}"
-                )
-            for cells in reader:
-                if not any(cell.strip() for cell in cells):
-                    continue
-                if len(cells) != len(header):
-                    raise ValueError(
-                        f"{table}, line {reader.line_num}: must have {len(header)} cells as the "
-                        f"header, got {len(cells)}"
-                    )
-                yield reader.line_num, dict(zip(header, map(str.strip, cells), strict=True))
-    except FileNotFoundError:
-        raise ValueError(f"data: there is no file {table}") from None
-    except (UnicodeDecodeError, IsADirectoryError, csv.Error) as error:
-        raise ValueError(f"{table}: is no CSV file: {error}") from error
-
-
-def _is_number(text: str, value: float) -> bool:
-    try:
-        return float(text) == value
-    except ValueError:
-        return False
-
-
-def _find(folders: Sequence[str | Path], name: str) -> Path:
-    """The first folder's file of that name; the first folder's if none has it."""
-    candidates = [Path(folder) / name for folder in folders]
-    return next((path for path in candidates if path.is_file()), candidates[0])

@@ -1,0 +1,1 @@
+"""Benchmarks: one file an operation, run by `python -m benchmarks NAME`."""

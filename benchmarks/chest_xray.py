@@ -1,0 +1,207 @@
+"""The real run: chest X-rays, DiffMIC beside plain networks of the same budget, over several seeds.
+
+    python -m benchmarks.chest_xray --data data/chest_xray --seeds 0 1 2
+
+Trains the preset `chest_xray_small` (folds 1 to 3), tests it on fold 0 with the guidance alone and with each sampler,
+and trains plain networks on the same images with the same augmentation, batch size and number of epochs: a ResNet-18
+from random weights, and DiffMIC's own image encoder from the same ImageNet weights. Every finished row is kept in
+benchmarks/results/chest_xray.json, so a run that broke off goes on where it was; prints the table at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from diffmic_fast import __version__
+from diffmic_fast.data.sources import open_source
+from diffmic_fast.models.encoders import ImageEncoder
+from diffmic_fast.training.checkpoint import NAME, load_model
+from diffmic_fast.training.config import RunConfig, read_config
+from diffmic_fast.training.evaluate import Method, evaluate
+from diffmic_fast.training.metrics import NAMES, compute_metrics
+from diffmic_fast.training.optimize import epoch_batches, half_cosine
+from diffmic_fast.training.trainer import Trainer, make_dataset
+
+METHODS = ("ddpm_truncated:60", "ddpm", "ddim:20")
+PLAIN = ("ResNet-18, random weights", "EfficientNet-Lite0, ImageNet weights")
+RESULTS = Path(__file__).parent / "results" / "chest_xray.json"
+COLUMNS = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "kappa": "kappa",
+    "ece": "calibration error",
+    "milliseconds": "ms / image",
+    "minutes": "training, min",
+}
+
+Row = dict[str, Any]
+
+
+def run_diffmic(config: RunConfig, out: Path) -> dict[str, Row]:
+    """Train, or go on with, the run in `out`; a row for the guidance alone and one for each sampler."""
+    checkpoint = out / NAME
+    trainer = Trainer(config, out, resume=checkpoint if checkpoint.exists() else None)
+    model, _ = load_model(trainer.fit())
+    with (out / "log.csv").open(newline="") as log:
+        seconds = sum(float(row["seconds"]) for row in csv.DictReader(log))
+    evaluation = evaluate(
+        model,
+        make_dataset(config, open_source(config.data, "test"), train=False),
+        [Method.parse(name) for name in METHODS],
+        samples=config.sampling.samples,
+        seed=config.sampling.seed,
+        batch_size=config.sampling.batch_size,
+    )
+    evaluation.print()
+    return {
+        result.method: {name: getattr(result.metrics, name) for name in NAMES}
+        | {
+            "milliseconds": 1000 * result.seconds_per_image,
+            "minutes": seconds / 60,
+            "confusion": result.metrics.confusion.tolist(),
+        }
+        for result in evaluation.results
+    }
+
+
+def make_plain(name: str, config: RunConfig) -> nn.Module:
+    """One of the plain networks, in the layout that convolutions are fastest in."""
+    torch.manual_seed(config.seed)
+    classes = config.model.classes
+    network: nn.Module
+    if name == PLAIN[0]:
+        network = torchvision.models.resnet18(num_classes=classes)
+    else:
+        network = ImageEncoder(config.model.encoder, classes, config.model.encoder_weights)
+    return network.to(memory_format=torch.channels_last)
+
+
+def run_plain(name: str, config: RunConfig) -> Row:
+    """Cross-entropy, Adam 1e-3 with a half-cosine to 0, for as many epochs as DiffMIC; then the test images."""
+    network = make_plain(name, config)
+    dataset = make_dataset(config, open_source(config.data, "train"), train=True)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
+    epochs = config.training.guidance_epochs + config.training.epochs
+    start = time.perf_counter()
+    network.train()
+    for epoch in range(epochs):
+        batches = epoch_batches(len(dataset), config.training.batch_size, config.seed, epoch)
+        dataset.set_epoch(epoch)
+        for number, (images, labels, _) in enumerate(DataLoader(dataset, batch_sampler=batches)):
+            for group in optimizer.param_groups:
+                group["lr"] = half_cosine((epoch + number / len(batches)) / epochs, 1e-3, 0.0)
+            optimizer.zero_grad()
+            torch.autograd.backward(nn.functional.cross_entropy(network(images), labels))
+            optimizer.step()
+    return test_plain(network, config) | {"minutes": (time.perf_counter() - start) / 60}
+
+
+@torch.no_grad()
+def test_plain(network: nn.Module, config: RunConfig) -> Row:
+    """Measures on the test images, and milliseconds an image of the network alone."""
+    dataset = make_dataset(config, open_source(config.data, "test"), train=False)
+    network.eval()
+    probabilities: list[Tensor] = []
+    labels: list[Tensor] = []
+    seconds = 0.0
+    for images, truth, _ in DataLoader(dataset, batch_size=config.sampling.batch_size):
+        if not labels:
+            network(images[:1])
+        start = time.perf_counter()
+        probabilities.append(network(images).softmax(dim=1))
+        seconds += time.perf_counter() - start
+        labels.append(truth)
+    truth = torch.cat(labels)
+    metrics = compute_metrics(torch.cat(probabilities).double().numpy(), truth.numpy())
+    return {name: getattr(metrics, name) for name in NAMES} | {
+        "milliseconds": 1000 * seconds / len(truth),
+        "confusion": metrics.confusion.tolist(),
+    }
+
+
+def table(seeds: dict[str, dict[str, Row]]) -> str:
+    """Markdown: mean and standard deviation over the seeds."""
+    lines = [
+        "| method | " + " | ".join(COLUMNS.values()) + " |",
+        "|---|" + "---|" * len(COLUMNS),
+    ]
+    names = dict.fromkeys(name for rows in seeds.values() for name in rows)
+    for name in names:
+        cells = []
+        for column in COLUMNS:
+            values = [rows[name][column] for rows in seeds.values() if name in rows]
+            mean = statistics.mean(values)
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            if column in ("milliseconds", "minutes"):
+                cells.append(f"{mean:.1f}")
+            elif column == "accuracy":
+                cells.append(f"{100 * mean:.2f} ± {100 * spread:.2f} %")
+            else:
+                cells.append(f"{mean:.3f} ± {spread:.3f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def conditions() -> dict[str, Any]:
+    """Machine, versions and settings that the numbers belong to."""
+    return {
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "versions": {
+            "diffmic_fast": __version__,
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "python": platform.python_version(),
+        },
+        "config": read_config("chest_xray_small").to_dict(),
+    }
+
+
+def main() -> None:
+    """Make the rows that are missing in the results file, then print the table."""
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("data/chest_xray"))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--only", choices=("diffmic", "plain"), help="leave the others out")
+    parser.add_argument("--out", type=Path, default=Path("runs/chest_xray"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    record: dict[str, Any] = {"seeds": {}}
+    if arguments.results.exists():
+        record = json.loads(arguments.results.read_text())
+
+    def keep(seed: int, rows: dict[str, Row]) -> None:
+        record["seeds"].setdefault(str(seed), {}).update(rows)
+        record.update(conditions())
+        arguments.results.parent.mkdir(parents=True, exist_ok=True)
+        arguments.results.write_text(json.dumps(record, indent=1) + "\n")
+
+    for seed in arguments.seeds:
+        settings = {"data": {"root": str(arguments.data)}, "seed": seed}
+        config = read_config("chest_xray_small", [settings])
+        done = record["seeds"].get(str(seed), {})
+        if arguments.only != "plain" and not any(name.startswith("ddpm") for name in done):
+            keep(seed, run_diffmic(config, arguments.out / f"seed{seed}"))
+        for name in PLAIN if arguments.only != "diffmic" else ():
+            if name not in done:
+                keep(seed, {name: run_plain(name, config)})
+    print(table(record["seeds"]))
+
+
+if __name__ == "__main__":
+    main()
