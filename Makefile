@@ -3,6 +3,8 @@
 #   make demo   install, train on synthetic fundus images, evaluate, predict, draw
 #   make test   build the wheel, install it, and test it from outside the sources
 #   make lint   ruff, clang-format, mypy
+#   make bench RUN="benchmarks rois --write"
+#               a benchmark's module and arguments, with the installed package
 #
 # Each makes .venv from $(PYTHON) if it is not there. PYTEST_ARGS is handed to pytest.
 
@@ -15,7 +17,9 @@ CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SOURCES := $(CXX_SOURCES) $(shell find diffmic_fast -name '*.py' -o -name '*.yml') \
            csrc/build_config.h.in setup.py pyproject.toml MANIFEST.in CMakeLists.txt
 
-.PHONY: demo test lint clean
+RUN ?= benchmarks rois
+
+.PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.package
@@ -31,6 +35,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(BIN)/mypy
+
+# From a folder that does not hold the sources, which have no extension and would be found first.
+bench: $(VENV)/.package
+	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
+	ln -s "$(CURDIR)/benchmarks" "$$scratch" && cd "$$scratch" && $(BIN)/python -m $(RUN)
 
 clean:
 	rm -rf $(VENV) build dist

@@ -1,6 +1,6 @@
 """The real run: chest X-rays, DiffMIC beside plain networks of the same budget, over several seeds.
 
-    python -m benchmarks.chest_xray --data data/chest_xray --seeds 0 1 2
+    make bench RUN="benchmarks.chest_xray --data $PWD/data/chest_xray --out $PWD/runs"
 
 Trains the preset `chest_xray_small` (folds 1 to 3), tests it on fold 0 with the guidance alone and with each sampler,
 and trains plain networks on the same images with the same augmentation, batch size and number of epochs: a ResNet-18

@@ -140,7 +140,8 @@ class ConditionalModel(nn.Module):
         """eps of S streams over the same images and timesteps, in one encoder pass.
 
         Gives the numbers of S calls of `forward`, running statistics included: in training each stream has its own
-        batch statistics, and every BatchNorm is updated once a stream, in order.
+        batch statistics, and every BatchNorm is updated once a stream, in order. (An encoder with dropout draws one
+        mask for all streams.)
 
         Args:
             x: [B, 3, H, W].
