@@ -293,9 +293,8 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], what: str) -> Non
 @torch.no_grad()
 def apply_average(denoiser: nn.Module, ema: Mapping[str, Tensor], what: str) -> None:
     """Copy a moving average, by parameter name, into `denoiser`; buffers stay as they are."""
-    # A frozen parameter has no average: it is the same at every step.
     names = dict(denoiser.named_parameters())
-    missing = [k for k in names if k not in ema and not k.startswith("encoder_x.")]
+    missing = [k for k in names if k not in ema]
     extra = [k for k in ema if k not in names]
     if missing or extra:
         raise ValueError(
