@@ -3,18 +3,24 @@
     make bench RUN="benchmarks.chest_xray --data $PWD/data/chest_xray --out $PWD/runs"
 
 Trains the preset `chest_xray_small` (folds 1 to 3), tests it on fold 0 with the guidance alone and with each sampler,
-and trains plain networks on the same images with the same augmentation, batch size and number of epochs: a ResNet-18
-from random weights, and DiffMIC's own image encoder from the same ImageNet weights. Every finished row is kept in
-benchmarks/results/chest_xray.json, so a run that broke off goes on where it was; prints the table at the end.
+and trains plain networks on the same images with the same augmentation and batch size: a ResNet-18 from random weights
+for as many epochs and for as much time as DiffMIC, and DiffMIC's own image encoder, from the same ImageNet weights, for
+as much time. Every finished row is kept in benchmarks/results/chest_xray.json, so a run that broke off goes on where it
+was; prints the table at the end.
+
+Accuracies may be collected on a busy machine; times may not. `--timings` takes them alone: an epoch of everything and
+the milliseconds an image of every method. The table's training minutes are epochs times seconds an epoch.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
 import platform
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -35,7 +41,12 @@ from diffmic_fast.training.optimize import epoch_batches, half_cosine
 from diffmic_fast.training.trainer import Trainer, make_dataset
 
 METHODS = ("ddpm_truncated:60", "ddpm", "ddim:20")
-PLAIN = ("ResNet-18, random weights", "EfficientNet-Lite0, ImageNet weights")
+# Network and epochs. The larger numbers give it DiffMIC's time, by the seconds an epoch that --timings measured.
+PLAIN = {
+    "ResNet-18, same epochs": ("resnet18", 11),
+    "ResNet-18, same time": ("resnet18", 24),
+    "EfficientNet-Lite0, same time": ("encoder", 38),
+}
 RESULTS = Path(__file__).parent / "results" / "chest_xray.json"
 COLUMNS = {
     "accuracy": "accuracy",
@@ -54,8 +65,6 @@ def run_diffmic(config: RunConfig, out: Path) -> dict[str, Row]:
     checkpoint = out / NAME
     trainer = Trainer(config, out, resume=checkpoint if checkpoint.exists() else None)
     model, _ = load_model(trainer.fit())
-    with (out / "log.csv").open(newline="") as log:
-        seconds = sum(float(row["seconds"]) for row in csv.DictReader(log))
     evaluation = evaluate(
         model,
         make_dataset(config, open_source(config.data, "test"), train=False),
@@ -69,34 +78,32 @@ def run_diffmic(config: RunConfig, out: Path) -> dict[str, Row]:
         result.method: {name: getattr(result.metrics, name) for name in NAMES}
         | {
             "milliseconds": 1000 * result.seconds_per_image,
-            "minutes": seconds / 60,
             "confusion": result.metrics.confusion.tolist(),
         }
         for result in evaluation.results
     }
 
 
-def make_plain(name: str, config: RunConfig) -> nn.Module:
+def make_plain(network_name: str, config: RunConfig) -> nn.Module:
     """One of the plain networks, in the layout that convolutions are fastest in."""
     torch.manual_seed(config.seed)
     classes = config.model.classes
     network: nn.Module
-    if name == PLAIN[0]:
+    if network_name == "resnet18":
         network = torchvision.models.resnet18(num_classes=classes)
     else:
         network = ImageEncoder(config.model.encoder, classes, config.model.encoder_weights)
     return network.to(memory_format=torch.channels_last)
 
 
-def run_plain(name: str, config: RunConfig) -> Row:
-    """Cross-entropy, Adam 1e-3 with a half-cosine to 0, for as many epochs as DiffMIC; then the test images."""
-    network = make_plain(name, config)
+def train_plain(network: nn.Module, config: RunConfig, epochs: int) -> list[float]:
+    """Cross-entropy, Adam 1e-3 with a half-cosine to 0; the seconds of every epoch."""
     dataset = make_dataset(config, open_source(config.data, "train"), train=True)
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
-    epochs = config.training.guidance_epochs + config.training.epochs
-    start = time.perf_counter()
+    seconds = []
     network.train()
     for epoch in range(epochs):
+        start = time.perf_counter()
         batches = epoch_batches(len(dataset), config.training.batch_size, config.seed, epoch)
         dataset.set_epoch(epoch)
         for number, (images, labels, _) in enumerate(DataLoader(dataset, batch_sampler=batches)):
@@ -105,7 +112,8 @@ def run_plain(name: str, config: RunConfig) -> Row:
             optimizer.zero_grad()
             torch.autograd.backward(nn.functional.cross_entropy(network(images), labels))
             optimizer.step()
-    return test_plain(network, config) | {"minutes": (time.perf_counter() - start) / 60}
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 @torch.no_grad()
@@ -131,8 +139,34 @@ def test_plain(network: nn.Module, config: RunConfig) -> Row:
     }
 
 
-def table(seeds: dict[str, dict[str, Row]]) -> str:
-    """Markdown: mean and standard deviation over the seeds."""
+def measure_times(config: RunConfig) -> dict[str, Any]:
+    """Seconds a training epoch and milliseconds an image, of everything in the table.
+
+    The first epoch of each pays for decoding the images, so the second counts.
+    """
+    training = config.training
+    brief = dataclasses.replace(training, guidance_epochs=2, epochs=1, warmup_epochs=0)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        rows = run_diffmic(dataclasses.replace(config, training=brief), out)
+        with (out / "log.csv").open(newline="") as log:
+            epochs = [float(row["seconds"]) for row in csv.DictReader(log)]
+    whole = training.guidance_epochs * epochs[1] + training.epochs * epochs[2]
+    times: dict[str, Any] = {
+        name: {"minutes": whole / 60, "milliseconds": row["milliseconds"]}
+        for name, row in rows.items()
+    }
+    for name, (network_name, count) in PLAIN.items():
+        network = make_plain(network_name, config)
+        epoch = train_plain(network, config, 2)[1]
+        milliseconds = test_plain(network, config)["milliseconds"]
+        times[name] = {"minutes": count * epoch / 60, "milliseconds": milliseconds}
+    return times
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown: mean and standard deviation over the seeds, and times where they were taken."""
+    seeds, times = record["seeds"], record.get("times", {}).get("methods", {})
     lines = [
         "| method | " + " | ".join(COLUMNS.values()) + " |",
         "|---|" + "---|" * len(COLUMNS),
@@ -141,12 +175,13 @@ def table(seeds: dict[str, dict[str, Row]]) -> str:
     for name in names:
         cells = []
         for column in COLUMNS:
+            if column in ("milliseconds", "minutes"):
+                cells.append(f"{times[name][column]:.1f}" if name in times else "")
+                continue
             values = [rows[name][column] for rows in seeds.values() if name in rows]
             mean = statistics.mean(values)
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            if column in ("milliseconds", "minutes"):
-                cells.append(f"{mean:.1f}")
-            elif column == "accuracy":
+            if column == "accuracy":
                 cells.append(f"{100 * mean:.2f} ± {100 * spread:.2f} %")
             else:
                 cells.append(f"{mean:.3f} ± {spread:.3f}")
@@ -154,30 +189,26 @@ def table(seeds: dict[str, dict[str, Row]]) -> str:
     return "\n".join(lines)
 
 
-def conditions() -> dict[str, Any]:
-    """Machine, versions and settings that the numbers belong to."""
+def machine() -> dict[str, Any]:
+    """The machine and the versions that numbers belong to."""
     return {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-        },
-        "versions": {
-            "diffmic_fast": __version__,
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "python": platform.python_version(),
-        },
-        "config": read_config("chest_xray_small").to_dict(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "diffmic_fast": __version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
     }
 
 
 def main() -> None:
-    """Make the rows that are missing in the results file, then print the table."""
+    """Make the rows that are missing in the results file, or its times; then print the table."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("data/chest_xray"))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--only", choices=("diffmic", "plain"), help="leave the others out")
+    parser.add_argument("--timings", action="store_true", help="only take the times")
     parser.add_argument("--out", type=Path, default=Path("runs/chest_xray"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -185,22 +216,34 @@ def main() -> None:
     if arguments.results.exists():
         record = json.loads(arguments.results.read_text())
 
-    def keep(seed: int, rows: dict[str, Row]) -> None:
-        record["seeds"].setdefault(str(seed), {}).update(rows)
-        record.update(conditions())
+    def settings(seed: int) -> RunConfig:
+        override = {"data": {"root": str(arguments.data)}, "seed": seed}
+        return read_config("chest_xray_small", [override])
+
+    def write() -> None:
+        record["config"] = read_config("chest_xray_small").to_dict()
         arguments.results.parent.mkdir(parents=True, exist_ok=True)
         arguments.results.write_text(json.dumps(record, indent=1) + "\n")
 
-    for seed in arguments.seeds:
-        settings = {"data": {"root": str(arguments.data)}, "seed": seed}
-        config = read_config("chest_xray_small", [settings])
+    def keep(seed: int, rows: dict[str, Row]) -> None:
+        record["seeds"].setdefault(str(seed), {}).update(rows)
+        record["machine"] = machine()
+        write()
+
+    if arguments.timings:
+        record["times"] = {"machine": machine(), "methods": measure_times(settings(0))}
+        write()
+    for seed in arguments.seeds if not arguments.timings else ():
+        config = settings(seed)
         done = record["seeds"].get(str(seed), {})
         if arguments.only != "plain" and not any(name.startswith("ddpm") for name in done):
             keep(seed, run_diffmic(config, arguments.out / f"seed{seed}"))
-        for name in PLAIN if arguments.only != "diffmic" else ():
+        for name, (network_name, epochs) in PLAIN.items() if arguments.only != "diffmic" else ():
             if name not in done:
-                keep(seed, {name: run_plain(name, config)})
-    print(table(record["seeds"]))
+                network = make_plain(network_name, config)
+                train_plain(network, config, epochs)
+                keep(seed, {name: test_plain(network, config)})
+    print(table(record))
 
 
 if __name__ == "__main__":

@@ -390,6 +390,16 @@ def restore_random_states(
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
+@contextlib.contextmanager
+def keep_random_states() -> Iterator[None]:
+    """Whatever is drawn inside, also by the first import of a library, is as if never drawn."""
+    states = random_states({})
+    try:
+        yield
+    finally:
+        restore_random_states(states, {})
+
+
 # Keys that change neither the weights nor the rows of the log: a resume may set them anew.
 _FREE = ("data.workers", "data.cache", "data.root", "training.checkpoint_every",
          "training.tensorboard")  # fmt: skip

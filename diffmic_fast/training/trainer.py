@@ -224,7 +224,8 @@ class Trainer:
         self.csv = CsvLog(self.out / "log.csv", self.epoch)
         board = None
         if self.config.training.tensorboard:
-            board = TensorBoardLog(self.out / "tensorboard", self.epoch)
+            with ckpt.keep_random_states():
+                board = TensorBoardLog(self.out / "tensorboard", self.epoch)
         with Interruption() as self.interruption:
             try:
                 while self.epoch < self.epochs:
@@ -378,7 +379,8 @@ class Trainer:
             self.progress.advance(images)
             self.interruption.check()
 
-        with average.applied() if average else contextlib.nullcontext():
+        # Measuring must not move training: libraries draw, some already when they are imported.
+        with ckpt.keep_random_states(), average.applied() if average else contextlib.nullcontext():
             self.last_evaluation = evaluate(
                 self.model,
                 self.validation,

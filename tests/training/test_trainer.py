@@ -7,6 +7,9 @@ import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -333,3 +336,25 @@ def test_bf16_tensorboard_and_lines(config, tmp_path, capsys):
 def test_unknown_device_is_refused(config, tmp_path):
     with pytest.raises(ValueError, match="device wants auto, cpu, cuda or cuda:N, got 'gpu'"):
         Trainer(config, tmp_path, device="gpu", quiet=True)
+
+
+def test_a_run_draws_nothing_from_generators_it_does_not_own(config, tmp_path):
+    """In a fresh interpreter: libraries that draw when they are first imported are loaded inside."""
+    training = dataclasses.replace(config.training, tensorboard=True)
+    dataclasses.replace(config, training=training).save(tmp_path / "config.yml")
+    script = """
+        import random, sys
+        import numpy as np
+        from diffmic_fast.training.config import read_config
+        from diffmic_fast.training.trainer import Trainer
+
+        trainer = Trainer(read_config(sys.argv[1]), sys.argv[2], quiet=True)
+        before = random.getstate(), np.random.get_state()[1:]
+        trainer.fit()
+        assert "sklearn" in sys.modules and "torch.utils.tensorboard" in sys.modules
+        assert random.getstate() == before[0]
+        after = np.random.get_state()[1:]
+        assert all(np.array_equal(a, b) for a, b in zip(before[1], after))
+        """
+    arguments = [str(tmp_path / "config.yml"), str(tmp_path / "run")]
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), *arguments], check=True)
