@@ -114,6 +114,25 @@ void CutCrops(py::handle images_array, py::handle origins_array, bool first_chan
                 first_channel ? 3 : 1, crops.mutable_data(), threads);
 }
 
+void Rois(py::handle saliency_array, py::handle images_array, SizePair window, bool first_channel,
+          py::handle cells_array, py::handle origins_array, py::handle crops_array, int threads) {
+  constexpr char kOperation[] = "rois";
+  const auto cells = TensorView::Output(cells_array, kOperation, "cells");
+  const auto origins = TensorView::Output(origins_array, kOperation, "origins");
+  cells.OfType({DType::kInt64}).OfRank(3, "[B, K, 2]").ApartFrom(origins);
+  origins.OfType({DType::kInt64}).OfShape({cells.size(0), cells.size(1), 2});
+  ChooseWindows(saliency_array, window, cells_array, threads);
+  {
+    const auto saliency = TensorView::Input(saliency_array, kOperation, "saliency");
+    const auto images = TensorView::Input(images_array, kOperation, "images");
+    images.OfRank(4, "[B, Ch, H, W]").ApartFrom(origins);
+    cpu::CellsToPixels(cells.data_as<std::int64_t>(), cells.size(0) * cells.size(1),
+                       {saliency.size(2), saliency.size(3)}, {images.size(2), images.size(3)},
+                       origins.mutable_data_as<std::int64_t>());
+  }
+  CutCrops(images_array, origins_array, first_channel, crops_array, threads);
+}
+
 void CheckKeys(const TensorView& keys, std::int64_t largest, const char* name) {
   for (std::int64_t i = 0; i < keys.size(0); ++i) {
     const std::int64_t value = keys.data_as<std::int64_t>()[i * keys.stride(0)];
@@ -205,6 +224,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         arg("crops"), arg("threads") = 1,
         "Write the crops of images [B, Ch, H, W] at origins [B, K, 2] into crops "
         "[B, K, 3 or Ch, height, width].");
+  m.def("rois", &diffmic::Rois, arg("saliency"), arg("images"), arg("window"), arg("first_channel"),
+        arg("cells"), arg("origins"), arg("crops"), arg("threads") = 1,
+        "choose_windows, the pixels of its cells into origins [B, K, 2], and cut_crops there.");
   m.def("philox_normal", &diffmic::PhiloxNormal, arg("out"), arg("seed"), arg("image_ids"),
         arg("sample_ids"), arg("timesteps"), arg("threads") = 1,
         "Write the standard normal noise of (seed, image, sample, timestep) into out [K, M, C].");

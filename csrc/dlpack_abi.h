@@ -73,6 +73,16 @@ struct DLManagedTensorVersioned {
   DLTensor dl_tensor;
 };
 
+// The table of C functions that a type offers as `__dlpack_c_exchange_api__` (DLPack 1.2): the same
+// exchange without a Python call. It may grow at its end; what is not used here is not spelt out.
+struct DLPackExchangeAPI {
+  DLPackVersion version;
+  DLPackExchangeAPI* older;  // of an earlier major version, or NULL
+  void (*allocate)();
+  // 0, or -1 with a Python exception set; the caller owns what comes out.
+  int (*managed_tensor_from_py_object)(void* array, DLManagedTensorVersioned** out);
+};
+
 static_assert(sizeof(void*) != 8 || sizeof(DLTensor) == 48);
 static_assert(sizeof(void*) != 8 || sizeof(DLManagedTensor) == 64);
 static_assert(sizeof(void*) != 8 || sizeof(DLManagedTensorVersioned) == 80);

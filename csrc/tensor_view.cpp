@@ -21,6 +21,7 @@ constexpr char kVersioned[] = "dltensor_versioned";
 constexpr char kUsedVersioned[] = "used_dltensor_versioned";
 constexpr char kLegacy[] = "dltensor";
 constexpr char kUsedLegacy[] = "used_dltensor";
+constexpr char kExchange[] = "dlpack_exchange_api";
 
 std::string Joined(const std::int64_t* values, std::size_t count) {
   std::ostringstream text;
@@ -116,6 +117,27 @@ py::object AskForCapsule(py::handle array) {
   return method();
 }
 
+// The exchange table that exactly this type offers, else NULL. A subclass inherits the attribute,
+// and may mean something else by its memory: it is asked through its own __dlpack__.
+const dlpack::DLPackExchangeAPI* ExchangeOf(py::handle array) {
+  PyTypeObject* type = Py_TYPE(array.ptr());
+  static PyObject* const kAttribute = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
+  PyObject* capsule =
+      type->tp_dict != nullptr ? PyDict_GetItemWithError(type->tp_dict, kAttribute) : nullptr;
+  if (capsule == nullptr || !PyCapsule_IsValid(capsule, kExchange)) {
+    PyErr_Clear();
+    return nullptr;
+  }
+  auto* api = static_cast<dlpack::DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, kExchange));
+  while (api != nullptr && api->version.major != dlpack::kMajorVersion) api = api->older;
+  return api;
+}
+
+// torch's table exports a tensor that requires gradients without a word, its __dlpack__ refuses.
+bool RequiresGrad(py::handle array) {
+  return py::getattr(array, "requires_grad", py::bool_(false)).ptr() == Py_True;
+}
+
 }  // namespace
 
 const char* Name(DType dtype) {
@@ -170,14 +192,17 @@ void TensorView::Import(py::handle array, bool writable) {
         "is a lazily negated view, whose memory holds the opposite sign: pass "
         "resolve_neg() of it");
   }
-  py::object capsule;
+  bool read_only = false;
   try {
-    // The device comes first: asking for the capsule of another device's array may wait for it.
-    const auto device = array.attr("__dlpack_device__")().cast<py::tuple>();
-    const auto type = py::int_(device[0]).cast<std::int32_t>();
-    const auto id = py::int_(device[1]).cast<std::int32_t>();
-    if (!IsHost(type)) FailValue(Text("must be on the CPU, got ", DeviceInWords(type, id)));
-    capsule = AskForCapsule(array);
+    if (const auto* exchange = ExchangeOf(array); exchange != nullptr && !RequiresGrad(array)) {
+      dlpack::DLManagedTensorVersioned* managed = nullptr;
+      if (exchange->managed_tensor_from_py_object(array.ptr(), &managed) != 0) {
+        throw py::error_already_set();
+      }
+      read_only = Adopt(managed);
+    } else {
+      read_only = ImportCapsule(array);
+    }
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_Exception)) throw;  // an interrupt is not a property of the array
     const std::string message = Text(
@@ -185,28 +210,37 @@ void TensorView::Import(py::handle array, bool writable) {
     py::raise_from(error, PyExc_ValueError, message.c_str());
     throw py::error_already_set();
   }
+  if (writable && read_only) FailValue("is read-only memory, and the operation writes to it");
+}
 
-  bool read_only = false;
-  const DLTensor* tensor = nullptr;
+bool TensorView::ImportCapsule(py::handle array) {
+  // The device comes first: asking for the capsule of another device's array may wait for it.
+  const auto device = array.attr("__dlpack_device__")().cast<py::tuple>();
+  const auto type = py::int_(device[0]).cast<std::int32_t>();
+  const auto id = py::int_(device[1]).cast<std::int32_t>();
+  if (!IsHost(type)) FailValue(Text("must be on the CPU, got ", DeviceInWords(type, id)));
+  const py::object capsule = AskForCapsule(array);
   if (PyCapsule_IsValid(capsule.ptr(), kVersioned)) {
-    auto* managed = Take<DLManagedTensorVersioned>(capsule, kVersioned, kUsedVersioned);
-    owner_ = Own(managed);
-    if (managed->version.major != dlpack::kMajorVersion) {
-      // Only the version and the deleter keep their place in another major version.
-      FailValue(Text("comes in DLPack version ", managed->version.major, ".",
-                     managed->version.minor, ", version 1 was asked for"));
-    }
-    read_only = (managed->flags & dlpack::kFlagReadOnly) != 0;
-    tensor = &managed->dl_tensor;
-  } else if (PyCapsule_IsValid(capsule.ptr(), kLegacy)) {
-    auto* managed = Take<DLManagedTensor>(capsule, kLegacy, kUsedLegacy);
-    owner_ = Own(managed);
-    tensor = &managed->dl_tensor;
-  } else {
+    return Adopt(Take<DLManagedTensorVersioned>(capsule, kVersioned, kUsedVersioned));
+  }
+  if (!PyCapsule_IsValid(capsule.ptr(), kLegacy)) {
     FailValue("gave no DLPack capsule that is still unused");
   }
-  if (writable && read_only) FailValue("is read-only memory, and the operation writes to it");
-  Describe(*tensor);
+  auto* managed = Take<DLManagedTensor>(capsule, kLegacy, kUsedLegacy);
+  owner_ = Own(managed);
+  Describe(managed->dl_tensor);
+  return false;  // the first protocol cannot say
+}
+
+bool TensorView::Adopt(DLManagedTensorVersioned* managed) {
+  owner_ = Own(managed);
+  if (managed->version.major != dlpack::kMajorVersion) {
+    // Only the version and the deleter keep their place in another major version.
+    FailValue(Text("comes in DLPack version ", managed->version.major, ".", managed->version.minor,
+                   ", version 1 was asked for"));
+  }
+  Describe(managed->dl_tensor);
+  return (managed->flags & dlpack::kFlagReadOnly) != 0;
 }
 
 void TensorView::Describe(const DLTensor& tensor) {

@@ -74,6 +74,8 @@ class TensorView {
   TensorView(const char* operation, const char* name) : operation_(operation), name_(name) {}
 
   void Import(pybind11::handle array, bool writable);
+  bool ImportCapsule(pybind11::handle array);  // both: whether the memory is read-only
+  bool Adopt(dlpack::DLManagedTensorVersioned* managed);
   void Describe(const dlpack::DLTensor& tensor);
   std::string Label() const;  // "rois.cut_crops: images"
   std::string ShapeInWords() const;

@@ -118,6 +118,40 @@ class Producer:
         return self.capsule
 
 
+_FROM_OBJECT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
+
+
+class _Exchange(ctypes.Structure):
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("older", ctypes.c_void_p),
+        ("allocate", ctypes.c_void_p),
+        ("from_object", _FROM_OBJECT),
+    ]
+
+
+def exchanging(major: int = 1, older: int | None = None) -> type[Producer]:
+    """A class of producers with a C exchange table; `served` counts what went through it."""
+
+    def from_object(address: int, out: Any) -> int:
+        array = ctypes.cast(address, ctypes.py_object).value
+        array.served += 1
+        out[0] = ctypes.addressof(array.managed)
+        return 0
+
+    table = _Exchange(major, 3, older, None, _FROM_OBJECT(from_object))
+
+    class Exchanging(Producer):
+        __dlpack_c_exchange_api__ = _new_capsule(
+            ctypes.addressof(table), b"dlpack_exchange_api", None
+        )
+        _table = table
+        served = 0
+
+    return Exchanging
+
+
 @pytest.fixture
 def pixels() -> np.ndarray:
     return np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
@@ -267,6 +301,38 @@ def test_no_reference_is_left_behind(pixels: np.ndarray) -> None:
             cut(tensor, ORIGINS.astype(np.float32))
     gc.collect()
     assert (sys.getrefcount(pixels), sys.getrefcount(tensor)) == before
+
+
+def test_the_exchange_table_of_a_type_is_used(pixels: np.ndarray) -> None:
+    producer = exchanging()(pixels)
+    np.testing.assert_array_equal(whole(cut(producer)), pixels)
+    assert (producer.served, producer.asked, producer.deleted) == (1, [], 1)
+    read_only = exchanging()(np.empty((2, 1, 3, 4, 5), np.float32), flags=1)
+    with pytest.raises(ValueError, match="crops is read-only memory"):
+        cut(pixels, out=read_only)
+    assert read_only.deleted == 1
+    elsewhere = exchanging()(pixels, device=(2, 1))
+    with pytest.raises(ValueError, match="must be on the CPU, got cuda:1"):
+        cut(elsewhere)
+    assert elsewhere.deleted == 1
+
+
+def test_a_subclass_and_a_later_version_are_asked_by_the_protocol(pixels: np.ndarray) -> None:
+    base = exchanging()
+    for kind in (type("Sub", (base,), {}), exchanging(major=2)):
+        producer = kind(pixels)
+        np.testing.assert_array_equal(whole(cut(producer)), pixels)
+        assert (producer.served, len(producer.asked), producer.deleted) == (0, 1, 1)
+    newer = exchanging(major=2, older=ctypes.addressof(base._table))(pixels)  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(whole(cut(newer)), pixels)
+    assert (newer.served, newer.asked) == (1, [])
+
+
+def test_layouts_that_are_no_memory_are_refused(pixels: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="images cannot be read through DLPack"):
+        cut(torch.from_numpy(pixels).to_sparse())
+    with pytest.raises(ValueError, match="images"):
+        cut(torch.empty(2, 3, 4, 5, device="meta"))
 
 
 @pytest.mark.parametrize(

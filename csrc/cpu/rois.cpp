@@ -405,6 +405,18 @@ std::int64_t ChooseWindows(const Maps& saliency, SaliencyType type, Size window,
   return -1;
 }
 
+void CellsToPixels(const std::int64_t* cells, std::int64_t count, Size grid, Size image,
+                   std::int64_t* origins) {
+  const auto pixel = [](std::int64_t cell, std::int64_t cells_in_all, std::int64_t pixels) {
+    const double share = static_cast<double>(cell) / static_cast<double>(cells_in_all);
+    return static_cast<std::int64_t>(std::nearbyint(share * static_cast<double>(pixels)));
+  };
+  for (std::int64_t i = 0; i < count; ++i) {
+    origins[2 * i] = pixel(cells[2 * i], grid.height, image.height);
+    origins[2 * i + 1] = pixel(cells[2 * i + 1], grid.width, image.width);
+  }
+}
+
 void CutCrops(const Maps& images, PixelType type, const Pairs& origins, std::int64_t count,
               Size size, std::int64_t copies, void* crops, int threads) {
   if (images.batch == 0 || images.depth == 0 || count == 0) return;

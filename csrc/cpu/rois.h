@@ -33,6 +33,11 @@ struct Size {
 std::int64_t ChooseWindows(const Maps& saliency, SaliencyType type, Size window, std::int64_t count,
                            std::int64_t* cells, int threads);
 
+// origins[i] = (round(i / grid.height * image.height), the same of columns) of `count` cells,
+// halves to even, in double; both compact [count, 2].
+void CellsToPixels(const std::int64_t* cells, std::int64_t count, Size grid, Size image,
+                   std::int64_t* origins);
+
 // crops = compact [batch, count, copies * depth, size.height, size.width]. The channels cut are the
 // `images.depth` given; each plane is repeated `copies` times (one of the two is 1).
 // Needs an image of one pixel at least where there is a crop. Origins may be any int64.

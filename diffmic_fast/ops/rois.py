@@ -45,20 +45,8 @@ def choose_windows(
     """
     operation = "rois.choose_windows"
     Arguments(operation).tensor("saliency", saliency, "B C h w")
-    _check_dtype(operation, "saliency", saliency, _SALIENCY)
-    height, width = _pair(operation, "window", window)
-    if saliency.shape[1] < 1:
-        raise ValueError(
-            f"{operation}: saliency must have at least one class, got {tuple(saliency.shape)}"
-        )
-    if height > saliency.shape[2] or width > saliency.shape[3]:
-        raise ValueError(
-            f"{operation}: window must lie in the saliency map of {tuple(saliency.shape[2:])} "
-            f"cells, got {(height, width)}"
-        )
-    if count < 1:
-        raise ValueError(f"{operation}: count must be at least 1, got {count}")
-    return _choose_windows(saliency.detach(), [height, width], count, backend)
+    _check_choice(operation, saliency, window, count)
+    return _choose_windows(saliency.detach(), window, count, backend)
 
 
 def cut_crops(
@@ -92,17 +80,9 @@ def cut_crops(
     operation = "rois.cut_crops"
     args = Arguments(operation)
     args.tensor("images", images, "B Ch H W")
-    _check_dtype(operation, "images", images, _PIXELS)
     args.integer("origins", origins, "B K 2")
-    height, width = _pair(operation, "size", size)
-    if channels not in ("first", "all"):
-        raise ValueError(f"{operation}: channels must be 'first' or 'all', got {channels!r}")
-    if 0 in images.shape[1:]:
-        raise ValueError(
-            f"{operation}: images must have a channel and a pixel at least, got "
-            f"{tuple(images.shape)}"
-        )
-    return _cut_crops(images, origins, [height, width], channels, backend)
+    _check_cut(operation, images, size, channels)
+    return _cut_crops(images, origins, size, channels, backend)
 
 
 def rois(
@@ -140,12 +120,43 @@ def rois(
             "rois: saliency and images must have a channel and a cell at least, got "
             f"{tuple(saliency.shape)} and {tuple(images.shape)}"
         )
-    image = (images.shape[2], images.shape[3])
-    grid = (saliency.shape[2], saliency.shape[3])
-    window = window_size(crop, image, grid)
-    cells = choose_windows(saliency, window, count, backend=backend)
-    origins = cell_to_pixel(cells, grid, image)
-    return Rois(cells, origins, cut_crops(images, origins, crop, channels, backend=backend))
+    window = window_size(crop, _plane(images), _plane(saliency))
+    _check_choice("rois", saliency, window, count)
+    _check_cut("rois", images, crop, channels)
+    crops, cells, origins = _rois(saliency.detach(), images, window, count, crop, channels, backend)
+    return Rois(cells, origins, crops)
+
+
+def _check_choice(operation: str, saliency: Tensor, window: tuple[int, int], count: int) -> None:
+    _check_dtype(operation, "saliency", saliency, _SALIENCY)
+    height, width = _pair(operation, "window", window)
+    if saliency.shape[1] < 1:
+        raise ValueError(
+            f"{operation}: saliency must have at least one class, got {tuple(saliency.shape)}"
+        )
+    if height > saliency.shape[2] or width > saliency.shape[3]:
+        raise ValueError(
+            f"{operation}: window must lie in the saliency map of {_plane(saliency)} "
+            f"cells, got {(height, width)}"
+        )
+    if count < 1:
+        raise ValueError(f"{operation}: count must be at least 1, got {count}")
+
+
+def _check_cut(operation: str, images: Tensor, size: tuple[int, int], channels: str) -> None:
+    _check_dtype(operation, "images", images, _PIXELS)
+    _pair(operation, "size", size)
+    if channels not in ("first", "all"):
+        raise ValueError(f"{operation}: channels must be 'first' or 'all', got {channels!r}")
+    if 0 in images.shape[1:]:
+        raise ValueError(
+            f"{operation}: images must have a channel and a pixel at least, got "
+            f"{tuple(images.shape)}"
+        )
+
+
+def _plane(maps: Tensor) -> tuple[int, int]:
+    return maps.shape[2], maps.shape[3]
 
 
 def _check_dtype(
@@ -265,3 +276,76 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
 
 
 _cut_crops.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+# Both steps as one operator: one way through the dispatcher and one into the extension, which cost
+# as much as the choice of windows itself.
+@torch.library.custom_op("diffmic_fast::rois", mutates_args=())
+def _rois(
+    saliency: Tensor,
+    images: Tensor,
+    window: Sequence[int],
+    count: int,
+    size: Sequence[int],
+    channels: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if resolve("rois", backend, images.device) == "reference":
+        cells = reference.choose_windows(saliency, (window[0], window[1]), count)
+        origins = cell_to_pixel(cells, _plane(saliency), _plane(images))
+        crops = reference.cut_crops(images, origins, (size[0], size[1]), cast(Channels, channels))
+        return crops, cells, origins
+    crops, cells, origins = _empty_rois(saliency, images, count, size, channels)
+    _native.extension().rois(
+        _readable(saliency),
+        _readable(images),
+        (window[0], window[1]),
+        channels == "first",
+        cells,
+        origins,
+        crops,
+        torch.get_num_threads(),
+    )
+    return crops, cells, origins
+
+
+def _empty_rois(
+    saliency: Tensor, images: Tensor, count: int, size: Sequence[int], channels: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    cells = saliency.new_empty((saliency.shape[0], count, 2), dtype=torch.int64)
+    origins = torch.empty_like(cells)
+    return images.new_empty(_crops_shape(images, origins, size, channels)), cells, origins
+
+
+@_rois.register_fake
+def _(
+    saliency: Tensor,
+    images: Tensor,
+    window: Sequence[int],
+    count: int,
+    size: Sequence[int],
+    channels: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_rois(saliency, images, count, size, channels)
+
+
+def _save_rois_for_backward(
+    ctx: Any,
+    inputs: tuple[Tensor, Tensor, Sequence[int], int, Sequence[int], str, str],
+    output: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    _, images, _, _, size, channels, _ = inputs
+    _, cells, origins = output
+    ctx.mark_non_differentiable(cells, origins)
+    ctx.save_for_backward(images, origins)
+    ctx.size, ctx.channels = size, channels
+
+
+def _rois_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    images, origins = ctx.saved_tensors
+    images_grad = _cut_crops_backward(grad, images, origins, ctx.size, ctx.channels)
+    return None, images_grad, None, None, None, None, None
+
+
+_rois.register_autograd(_rois_backward, setup_context=_save_rois_for_backward)

@@ -376,8 +376,12 @@ def test_opcheck() -> None:
     origins = origins_around(2, 4, 12, 11)
     choose = torch.ops.diffmic_fast.choose_windows.default
     cut = torch.ops.diffmic_fast.cut_crops.default
+    both = torch.ops.diffmic_fast.rois.default
     for backend in ("reference", "cpu"):
         torch.library.opcheck(choose, (saliency, [2, 1], 3, backend))
+        for needs_grad in (False, True):
+            leaf = images.clone().requires_grad_(needs_grad)
+            torch.library.opcheck(both, (saliency, leaf, [2, 1], 3, [5, 4], "first", backend))
         for channels in ("first", "all"):
             for needs_grad in (False, True):
                 leaf = images.clone().requires_grad_(needs_grad)
@@ -392,6 +396,37 @@ def test_gradient(channels: Any, backend: str) -> None:
     assert torch.autograd.gradcheck(
         lambda x: ops.cut_crops(x, origins, (3, 4), channels, backend=backend), (images,)
     )
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("channels", ["first", "all"])
+@given(data=st.data())
+def test_both_steps_in_one_call_equal_the_steps(
+    data: st.DataObject, channels: Any, backend: str
+) -> None:
+    integers = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    batch, count = integers(0, 3), integers(1, 4)
+    grid, image = (integers(1, 9), integers(1, 9)), (integers(1, 40), integers(1, 40))
+    crop = (integers(1, image[0] + 3), integers(1, image[1] + 3))
+    window = ops.window_size(crop, image, grid)
+    saliency = random_images((batch, 2, *grid), torch.float32, integers(0, 99))
+    images = torch.randn(batch, 2, *image, dtype=torch.float64, requires_grad=True)
+    if window[0] > grid[0] or window[1] > grid[1]:
+        with pytest.raises(ValueError, match="window must lie in the saliency map"):
+            ops.rois(saliency, images, crop, count, channels, backend=backend)
+        return
+    found = ops.rois(saliency, images, crop, count, channels, backend=backend)
+    assert torch.equal(found.cells, reference.choose_windows(saliency, window, count))
+    assert torch.equal(found.origins, ops.cell_to_pixel(found.cells, grid, image))
+    expected = reference.cut_crops(images, found.origins, crop, channels)
+    assert torch.equal(found.crops, expected)
+    if not batch:
+        return
+    weight = torch.randn_like(expected)
+    gradients = [
+        torch.autograd.grad((c * weight).sum(), images)[0] for c in (found.crops, expected)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("channels", ["first", "all"])
