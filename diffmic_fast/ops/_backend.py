@@ -21,7 +21,7 @@ from diffmic_fast import _native
 BACKENDS = ("reference", "cpu", "cuda", "triton", "cuda-emulated")
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "denoise": ("reference",),
+    "denoise": ("reference", "cpu"),
     "conditioning": ("reference",),
     "conditional_linear": ("reference",),
     "mmd": ("reference",),
@@ -79,6 +79,13 @@ def decide(operation: str, backend: str, device: torch.device) -> tuple[str, str
     return name, (
         f"{operation}: {_VARIABLE}={wanted} does not apply, this operation has only "
         f"{', '.join(implementations)}; using {name}"
+    )
+
+
+def asked_by_name(operation: str, backend: str) -> bool:
+    """Whether the caller or the environment named the backend, so that none may take its place."""
+    return (backend if backend != "auto" else os.environ.get(_VARIABLE, "auto")) in (
+        IMPLEMENTATIONS[operation]
     )
 
 

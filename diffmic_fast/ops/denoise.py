@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
 from torch import Tensor
 
+from diffmic_fast import _native
 from diffmic_fast.checks import Arguments
-from diffmic_fast.ops._backend import resolve
+from diffmic_fast.ops._backend import asked_by_name, resolve
 from diffmic_fast.ops.conditional_linear import check_layer
 from diffmic_fast.reference import denoise as reference
 from diffmic_fast.reference.denoise import DenoiserWeights, StepTable
 
-__all__ = ["DenoiserWeights", "StepTable", "denoise"]
+PRECISIONS = ("fp32", "bf16")
+
+__all__ = ["PRECISIONS", "DenoiserWeights", "StepTable", "denoise"]
 
 
 def denoise(
@@ -25,7 +32,10 @@ def denoise(
     image_ids: Tensor | None = None,
     sample_ids: Tensor | None = None,
     trajectory: bool = False,
+    precision: str = "fp32",
     backend: str = "auto",
+    instructions: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """From noise around the prior to the label vector, over M independent rows (spec, section 6).
 
@@ -40,7 +50,16 @@ def denoise(
         seed: 64-bit key of that noise.
         image_ids, sample_ids: [M] int64, the row's image and sample (default 0 … M-1, and 0).
         trajectory: return every state instead of the last.
-        backend: a backend's name, or "auto".
+        precision: "fp32" (IEEE float32 throughout), or "bf16": weights and activations of the two hidden layers in
+            bfloat16, sums and everything else in float32; backend "cpu" only.
+        backend: a backend's name, or "auto", which takes the reference where a gradient is wanted or a tensor is not
+            float32.
+        instructions: the instruction set of the backend "cpu" ("avx512", "avx2", "portable"), or "auto" for the widest
+            of this processor. Sums differ in their last bits between sets, never within one: a row's result does not
+            depend on the other rows, on the number of threads (torch's), or on the run.
+        progress: called with (steps done, steps in all) every tenth of a second or so; blocks of 192 rows go through
+            the chain one after the other, and their steps are counted together. Backend "cpu" only. An exception
+            there, as Ctrl-C anywhere, stops the chain.
 
     Returns:
         y_0 [M, C], or with `trajectory` [n + 1, M, C] from the beginning to y_0.
@@ -61,19 +80,184 @@ def denoise(
     if sample_ids is not None:
         args.integer("sample_ids", sample_ids, "M")
     _check_weights(args, weights, steps)
-    resolve("denoise", backend, features.device)
-    return reference.denoise(
+    name = _choose(backend, precision, instructions, (features, prior, guidance, noise), weights)
+    if name == "reference":
+        return reference.denoise(
+            features,
+            prior,
+            guidance,
+            weights,
+            steps,
+            noise=noise,
+            seed=seed,
+            image_ids=image_ids,
+            sample_ids=sample_ids,
+            trajectory=trajectory,
+        )
+    run = _denoise if progress is None else partial(_run, progress=progress)
+    states: Tensor = run(
         features,
         prior,
         guidance,
-        weights,
-        steps,
-        noise=noise,
-        seed=seed,
-        image_ids=image_ids,
-        sample_ids=sample_ids,
-        trajectory=trajectory,
+        _flat(weights),
+        list(weights.eps),
+        list(steps[:-1]),
+        steps.start,
+        noise,
+        # The operator's schema has signed integers; the key is these 64 bits either way.
+        (seed + 2**63) % 2**64 - 2**63,
+        image_ids,
+        sample_ids,
+        trajectory,
+        precision,
+        instructions,
     )
+    return states
+
+
+def _choose(
+    backend: str,
+    precision: str,
+    instructions: str,
+    inputs: tuple[Tensor | None, ...],
+    weights: DenoiserWeights,
+) -> str:
+    """The backend of a call: where "auto" would take one that cannot serve these tensors, the reference."""
+    device = inputs[0].device if inputs[0] is not None else torch.device("cpu")
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"denoise: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}"
+        )
+    name = resolve("denoise", backend, device)
+    reason = ""
+    if name == "cpu":
+        tensors = [t for t in (*inputs, *_flat(weights)) if t is not None]
+        if any(t.dtype != torch.float32 for t in tensors):
+            reason = "it takes float32 tensors"
+        elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            reason = "it has no gradient (use torch.no_grad, or the reference)"
+        if reason and asked_by_name("denoise", backend):
+            raise RuntimeError(f"denoise: the backend cpu cannot serve: {reason}")
+        if reason:
+            name = "reference"
+    if name == "reference" and (precision != "fp32" or instructions != "auto"):
+        raise RuntimeError(
+            f"denoise: precision={precision!r}, instructions={instructions!r} need the backend cpu, "
+            f"and this call is served by the reference{': ' + reason if reason else ''}"
+        )
+    return name
+
+
+def _flat(weights: DenoiserWeights) -> list[Tensor]:
+    layers = (weights.conditioning, *weights.hidden)
+    return [
+        *(part for layer in layers for part in layer),
+        weights.output_weight,
+        weights.output_bias,
+    ]
+
+
+def _run(
+    features: Tensor,
+    prior: Tensor,
+    guidance: Tensor,
+    weights: Sequence[Tensor],
+    eps: Sequence[float],
+    steps: Sequence[Tensor],
+    start: int,
+    noise: Tensor | None,
+    seed: int,
+    image_ids: Tensor | None,
+    sample_ids: Tensor | None,
+    trajectory: bool,
+    precision: str,
+    instructions: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    rows = features.shape[0]
+    if image_ids is None:
+        image_ids = torch.arange(rows)
+    if sample_ids is None:
+        sample_ids = torch.zeros(rows, dtype=torch.int64)
+    out = prior.new_empty(prior.shape)
+    states = prior.new_empty((len(steps[0]) + 1, *prior.shape)) if trajectory else None
+    parts = [_rows(part) for part in weights]
+    _native.extension().denoise(
+        _rows(features),
+        _compact(prior),
+        _compact(guidance),
+        [parts[i : i + 7] for i in (0, 7, 14)],
+        eps,
+        parts[21],
+        parts[22],
+        [_compact(column) for column in steps],
+        start,
+        None if noise is None else _compact(noise),
+        seed,
+        image_ids.contiguous(),
+        sample_ids.contiguous(),
+        out,
+        states,
+        precision,
+        instructions,
+        torch.get_num_threads(),
+        progress,
+    )
+    return out if states is None else states
+
+
+@torch.library.custom_op("diffmic_fast::denoise", mutates_args=())
+def _denoise(
+    features: Tensor,
+    prior: Tensor,
+    guidance: Tensor,
+    weights: Sequence[Tensor],
+    eps: Sequence[float],
+    steps: Sequence[Tensor],
+    start: int,
+    noise: Tensor | None,
+    seed: int,
+    image_ids: Tensor | None,
+    sample_ids: Tensor | None,
+    trajectory: bool,
+    precision: str,
+    instructions: str,
+) -> Tensor:
+    return _run(
+        features, prior, guidance, weights, eps, steps, start, noise, seed, image_ids, sample_ids,
+        trajectory, precision, instructions,
+    )  # fmt: skip
+
+
+@_denoise.register_fake
+def _(
+    features: Tensor,
+    prior: Tensor,
+    guidance: Tensor,
+    weights: Sequence[Tensor],
+    eps: Sequence[float],
+    steps: Sequence[Tensor],
+    start: int,
+    noise: Tensor | None,
+    seed: int,
+    image_ids: Tensor | None,
+    sample_ids: Tensor | None,
+    trajectory: bool,
+    precision: str,
+    instructions: str,
+) -> Tensor:
+    shape = (steps[0].shape[0] + 1, *prior.shape) if trajectory else prior.shape
+    return prior.new_empty(shape)
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    return tensor.detach().resolve_neg().contiguous()
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor itself where its rows have unit stride, else a copy."""
+    tensor = tensor.detach().resolve_neg()
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _check_weights(args: Arguments, weights: DenoiserWeights, steps: StepTable) -> None:

@@ -1,0 +1,300 @@
+// One vector of float32 in the widest registers of an instruction set, behind the same names in
+// each: kernels are written once against this file and compiled once for each set.
+//
+// A translation unit names its set before it includes this: DIFFMIC_SIMD_AVX512, DIFFMIC_SIMD_AVX2
+// or neither (then vectors of 16 bytes: NEON on Arm, SSE2 on x86, whatever the compiler makes
+// elsewhere). Everything lives in a namespace of that set's name, so that the linker never takes
+// one set's function for another's. Multiplication and addition are fused where the set has it, and
+// only where Fma is written.
+#ifndef DIFFMIC_CPU_SIMD_H_
+#define DIFFMIC_CPU_SIMD_H_
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(DIFFMIC_SIMD_AVX512) || defined(DIFFMIC_SIMD_AVX2)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#if defined(DIFFMIC_SIMD_AVX512)
+#define DIFFMIC_SIMD avx512
+#elif defined(DIFFMIC_SIMD_AVX2)
+#define DIFFMIC_SIMD avx2
+#else
+#define DIFFMIC_SIMD portable
+#endif
+
+namespace diffmic::cpu::DIFFMIC_SIMD {
+
+// Four floats: what a vector folds to before its last two additions.
+#if defined(DIFFMIC_SIMD_AVX512) || defined(DIFFMIC_SIMD_AVX2)
+using Quad = __m128;
+inline Quad AddQuads(Quad a, Quad b) { return _mm_add_ps(a, b); }
+inline Quad LoadQuad(const float* p) { return _mm_loadu_ps(p); }
+inline void StoreQuad(float* p, Quad q) { _mm_storeu_ps(p, q); }
+// The sums (q0 + q1) + (q2 + q3) of four quads.
+inline Quad SumQuads(Quad a, Quad b, Quad c, Quad d) {
+  return _mm_hadd_ps(_mm_hadd_ps(a, b), _mm_hadd_ps(c, d));
+}
+#else
+typedef float Quad __attribute__((vector_size(16)));
+inline Quad AddQuads(Quad a, Quad b) { return a + b; }
+inline Quad LoadQuad(const float* p) {
+  Quad q;
+  std::memcpy(&q, p, sizeof q);
+  return q;
+}
+inline void StoreQuad(float* p, Quad q) { std::memcpy(p, &q, sizeof q); }
+inline Quad SumQuads(Quad a, Quad b, Quad c, Quad d) {
+  return Quad{a[0] + a[1], b[0] + b[1], c[0] + c[1], d[0] + d[1]} +
+         Quad{a[2] + a[3], b[2] + b[3], c[2] + c[3], d[2] + d[3]};
+}
+#endif
+
+#if defined(DIFFMIC_SIMD_AVX512)
+
+struct Vec {
+  __m512 v;
+};
+inline constexpr int kLanes = 16;
+inline constexpr int kRegisters = 32;
+
+inline Vec Zero() { return {_mm512_setzero_ps()}; }
+inline Vec Set(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec Load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec LoadPart(const float* p, int count) {
+  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p)};
+}
+inline void Store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline void StorePart(float* p, Vec a, int count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), a.v);
+}
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec Fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// The larger one; b where either is not a number.
+inline Vec Max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec NegativeAbs(Vec a) {
+  return {
+      _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(INT32_MIN)))};
+}
+inline Vec Round(Vec a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// 2^n of whole n in [-126, 127].
+inline Vec PowerOfTwo(Vec n) {
+  const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))};
+}
+inline Quad Fold(Vec a) {
+  const __m256 half =
+      _mm256_add_ps(_mm512_castps512_ps256(a.v),
+                    _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1)));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+// bfloat16 pairs in memory: the even elements, or the odd ones, as float32.
+struct Pairs {
+  __m512i v;
+};
+inline Pairs LoadPairs(const std::uint16_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Vec Even(Pairs a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
+inline Vec Odd(Pairs a) {
+  return {
+      _mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))))};
+}
+// Rounded to bfloat16, to nearest even, and widened again; not-a-numbers stay so.
+inline Vec RoundToBFloat16(Vec a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7FFF));
+  const __m512i cut = _mm512_and_si512(up, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return {_mm512_mask_mov_ps(_mm512_castsi512_ps(cut), nan, a.v)};
+}
+
+#elif defined(DIFFMIC_SIMD_AVX2)
+
+struct Vec {
+  __m256 v;
+};
+inline constexpr int kLanes = 8;
+inline constexpr int kRegisters = 16;
+
+inline __m256i PartMask(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Vec Zero() { return {_mm256_setzero_ps()}; }
+inline Vec Set(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec Load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vec LoadPart(const float* p, int count) { return {_mm256_maskload_ps(p, PartMask(count))}; }
+inline void Store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+inline void StorePart(float* p, Vec a, int count) { _mm256_maskstore_ps(p, PartMask(count), a.v); }
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec Fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec Max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec NegativeAbs(Vec a) { return {_mm256_or_ps(a.v, _mm256_set1_ps(-0.0f))}; }
+inline Vec Round(Vec a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline Vec PowerOfTwo(Vec n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23))};
+}
+inline Quad Fold(Vec a) {
+  return _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+}
+struct Pairs {
+  __m256i v;
+};
+inline Pairs LoadPairs(const std::uint16_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+inline Vec Even(Pairs a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(a.v, 16))}; }
+inline Vec Odd(Pairs a) {
+  return {
+      _mm256_castsi256_ps(_mm256_and_si256(a.v, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u))))};
+}
+inline Vec RoundToBFloat16(Vec a) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7FFF));
+  const __m256i cut = _mm256_and_si256(up, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u)));
+  const __m256 nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
+  return {_mm256_blendv_ps(_mm256_castsi256_ps(cut), a.v, nan)};
+}
+
+#else
+
+struct Vec {
+  Quad v;
+};
+typedef std::int32_t Integers __attribute__((vector_size(16)));
+inline constexpr int kLanes = 4;
+#if defined(__aarch64__)
+inline constexpr int kRegisters = 32;
+#else
+inline constexpr int kRegisters = 16;
+#endif
+
+inline Integers Bits(Quad a) {
+  Integers bits;
+  std::memcpy(&bits, &a, sizeof bits);
+  return bits;
+}
+inline Quad FromBits(Integers bits) {
+  Quad a;
+  std::memcpy(&a, &bits, sizeof a);
+  return a;
+}
+inline Quad Select(Integers mask, Quad yes, Quad no) {
+  return FromBits((mask & Bits(yes)) | (~mask & Bits(no)));
+}
+inline Vec Zero() { return {Quad{0, 0, 0, 0}}; }
+inline Vec Set(float x) { return {Quad{x, x, x, x}}; }
+inline Vec Load(const float* p) { return {LoadQuad(p)}; }
+inline Vec LoadPart(const float* p, int count) {
+  float four[4] = {};
+  std::memcpy(four, p, sizeof(float) * static_cast<std::size_t>(count));
+  return Load(four);
+}
+inline void Store(float* p, Vec a) { StoreQuad(p, a.v); }
+inline void StorePart(float* p, Vec a, int count) {
+  std::memcpy(p, &a, sizeof(float) * static_cast<std::size_t>(count));
+}
+inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+inline Vec Fma(Vec a, Vec b, Vec c) {
+#if defined(__aarch64__)
+  return {(Quad)vfmaq_f32((float32x4_t)c.v, (float32x4_t)a.v, (float32x4_t)b.v)};
+#else
+  return {a.v * b.v + c.v};
+#endif
+}
+inline Vec Max(Vec a, Vec b) { return {Select(a.v > b.v, a.v, b.v)}; }
+inline Vec NegativeAbs(Vec a) { return {FromBits(Bits(a.v) | INT32_MIN)}; }
+// Of |a| < 2^22: adding 1.5 * 2^23 leaves no place for a fraction.
+inline Vec Round(Vec a) {
+  const Vec magic = Set(12582912.0f);
+  return (a + magic) - magic;
+}
+inline Vec PowerOfTwo(Vec n) {
+  const Vec magic = Set(12582912.0f);
+  return {FromBits((Bits((n + magic).v) - Bits(magic.v) + 127) << 23)};
+}
+inline Quad Fold(Vec a) { return a.v; }
+struct Pairs {
+  Integers v;
+};
+inline Pairs LoadPairs(const std::uint16_t* p) {
+  Pairs a;
+  std::memcpy(&a.v, p, sizeof a.v);
+  return a;
+}
+// In memory the even element comes first: the low half of a word on a little-endian machine.
+inline Vec Even(Pairs a) { return {FromBits(a.v << 16)}; }
+inline Vec Odd(Pairs a) { return {FromBits(a.v & static_cast<std::int32_t>(0xFFFF0000u))}; }
+inline Vec RoundToBFloat16(Vec a) {
+  const Integers bits = Bits(a.v);
+  const Integers up = bits + ((bits >> 16) & 1) + 0x7FFF;
+  return {Select(a.v == a.v, FromBits(up & static_cast<std::int32_t>(0xFFFF0000u)), a.v)};
+}
+
+#endif
+
+inline float Sum(Vec a) {
+  float four[4];
+  StoreQuad(four, Fold(a));
+  return (four[0] + four[1]) + (four[2] + four[3]);
+}
+
+// exp(x) of x <= 0, within 1.5 units in the last place of float32 down to exp(-87); smaller results
+// are given as exp(-87) = 1.6e-38. Cody and Waite's reduction, then Taylor's series to degree 7 on
+// |r| <= ln(2) / 2, where the first term left out is 7e-9 of the sum.
+inline Vec ExpOfNegative(Vec x) {
+  x = Max(Set(-87.0f), x);
+  const Vec n = Round(x * Set(1.44269504f));
+  Vec r = Fma(n, Set(-0.693359375f), x);
+  r = Fma(n, Set(2.12194440e-4f), r);
+  Vec p = Set(1.0f / 5040.0f);
+  p = Fma(p, r, Set(1.0f / 720.0f));
+  p = Fma(p, r, Set(1.0f / 120.0f));
+  p = Fma(p, r, Set(1.0f / 24.0f));
+  p = Fma(p, r, Set(1.0f / 6.0f));
+  p = Fma(p, r, Set(0.5f));
+  p = Fma(p, r, Set(1.0f));
+  p = Fma(p, r, Set(1.0f));
+  return p * PowerOfTwo(n);
+}
+
+// ln(1 + u) of 0 <= u <= 1: 2 artanh(s), s = u / (u + 2) <= 1/3, as a series to s^17.
+inline Vec Log1p(Vec u) {
+  const Vec s = u / (u + Set(2.0f));
+  const Vec square = s * s;
+  Vec p = Set(1.0f / 17.0f);
+  p = Fma(p, square, Set(1.0f / 15.0f));
+  p = Fma(p, square, Set(1.0f / 13.0f));
+  p = Fma(p, square, Set(1.0f / 11.0f));
+  p = Fma(p, square, Set(1.0f / 9.0f));
+  p = Fma(p, square, Set(1.0f / 7.0f));
+  p = Fma(p, square, Set(1.0f / 5.0f));
+  p = Fma(p, square, Set(1.0f / 3.0f));
+  const Vec twice = s + s;
+  return Fma(p * square, twice, twice);
+}
+
+// softplus(x) = ln(1 + exp(x)) = max(x, 0) + ln(1 + exp(-|x|)), relative error below 4e-7 for
+// x >= -87. Not-a-number stays so.
+inline Vec Softplus(Vec x) { return Max(Zero(), x) + Log1p(ExpOfNegative(NegativeAbs(x))); }
+
+}  // namespace diffmic::cpu::DIFFMIC_SIMD
+
+#endif  // DIFFMIC_CPU_SIMD_H_

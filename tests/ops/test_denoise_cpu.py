@@ -1,0 +1,411 @@
+"""The C++ kernels of `denoise`: their numbers, and what a row's result may not depend on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diffmic_fast import _native
+from diffmic_fast.diffusion import make_schedule, make_steps
+from diffmic_fast.ops.denoise import denoise
+from diffmic_fast.reference import denoise as reference
+from diffmic_fast.reference.conditional_linear import ConditionalLayer
+from diffmic_fast.reference.denoise import DenoiserWeights, StepTable
+
+_C = _native.extension()
+INSTRUCTIONS = _C.denoise_instructions()
+PRECISIONS = ("fp32", "bf16")
+T = 40
+SCHEDULE = make_schedule("linear", T, 1e-3, 0.1)
+
+
+def make_weights(
+    features: int, classes: int, seed: int = 0, dtype=torch.float32
+) -> DenoiserWeights:
+    """Weights whose layers neither die nor explode, in a buffer full of not-a-numbers."""
+    g = torch.Generator().manual_seed(seed)
+
+    def strided(values: Tensor) -> Tensor:
+        buffer = torch.full((values.shape[0] + 2, values.shape[1] + 5), float("nan"), dtype=dtype)
+        buffer[1:-1, 2:-3] = values.to(dtype)
+        return buffer[1:-1, 2:-3]
+
+    def layer(width: int) -> ConditionalLayer:
+        return ConditionalLayer(
+            strided(torch.randn(features, width, generator=g) / width**0.5),
+            torch.randn(features, generator=g).to(dtype) * 0.1,
+            strided(torch.rand(T + 1, features, generator=g)),
+            torch.rand(features, generator=g).to(dtype) + 0.5,
+            torch.randn(features, generator=g).to(dtype) * 0.1,
+            torch.randn(features, generator=g).to(dtype) * 0.1,
+            torch.rand(features, generator=g).to(dtype) + 0.5,
+        )
+
+    return DenoiserWeights(
+        layer(2 * classes),
+        (layer(features), layer(features)),
+        strided(torch.randn(classes, features, generator=g) / features**0.5),
+        torch.randn(classes, generator=g).to(dtype) * 0.1,
+        (1e-5, 1e-4, 1e-3),
+    )
+
+
+def make_inputs(rows: int, features: int, classes: int, seed: int = 0) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.full((rows, features + 3), float("nan"))
+    wide[:, 1:-2] = torch.randn(rows, features, generator=g)
+    labels = torch.randn(2, rows, classes, generator=g).softmax(dim=-1)
+    return wide[:, 1:-2], labels[0], labels[1]
+
+
+def as_double(weights: DenoiserWeights) -> DenoiserWeights:
+    return DenoiserWeights(
+        ConditionalLayer(*(t.double() for t in weights.conditioning)),
+        tuple(ConditionalLayer(*(t.double() for t in layer)) for layer in weights.hidden),  # type: ignore[arg-type]
+        weights.output_weight.double(),
+        weights.output_bias.double(),
+        weights.eps,
+    )
+
+
+def exact(inputs, weights, steps: StepTable, noise: Tensor) -> Tensor:
+    """The definition in float64, every state."""
+    double = StepTable(steps.timesteps, *(c.double() for c in steps[1:-1]), steps.start)
+    return reference.denoise(
+        *(t.double() for t in inputs), as_double(weights), double, noise=noise.double(), trajectory=True
+    )  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_states_are_those_of_the_definition(data: st.DataObject) -> None:
+    rows = data.draw(st.sampled_from([1, 2, 3, 4, 7, 8, 33, 65, 197]), label="rows")
+    features = data.draw(st.sampled_from([1, 3, 8, 31, 32, 33, 70, 129, 1025]), label="features")
+    classes = data.draw(st.integers(1, 7), label="classes")
+    instructions = data.draw(st.sampled_from(INSTRUCTIONS), label="instructions")
+    sampler = data.draw(
+        st.sampled_from([("ddpm", None, 0.0), ("ddpm_truncated", 5, 0.0), ("ddim", 6, 0.5)])
+    )
+    if rows * features > 40_000:
+        sampler = ("ddim", 2, 0.5)
+    steps = make_steps(SCHEDULE, *sampler)
+    weights, inputs = make_weights(features, classes), make_inputs(rows, features, classes)
+    noise = torch.randn(len(steps.timesteps), rows, classes)
+    with torch.no_grad():
+        found = denoise(
+            *inputs, weights, steps, noise=noise, trajectory=True, backend="cpu",
+            instructions=instructions,
+        )  # fmt: skip
+        expected = exact(inputs, weights, steps, noise)
+        theirs = reference.denoise(*inputs, weights, steps, noise=noise, trajectory=True)
+        last = denoise(
+            *inputs, weights, steps, noise=noise, backend="cpu", instructions=instructions
+        )
+    assert torch.equal(last, found[-1])
+    # The chain multiplies an error of its first steps, so the definition's own float32 is the measure.
+    allowed = 4 * float((theirs - expected).abs().max()) + 1e-5
+    assert float((found - expected).abs().max()) <= allowed
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_bfloat16_rounds_weights_and_activations_and_nothing_else(instructions: str) -> None:
+    """Against float64 with the same roundings at the same places."""
+    rows, features, classes = 9, 1100, 5
+    weights, inputs = make_weights(features, classes), make_inputs(rows, features, classes)
+    steps = make_steps(SCHEDULE, "ddpm_truncated", 1)
+    noise = torch.randn(1, rows, classes)
+
+    def rounded(t: Tensor) -> Tensor:
+        return t.float().bfloat16().double()
+
+    x, prior, guidance = (t.double() for t in inputs)
+    w, t = as_double(weights), steps.timesteps
+    y = prior + noise[0].double()
+    h = x * reference.conditional_linear(
+        torch.cat((y, guidance), dim=1), w.conditioning, t, eps=w.eps[0]
+    )
+    for layer, eps in zip(w.hidden, w.eps[1:], strict=True):
+        layer = layer._replace(weight=rounded(layer.weight))
+        h = reference.conditional_linear(rounded(h), layer, t, eps=eps)
+    noise_found = h @ w.output_weight.T + w.output_bias
+    s, q = float(steps.sqrt_alpha_bar[0]), float(steps.sqrt_one_minus_alpha_bar[0])
+    y0 = (y - (1 - s) * prior - q * noise_found) / s
+    expected = steps.y0_weight[0] * y0 + steps.y_weight[0] * y + steps.prior_weight[0] * prior
+    with torch.no_grad():
+        found = denoise(
+            *inputs, weights, steps, noise=noise, backend="cpu", precision="bf16",
+            instructions=instructions,
+        )  # fmt: skip
+        plain = denoise(*inputs, weights, steps, noise=noise, backend="cpu")
+    error = float((found - expected).abs().max())
+    assert error < 2e-5  # a rounding that falls to the other side moves a sum by little
+    assert float((plain - expected).abs().max()) > 5 * error
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("features", [70, 1100])
+def test_a_row_is_bitwise_the_same_in_any_company(instructions, precision, features) -> None:
+    rows, classes = 210, 3  # more than a block
+    weights, inputs = make_weights(features, classes), make_inputs(rows, features, classes)
+    steps = make_steps(SCHEDULE, "ddim", 4, 0.3)
+    images, samples = torch.arange(rows) * 10**13, torch.arange(rows) % 7
+
+    def run(order: Tensor) -> Tensor:
+        return denoise(
+            *(t[order] for t in inputs), weights, steps, seed=3, image_ids=images[order],
+            sample_ids=samples[order], backend="cpu", precision=precision,
+            instructions=instructions,
+        )  # fmt: skip
+
+    with torch.no_grad():
+        together = run(torch.arange(rows))
+        assert torch.equal(run(torch.arange(rows)), together)
+        for size in (1, 2, 3, 5, 6, 7, 8, 13, 33, 64, 65, 129):
+            order = torch.randperm(rows)[:size]
+            assert torch.equal(run(order), together[order]), size
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("rows", [1, 33])
+def test_threads_leave_no_trace(instructions, precision, rows) -> None:
+    weights, inputs = make_weights(300, 4), make_inputs(rows, 300, 4)
+    steps = make_steps(SCHEDULE, "ddpm")
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                results.append(
+                    denoise(
+                        *inputs,
+                        weights,
+                        steps,
+                        backend="cpu",
+                        precision=precision,
+                        instructions=instructions,
+                    )
+                )
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_softplus_keeps_its_bound(instructions: str) -> None:
+    """Relative error below 4e-7 from -87 on, and absolute below 2e-38 under it (simd.h)."""
+    x = torch.cat((torch.linspace(-87, 90, 400_001), torch.linspace(-1, 1, 100_001)))
+    out = torch.empty_like(x)
+    _C.softplus(x, out, instructions)
+    expected = torch.log1p(torch.exp(-x.double().abs())) + x.double().clamp(min=0)
+    assert float(((out - expected) / expected).abs().max()) < 4e-7
+    inf, nan = float("inf"), float("nan")
+    special = torch.tensor([-inf, -1e30, -90.0, inf, 3e38, nan, 0.0, -0.0])
+    out = torch.empty_like(special)
+    _C.softplus(special, out, instructions)
+    assert float(out[:3].abs().max()) < 2e-38
+    assert out[3:5].tolist() == special[3:5].tolist() and bool(out[5].isnan())
+    assert out[6:].tolist() == pytest.approx([np.log(2.0)] * 2, rel=4e-7)
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_not_a_number_stays_in_its_row(instructions, precision) -> None:
+    weights, (x, prior, guidance) = make_weights(40, 3), make_inputs(7, 40, 3)
+    steps = make_steps(SCHEDULE, "ddim", 3)
+    run = lambda: denoise(  # noqa: E731
+        x, prior, guidance, weights, steps, backend="cpu", precision=precision,
+        instructions=instructions,
+    )  # fmt: skip
+    with torch.no_grad():
+        clean = run()
+        x[4, 17] = float("nan")
+        found = run()
+    assert bool(found[4].isnan().all())
+    others = torch.arange(7) != 4
+    assert torch.equal(found[others], clean[others])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_weights_are_read_as_they_are_now(precision: str) -> None:
+    """Changed in place, through .data, and in memory shared with NumPy."""
+    weights, inputs = make_weights(50, 3), make_inputs(2, 50, 3)
+    steps = make_steps(SCHEDULE, "ddim", 3)
+    with torch.no_grad():
+        run = lambda: denoise(*inputs, weights, steps, backend="cpu", precision=precision)  # noqa: E731
+        before = run()
+        weights.hidden[0].weight[3] += 1
+        changed = run()
+        assert not torch.equal(changed, before)
+        weights.hidden[1].gamma.data.mul_(1.5)
+        again = run()
+        assert not torch.equal(again, changed)
+        weights.hidden[1].running_var.numpy()[:] += 0.5
+        assert not torch.equal(run(), again)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+def test_the_memory_of_many_rows_is_that_of_a_block() -> None:
+    """100,000 rows of F = 64: activations of all rows would be 26 MB twice over."""
+    rows, features = 100_000, 64
+    weights, inputs = make_weights(features, 2), make_inputs(rows, features, 2)
+    steps = make_steps(SCHEDULE, "ddim", 1)
+    with torch.no_grad():
+        denoise(*(t[:10] for t in inputs), weights, steps, backend="cpu")
+        _reset_peak()
+        before = _current()
+        out = denoise(*inputs, weights, steps, backend="cpu")
+        grown = _peak() - before
+    assert out.shape == (rows, 2)
+    # The compact labels are there already, the features are read where they lie.
+    assert grown < 10e6
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as file:
+        lines = dict(line.split(":", 1) for line in file)
+    return int(lines[key].split()[0]) * 1024
+
+
+def _peak() -> int:
+    return _status("VmHWM")
+
+
+def _current() -> int:
+    return _status("VmRSS")
+
+
+def _reset_peak() -> None:
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
+
+
+def long_chain(progress=None) -> Tensor:
+    weights, inputs = make_weights(512, 3), make_inputs(2000, 512, 3)
+    with torch.no_grad():
+        return denoise(
+            *inputs, weights, make_steps(SCHEDULE, "ddpm"), backend="cpu", progress=progress
+        )
+
+
+def test_progress_rises_to_the_end() -> None:
+    seen: list[tuple[int, int]] = []
+    long_chain(lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (11 * T, 11 * T)  # 2000 rows are 11 blocks
+    assert seen == sorted(seen) and {total for _, total in seen} == {11 * T}
+
+
+def test_an_exception_in_progress_stops_the_chain() -> None:
+    asked = []
+
+    def progress(done: int, total: int) -> None:
+        asked.append(done)
+        raise LookupError("enough")
+
+    with pytest.raises(LookupError, match="enough"):
+        long_chain(progress)
+    assert len(asked) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX timers")
+def test_a_signal_interrupts_the_chain() -> None:
+    reached = []
+
+    def handler(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        # Again and again: a signal that comes while the arguments are made is not the one meant.
+        signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            while True:
+                long_chain(lambda done, total: reached.append((done, total)))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not reached or reached[-1][0] < reached[-1][1]
+
+
+def test_other_threads_run_meanwhile() -> None:
+    ticks, running = [], threading.Event()
+
+    def count() -> None:
+        while not running.is_set():
+            ticks.append(0)
+            running.wait(0.001)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    before = len(ticks)
+    long_chain()
+    after = len(ticks)
+    running.set()
+    thread.join()
+    assert after - before > 5
+
+
+def test_what_cannot_be_served_by_name_is_refused() -> None:
+    weights, inputs = make_weights(20, 3), make_inputs(2, 20, 3)
+    steps = make_steps(SCHEDULE, "ddim", 2)
+    weights.output_bias.requires_grad_()
+    with pytest.raises(RuntimeError, match=r"denoise: the backend cpu cannot serve: .*gradient"):
+        denoise(*inputs, weights, steps, backend="cpu")
+    assert denoise(*inputs, weights, steps).requires_grad
+    with torch.no_grad():
+        denoise(*inputs, weights, steps, backend="cpu")
+        double = [t.double() for t in inputs]
+        with pytest.raises(RuntimeError, match="float32"):
+            denoise(*double, as_double(weights), steps, backend="cpu")
+        assert denoise(*double, as_double(weights), steps).dtype == torch.float64
+        with pytest.raises(RuntimeError, match="need the backend cpu"):
+            denoise(*double, as_double(weights), steps, precision="bf16")
+        with pytest.raises(ValueError, match="precision must be one of fp32, bf16, got 'fp16'"):
+            denoise(*inputs, weights, steps, precision="fp16")
+        with pytest.raises(ValueError, match=r"instructions must be one of .*portable.*got sse9"):
+            denoise(*inputs, weights, steps, instructions="sse9")
+
+
+def test_backend_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, inputs = make_weights(20, 3), make_inputs(2, 20, 3)
+    steps = make_steps(SCHEDULE, "ddim", 2)
+    monkeypatch.setenv("DIFFMIC_BACKEND", "reference")
+    with torch.no_grad():
+        theirs = denoise(*inputs, weights, steps)
+        expected = reference.denoise(*inputs, weights, steps)
+        assert torch.equal(theirs, expected)
+        monkeypatch.setenv("DIFFMIC_BACKEND", "cpu")
+        with pytest.raises(RuntimeError, match="the backend cpu cannot serve"):
+            denoise(*(t.double() for t in inputs), as_double(weights), steps)
+
+
+def test_opcheck() -> None:
+    weights, inputs = make_weights(33, 3), make_inputs(4, 33, 3)
+    steps = make_steps(SCHEDULE, "ddim", 3)
+    operator = torch.ops.diffmic_fast.denoise.default
+    layers = (weights.conditioning, *weights.hidden)
+    parts = [*(t for layer in layers for t in layer), weights.output_weight, weights.output_bias]
+    for noise in (None, torch.randn(3, 4, 3)):
+        for trajectory in (False, True):
+            arguments = (*inputs, parts, list(weights.eps), list(steps[:-1]), steps.start, noise,
+                         -5, None, None, trajectory, "bf16", "auto")  # fmt: skip
+            torch.library.opcheck(operator, arguments)
+
+
+def test_seeds_of_64_bits() -> None:
+    weights, inputs = make_weights(20, 3), make_inputs(2, 20, 3)
+    steps = make_steps(SCHEDULE, "ddpm_truncated", 3)
+    for seed in (0, 2**63, 2**64 - 1, -1):
+        with torch.no_grad():
+            found = denoise(*inputs, weights, steps, seed=seed, backend="cpu")
+            expected = reference.denoise(*inputs, weights, steps, seed=seed)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
