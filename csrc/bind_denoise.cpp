@@ -175,12 +175,14 @@ const cpu::DenoiseKernels* ReadKernels(const std::string& name) {
                              names, "), got ", name));
 }
 
-void Denoise(py::handle features, py::handle prior, py::handle guidance, const py::sequence& layers,
-             const std::array<double, 3>& eps, py::handle output_weight, py::handle output_bias,
-             const py::sequence& steps_table, std::int64_t start, py::handle noise,
-             const py::int_& seed, py::handle images, py::handle samples, py::handle out,
-             py::handle trajectory, const std::string& precision, const std::string& instructions,
-             int threads, py::object progress) {
+std::int64_t Denoise(py::handle features, py::handle prior, py::handle guidance,
+                     const py::sequence& layers, const std::array<double, 3>& eps,
+                     py::handle output_weight, py::handle output_bias,
+                     const py::sequence& steps_table, std::int64_t start, py::handle noise,
+                     const py::int_& seed, py::handle images, py::handle samples, py::handle out,
+                     py::handle trajectory, const std::string& precision,
+                     const std::string& instructions, int threads, py::object progress,
+                     std::int64_t window) {
   CheckThreads(kOperation, threads);
   Arrays arrays;
   const auto x = TensorView::Input(features, kOperation, "features");
@@ -231,12 +233,20 @@ void Denoise(py::handle features, py::handle prior, py::handle guidance, const p
   options.precision = ReadPrecision(precision);
   options.kernels = ReadKernels(instructions);
   options.threads = threads;
+  if (window < 1 || window > cpu::kBlockRows) {
+    throw py::value_error(
+        Text(kOperation, ": window must be in [1, ", cpu::kBlockRows, "], got ", window));
+  }
+  std::int64_t sweeps = 0;
+  options.window = window;
+  options.sweeps = &sweeps;
   options.watch = [&watch](std::int64_t done, std::int64_t total) { return watch(done, total); };
   {
     const py::gil_scoped_release release;
     cpu::Denoise(weights, steps, chain, options);
   }
   watch.Rethrow();
+  return sweeps;
 }
 
 void Softplus(py::handle in, py::handle out, const std::string& instructions) {
@@ -256,9 +266,9 @@ void BindDenoise(py::module_& m) {
         arg("eps"), arg("output_weight"), arg("output_bias"), arg("steps"), arg("start"),
         arg("noise"), arg("seed"), arg("image_ids"), arg("sample_ids"), arg("out"),
         arg("trajectory"), arg("precision") = "fp32", arg("instructions") = "auto",
-        arg("threads") = 1, arg("progress") = py::none(),
+        arg("threads") = 1, arg("progress") = py::none(), arg("window") = 1,
         "Write y_0 [M, C] of a whole reverse chain into out, and every state [n + 1, M, C] into "
-        "trajectory.");
+        "trajectory; return how often the weights were read.");
   m.def("denoise_instructions", &cpu::DenoiseKernelNames,
         "The instruction sets that `denoise` has kernels for and this processor has.");
   m.def("softplus", &Softplus, arg("x"), arg("out"), arg("instructions") = "auto",

@@ -12,6 +12,9 @@
 
 namespace diffmic::cpu {
 
+// Rows that go through the layers together: what bounds the memory.
+inline constexpr std::int64_t kBlockRows = 192;
+
 // A conditional layer as the model holds it; strides in elements, rows of unit stride.
 struct ConditionalLayerWeights {
   const float* weight;  // [F, 2 C] or [F, F]
@@ -66,6 +69,10 @@ struct DenoiseOptions {
   Precision precision = Precision::kFloat32;
   const DenoiseKernels* kernels = nullptr;
   int threads = 1;
+  // The most steps of a chain that may be taken at once (denoise_window.cpp); 1: one after the
+  // other. The result's bits are the same.
+  std::int64_t window = 1;
+  std::int64_t* sweeps = nullptr;  // counts the evaluations of all blocks
   // Called from the caller's thread every tenth of a second with the steps done and those in all
   // (over all blocks of rows); false stops the chain.
   std::function<bool(std::int64_t, std::int64_t)> watch;
@@ -75,6 +82,10 @@ struct DenoiseOptions {
 // of up to 192 rows of activations, twice, and with bfloat16 the hidden weights in that type.
 bool Denoise(const DenoiserWeights& weights, const Steps& steps, const Chain& chain,
              const DenoiseOptions& options);
+
+// The same by windows of several steps; called by Denoise.
+bool DenoiseWindows(const DenoiserWeights& weights, const Steps& steps, const Chain& chain,
+                    const DenoiseOptions& options);
 
 // The kernels of that name ("auto": the widest that this processor has), or NULL.
 const DenoiseKernels* FindDenoiseKernels(const std::string& name);

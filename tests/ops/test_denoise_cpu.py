@@ -200,6 +200,55 @@ def test_threads_leave_no_trace(instructions, precision, rows) -> None:
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize(
+    "sampler",
+    [("ddpm", None, 0.0), ("ddpm_truncated", 30, 0.0), ("ddim", 9, 0.0), ("ddim", 1, 1.0)],
+)
+def test_a_window_of_steps_gives_the_bits_of_one_after_the_other(
+    instructions, precision, sampler
+) -> None:
+    steps = make_steps(SCHEDULE, *sampler)
+    for rows, features in ((1, 65), (3, 40), (21, 33)):
+        weights, inputs = make_weights(features, 3), make_inputs(rows, features, 3)
+        for noise in (None, torch.randn(len(steps.timesteps), rows, 3)):
+            run = lambda window: denoise(  # noqa: E731
+                *inputs, weights, steps, noise=noise, trajectory=True, backend="cpu",  # noqa: B023
+                precision=precision, instructions=instructions, window=window,
+            )  # fmt: skip
+            with torch.no_grad():
+                expected = run(1)
+                for window in (2, 3, 8, 64, 192):
+                    assert torch.equal(run(window), expected), (rows, window)
+
+
+def test_windows_need_fewer_readings_of_the_weights() -> None:
+    """Where eps hardly depends on the label, a window slides by nearly its length."""
+    weights, inputs = make_weights(2048, 3), make_inputs(1, 2048, 3)
+    steps = make_steps(SCHEDULE, "ddpm")
+    parts = [*(t.contiguous() for layer in (weights.conditioning, *weights.hidden) for t in layer)]
+    x, prior, guidance = (t.contiguous() for t in inputs)
+    for window, most in ((1, T), (32, T - 5)):
+        sweeps = _C.denoise(
+            x, prior, guidance, [parts[i : i + 7] for i in (0, 7, 14)], list(weights.eps),
+            weights.output_weight.contiguous(), weights.output_bias, list(steps[:-1]), steps.start,
+            None, 0, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64),
+            torch.empty(1, 3), None, threads=1, window=window,
+        )  # fmt: skip
+        assert sweeps == most if window == 1 else sweeps <= most
+
+
+def test_not_a_number_ends_a_window_too() -> None:
+    weights, (x, prior, guidance) = make_weights(40, 3), make_inputs(2, 40, 3)
+    x[1, 3] = float("nan")
+    steps = make_steps(SCHEDULE, "ddpm")
+    with torch.no_grad():
+        found = denoise(x, prior, guidance, weights, steps, backend="cpu", window=64)
+        expected = denoise(x, prior, guidance, weights, steps, backend="cpu", window=1)
+    assert torch.equal(found[0], expected[0]) and bool(found[1].isnan().all())
+
+
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 def test_softplus_keeps_its_bound(instructions: str) -> None:
     """Relative error below 4e-7 from -87 on, and absolute below 2e-38 under it (simd.h)."""
@@ -373,6 +422,9 @@ def test_what_cannot_be_served_by_name_is_refused() -> None:
             denoise(*inputs, weights, steps, precision="fp16")
         with pytest.raises(ValueError, match=r"instructions must be one of .*portable.*got sse9"):
             denoise(*inputs, weights, steps, instructions="sse9")
+        for window in (0, 193):
+            with pytest.raises(ValueError, match=rf"window must be in \[1, 192\], got {window}"):
+                denoise(*inputs, weights, steps, window=window)
 
 
 def test_backend_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,7 +449,7 @@ def test_opcheck() -> None:
     for noise in (None, torch.randn(3, 4, 3)):
         for trajectory in (False, True):
             arguments = (*inputs, parts, list(weights.eps), list(steps[:-1]), steps.start, noise,
-                         -5, None, None, trajectory, "bf16", "auto")  # fmt: skip
+                         -5, None, None, trajectory, "bf16", "auto", 2)  # fmt: skip
             torch.library.opcheck(operator, arguments)
 
 
