@@ -67,6 +67,9 @@ def _model_options() -> argparse.ArgumentParser:
     )
     options.add_argument("--samples", type=_positive, help="chains an image (default: config's)")
     options.add_argument("--seed", type=int, help="seed of the noise (default: config's)")
+    options.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the chain (default: fp32)"
+    )
     options.add_argument("--batch-size", type=_positive, help="images at a time")
     options.add_argument("--workers", type=int, default=0, help="processes that load images")
     return options
@@ -213,6 +216,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         methods,
         samples=args.samples or sampling.samples,
         seed=sampling.seed if args.seed is None else args.seed,
+        precision=args.precision,
         batch_size=args.batch_size or sampling.batch_size,
         workers=args.workers,
         device=choose_device(args.device),
@@ -253,6 +257,7 @@ def _predict(args: argparse.Namespace) -> int:
         Method.parse(args.sampler) if args.sampler else Method.of(sampling),
         samples=args.samples or sampling.samples,
         seed=sampling.seed if args.seed is None else args.seed,
+        precision=args.precision,
         batch_size=args.batch_size or sampling.batch_size,
         workers=args.workers,
         device=choose_device(args.device),

@@ -212,6 +212,7 @@ class DiffMIC(nn.Module):
         samples: int = 1,
         seed: int = 0,
         ids: Tensor | None = None,
+        precision: str = "fp32",
         trajectory: bool = False,
         saliency: bool = False,
         boxes: bool = False,
@@ -227,10 +228,12 @@ class DiffMIC(nn.Module):
             samples: S >= 1 chains an image.
             seed: 64-bit key of the noise.
             ids: [B] int64, key of each image's noise (default: a hash of its pixels).
+            precision: of the chain, "fp32" or "bf16" (see `ops.denoise`); guidance and encoder follow autocast.
             trajectory, saliency, boxes: what to return beside the labels.
 
         Raises:
             ValueError, TypeError: arguments that do not fit, named; images that are not finite, by their index.
+            RuntimeError: a precision other than "fp32" cannot be served here; says why.
             FloatingPointError: the model's result for an image is not finite.
         """
         images = self._check_images("DiffMIC.predict", images)
@@ -262,6 +265,7 @@ class DiffMIC(nn.Module):
                 ids.to(images.device).repeat_interleave(samples),
                 torch.arange(samples, device=images.device).repeat(batch),
                 trajectory,
+                precision,
             )
         y_0 = (states[-1] if trajectory else states).view(batch, samples, -1)
         _check_finite("the model's result", y_0, FloatingPointError)
@@ -290,6 +294,7 @@ class DiffMIC(nn.Module):
         image_ids: Tensor,
         sample_ids: Tensor,
         trajectory: bool,
+        precision: str,
     ) -> Tensor:
         """The reverse chain in one call, or layer by layer where a layer was replaced or carries a hook."""
         if self.denoiser.runs_on_weights:
@@ -303,6 +308,12 @@ class DiffMIC(nn.Module):
                 image_ids=image_ids,
                 sample_ids=sample_ids,
                 trajectory=trajectory,
+                precision=precision,
+            )
+        if precision != "fp32":
+            raise RuntimeError(
+                f"DiffMIC.predict: precision={precision!r} cannot be served: a layer of the denoiser was replaced or "
+                "carries a hook, so the chain runs through the layers themselves"
             )
         return chain(
             lambda y, timestep: self.denoiser.denoise_features(features, y, timestep, prior),

@@ -144,6 +144,7 @@ def evaluate(
     *,
     samples: int = 1,
     seed: int = 0,
+    precision: str = "fp32",
     batch_size: int = 32,
     workers: int = 0,
     device: torch.device | str = "cpu",
@@ -154,6 +155,7 @@ def evaluate(
     The noise of an image follows from its pixels, `seed` and the sample number, so results depend
     neither on the batch size nor on the order of images. Times are of the model alone, images
     already loaded and on the device; a method's time includes its guidance model.
+    precision: of the chains, as in `DiffMIC.predict`.
     on_batch: called with the number of images after each batch; may raise to stop.
     """
     device = torch.device(device)
@@ -195,6 +197,7 @@ def evaluate(
                     eta=entry.eta,
                     samples=samples,
                     seed=seed,
+                    precision=precision,
                 ).probabilities
             _synchronize(device)
             seconds[i] += time.perf_counter() - start

@@ -92,6 +92,7 @@ def predict_files(
     *,
     samples: int = 1,
     seed: int = 0,
+    precision: str = "fp32",
     batch_size: int = 32,
     workers: int = 0,
     device: torch.device | str = "cpu",
@@ -101,6 +102,7 @@ def predict_files(
     """Classify files; the noise of an image follows from its pixels and `seed`, not from the batch.
 
     augmentation: the preprocessing the model was trained with.
+    precision: of the chains, as in `DiffMIC.predict`.
     explain: let the predictions passed to `on_batch` carry trajectory, saliency and boxes.
     on_batch: called with the files, images and prediction of each batch (readable files only).
     """
@@ -134,6 +136,7 @@ def predict_files(
             eta=method.eta,
             samples=samples,
             seed=seed,
+            precision=precision,
             trajectory=explain,
             saliency=explain,
             boxes=explain,

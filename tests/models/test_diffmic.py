@@ -121,6 +121,20 @@ def test_replaced_and_hooked_layers_are_used(model, images):
     assert not torch.allclose(model.predict(images, **arguments).guidance[:, 1], plain[:, 0])
 
 
+def test_precision_of_the_chain(model, images):
+    arguments = dict(sampler="ddim", steps=5, samples=2)
+    plain = model.predict(images, **arguments).samples
+    coarse = model.predict(images, precision="bf16", **arguments).samples
+    assert not torch.equal(coarse, plain)
+    torch.testing.assert_close(coarse, plain, rtol=0.1, atol=0.1)
+    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, got 'int4'"):
+        model.predict(images, precision="int4", **arguments)
+    handle = model.denoiser.lin2.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"precision='bf16' cannot be served.*hook"):
+        model.predict(images, precision="bf16", **arguments)
+    handle.remove()
+
+
 @pytest.mark.parametrize("draws", [1, 3])
 def test_several_draws_share_the_encoder(model, images, draws):
     calls = []
