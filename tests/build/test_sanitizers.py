@@ -1,0 +1,61 @@
+"""The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+
+A native program (tests/native/kernels.cpp) over the sources themselves: Python under a sanitizer would drown
+a finding in those of other libraries. Needs the source tree and a C++ compiler with the sanitizers.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[2])
+PROGRAM = Path(__file__).parents[1] / "native" / "kernels.cpp"
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+if not (SOURCE / "csrc").is_dir():
+    pytest.skip("no source tree: set DIFFMIC_SOURCE", allow_module_level=True)
+
+SETS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": [
+        *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"),
+        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+    ],
+}
+
+
+def compile_with(sanitizers: str, arguments: list[str]) -> None:
+    assert COMPILER is not None
+    flags = ["-std=c++20", "-O1", "-g", "-ffp-contract=off", f"-fsanitize={sanitizers}"]
+    include = ["-fno-sanitize-recover=all", f"-I{SOURCE / 'csrc'}"]
+    subprocess.run([COMPILER, *flags, *include, *arguments], check=True)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_kernels(tmp_path: Path, sanitizers: str) -> None:
+    (tmp_path / "empty.cpp").write_text("int main() {}\n")
+    try:
+        compile_with(sanitizers, [str(tmp_path / "empty.cpp"), "-o", str(tmp_path / "empty")])
+        subprocess.run([str(tmp_path / "empty")], check=True)
+    except subprocess.CalledProcessError:
+        pytest.skip(f"{COMPILER} has no working -fsanitize={sanitizers} here")
+    sources, objects = [], []
+    for path in sorted((SOURCE / "csrc" / "cpu").glob("*.cpp")):
+        flags = next((f for name, f in SETS.items() if path.stem.endswith(name)), None)
+        if flags is None or platform.machine() not in ("x86_64", "AMD64"):
+            sources.append(str(path))
+            continue
+        objects.append(str(tmp_path / f"{path.stem}.o"))
+        compile_with(sanitizers, [*flags, "-c", str(path), "-o", objects[-1]])
+    program = str(tmp_path / "kernels")
+    compile_with(sanitizers, [str(PROGRAM), *sources, *objects, "-pthread", "-o", program])
+    # Every finding ends the program with another status than 0.
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all kernels ran" in done.stdout

@@ -1,0 +1,204 @@
+// A program over the sources of csrc/cpu, for the sanitizers: it runs every kernel on odd sizes and
+// several threads, in arrays that end where their last element does, and checks that the number of
+// threads leaves no trace. Exit status 1 with a sentence where it does.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/denoise.h"
+#include "cpu/noise.h"
+#include "cpu/rois.h"
+
+namespace {
+
+using diffmic::cpu::Chain;
+using diffmic::cpu::DenoiseOptions;
+using diffmic::cpu::DenoiserWeights;
+using diffmic::cpu::Precision;
+using diffmic::cpu::Steps;
+
+[[noreturn]] void Fail(const std::string& what) {
+  std::fprintf(stderr, "%s\n", what.c_str());
+  std::exit(1);
+}
+
+// Exactly `count` numbers on the heap: a sanitizer sees the first one beyond.
+class Numbers {
+ public:
+  Numbers(std::int64_t count, float low, float high) : values_(new float[Size(count)]) {
+    static std::mt19937 generator(7);
+    std::uniform_real_distribution<float> draw(low, high);
+    for (std::int64_t i = 0; i < count; ++i) values_[Size(i)] = draw(generator);
+  }
+  float* get() const { return values_.get(); }
+
+ private:
+  static std::size_t Size(std::int64_t count) { return static_cast<std::size_t>(count); }
+  std::unique_ptr<float[]> values_;
+};
+
+struct Model {
+  Model(std::int64_t features, std::int64_t classes, std::int64_t timesteps) {
+    const auto make = [&](std::int64_t count, float low, float high) {
+      memory.emplace_back(count, low, high);
+      return memory.back().get();
+    };
+    weights.features = features;
+    weights.classes = classes;
+    for (int i = 0; i < 3; ++i) {
+      const std::int64_t width = i == 0 ? 2 * classes : features;
+      const float scale = 1.0f / std::sqrt(static_cast<float>(width));
+      weights.layers[i] = {make(features * width, -scale, scale),
+                           width,
+                           make(features, -0.1f, 0.1f),
+                           make(timesteps * features, 0.0f, 1.0f),
+                           features,
+                           make(features, 0.5f, 1.5f),
+                           make(features, -0.1f, 0.1f),
+                           make(features, -0.1f, 0.1f),
+                           make(features, 0.5f, 1.5f),
+                           1e-5};
+    }
+    weights.output_weight = make(classes * features, -0.1f, 0.1f);
+    weights.output_stride = features;
+    weights.output_bias = make(classes, -0.1f, 0.1f);
+  }
+
+  std::vector<Numbers> memory;
+  DenoiserWeights weights{};
+};
+
+void CheckDenoise(const std::string& set, Precision precision, std::int64_t rows,
+                  std::int64_t features, std::int64_t classes) {
+  constexpr std::int64_t kSteps = 7;
+  const Model model(features, classes, kSteps + 1);
+  std::vector<std::int64_t> timesteps, images, samples;
+  for (std::int64_t i = 0; i < kSteps; ++i) timesteps.push_back(kSteps - 1 - i);
+  for (std::int64_t row = 0; row < rows; ++row) {
+    images.push_back(row * 1'000'003);
+    samples.push_back(row % 3);
+  }
+  const Numbers s(kSteps, 0.6f, 0.95f), q(kSteps, 0.3f, 0.7f), y0(kSteps, 0.1f, 0.3f),
+      y(kSteps, 0.4f, 0.7f), prior_weight(kSteps, 0.0f, 0.2f), eps(kSteps, 0.0f, 0.1f),
+      sigma(kSteps, 0.01f, 0.1f);
+  const Steps steps{kSteps,  timesteps.data(),   s.get(),   q.get(),     y0.get(),
+                    y.get(), prior_weight.get(), eps.get(), sigma.get(), kSteps};
+  const Numbers x(rows * features, -1.0f, 1.0f), prior(rows * classes, 0.0f, 1.0f),
+      guidance(rows * classes, 0.0f, 1.0f);
+  std::vector<float> first;
+  for (const std::int64_t window : {1, 5}) {
+    for (const int threads : {1, 2, 4}) {
+      const Numbers out(rows * classes, 0.0f, 0.0f);
+      const Numbers states((kSteps + 1) * rows * classes, 0.0f, 0.0f);
+      Chain chain{};
+      chain.rows = rows;
+      chain.features = x.get();
+      chain.features_stride = features;
+      chain.prior = prior.get();
+      chain.guidance = guidance.get();
+      chain.seed = 5;
+      chain.images = images.data();
+      chain.samples = samples.data();
+      chain.out = out.get();
+      chain.trajectory = states.get();
+      DenoiseOptions options;
+      options.precision = precision;
+      options.kernels = diffmic::cpu::FindDenoiseKernels(set);
+      options.threads = threads;
+      options.window = window;
+      options.watch = [](std::int64_t, std::int64_t) { return true; };
+      if (!Denoise(model.weights, steps, chain, options)) Fail("denoise stopped by itself");
+      const std::vector<float> found(out.get(), out.get() + rows * classes);
+      if (first.empty()) first = found;
+      if (std::memcmp(first.data(), found.data(), first.size() * sizeof(float)) != 0) {
+        Fail("denoise: " + set + " with " + std::to_string(threads) + " threads and a window of " +
+             std::to_string(window) + " differs");
+      }
+    }
+  }
+}
+
+void CheckStop() {
+  const Model model(64, 3, 3);
+  const std::vector<std::int64_t> timesteps{1, 0}, keys(400, 0);
+  const Numbers table(2, 0.5f, 0.6f), x(400 * 64, -1.0f, 1.0f), labels(400 * 3, 0.0f, 1.0f);
+  const float* t = table.get();
+  const Numbers out(400 * 3, 0.0f, 0.0f);
+  Chain chain{400, x.get(),     64,          labels.get(), labels.get(), nullptr,
+              1,   keys.data(), keys.data(), out.get(),    nullptr};
+  DenoiseOptions options;
+  options.kernels = diffmic::cpu::FindDenoiseKernels("auto");
+  options.threads = 3;
+  int asked = 0;
+  options.watch = [&asked](std::int64_t done, std::int64_t total) {
+    ++asked;
+    return done < total;
+  };
+  const Steps steps{2, timesteps.data(), t, t, t, t, t, t, t, 2};
+  if (Denoise(model.weights, steps, chain, options)) Fail("denoise went on after a stop");
+  if (asked == 0) Fail("denoise asked nobody");
+}
+
+void CheckRois() {
+  constexpr std::int64_t kBatch = 5, kClasses = 3, kSide = 9, kCount = 4;
+  const Numbers saliency(kBatch * kClasses * 7 * 6, -1.0f, 1.0f);
+  const Numbers images(kBatch * 2 * kSide * kSide, 0.0f, 1.0f);
+  std::vector<float> first;
+  for (const int threads : {1, 3}) {
+    std::vector<std::int64_t> cells(kBatch * kCount * 2), origins(cells.size());
+    const diffmic::cpu::Maps maps{saliency.get(),           kBatch, kClasses, 7, 6,
+                                  {kClasses * 42, 42, 6, 1}};
+    if (ChooseWindows(maps, diffmic::cpu::SaliencyType::kFloat32, {3, 2}, kCount, cells.data(),
+                      threads) >= 0) {
+      Fail("rois found a number that is not finite");
+    }
+    diffmic::cpu::CellsToPixels(cells.data(), kBatch * kCount, {7, 6}, {kSide, kSide},
+                                origins.data());
+    const diffmic::cpu::Maps pixels{
+        images.get(), kBatch, 2, kSide, kSide, {2 * kSide * kSide, kSide * kSide, kSide, 1}};
+    const Numbers crops(kBatch * kCount * 2 * 5 * 6, 0.0f, 0.0f);
+    CutCrops(pixels, diffmic::cpu::PixelType::kFloat32, {origins.data(), {kCount * 2, 2, 1}},
+             kCount, {5, 6}, 1, crops.get(), threads);
+    const std::vector<float> found(crops.get(), crops.get() + kBatch * kCount * 60);
+    if (first.empty()) first = found;
+    if (found != first) Fail("rois: threads leave a trace");
+  }
+}
+
+void CheckNoise() {
+  const std::vector<std::int64_t> images(1'100, 3), samples(1'100, 1), timesteps{0, 9};
+  std::vector<float> first;
+  for (const int threads : {1, 4}) {
+    const Numbers out(2 * 1'100 * 7, 0.0f, 0.0f);
+    diffmic::cpu::PhiloxNormal(1, {images.data(), 1'100, 1}, {samples.data(), 1'100, 1},
+                               {timesteps.data(), 2, 1}, 7, out.get(), threads);
+    const std::vector<float> found(out.get(), out.get() + 2 * 1'100 * 7);
+    if (first.empty()) first = found;
+    if (found != first) Fail("noise: threads leave a trace");
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const std::string& set : diffmic::cpu::DenoiseKernelNames()) {
+    for (const Precision precision : {Precision::kFloat32, Precision::kBFloat16}) {
+      CheckDenoise(set, precision, 1, 1, 1);
+      CheckDenoise(set, precision, 1, 71, 5);
+      CheckDenoise(set, precision, 7, 33, 3);
+      CheckDenoise(set, precision, 66, 37, 2);
+      CheckDenoise(set, precision, 195, 40, 4);
+      CheckDenoise(set, precision, 8, 1030, 3);
+    }
+  }
+  CheckStop();
+  CheckRois();
+  CheckNoise();
+  std::puts("all kernels ran");
+}
