@@ -10,6 +10,7 @@
 
 namespace diffmic {
 
+void BindMmd(pybind11::module_& m);
 void BindNoise(pybind11::module_& m);
 void BindRois(pybind11::module_& m);
 
