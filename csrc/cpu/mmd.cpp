@@ -165,11 +165,11 @@ class Worker {
     double factor = 4.0 / static_cast<double>(scales_.size());
     factor *= block.side == segment.side ? 1.0 / shares_[block.side].pairs
                                          : -1.0 / (shares_[0].sum * shares_[1].sum);
-    // Columns that a tile has beyond the segment's end must weigh nothing.
     for (std::int64_t j = segment.begin; j < segment.end; j += kTileColumns) {
       const std::int64_t columns = std::min(kTileColumns, segment.end - j);
       const T* v = pool_.row(segment.side, j);
       const T* weights = shares_[segment.side].weights.data() + j;
+      // Columns that a vector has beyond the segment's end must weigh nothing.
       if (columns < kTileColumns && segment.end < pool_.count[segment.side]) {
         std::fill(std::copy_n(weights, columns, masked_), masked_ + kTileColumns, T{0});
         weights = masked_;
