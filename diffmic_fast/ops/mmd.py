@@ -130,6 +130,18 @@ def kernel_matrix(
 
 
 def _check(operation: str, x: Tensor, y: Tensor) -> None:
+    if (
+        type(x) is Tensor
+        and type(y) is Tensor
+        and x.ndim == y.ndim == 2
+        and x.shape[1] == y.shape[1]
+        and x.dtype == y.dtype
+        and x.dtype in _SERVED
+        and x.device == y.device
+        and x.numel() > 0
+        and y.numel() > 0
+    ):
+        return  # the words below take as long as a kernel over 32 rows
     args = Arguments(operation)
     args.floating("x", x, "n d")
     args.floating("y", y, "m d")
