@@ -7,7 +7,7 @@ import importlib
 
 from benchmarks import harness
 
-NAMES = ("rois",)
+NAMES = ("mmd", "rois")
 
 
 def main() -> None:

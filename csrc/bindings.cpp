@@ -63,6 +63,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   using py::arg;
   m.doc() = "Kernels of diffmic_fast. The public calls are in diffmic_fast.ops.";
   diffmic::BindDenoise(m);
+  diffmic::BindMmd(m);
   diffmic::BindNoise(m);
   diffmic::BindRois(m);
   m.def("build_info", &diffmic::BuildInfo, "What this extension was built from, as a dict.");

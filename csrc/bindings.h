@@ -11,6 +11,7 @@
 namespace diffmic {
 
 void BindDenoise(pybind11::module_& m);
+void BindMmd(pybind11::module_& m);
 void BindNoise(pybind11::module_& m);
 void BindRois(pybind11::module_& m);
 

@@ -24,7 +24,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "denoise": ("reference", "cpu"),
     "conditioning": ("reference",),
     "conditional_linear": ("reference",),
-    "mmd": ("reference",),
+    "mmd": ("reference", "cpu"),
     "rois": ("reference", "cpu"),
 }
 

@@ -2,34 +2,125 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+Bandwidth = float | Sequence[float] | Literal["median"] | None
+Estimator = Literal["biased", "unbiased"]
 
-def kernel_matrix(x: Tensor, y: Tensor) -> Tensor:
-    """k(x_i, y_j) = exp(-|x_i - y_j|^2 / d^2), d the row length.
+
+def median_squared_distance(x: Tensor, y: Tensor) -> float:
+    """The median of |z_i - z_j|^2 over all i < j, z the rows of x and y together.
+
+    Of an even number of distances the lower of the two in the middle; not-a-number where one is.
 
     Args:
         x: [n, d] floating.
-        y: [m, d], dtype and device of `x`.
-
-    Returns:
-        [n, m].
+        y: [m, d].
     """
-    dimension = x.shape[1]
-    mean_square = (x[:, None, :] - y[None, :, :]).square().mean(dim=2)
-    return torch.exp(-mean_square / dimension)
+    rows = torch.cat([_widened(x), _widened(y)]).detach()
+    squares = (rows[:, None, :] - rows[None, :, :]).square().sum(dim=2)
+    above = torch.ones_like(squares, dtype=torch.bool).triu(diagonal=1)
+    return float(squares[above].median())
 
 
-def mmd(x: Tensor, y: Tensor) -> Tensor:
-    """mean k(x, x) + mean k(y, y) - 2 mean k(x, y), means over all pairs (the biased estimator).
+def kernel_matrix(x: Tensor, y: Tensor, *, bandwidth: Bandwidth = None) -> Tensor:
+    """k(x_i, y_j) = exp(-|x_i - y_j|^2 / d^2), d the row length, or a Gaussian of `bandwidth`.
 
     Args:
-        x: [n, d] floating, n >= 1.
-        y: [m, d], m >= 1, dtype and device of `x`.
+        x: [n, d] floating; half types are computed in float32.
+        y: [m, d], dtype and device of `x`.
+        bandwidth: b of exp(-|x_i - y_j|^2 / (2 b^2)); of several, the kernels' mean; "median" takes
+            the median distance between the rows of x and y together, as a constant.
 
     Returns:
-        Scalar.
+        [n, m], dtype of `x`.
+
+    Raises:
+        ValueError: bandwidth="median", and half of all pairs of rows or more are equal.
     """
-    within = kernel_matrix(x, x).mean() + kernel_matrix(y, y).mean()
-    return within - 2.0 * kernel_matrix(x, y).mean()
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    x, y = _widened(x), _widened(y)
+    dimension = x.shape[1]
+    mean_square = (x[:, None, :] - y[None, :, :]).square().mean(dim=2)
+    if bandwidth is None:
+        return torch.exp(-mean_square / dimension).to(dtype)
+    squares = mean_square * dimension
+    if isinstance(bandwidth, str):
+        scales = [median_scale(median_squared_distance(x, y))]
+    else:
+        values = [bandwidth] if isinstance(bandwidth, (int, float)) else bandwidth
+        scales = [1 / (2 * value**2) for value in values]
+    return torch.stack([torch.exp(-squares * scale) for scale in scales]).mean(dim=0).to(dtype)
+
+
+def mmd(
+    x: Tensor,
+    y: Tensor,
+    *,
+    bandwidth: Bandwidth = None,
+    estimator: Estimator = "biased",
+    x_weights: Tensor | None = None,
+    y_weights: Tensor | None = None,
+) -> Tensor:
+    """mean k(x, x) + mean k(y, y) - 2 mean k(x, y).
+
+    Args:
+        x: [n, d] floating, n >= 1 (unbiased: 2); half types are computed in float32.
+        y: [m, d], m >= 1 (unbiased: 2), dtype and device of `x`.
+        bandwidth: as in `kernel_matrix`.
+        estimator: "biased" takes means over all pairs, "unbiased" leaves the pairs of a row with
+            itself out of the first two.
+        x_weights, y_weights: [n], [m], a weight a row: a pair weighs the product of its two. Only
+            their ratios matter. No gradient passes.
+
+    Returns:
+        Scalar, dtype of `x`.
+
+    Raises:
+        ValueError: weights that are negative or leave no pair; see `kernel_matrix`.
+    """
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    x, y = _widened(x), _widened(y)
+    if isinstance(bandwidth, str):
+        bandwidth = (median_scale(median_squared_distance(x, y)) * 2) ** -0.5
+    unbiased = estimator == "unbiased"
+    p = _weights("x_weights", x, x_weights, unbiased)
+    q = _weights("y_weights", y, y_weights, unbiased)
+
+    def within(rows: Tensor, weights: Tensor) -> Tensor:
+        pairs = weights[:, None] * weights
+        if unbiased:
+            pairs = pairs - pairs.diag().diag()
+        return (pairs * kernel_matrix(rows, rows, bandwidth=bandwidth)).sum() / pairs.sum()
+
+    between = (p[:, None] * q * kernel_matrix(x, y, bandwidth=bandwidth)).sum()
+    return (within(x, p) + within(y, q) - 2.0 * between / (p.sum() * q.sum())).to(dtype)
+
+
+def median_scale(median: float) -> float:
+    """c of exp(-c |u - v|^2) for a bandwidth that is the root of `median`."""
+    if median == 0:
+        raise ValueError(
+            "mmd: bandwidth='median' needs rows that differ, half of all pairs of rows or more are "
+            "equal: give a bandwidth"
+        )
+    return 1 / (2 * median)
+
+
+def _weights(name: str, rows: Tensor, weights: Tensor | None, unbiased: bool) -> Tensor:
+    if weights is None:
+        return rows.new_ones(len(rows))
+    if bool((weights < 0).any()) or int((weights != 0).sum()) < (2 if unbiased else 1):
+        raise ValueError(
+            f"mmd: {name} must not be negative, and {'two' if unbiased else 'one'} of them must be "
+            "more than 0"
+        )
+    return weights.detach().to(rows.dtype)
+
+
+def _widened(rows: Tensor) -> Tensor:
+    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows

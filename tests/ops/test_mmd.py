@@ -1,56 +1,479 @@
-"""`mmd` against recorded numbers and its own definition."""
+"""`mmd` against recorded numbers and its definition in float64."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
+from diffmic_fast import _native
 from diffmic_fast.ops.mmd import kernel_matrix, mmd
+from diffmic_fast.reference import mmd as reference
+
+_C = _native.extension()
+ISAS = _C.mmd_instruction_sets()
+BACKENDS = ["reference", "cpu"]
+BANDWIDTHS: list[Any] = [None, 0.7, [0.5, 1.0, 3.0], "median"]
+SHAPES = [(1, 1, 1), (3, 7, 2), (32, 32, 5), (129, 1, 7), (97, 131, 33), (100, 140, 129)]
+
+# Kernel values: a few roundings of the distance and one of the exponential. Means and gradients:
+# sums of those, compared with the size of what is summed, for the sums of x and y cancel.
+TOLERANCE = {torch.float32: 6e-7, torch.float64: 2e-15}
 
 
+def rows(n: int, d: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * n + d + seed)
+    return torch.randn(n, d, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def in_a_buffer(tensor: Tensor, kind: str) -> Tensor:
+    """The same values behind other strides; what lies around them would be noticed."""
+    n, d = tensor.shape
+    if kind == "transposed":
+        view = tensor.new_full((d + 2, n + 3), torch.nan)[1:-1, 2:-1].T
+    elif kind == "slice":
+        view = tensor.new_full((n + 3, d + 3), torch.nan)[1:-2, 2:-1]
+    elif kind == "spread":
+        view = tensor.new_full((2 * n, 3 * d), torch.nan)[1::2, ::3]
+    else:
+        return tensor.contiguous()
+    return view.copy_(tensor)
+
+
+def value_and_gradients(call: Callable[..., Tensor], x: Tensor, y: Tensor, **options: Any) -> Any:
+    x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+    value = call(x, y, **options)
+    return value.detach(), *torch.autograd.grad(value, (x, y))
+
+
+def run_kernel(
+    x: Tensor, y: Tensor, scales: list[float], *, unbiased: bool = False, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    value, gradients = x.new_empty(()), [r.new_full(r.shape, torch.nan) for r in (x, y)]
+    _C.mmd(x, y, None, None, scales, unbiased, value, *gradients, **options)
+    return value, *gradients
+
+
+def assert_close(found: Any, expected: Any, dtype: torch.dtype, bandwidth: Any = None) -> None:
+    """Value and gradients of `found`, in dtype, near those of the float64 definition."""
+    # A slope is at most 1 / bandwidth.
+    widths = [bandwidth] if isinstance(bandwidth, float) else bandwidth
+    steepest = 1 / min(widths) if isinstance(widths, list) else 1.0
+    for i, (got, want) in enumerate(zip(found, expected, strict=True)):
+        scale = 1.0 if i == 0 else steepest * 4 / len(want)
+        assert float((got.double() - want).abs().max()) <= 4 * TOLERANCE[dtype] * scale
+
+
+# ---- the recorded numbers, and the definition ------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pair", range(4))
-def test_recorded_values_and_gradients(golden, pair):
+def test_recorded_values_and_gradients(golden: Any, pair: int, backend: str) -> None:
     data = {key[2:]: value for key, value in golden("mmd").items() if key.startswith(f"{pair}/")}
-    x, y = data["x"].requires_grad_(), data["y"].requires_grad_()
-    value = mmd(x, y)
-    value.backward()
-    torch.testing.assert_close(value.detach(), data["mmd"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(kernel_matrix(x, y).detach(), data["k_xy"], rtol=1e-5, atol=1e-5)
-    for name, leaf in (("grad_x", x), ("grad_y", y)):
-        assert leaf.grad is not None
+    found = value_and_gradients(mmd, data["x"], data["y"], backend=backend)
+    torch.testing.assert_close(found[0], data["mmd"], rtol=1e-5, atol=1e-5)
+    kernel = kernel_matrix(data["x"], data["y"], backend=backend)
+    torch.testing.assert_close(kernel, data["k_xy"], rtol=1e-5, atol=1e-5)
+    for gradient, name in zip(found[1:], ("grad_x", "grad_y"), strict=True):
         scale = data[name].abs().max()
-        assert float((leaf.grad - data[name]).abs().max() / scale) < 1e-4
+        assert float((gradient - data[name]).abs().max() / scale) < 1e-4
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 2), (129, 1, 5)])
-def test_definition_in_float64(shape):
-    n, m, d = shape
-    generator = torch.Generator().manual_seed(n)
-    x = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    y = torch.randn(m, d, generator=generator, dtype=torch.float64)
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("bandwidth", BANDWIDTHS)
+def test_the_reference_is_the_formula(bandwidth: Any, estimator: str) -> None:
+    x, y = rows(4, 3), rows(5, 3, seed=1)
+    z = torch.cat([x, y])
+    if bandwidth == "median":
+        squares = sorted(float((z[i] - z[j]).square().sum()) for i in range(9) for j in range(i))
+        scales = [1 / (2 * squares[(36 - 1) // 2])]
+    elif bandwidth is None:
+        scales = [1 / 9]
+    else:
+        scales = [0.5 / b**2 for b in (bandwidth if isinstance(bandwidth, list) else [bandwidth])]
+    p, q = torch.tensor([1.0, 0.0, 2.0, 0.5]), torch.tensor([0.25, 1.0, 1.0, 3.0, 0.5])
 
-    def mean(a, b):
-        return (
-            sum(torch.exp(-(u - v).square().sum() / d**2) for u in a for v in b) / len(a) / len(b)
+    def mean(a: Tensor, b: Tensor, wa: Tensor, wb: Tensor, skip: bool) -> Any:
+        total, weight = 0.0, 0.0
+        for i in range(len(a)):
+            for j in range(len(b)):
+                if skip and i == j:
+                    continue
+                kernel = sum(torch.exp(-c * (a[i] - b[j]).square().sum()) for c in scales)
+                total += float(wa[i] * wb[j] * kernel) / len(scales)
+                weight += float(wa[i] * wb[j])
+        return total / weight
+
+    skip = estimator == "unbiased"
+    expected = mean(x, x, p, p, skip) + mean(y, y, q, q, skip) - 2 * mean(x, y, p, q, False)
+    for backend in BACKENDS:
+        found = mmd(
+            x,
+            y,
+            bandwidth=bandwidth,
+            estimator=estimator,
+            x_weights=p.double(),
+            y_weights=q.double(),
+            backend=backend,
         )
-
-    torch.testing.assert_close(mmd(x, y), mean(x, x) + mean(y, y) - 2 * mean(x, y))
-    assert torch.autograd.gradcheck(mmd, (x[:4].requires_grad_(), y[:4].requires_grad_()))
+        assert float(found) == pytest.approx(expected, rel=1e-12, abs=1e-14)
 
 
-def test_bad_arguments_are_named():
+# ---- the kernel ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bandwidth", BANDWIDTHS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients(shape: tuple[int, ...], bandwidth: Any, dtype: torch.dtype) -> None:
+    n, m, d = shape
+    x, y = rows(n, d, dtype), rows(m, d, dtype, seed=1) + 0.5
+    if bandwidth == "median":  # the same one for both: half a rounding may choose another pair
+        bandwidth = reference.median_squared_distance(x.double(), y.double()) ** 0.5
+    weights = {
+        "x_weights": rows(n, 1, dtype)[:, 0].abs(),
+        "y_weights": rows(m, 1, dtype)[:, 0].abs(),
+    }
+    for estimator in ("biased", "unbiased"):
+        if estimator == "unbiased" and min(n, m) < 2:
+            continue
+        for options in ({}, weights):
+            found = value_and_gradients(
+                mmd, x, y, bandwidth=bandwidth, estimator=estimator, backend="cpu", **options
+            )
+            doubles = {key: value.double() for key, value in options.items()}
+            expected = value_and_gradients(
+                reference.mmd, x.double(), y.double(), bandwidth=bandwidth, estimator=estimator,
+                **doubles,
+            )  # fmt: skip
+            assert_close(found, expected, dtype, bandwidth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("scales", [[1 / 33**2], [0.01, 0.3]])
+def test_every_instruction_set(isa: str, scales: list[float], dtype: torch.dtype) -> None:
+    x, y = rows(97, 33, dtype), rows(131, 33, dtype, seed=1) + 0.5
+    bandwidth = [(2 * scale) ** -0.5 for scale in scales]
+    found = run_kernel(x, y, scales, isa=isa)
+    expected = value_and_gradients(reference.mmd, x.double(), y.double(), bandwidth=bandwidth)
+    assert_close(found, expected, dtype, bandwidth)
+    kernel = x.new_empty((97, 131))
+    _C.mmd_kernel_matrix(x, y, scales, kernel, isa=isa)
+    wanted = reference.kernel_matrix(x.double(), y.double(), bandwidth=bandwidth)
+    assert float((kernel.double() - wanted).abs().max()) <= TOLERANCE[dtype]
+    squares = torch.pdist(torch.cat([x, y]).double()).square()
+    median = _C.mmd_median_squared_distance(x, y, isa=isa)
+    assert median == pytest.approx(float(squares.median()), rel=1e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("dtype", "bound", "last"), [(torch.float32, 3e-7, 13.0), (torch.float64, 1e-15, 37.0)]
+)
+def test_the_exponential(isa: str, dtype: torch.dtype, bound: float, last: float) -> None:
+    """Of arguments x^2 / 2 without rounding errors of their own."""
+    x = torch.arange(0, last, 1 / 64, dtype=dtype)[:, None]
+    kernel = x.new_empty((len(x), 1))
+    _C.mmd_kernel_matrix(x, x.new_zeros(1, 1), [0.5], kernel, isa=isa)
+    expected = torch.exp(-x.double().square() / 2)
+    error = ((kernel.double() - expected) / expected).abs()
+    assert 0 < float(error.max()) < bound
+    _C.mmd_kernel_matrix(x + 1e4, x.new_zeros(1, 1), [0.5], kernel, isa=isa)
+    assert not kernel.any()
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "transposed", "slice", "spread"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_strides_and_surroundings(kind: str, dtype: torch.dtype) -> None:
+    x, y = rows(35, 9, dtype), rows(130, 9, dtype, seed=1)
+    expected = run_kernel(x, y, [0.1])
+    u, v = in_a_buffer(x, kind), in_a_buffer(y, kind)
+    weights = rows(70, 1, dtype)[:, 0].abs()
+    buffer = x.new_full((35 * 9 + 130 * 9 + 7,), 42.0)
+    found = buffer[3:4].view(()), buffer[5:320].view(35, 9), buffer[321:1491].view(130, 9)
+    _C.mmd(u, v, None, None, [0.1], False, *found)
+    assert all(map(torch.equal, found, expected))
+    assert (buffer[[0, 1, 2, 4, 320, -1]] == 42).all()
+    assert torch.equal(u, x) and torch.equal(v, y)
+    for given in (weights[::2], weights[::2].contiguous()):
+        value = x.new_empty(())
+        _C.mmd(u, v, given, None, [0.1], False, value, None, None)
+        wanted = mmd(x.double(), y.double(), bandwidth=5**0.5, x_weights=weights[::2].double())
+        assert float(value) == pytest.approx(float(wanted), abs=4 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("scales", [[1 / 65**2], [2.0]])
+def test_the_bits_do_not_depend_on_threads_or_runs(isa: str, scales: list[float]) -> None:
+    x, y = rows(400, 65, torch.float32), rows(301, 65, torch.float32, seed=1)
+    expected = run_kernel(x, y, scales, isa=isa, threads=1)
+    for threads in (2, 3, 7, 2):
+        found = run_kernel(x, y, scales, isa=isa, threads=threads)
+        assert all(map(torch.equal, found, expected))
+    median = {_C.mmd_median_squared_distance(x, y, n, isa) for n in (1, 2, 3)}
+    assert len(median) == 1
+
+
+def test_the_value_does_not_depend_on_which_gradients_are_wanted() -> None:
+    x, y = rows(150, 9), rows(205, 9, seed=1)
+    expected = run_kernel(x, y, [0.1])
+    for wants_x in (False, True):
+        for wants_y in (False, True):
+            value, gx, gy = x.new_empty(()), torch.empty_like(x), torch.empty_like(y)
+            _C.mmd(
+                x, y, None, None, [0.1], True, value, gx if wants_x else None,
+                gy if wants_y else None,
+            )  # fmt: skip
+            wanted = mmd(x, y, bandwidth=5**0.5, estimator="unbiased", backend="reference")
+            assert float(value) == pytest.approx(float(wanted), abs=1e-14)
+            _C.mmd(
+                x, y, None, None, [0.1], False, value, gx if wants_x else None,
+                gy if wants_y else None,
+            )  # fmt: skip
+            assert not wants_x or torch.equal(gx, expected[1])
+            assert not wants_y or torch.equal(gy, expected[2])
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_rows_close_together_and_far_from_the_origin(offset: float) -> None:
+    """|u|^2 + |v|^2 - 2uv would leave nothing of these distances."""
+    x, y = (
+        rows(40, 16, torch.float32) * 0.01 + offset,
+        rows(50, 16, torch.float32, 1) * 0.01 + offset,
+    )
+    found = value_and_gradients(mmd, x, y, bandwidth=0.05, backend="cpu")
+    expected = value_and_gradients(reference.mmd, x.double(), y.double(), bandwidth=0.05)
+    assert_close(found, expected, torch.float32, 0.05)
+    kernel = kernel_matrix(x, y, bandwidth=0.05, backend="cpu").double()
+    wanted = reference.kernel_matrix(x.double(), y.double(), bandwidth=0.05)
+    assert float((kernel - wanted).abs().max()) <= TOLERANCE[torch.float32]
+
+
+def test_a_narrow_kernel_in_a_wide_cloud() -> None:
+    """Pairs close together far from the mean of all rows: their gradient has its digits."""
+    centres = rows(20, 8, torch.float32) * 1000
+    x, y = (
+        centres + 0.1 * rows(20, 8, torch.float32, 1),
+        centres + 0.1 * rows(20, 8, torch.float32, 2),
+    )
+    found = value_and_gradients(mmd, x, y, bandwidth=0.3, backend="cpu")
+    expected = value_and_gradients(reference.mmd, x.double(), y.double(), bandwidth=0.3)
+    assert float(expected[1].abs().max()) > 0.005
+    assert_close(found, expected, torch.float32, 0.3)
+
+
+def test_equal_rows_are_at_distance_zero() -> None:
+    x = rows(130, 37, torch.float32) * 100
+    kernel = kernel_matrix(x, x.clone(), bandwidth=0.01, backend="cpu")
+    assert torch.equal(kernel, torch.eye(130))
+    value, gx, gy = value_and_gradients(mmd, x, x.clone(), bandwidth=0.01, backend="cpu")
+    assert float(value) == 0 and not gx.any() and not gy.any()
+
+
+def test_a_small_discrepancy_keeps_its_digits() -> None:
+    """Wide kernels are 1 - something small, and the ones cancel."""
+    x, y = rows(64, 64, torch.float32), rows(64, 64, torch.float32, seed=1)
+    expected = reference.mmd(x.double(), y.double(), bandwidth=1e4)
+    assert 0 < float(expected) < 1e-7
+    found = mmd(x, y, bandwidth=1e4, backend="cpu")
+    assert float(found) == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bandwidth", BANDWIDTHS)
+def test_not_a_number_goes_through(bandwidth: Any, backend: str) -> None:
+    for place in ((0, 0), (39, 4)):
+        for value in (torch.nan, torch.inf):
+            x, y = rows(40, 5, torch.float32), rows(41, 5, torch.float32, 1)
+            x[place] = value
+            found = value_and_gradients(mmd, x, y, bandwidth=bandwidth, backend=backend)
+            assert found[0].isnan() and found[1][place[0], place[1]].isnan()
+            assert mmd(y, x, bandwidth=bandwidth, backend=backend).isnan()
+    weights = torch.ones(40)
+    weights[7] = torch.nan
+    x, y = rows(40, 5, torch.float32), rows(41, 5, torch.float32, 1)
+    assert mmd(x, y, x_weights=weights, backend=backend).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_widened(dtype: torch.dtype) -> None:
+    x, y = rows(33, 6, dtype), rows(34, 6, dtype, 1)
+    found = value_and_gradients(mmd, x, y, backend="cpu")
+    expected = value_and_gradients(mmd, x.float(), y.float(), backend="cpu")
+    for got, want in zip(found, expected, strict=True):
+        assert got.dtype == dtype and torch.equal(got, want.to(dtype))
+    kernel = kernel_matrix(x, y, backend="cpu")
+    assert torch.equal(kernel, kernel_matrix(x.float(), y.float(), backend="cpu").to(dtype))
+    grads = value_and_gradients(lambda *a: kernel_matrix(*a, backend="cpu").sum(), x, y)
+    assert grads[1].dtype == dtype and grads[1].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 2), (5, 6), (700, 800)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_median_is_one_of_the_distances(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Whole numbers, whose distances have no rounding: few pairs and many, with ties."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randint(-9, 9, (n, 3), generator=generator).to(dtype) for n in shape)
+    found = _C.mmd_median_squared_distance(x, y, 2)
+    assert found == reference.median_squared_distance(x, y)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("n", "d", "gradients"), [(16384, 512, False), (2048, 4096, True)])
+def test_memory_is_that_of_the_rows(n: int, d: int, gradients: bool) -> None:
+    """Inputs of 67 MB: a copy of them and gradients of their size, nothing of n x n."""
+    program = f"""
+import torch
+from diffmic_fast.ops.mmd import mmd
+torch.set_num_threads(2)
+small = torch.rand(300, 64, requires_grad=True)
+mmd(small, small * 2, backend="cpu").backward()
+x, y = torch.full(({n}, {d}), 0.5), torch.ones({n}, {d})
+x.requires_grad_({gradients}), y.requires_grad_({gradients})
+def kilobytes(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name))
+before = kilobytes("VmRSS")
+value = mmd(x, y, backend="cpu")
+if {gradients}:
+    value.backward()
+print(1024 * (kilobytes("VmHWM") - before), float(value.detach()))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    grown, value = (float(word) for word in result.stdout.split())
+    assert grown < 200e6 and value > 0
+
+
+# ---- autograd and the compiler ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bandwidth", [None, [0.5, 2.0]])
+def test_gradcheck(bandwidth: Any) -> None:
+    x, y = rows(4, 3).requires_grad_(), rows(5, 3, seed=1).requires_grad_()
+    for estimator in ("biased", "unbiased"):
+        assert torch.autograd.gradcheck(
+            lambda a, b, e=estimator: mmd(a, b, bandwidth=bandwidth, estimator=e, backend="cpu"),
+            (x, y),
+        )
+    assert torch.autograd.gradcheck(
+        lambda a, b: kernel_matrix(a, b, bandwidth=bandwidth, backend="cpu"), (x, y)
+    )
+
+
+@pytest.mark.parametrize("which", ["x", "y", "both"])
+@pytest.mark.parametrize("shape", [(3, 7, 2), (97, 131, 33)])
+def test_gradients_of_a_kernel_matrix(shape: tuple[int, ...], which: str) -> None:
+    n, m, d = shape
+    x, y = rows(n, d).requires_grad_(which != "y"), rows(m, d, seed=1).requires_grad_(which != "x")
+    weight = rows(m, n, seed=2).T
+    found, expected = (
+        torch.autograd.grad(
+            (kernel_matrix(x, y, bandwidth=[1.0, 4.0], backend=backend) * weight).sum(),
+            [r for r in (x, y) if r.requires_grad],
+        )
+        for backend in ("cpu", "reference")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_second_derivatives_are_an_error() -> None:
+    x, y = rows(4, 3).requires_grad_(), rows(5, 3, seed=1).requires_grad_()
+    for value in (mmd(x, y, backend="cpu"), kernel_matrix(x, y, backend="cpu").sum()):
+        (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivatives: use backend='reference'"):
+            gradient.sum().backward()
+
+
+def test_opcheck() -> None:
+    x, y = rows(6, 3).requires_grad_(), rows(5, 3, seed=1).requires_grad_()
+    weights = torch.ones(6, dtype=torch.float64)
+    ops = torch.ops.diffmic_fast
+    median = torch.tensor(2.0, dtype=torch.float64)
+    for call in (
+        (x, y, None, None, [0.5], None, False, True, True),
+        (x, y.detach(), weights, None, [0.5, 1.0], None, True, True, False),
+        (x.detach(), y.detach(), None, None, [], median, True, False, False),
+    ):
+        torch.library.opcheck(ops.mmd.default, call)
+    torch.library.opcheck(ops.mmd_median.default, (x.detach(), y.detach()))
+    torch.library.opcheck(ops.mmd_kernel_matrix.default, (x, y, [0.5], None))
+    grad = rows(6, 5)
+    torch.library.opcheck(
+        ops.mmd_kernel_matrix_backward.default,
+        (grad, x.detach(), y.detach(), [0.5], None, True, False),
+    )
+
+
+@pytest.mark.parametrize("bandwidth", [None, "median"])
+def test_compiles_as_one_graph(bandwidth: Any) -> None:
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        value = mmd(x * 2, y, bandwidth=bandwidth, backend="cpu")
+        return value.sin() + kernel_matrix(x, y, bandwidth=bandwidth, backend="cpu").mean()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, m in ((4, 6), (7, 5)):
+        found = value_and_gradients(compiled, rows(n, 3), rows(m, 3, seed=1))
+        expected = value_and_gradients(loss, rows(n, 3), rows(m, 3, seed=1))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+# ---- bad arguments ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_arguments_are_named(backend: str) -> None:
     x = torch.zeros(4, 5)
-    with pytest.raises(ValueError, match=r"mmd: y must be \[m, d=5\], got \(4, 7\)"):
-        mmd(x, torch.zeros(4, 7))
-    with pytest.raises(ValueError, match="x must not be empty"):
-        mmd(torch.zeros(0, 5), x)
-    with pytest.raises(TypeError, match="x must be a floating-point tensor"):
-        mmd(x.long(), x)
-    with pytest.raises(TypeError, match=r"y must be torch.float32 .* got torch.float64"):
-        mmd(x, x.double())
-    with pytest.raises(TypeError, match=r"x must be a torch.Tensor, got list"):
-        mmd([[1.0]], x)
+
+    def bad(error: type[Exception], match: str, *args: Any, **options: Any) -> None:
+        with pytest.raises(error, match=match):
+            mmd(*args, backend=backend, **options)
+
+    bad(ValueError, r"mmd: y must be \[m, d=5\], got \(4, 7\)", x, torch.zeros(4, 7))
+    bad(ValueError, "x must not be empty", torch.zeros(0, 5), x)
+    bad(ValueError, "a row must not be empty", torch.zeros(4, 0), torch.zeros(4, 0))
+    bad(TypeError, "x must be a floating-point tensor", x.long(), x)
+    bad(TypeError, r"y must be torch.float32 .* got torch.float64", x, x.double())
+    bad(TypeError, r"x must be a torch.Tensor, got list", [[1.0]], x)
+    bad(ValueError, "two rows of x and two of y", x[:1], x, estimator="unbiased")
+    bad(ValueError, "estimator must be .* got 'best'", x, x, estimator="best")
+    bad(ValueError, "bandwidth must be in .* got 0", x, x, bandwidth=0.0)
+    bad(ValueError, "bandwidth must be in .* got nan", x, x, bandwidth=torch.nan)
+    bad(ValueError, "bandwidth must not be empty", x, x, bandwidth=[])
+    bad(ValueError, "bandwidth must be 'median', .* got 'mean'", x, x, bandwidth="mean")
+    bad(TypeError, "bandwidth must be of numbers, got '1'", x, x, bandwidth=["1"])
+    bad(ValueError, "bandwidth='median' needs rows that differ", x, x, bandwidth="median")
+    bad(ValueError, r"x_weights must be \[4\].* got \(3,\)", x, x, x_weights=torch.ones(3))
+    bad(TypeError, "y_weights must be floating", x, x, y_weights=torch.ones(4).long())
+    bad(TypeError, "y_weights must be a torch.Tensor", x, x, y_weights=[1, 1, 1, 1])
+    bad(ValueError, "y_weights must not be negative", x, x, y_weights=torch.tensor([1.0, 1, 1, -1]))
+    bad(ValueError, "x_weights .* one of them must be more", x, x, x_weights=torch.zeros(4))
+    one = torch.tensor([0.0, 1, 0, 0])
+    bad(ValueError, "two of them must be more", x, x, x_weights=one, estimator="unbiased")
+    needing = torch.ones(4, requires_grad=True)
+    bad(ValueError, "x_weights must not require gradients", x, x, x_weights=needing)
+
+
+def test_bad_backends_and_instruction_sets() -> None:
+    x = torch.zeros(4, 5)
     with pytest.raises(RuntimeError, match="triton"):
         mmd(x, x, backend="triton")
     with pytest.raises(ValueError, match="got 'fast'"):
         mmd(x, x, backend="fast")
+    with pytest.raises(ValueError, match="isa must be auto, portable, avx2 or avx512, got sse"):
+        run_kernel(x, x, [1.0], isa="sse")
+    if "avx512" not in ISAS:
+        with pytest.raises(ValueError, match="isa avx512 is not what this processor has"):
+            run_kernel(x, x, [1.0], isa="avx512")
+    with pytest.raises(ValueError, match="scales must not be empty"):
+        run_kernel(x, x, [])
+    with pytest.raises(ValueError, match="mmd: y must have shape"):
+        run_kernel(x, torch.zeros(4, 6), [1.0])
