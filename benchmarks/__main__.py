@@ -7,7 +7,7 @@ import importlib
 
 from benchmarks import harness
 
-NAMES = ("mmd", "rois")
+NAMES = ("denoise", "mmd", "rois")
 
 
 def main() -> None:

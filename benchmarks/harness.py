@@ -8,7 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class Case:
         baseline: the peer that ratios are taken to.
         bytes_moved: bytes that one call has to read and write, 0 where that says nothing.
         bound: bytes a second that this machine copies, in the best of the same rounds.
+        limits: peer -> {timing that bounds it: factor}. What the machine would need at least is the largest
+            factor * timing; a peer's share of it is shown and kept.
     """
 
     title: str
@@ -54,6 +56,14 @@ class Case:
     baseline: str
     bytes_moved: int = 0
     bound: float = 0.0
+    limits: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def share(self, name: str) -> float | None:
+        """Least time over the peer's own, both the median of the same rounds."""
+        if name not in self.limits:
+            return None
+        least = max(f * self.timings[bound].median for bound, f in self.limits[name].items())
+        return least / self.timings[name].median
 
 
 def measure(peers: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
@@ -103,7 +113,9 @@ def show(cases: list[Case]) -> None:
     for case in cases:
         table = Table(title=case.title, title_justify="left", padding=(0, 0))
         columns = ["", "best", "median", "quartiles", f"{case.baseline} / it, best", "median"]
-        for column in columns + (["GB/s", "of a copy"] if case.bytes_moved else []):
+        columns += ["GB/s", "of a copy"] if case.bytes_moved else []
+        columns += ["of the limit"] if case.limits else []
+        for column in columns:
             table.add_column(column, justify="right")
         base = case.timings[case.baseline]
         for name, timing in case.timings.items():
@@ -118,6 +130,9 @@ def show(cases: list[Case]) -> None:
             if case.bytes_moved:
                 speed = case.bytes_moved / timing.best
                 row += [f"{speed / 1e9:.2f}", f"{speed / case.bound:.0%}"]
+            if case.limits:
+                share = case.share(name)
+                row.append("" if share is None else f"{share:.0%}")
             table.add_row(*row)
         console.print(table)
 
@@ -137,7 +152,8 @@ def _with_ratios(case: Case) -> dict[str, Any]:
         name: {"best": base.best / timing.best, "median": base.median / timing.median}
         for name, timing in case.timings.items()
     }
-    return {**asdict(case), f"{case.baseline}_over": ratios}
+    shares = {name: case.share(name) for name in case.limits}
+    return {**asdict(case), f"{case.baseline}_over": ratios, "share_of_limit": shares}
 
 
 def _duration(seconds: float) -> str:

@@ -6,12 +6,15 @@
 #include <array>
 #include <cstdint>
 #include <exception>
+#include <memory>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "bindings.h"
 #include "cpu/denoise.h"
+#include "cpu/parallel.h"
 #include "philox.h"
 #include "tensor_view.h"
 #include "text.h"
@@ -258,6 +261,38 @@ void Softplus(py::handle in, py::handle out, const std::string& instructions) {
   ReadKernels(instructions)->softplus(x.data_as<float>(), x.size(0), y.mutable_data_as<float>());
 }
 
+float ReadProbe(py::handle array, int threads, const std::string& instructions) {
+  const auto x = TensorView::Input(array, "read_probe", "x");
+  x.OfType({DType::kFloat32});
+  CheckThreads("read_probe", threads);
+  if (!x.is_compact()) throw py::value_error("read_probe: x must be compact");
+  const cpu::DenoiseKernels* kernels = ReadKernels(instructions);
+  const py::gil_scoped_release release;
+  std::vector<float> sums(static_cast<std::size_t>(threads));
+  cpu::ParallelFor(threads, threads, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t part = begin; part < end; ++part) {
+      const std::int64_t first = x.numel() / threads * part;
+      const std::int64_t last = part + 1 == threads ? x.numel() : first + x.numel() / threads;
+      sums[static_cast<std::size_t>(part)] =
+          kernels->read(x.data_as<float>() + first, last - first);
+    }
+  });
+  return std::accumulate(sums.begin(), sums.end(), 0.0f);
+}
+
+float MultiplyAddProbe(std::int64_t count, int threads, const std::string& instructions) {
+  CheckThreads("multiply_add_probe", threads);
+  const cpu::DenoiseKernels* kernels = ReadKernels(instructions);
+  const py::gil_scoped_release release;
+  std::vector<float> sums(static_cast<std::size_t>(threads));
+  cpu::ParallelFor(threads, threads, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t part = begin; part < end; ++part) {
+      sums[static_cast<std::size_t>(part)] = kernels->multiply_add(count / threads);
+    }
+  });
+  return std::accumulate(sums.begin(), sums.end(), 0.0f);
+}
+
 }  // namespace
 
 void BindDenoise(py::module_& m) {
@@ -273,6 +308,11 @@ void BindDenoise(py::module_& m) {
         "The instruction sets that `denoise` has kernels for and this processor has.");
   m.def("softplus", &Softplus, arg("x"), arg("out"), arg("instructions") = "auto",
         "softplus of x [n], as the kernels of `denoise` compute it; for tests.");
+  m.def("read_probe", &ReadProbe, arg("x"), arg("threads") = 1, arg("instructions") = "auto",
+        "Read an array and return its sum; what bounds `denoise` over few rows, for benchmarks.");
+  m.def("multiply_add_probe", &MultiplyAddProbe, arg("count"), arg("threads") = 1,
+        arg("instructions") = "auto",
+        "Do `count` float32 multiply-adds in registers; what bounds `denoise` over many rows.");
 }
 
 }  // namespace diffmic

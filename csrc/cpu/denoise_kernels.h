@@ -69,6 +69,10 @@ struct DenoiseKernels {
   void (*round)(const float* in, std::int64_t count, std::uint16_t* out);
   // softplus of count numbers, for tests.
   void (*softplus)(const float* in, std::int64_t count, float* out);
+  // What bounds the above, for benchmarks: the sum of `count` floats, read in four streams; and
+  // `count` multiply-adds in registers. The results only keep the compiler from leaving them out.
+  float (*read)(const float* in, std::int64_t count);
+  float (*multiply_add)(std::int64_t count);
 };
 
 // Null where this build, or this processor, does not have the set.

@@ -440,10 +440,40 @@ void SoftplusAll(const float* in, std::int64_t count, float* out) {
   }
 }
 
+float ReadAll(const float* in, std::int64_t count) {
+  constexpr int kStreams = 4;
+  const std::int64_t part = count / kStreams / (2 * kLanes) * (2 * kLanes);
+  Vec sums[2 * kStreams];
+  for (Vec& sum : sums) sum = Zero();
+  for (std::int64_t i = 0; i < part; i += 2 * kLanes) {
+    for (int s = 0; s < kStreams; ++s) {
+      sums[2 * s] = sums[2 * s] + Load(in + s * part + i);
+      sums[2 * s + 1] = sums[2 * s + 1] + Load(in + s * part + i + kLanes);
+    }
+  }
+  for (int s = 1; s < 2 * kStreams; ++s) sums[0] = sums[0] + sums[s];
+  float rest = Sum(sums[0]);
+  for (std::int64_t i = kStreams * part; i < count; ++i) rest += in[i];
+  return rest;
+}
+
+float MultiplyAddAll(std::int64_t count) {
+  constexpr int kSums = 12;
+  Vec sums[kSums];
+  for (int s = 0; s < kSums; ++s) sums[s] = Set(static_cast<float>(s));
+  const Vec factor = Set(0.999f);
+  const Vec term = Set(0.001f);
+  for (std::int64_t i = 0; i < count; i += kSums * kLanes) {
+    for (Vec& sum : sums) sum = Fma(sum, factor, term);
+  }
+  for (int s = 1; s < kSums; ++s) sums[0] = sums[0] + sums[s];
+  return Sum(sums[0]);
+}
+
 }  // namespace
 
 inline constexpr DenoiseKernels kDenoiseKernels{
-    DIFFMIC_SIMD_NAME, First, Second, Third, RoundAll, SoftplusAll,
+    DIFFMIC_SIMD_NAME, First, Second, Third, RoundAll, SoftplusAll, ReadAll, MultiplyAddAll,
 };
 
 }  // namespace diffmic::cpu::DIFFMIC_SIMD
