@@ -5,7 +5,7 @@
 // Within them, kDepth elements of k at a time:
 //
 //   rows of activations, kRowPanel at a time (their kDepth elements stay in L2)
-//     4 rows of W (16 KB: they stay in L1), the next 4 being prefetched
+//     4 rows of W (16 KB: they stay in L1)
 //       a tile of kTileRows rows of activations against these 4, sums in registers
 //
 // A sum therefore has one order, whatever the number of rows: lane by lane along k in pieces of
@@ -33,22 +33,6 @@ constexpr std::int64_t kFewRows = 6;
 constexpr int kTileRows = kRegisters == 32 ? 6 : 3;
 constexpr int kTileUnits = 4;
 
-// Cache lines of weights that will be wanted next, asked for one by one while a tile is computed:
-// `count` of them from number `first` on, in rows of `per_row` lines (a power of two).
-struct Ahead {
-  const char* base = nullptr;
-  std::int64_t stride = 0;  // bytes
-  int row_bits = 0;         // log2 of the lines of a row
-  int first = 0, count = 0;
-
-  void Fetch(std::int64_t step) const {
-    if (step >= count) return;
-    const std::int64_t line = first + step;
-    const std::int64_t row = line >> row_bits;
-    __builtin_prefetch(base + row * stride + (line - (row << row_bits)) * 64, 0, 3);
-  }
-};
-
 // ---- sums along k, by precision
 
 struct Float32Product {
@@ -58,11 +42,9 @@ struct Float32Product {
   // acc[m][n] += a_m . w_n over `depth` elements.
   template <int kM, int kN>
   static void Accumulate(const float* a, std::int64_t a_stride, const float* w,
-                         std::int64_t w_stride, std::int64_t depth, const Ahead& ahead,
-                         Vec (&acc)[kM][kN]) {
+                         std::int64_t w_stride, std::int64_t depth, Vec (&acc)[kM][kN]) {
     std::int64_t k = 0;
     for (; k + kLanes <= depth; k += kLanes) {
-      if constexpr (kM > 1) ahead.Fetch(k / kLanes);
       Vec weight[kN];
       for (int n = 0; n < kN; ++n) weight[n] = Load(w + n * w_stride + k);
       for (int m = 0; m < kM; ++m) {
@@ -96,8 +78,7 @@ struct BFloat16Product {
 
   template <int kM, int kN>
   static void Accumulate(const float* a, std::int64_t a_stride, const std::uint16_t* w,
-                         std::int64_t w_stride, std::int64_t depth, const Ahead&,
-                         Vec (&acc)[kM][kN]) {
+                         std::int64_t w_stride, std::int64_t depth, Vec (&acc)[kM][kN]) {
     constexpr int kStep = 2 * kLanes;
     std::int64_t k = 0;
     for (; k + kStep <= depth; k += kStep) {
@@ -157,12 +138,12 @@ struct BFloat16Product {
 // sums[m * kChunk + n] += a_m . w_n.
 template <typename Product, int kM, int kN>
 void Tile(const float* a, std::int64_t a_stride, const typename Product::Weight* w,
-          std::int64_t w_stride, std::int64_t depth, const Ahead& ahead, float* sums) {
+          std::int64_t w_stride, std::int64_t depth, float* sums) {
   Vec acc[kM][kN];
   for (int m = 0; m < kM; ++m) {
     for (int n = 0; n < kN; ++n) acc[m][n] = Zero();
   }
-  Product::template Accumulate<kM, kN>(a, a_stride, w, w_stride, depth, ahead, acc);
+  Product::template Accumulate<kM, kN>(a, a_stride, w, w_stride, depth, acc);
   for (int m = 0; m < kM; ++m) {
     float* sum = sums + m * kChunk;
     if constexpr (kN % 4 == 0) {
@@ -179,25 +160,25 @@ void Tile(const float* a, std::int64_t a_stride, const typename Product::Weight*
 
 template <typename Product, int kN>
 void TileOf(int rows, const float* a, std::int64_t a_stride, const typename Product::Weight* w,
-            std::int64_t w_stride, std::int64_t depth, const Ahead& ahead, float* sums) {
+            std::int64_t w_stride, std::int64_t depth, float* sums) {
   switch (rows) {
     case 1:
-      return Tile<Product, 1, kN>(a, a_stride, w, w_stride, depth, ahead, sums);
+      return Tile<Product, 1, kN>(a, a_stride, w, w_stride, depth, sums);
     case 2:
-      return Tile<Product, 2, kN>(a, a_stride, w, w_stride, depth, ahead, sums);
+      return Tile<Product, 2, kN>(a, a_stride, w, w_stride, depth, sums);
     case 3:
-      return Tile<Product, 3, kN>(a, a_stride, w, w_stride, depth, ahead, sums);
+      return Tile<Product, 3, kN>(a, a_stride, w, w_stride, depth, sums);
     default:
       break;
   }
   if constexpr (kTileRows > 3) {
     switch (rows) {
       case 4:
-        return Tile<Product, 4, kN>(a, a_stride, w, w_stride, depth, ahead, sums);
+        return Tile<Product, 4, kN>(a, a_stride, w, w_stride, depth, sums);
       case 5:
-        return Tile<Product, 5, kN>(a, a_stride, w, w_stride, depth, ahead, sums);
+        return Tile<Product, 5, kN>(a, a_stride, w, w_stride, depth, sums);
       default:
-        return Tile<Product, 6, kN>(a, a_stride, w, w_stride, depth, ahead, sums);
+        return Tile<Product, 6, kN>(a, a_stride, w, w_stride, depth, sums);
     }
   }
 }
@@ -205,18 +186,13 @@ void TileOf(int rows, const float* a, std::int64_t a_stride, const typename Prod
 template <typename Product>
 void TilesOf(int wide, int rows, const float* a, std::int64_t a_stride,
              const typename Product::Weight* w, std::int64_t w_stride, std::int64_t depth,
-             const Ahead& ahead, float* sums) {
+             float* sums) {
   if (wide == kTileUnits) {
-    TileOf<Product, kTileUnits>(rows, a, a_stride, w, w_stride, depth, ahead, sums);
+    TileOf<Product, kTileUnits>(rows, a, a_stride, w, w_stride, depth, sums);
   } else {
-    TileOf<Product, 1>(rows, a, a_stride, w, w_stride, depth, ahead, sums);
+    TileOf<Product, 1>(rows, a, a_stride, w, w_stride, depth, sums);
   }
 }
-
-// log2 of the cache lines in kDepth weights.
-template <typename Weight>
-constexpr int kWeightLineBits = sizeof(Weight) == 4 ? 6 : 5;
-static_assert(kDepth * 4 == 64 << kWeightLineBits<float>);
 
 // Elements that widening makes of `depth`: the last pairs are filled up with zeros.
 constexpr std::int64_t RoundUpDepth(std::int64_t depth) {
@@ -240,13 +216,13 @@ void ChunkProduct(const DenoiserView& model, const ConditionalLayerView& layer, 
         const std::int64_t depth = std::min(kDepth, model.features - k);
         const Weight* w = chunk + n * stride + k;
         if (wide == 8) {
-          Tile<Product, 1, 8>(in + k, model.stride, w, stride, depth, {}, sums + n);
+          Tile<Product, 1, 8>(in + k, model.stride, w, stride, depth, sums + n);
           continue;
         }
         for (std::int64_t row = 0; row < rows; row += kTileRows) {
           const int count = static_cast<int>(std::min<std::int64_t>(kTileRows, rows - row));
           TilesOf<Product>(wide, count, in + row * model.stride + k, model.stride, w, stride, depth,
-                           {}, sums + row * kChunk + n);
+                           sums + row * kChunk + n);
         }
       }
       n += wide;
@@ -262,16 +238,6 @@ void ChunkProduct(const DenoiserView& model, const ConditionalLayerView& layer, 
       for (int n = 0; n < units;) {
         const int wide = units - n >= kTileUnits ? kTileUnits : 1;
         const Weight* w = chunk + n * stride + k;
-        // The next rows of W come in while these are at work, a share a tile.
-        Ahead ahead;
-        const bool last = units - n < 2 * kTileUnits;
-        if (panel_end == rows && !(last && k + 2 * kDepth > model.features)) {
-          ahead.base =
-              reinterpret_cast<const char*>(last ? chunk + k + kDepth : w + kTileUnits * stride);
-          ahead.stride = stride * static_cast<std::int64_t>(sizeof(Weight));
-          ahead.row_bits = kWeightLineBits<Weight>;
-          ahead.count = static_cast<int>(((kTileUnits << ahead.row_bits) + tiles - 1) / tiles);
-        }
         if constexpr (Product::kWiden) {
           for (int i = 0; i < wide; ++i)
             Product::Widen(w + i * stride, depth, widened + i * kDepth);
@@ -283,11 +249,10 @@ void ChunkProduct(const DenoiserView& model, const ConditionalLayerView& layer, 
           float* sum = sums + row * kChunk + n;
           if constexpr (Product::kWiden) {
             TilesOf<Float32Product>(wide, count, a, model.stride, widened, kDepth,
-                                    RoundUpDepth(depth), ahead, sum);
+                                    RoundUpDepth(depth), sum);
           } else {
-            TilesOf<Product>(wide, count, a, model.stride, w, stride, depth, ahead, sum);
+            TilesOf<Product>(wide, count, a, model.stride, w, stride, depth, sum);
           }
-          ahead.first += ahead.count;
           row += count;
         }
         n += wide;
@@ -470,10 +435,10 @@ float MultiplyAddAll(std::int64_t count) {
   return Sum(sums[0]);
 }
 
-}  // namespace
-
-inline constexpr DenoiseKernels kDenoiseKernels{
+constexpr DenoiseKernels kDenoiseKernels{
     DIFFMIC_SIMD_NAME, First, Second, Third, RoundAll, SoftplusAll, ReadAll, MultiplyAddAll,
 };
+
+}  // namespace
 
 }  // namespace diffmic::cpu::DIFFMIC_SIMD
