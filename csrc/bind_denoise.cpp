@@ -166,7 +166,8 @@ class PythonWatch {
 cpu::Precision ReadPrecision(const std::string& name) {
   if (name == "fp32") return cpu::Precision::kFloat32;
   if (name == "bf16") return cpu::Precision::kBFloat16;
-  throw py::value_error(Text(kOperation, ": precision must be fp32 or bf16, got ", name));
+  if (name == "int8") return cpu::Precision::kInt8;
+  throw py::value_error(Text(kOperation, ": precision must be fp32, bf16 or int8, got ", name));
 }
 
 const cpu::DenoiseKernels* ReadKernels(const std::string& name) {
@@ -185,7 +186,7 @@ std::int64_t Denoise(py::handle features, py::handle prior, py::handle guidance,
                      const py::int_& seed, py::handle images, py::handle samples, py::handle out,
                      py::handle trajectory, const std::string& precision,
                      const std::string& instructions, int threads, py::object progress,
-                     std::int64_t window) {
+                     std::int64_t window, cpu::WeightCache* cache) {
   CheckThreads(kOperation, threads);
   Arrays arrays;
   const auto x = TensorView::Input(features, kOperation, "features");
@@ -236,6 +237,7 @@ std::int64_t Denoise(py::handle features, py::handle prior, py::handle guidance,
   options.precision = ReadPrecision(precision);
   options.kernels = ReadKernels(instructions);
   options.threads = threads;
+  options.cache = cache;
   if (window < 1 || window > cpu::kBlockRows) {
     throw py::value_error(
         Text(kOperation, ": window must be in [1, ", cpu::kBlockRows, "], got ", window));
@@ -280,14 +282,16 @@ float ReadProbe(py::handle array, int threads, const std::string& instructions) 
   return std::accumulate(sums.begin(), sums.end(), 0.0f);
 }
 
-float MultiplyAddProbe(std::int64_t count, int threads, const std::string& instructions) {
+float MultiplyAddProbe(std::int64_t count, int threads, const std::string& instructions,
+                       const std::string& precision) {
   CheckThreads("multiply_add_probe", threads);
+  const cpu::Precision of = ReadPrecision(precision);
   const cpu::DenoiseKernels* kernels = ReadKernels(instructions);
   const py::gil_scoped_release release;
   std::vector<float> sums(static_cast<std::size_t>(threads));
   cpu::ParallelFor(threads, threads, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t part = begin; part < end; ++part) {
-      sums[static_cast<std::size_t>(part)] = kernels->multiply_add(count / threads);
+      sums[static_cast<std::size_t>(part)] = kernels->multiply_add(of, count / threads);
     }
   });
   return std::accumulate(sums.begin(), sums.end(), 0.0f);
@@ -297,11 +301,15 @@ float MultiplyAddProbe(std::int64_t count, int threads, const std::string& instr
 
 void BindDenoise(py::module_& m) {
   using py::arg;
+  py::class_<cpu::WeightCache>(
+      m, "WeightCache", "Keeps a model's weights as `denoise` packs them, from call to call.")
+      .def(py::init<>());
   m.def("denoise", &Denoise, arg("features"), arg("prior"), arg("guidance"), arg("layers"),
         arg("eps"), arg("output_weight"), arg("output_bias"), arg("steps"), arg("start"),
         arg("noise"), arg("seed"), arg("image_ids"), arg("sample_ids"), arg("out"),
         arg("trajectory"), arg("precision") = "fp32", arg("instructions") = "auto",
         arg("threads") = 1, arg("progress") = py::none(), arg("window") = 1,
+        arg("cache") = py::none(),
         "Write y_0 [M, C] of a whole reverse chain into out, and every state [n + 1, M, C] into "
         "trajectory; return how often the weights were read.");
   m.def("denoise_instructions", &cpu::DenoiseKernelNames,
@@ -311,8 +319,9 @@ void BindDenoise(py::module_& m) {
   m.def("read_probe", &ReadProbe, arg("x"), arg("threads") = 1, arg("instructions") = "auto",
         "Read an array and return its sum; what bounds `denoise` over few rows, for benchmarks.");
   m.def("multiply_add_probe", &MultiplyAddProbe, arg("count"), arg("threads") = 1,
-        arg("instructions") = "auto",
-        "Do `count` float32 multiply-adds in registers; what bounds `denoise` over many rows.");
+        arg("instructions") = "auto", arg("precision") = "fp32",
+        "Do `count` multiply-adds of a precision in registers; what bounds `denoise` over many "
+        "rows.");
 }
 
 }  // namespace diffmic

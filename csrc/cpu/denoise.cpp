@@ -78,8 +78,8 @@ bool Denoise(const DenoiserWeights& weights, const Steps& steps, const Chain& ch
 }
 
 const DenoiseKernels* FindDenoiseKernels(const std::string& name) {
-  for (const DenoiseKernels* kernels :
-       {Avx512DenoiseKernels(), Avx2DenoiseKernels(), PortableDenoiseKernels()}) {
+  for (const DenoiseKernels* kernels : {Avx512Bf16DenoiseKernels(), Avx512DenoiseKernels(),
+                                        Avx2DenoiseKernels(), PortableDenoiseKernels()}) {
     if (kernels != nullptr && (name == "auto" || name == kernels->name)) return kernels;
   }
   return nullptr;
@@ -87,8 +87,8 @@ const DenoiseKernels* FindDenoiseKernels(const std::string& name) {
 
 std::vector<std::string> DenoiseKernelNames() {
   std::vector<std::string> names;
-  for (const DenoiseKernels* kernels :
-       {Avx512DenoiseKernels(), Avx2DenoiseKernels(), PortableDenoiseKernels()}) {
+  for (const DenoiseKernels* kernels : {Avx512Bf16DenoiseKernels(), Avx512DenoiseKernels(),
+                                        Avx2DenoiseKernels(), PortableDenoiseKernels()}) {
     if (kernels != nullptr) names.emplace_back(kernels->name);
   }
   return names;

@@ -1,5 +1,5 @@
 // The reverse chain on the CPU. The definition is diffmic_fast/reference/denoise.py; the numbers
-// are its own up to the order of float32 sums (and, with bfloat16, that rounding).
+// are its own up to the order of float32 sums (and the roundings of bfloat16 and int8).
 #ifndef DIFFMIC_CPU_DENOISE_H_
 #define DIFFMIC_CPU_DENOISE_H_
 
@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/denoise_kernels.h"
+#include "cpu/denoise_weights.h"
 
 namespace diffmic::cpu {
 
@@ -69,6 +70,7 @@ struct DenoiseOptions {
   Precision precision = Precision::kFloat32;
   const DenoiseKernels* kernels = nullptr;
   int threads = 1;
+  WeightCache* cache = nullptr;  // where the model's packed weights are kept, if they are
   // The most steps of a chain that may be taken at once (denoise_window.cpp); 1: one after the
   // other. The result's bits are the same.
   std::int64_t window = 1;
@@ -79,7 +81,7 @@ struct DenoiseOptions {
 };
 
 // False if `watch` stopped it: out then holds nothing of use. Memory beyond the arguments: blocks
-// of up to 192 rows of activations, twice, and with bfloat16 the hidden weights in that type.
+// of up to 192 rows of activations, twice, and the packed hidden weights.
 bool Denoise(const DenoiserWeights& weights, const Steps& steps, const Chain& chain,
              const DenoiseOptions& options);
 

@@ -3,22 +3,18 @@
 #ifndef DIFFMIC_CPU_DENOISE_CHAIN_H_
 #define DIFFMIC_CPU_DENOISE_CHAIN_H_
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <new>
 
 #include "cpu/denoise.h"
 #include "cpu/denoise_kernels.h"
+#include "cpu/denoise_weights.h"
 #include "cpu/parallel.h"
 #include "cpu/team.h"
 #include "philox.h"
@@ -43,30 +39,14 @@ class Floats {
   std::unique_ptr<float[], Delete> data_;
 };
 
-struct FreeArray {
-  void operator()(std::uint16_t* data) const { std::free(data); }
-};
-
-// Not zeroed, and on large pages where the system gives them: the first touch of 150 MB costs less,
-// and so does every walk through it.
-inline std::unique_ptr<std::uint16_t[], FreeArray> LargeArray(std::int64_t count) {
-  constexpr std::size_t kPage = std::size_t{2} << 20;
-  const std::size_t bytes = (static_cast<std::size_t>(count) * 2 + kPage - 1) / kPage * kPage;
-  void* data = std::aligned_alloc(kPage, bytes);
-  if (data == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-  madvise(data, bytes, MADV_HUGEPAGE);  // a wish; nothing depends on it
-#endif
-  return std::unique_ptr<std::uint16_t[], FreeArray>(static_cast<std::uint16_t*>(data));
-}
-
-// The model in the form the kernels want: folded, transposed where it is small, and rounded.
+// The model in the form the kernels want: folded, transposed where it is small, and packed.
 class PreparedModel {
  public:
   PreparedModel(const DenoiserWeights& weights, const DenoiseOptions& options)
       : stride_(RoundUp(weights.features, 32) + 16),
         folded_(6 * stride_),
-        small_(3 * weights.classes * stride_) {
+        small_(3 * weights.classes * stride_),
+        packed_(Pack(weights, options)) {
     const std::int64_t features = weights.features;
     view_.features = features;
     view_.classes = weights.classes;
@@ -81,8 +61,12 @@ class PreparedModel {
         gain[f] = static_cast<float>(g);
         offset[f] = static_cast<float>(layer.norm_bias[f] - layer.running_mean[f] * g);
       }
-      view_.layers[i] = {layer.weight, layer.weight_stride, layer.bias,
-                         layer.gamma,  layer.gamma_stride,  gain,
+      view_.layers[i] = {i == 0 ? nullptr : packed_->chunks(i - 1),
+                         i == 0 ? nullptr : packed_->unit_scale(i - 1),
+                         layer.bias,
+                         layer.gamma,
+                         layer.gamma_stride,
+                         gain,
                          offset};
     }
     float* label = small_.get();
@@ -98,34 +82,27 @@ class PreparedModel {
                   output + c * stride_);
     }
     view_.output_weight = output;
-    if (options.precision == Precision::kBFloat16) RoundWeights(options);
   }
 
   const DenoiserView& view() const { return view_; }
 
  private:
-  void RoundWeights(const DenoiseOptions& options) {
-    const std::int64_t features = view_.features;
-    rounded_ = LargeArray(2 * features * features);
-    for (int i = 1; i < 3; ++i) {
-      ConditionalLayerView& layer = view_.layers[i];
-      const auto* weight = static_cast<const float*>(layer.weight);
-      std::uint16_t* out = rounded_.get() + (i - 1) * features * features;
-      ParallelFor(features, options.threads, 1 + 100'000 / features,
-                  [&](std::int64_t begin, std::int64_t end) {
-                    for (std::int64_t f = begin; f < end; ++f) {
-                      options.kernels->round(weight + f * layer.weight_stride, features,
-                                             out + f * features);
-                    }
-                  });
-      layer.weight = out;
-      layer.weight_stride = features;
+  static std::shared_ptr<const PackedWeights> Pack(const DenoiserWeights& weights,
+                                                   const DenoiseOptions& options) {
+    const ConditionalLayerWeights* hidden = weights.layers + 1;
+    const HiddenWeights matrices{weights.features,
+                                 {hidden[0].weight, hidden[1].weight},
+                                 {hidden[0].weight_stride, hidden[1].weight_stride}};
+    if (options.cache != nullptr) {
+      return options.cache->Get(matrices, options.precision, *options.kernels, options.threads);
     }
+    return std::make_shared<PackedWeights>(matrices, options.precision, *options.kernels,
+                                           options.threads);
   }
 
   std::int64_t stride_;
   Floats folded_, small_;
-  std::unique_ptr<std::uint16_t[], FreeArray> rounded_;
+  std::shared_ptr<const PackedWeights> packed_;
   DenoiserView view_{};
 };
 
@@ -170,6 +147,7 @@ class Evaluation {
         chunks_((model.features + kChunk - 1) / kChunk),
         first_(max_rows * model.stride),
         second_(max_rows * model.stride),
+        row_scale_(options.precision == Precision::kInt8 ? max_rows : 0),
         partial_(chunks_ * max_rows * model.classes),
         scratch_stride_(RoundUp(ScratchFloats(max_rows, max_slots), 16)),
         scratch_(scratch_stride_ * options.threads) {}
@@ -179,24 +157,38 @@ class Evaluation {
   void Step(Team& team, int rank, const RowsView& rows, Watch& watch, std::int64_t done,
             const Between& between) {
     const DenoiseKernels& kernels = *options_.kernels;
+    const Precision precision = options_.precision;
     float* scratch = scratch_.get() + rank * scratch_stride_;
-    const auto phase = [&](const auto& work) {
-      for (std::int64_t chunk = team.Take(); chunk < chunks_ && !watch.stopped();
-           chunk = team.Take()) {
-        work(chunk);
+    const auto phase = [&](std::int64_t count, const auto& work) {
+      for (std::int64_t i = team.Take(); i < count && !watch.stopped(); i = team.Take()) {
+        work(i);
         if (rank == 0) watch.Look(done);
       }
     };
-    phase([&](std::int64_t chunk) {
-      kernels.first(model_, options_.precision, rows, chunk, scratch, first_.get());
+    // Bytes need the largest number of a whole row, so there activations go from one array to the
+    // other between the layers; else the layers take turns in them.
+    const bool bytes = precision == Precision::kInt8;
+    const auto to_bytes = [&] {
+      phase(rows.count, [&](std::int64_t row) {
+        kernels.to_bytes(first_.get() + row * model_.stride, model_.features,
+                         second_.get() + row * model_.stride, row_scale_.get() + row);
+      });
+      team.Meet();
+    };
+    phase(chunks_, [&](std::int64_t chunk) {
+      kernels.first(model_, precision, rows, chunk, scratch, first_.get());
     });
     team.Meet();
-    phase([&](std::int64_t chunk) {
-      kernels.second(model_, options_.precision, rows, chunk, first_.get(), scratch, second_.get());
+    if (bytes) to_bytes();
+    const float* in = bytes ? second_.get() : first_.get();
+    float* out = bytes ? first_.get() : second_.get();
+    phase(chunks_, [&](std::int64_t chunk) {
+      kernels.second(model_, precision, rows, chunk, in, row_scale_.get(), scratch, out);
     });
     team.Meet();
-    phase([&](std::int64_t chunk) {
-      kernels.third(model_, options_.precision, rows, chunk, second_.get(), scratch,
+    if (bytes) to_bytes();
+    phase(chunks_, [&](std::int64_t chunk) {
+      kernels.third(model_, precision, rows, chunk, second_.get(), row_scale_.get(), scratch,
                     partial_.get() + chunk * rows.count * model_.classes);
     });
     team.Meet(between);
@@ -217,7 +209,7 @@ class Evaluation {
   const DenoiserView& model_;
   const DenoiseOptions& options_;
   std::int64_t chunks_;
-  Floats first_, second_, partial_;
+  Floats first_, second_, row_scale_, partial_;
   std::int64_t scratch_stride_;
   Floats scratch_;
 };

@@ -3,6 +3,7 @@
 #ifndef DIFFMIC_CPU_DENOISE_KERNELS_H_
 #define DIFFMIC_CPU_DENOISE_KERNELS_H_
 
+#include <cstddef>
 #include <cstdint>
 
 namespace diffmic::cpu {
@@ -11,19 +12,22 @@ namespace diffmic::cpu {
 // chunk by chunk: its order may depend on nothing else.
 inline constexpr std::int64_t kChunk = 32;
 
-// Elements of a product that are summed in registers before they are added to the sum so far.
-inline constexpr std::int64_t kDepth = 1024;
+// Elements of a product that are summed in registers before they are added to the sum so far. With
+// the units that are computed together, a block of weights then fills half of the L1 cache.
+inline constexpr std::int64_t kDepth = 256;
 
-enum class Precision { kFloat32, kBFloat16 };
+// kInt8: whole numbers in [-127, 127], times a step of each unit (weights) and of each row
+// (activations), in the two hidden products.
+enum class Precision { kFloat32, kBFloat16, kInt8 };
 
 // gamma_t * (W h + b), then BatchNorm, as one scale and shift: with
 //   gain = norm_weight / sqrt(running_var + eps),  offset = norm_bias - running_mean * gain
 // it is  scale * (W h) + shift,  scale = gamma_t * gain,  shift = scale * b + offset.
 struct ConditionalLayerView {
-  const void* weight;          // hidden layers: [F, F] rows of the precision's type; first: unused
-  std::int64_t weight_stride;  // elements
-  const float* bias;           // [F]
-  const float* gamma;          // [T + 1, F]
+  const std::byte* weight;  // hidden layers: packed chunks
+  const float* unit_scale;  // kInt8, hidden layers: [F]; else null
+  const float* bias;        // [F]
+  const float* gamma;       // [T + 1, F]
   std::int64_t gamma_stride;
   const float* gain;    // [F]
   const float* offset;  // [F]
@@ -31,7 +35,7 @@ struct ConditionalLayerView {
 
 struct DenoiserView {
   std::int64_t features, classes;  // F, C
-  // Floats from one row of activations to the next. Beyond F they are 0 up to a multiple of 32.
+  // Floats from one row of activations to the next, a multiple of 16. What is beyond F is 0.
   std::int64_t stride;
   ConditionalLayerView layers[3];
   const float* label_weight;   // [2 C, stride]: the first layer's, transposed
@@ -54,28 +58,36 @@ inline std::int64_t ScratchFloats(std::int64_t rows, std::int64_t slots) {
   return kChunk * (rows + 2 * slots);
 }
 
+// Activations are [rows, stride] of float32, or of something smaller at the same distance: `void`
+// where the type is the kernels' own.
 struct DenoiseKernels {
   const char* name;
-  // Activations [rows, stride] of units [kChunk * chunk, + kChunk) behind the first layer.
+  // What is behind the first layer in units [kChunk * chunk, + kChunk): as the second layer takes
+  // it, or with kInt8 as float32.
   void (*first)(const DenoiserView&, Precision, const RowsView&, std::int64_t chunk, float* scratch,
-                float* out);
-  // The same behind the second one, from all activations behind the first.
+                void* out);
+  // The same behind the second one, from all activations behind the first. row_scale: kInt8.
   void (*second)(const DenoiserView&, Precision, const RowsView&, std::int64_t chunk,
-                 const float* in, float* scratch, float* out);
+                 const void* in, const float* row_scale, float* scratch, void* out);
   // The third layer and what its chunk adds to the last product: partial [rows, C].
-  void (*third)(const DenoiserView&, Precision, const RowsView&, std::int64_t chunk,
-                const float* in, float* scratch, float* partial);
-  // count float32 to bfloat16, to nearest even.
-  void (*round)(const float* in, std::int64_t count, std::uint16_t* out);
+  void (*third)(const DenoiserView&, Precision, const RowsView&, std::int64_t chunk, const void* in,
+                const float* row_scale, float* scratch, float* partial);
+  // kInt8: a row of float32 as the hidden layers take it, and the step it was divided by.
+  void (*to_bytes)(const float* row, std::int64_t features, void* out, float* scale);
+  // Bytes of a packed chunk, and its packing: `units` rows of W, their steps to unit_scale (kInt8).
+  std::int64_t (*chunk_bytes)(Precision, std::int64_t features);
+  void (*pack_chunk)(Precision, const float* weight, std::int64_t stride, int units,
+                     std::int64_t features, std::byte* out, float* unit_scale);
   // softplus of count numbers, for tests.
   void (*softplus)(const float* in, std::int64_t count, float* out);
   // What bounds the above, for benchmarks: the sum of `count` floats, read in four streams; and
   // `count` multiply-adds in registers. The results only keep the compiler from leaving them out.
   float (*read)(const float* in, std::int64_t count);
-  float (*multiply_add)(std::int64_t count);
+  float (*multiply_add)(Precision, std::int64_t count);
 };
 
 // Null where this build, or this processor, does not have the set.
+const DenoiseKernels* Avx512Bf16DenoiseKernels();
 const DenoiseKernels* Avx512DenoiseKernels();
 const DenoiseKernels* Avx2DenoiseKernels();
 const DenoiseKernels* PortableDenoiseKernels();

@@ -1,279 +1,32 @@
-// The kernels of `denoise`, compiled once an instruction set (denoise_avx2.cpp and its sisters).
-//
-// A hidden layer is out[m, f] = sum over k of in[m, k] W[f, k]: both run along k, so W is read as
-// it lies in the model, row by row, and is never packed. A thread owns kChunk rows of W at a time.
-// Within them, kDepth elements of k at a time:
-//
-//   rows of activations, kRowPanel at a time (their kDepth elements stay in L2)
-//     4 rows of W (16 KB: they stay in L1)
-//       a tile of kTileRows rows of activations against these 4, sums in registers
-//
-// A sum therefore has one order, whatever the number of rows: lane by lane along k in pieces of
-// kDepth, each piece folded to one number and added to those before it. Tiles of other shapes, for
-// the rows left over and for one row alone (8 rows of W, to have enough sums in flight), keep it.
-//
-// Arithmetic at F = 6144, a step: 4 F^2 M operations against 8 F^2 bytes of weights (float32), 302
-// MB. With two cores of 40 GB/s and 2 x 60 GFLOP/s the weights bound up to M = 4 rows or so, the
-// multiply-adds beyond. Activations, 25 KB a row, are read from L2 and L3.
-//
-// bfloat16 weights are widened in registers: a word holds elements 2i and 2i + 1, so activations
-// (rounded to bfloat16, kept as float32) lie as kLanes even elements, then kLanes odd ones.
+// The kernels of `denoise`, compiled once an instruction set (denoise_avx2.cpp and its sisters):
+// what is fused around the products of denoise_products.inc.h, and the probes that benchmarks hold
+// them against.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
+#include <type_traits>
 
 #include "cpu/denoise_kernels.h"
+#include "cpu/denoise_products.inc.h"
 #include "cpu/simd.h"
 
 namespace diffmic::cpu::DIFFMIC_SIMD {
 namespace {
 
-constexpr std::int64_t kRowPanel = 64;
-constexpr std::int64_t kFewRows = 6;
-constexpr int kTileRows = kRegisters == 32 ? 6 : 3;
-constexpr int kTileUnits = 4;
-
-// ---- sums along k, by precision
-
-struct Float32Product {
-  using Weight = float;
-  static constexpr bool kWiden = false;
-
-  // acc[m][n] += a_m . w_n over `depth` elements.
-  template <int kM, int kN>
-  static void Accumulate(const float* a, std::int64_t a_stride, const float* w,
-                         std::int64_t w_stride, std::int64_t depth, Vec (&acc)[kM][kN]) {
-    std::int64_t k = 0;
-    for (; k + kLanes <= depth; k += kLanes) {
-      Vec weight[kN];
-      for (int n = 0; n < kN; ++n) weight[n] = Load(w + n * w_stride + k);
-      for (int m = 0; m < kM; ++m) {
-        const Vec activation = Load(a + m * a_stride + k);
-        for (int n = 0; n < kN; ++n) acc[m][n] = Fma(activation, weight[n], acc[m][n]);
-      }
-    }
-    if (k == depth) return;
-    const int rest = static_cast<int>(depth - k);
-    for (int n = 0; n < kN; ++n) {
-      const Vec weight = LoadPart(w + n * w_stride + k, rest);
-      for (int m = 0; m < kM; ++m) {
-        acc[m][n] = Fma(Load(a + m * a_stride + k), weight, acc[m][n]);
-      }
-    }
-  }
-
-  // Activations of units [unit, unit + kLanes) of a row, `count` of them real.
-  static void StoreUnits(float* row, std::int64_t unit, Vec value, int count) {
-    if (count == kLanes) {
-      Store(row + unit, value);
-    } else {
-      StorePart(row + unit, value, count);
-    }
-  }
-};
-
-struct BFloat16Product {
-  using Weight = std::uint16_t;
-  static constexpr bool kWiden = true;
-
-  template <int kM, int kN>
-  static void Accumulate(const float* a, std::int64_t a_stride, const std::uint16_t* w,
-                         std::int64_t w_stride, std::int64_t depth, Vec (&acc)[kM][kN]) {
-    constexpr int kStep = 2 * kLanes;
-    std::int64_t k = 0;
-    for (; k + kStep <= depth; k += kStep) {
-      for (int n = 0; n < kN; ++n) Add<kM, kN>(a + k, a_stride, w + n * w_stride + k, n, acc);
-    }
-    if (k == depth) return;
-    for (int n = 0; n < kN; ++n) {
-      std::uint16_t rest[kStep] = {};
-      std::copy_n(w + n * w_stride + k, depth - k, rest);
-      Add<kM, kN>(a + k, a_stride, rest, n, acc);
-    }
-  }
-
-  // Elements of W as float32, in the places of the activations: Float32Product then does with them
-  // exactly what Accumulate does, and a tile of many rows pays for the widening once.
-  static void Widen(const std::uint16_t* w, std::int64_t depth, float* out) {
-    constexpr int kStep = 2 * kLanes;
-    for (std::int64_t k = 0; k < depth; k += kStep) {
-      std::uint16_t rest[kStep] = {};
-      const std::uint16_t* part = w + k;
-      if (depth - k < kStep) {
-        std::copy_n(part, depth - k, rest);
-        part = rest;
-      }
-      const Pairs pairs = LoadPairs(part);
-      Store(out + k, Even(pairs));
-      Store(out + k + kLanes, Odd(pairs));
-    }
-  }
-
-  static void StoreUnits(float* row, std::int64_t unit, Vec value, int count) {
-    float numbers[kLanes];
-    Store(numbers, RoundToBFloat16(value));
-    for (int i = 0; i < count; ++i) row[Place(unit + i)] = numbers[i];
-  }
-
- private:
-  // Where element k of a row lies.
-  static std::int64_t Place(std::int64_t k) {
-    constexpr std::int64_t kStep = 2 * kLanes;
-    return k / kStep * kStep + k % 2 * kLanes + k % kStep / 2;
-  }
-
-  template <int kM, int kN>
-  static void Add(const float* a, std::int64_t a_stride, const std::uint16_t* w, int n,
-                  Vec (&acc)[kM][kN]) {
-    const Pairs pairs = LoadPairs(w);
-    const Vec even = Even(pairs);
-    const Vec odd = Odd(pairs);
-    for (int m = 0; m < kM; ++m) {
-      acc[m][n] = Fma(Load(a + m * a_stride), even, acc[m][n]);
-      acc[m][n] = Fma(Load(a + m * a_stride + kLanes), odd, acc[m][n]);
-    }
-  }
-};
-
-// sums[m * kChunk + n] += a_m . w_n.
-template <typename Product, int kM, int kN>
-void Tile(const float* a, std::int64_t a_stride, const typename Product::Weight* w,
-          std::int64_t w_stride, std::int64_t depth, float* sums) {
-  Vec acc[kM][kN];
-  for (int m = 0; m < kM; ++m) {
-    for (int n = 0; n < kN; ++n) acc[m][n] = Zero();
-  }
-  Product::template Accumulate<kM, kN>(a, a_stride, w, w_stride, depth, acc);
-  for (int m = 0; m < kM; ++m) {
-    float* sum = sums + m * kChunk;
-    if constexpr (kN % 4 == 0) {
-      for (int n = 0; n < kN; n += 4) {
-        StoreQuad(sum + n,
-                  AddQuads(LoadQuad(sum + n), SumQuads(Fold(acc[m][n]), Fold(acc[m][n + 1]),
-                                                       Fold(acc[m][n + 2]), Fold(acc[m][n + 3]))));
-      }
-    } else {
-      for (int n = 0; n < kN; ++n) sum[n] += Sum(acc[m][n]);
-    }
-  }
-}
-
-template <typename Product, int kN>
-void TileOf(int rows, const float* a, std::int64_t a_stride, const typename Product::Weight* w,
-            std::int64_t w_stride, std::int64_t depth, float* sums) {
-  switch (rows) {
-    case 1:
-      return Tile<Product, 1, kN>(a, a_stride, w, w_stride, depth, sums);
-    case 2:
-      return Tile<Product, 2, kN>(a, a_stride, w, w_stride, depth, sums);
-    case 3:
-      return Tile<Product, 3, kN>(a, a_stride, w, w_stride, depth, sums);
-    default:
-      break;
-  }
-  if constexpr (kTileRows > 3) {
-    switch (rows) {
-      case 4:
-        return Tile<Product, 4, kN>(a, a_stride, w, w_stride, depth, sums);
-      case 5:
-        return Tile<Product, 5, kN>(a, a_stride, w, w_stride, depth, sums);
-      default:
-        return Tile<Product, 6, kN>(a, a_stride, w, w_stride, depth, sums);
-    }
-  }
-}
-
-template <typename Product>
-void TilesOf(int wide, int rows, const float* a, std::int64_t a_stride,
-             const typename Product::Weight* w, std::int64_t w_stride, std::int64_t depth,
-             float* sums) {
-  if (wide == kTileUnits) {
-    TileOf<Product, kTileUnits>(rows, a, a_stride, w, w_stride, depth, sums);
-  } else {
-    TileOf<Product, 1>(rows, a, a_stride, w, w_stride, depth, sums);
-  }
-}
-
-// Elements that widening makes of `depth`: the last pairs are filled up with zeros.
-constexpr std::int64_t RoundUpDepth(std::int64_t depth) {
-  return (depth + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
-}
-
-// sums [rows, kChunk] = in . W^T for `units` rows of W from `first` on.
-template <typename Product>
-void ChunkProduct(const DenoiserView& model, const ConditionalLayerView& layer, std::int64_t rows,
-                  const float* in, std::int64_t first, int units, float* sums) {
-  using Weight = typename Product::Weight;
-  const Weight* chunk = static_cast<const Weight*>(layer.weight) + first * layer.weight_stride;
-  const std::int64_t stride = layer.weight_stride;
-  std::fill_n(sums, rows * kChunk, 0.0f);
-  if (rows <= kFewRows) {
-    // Bound by reading W: along whole rows of it, for the sake of the processor's own prefetching.
-    // kDepth still bounds a sum.
-    for (int n = 0; n < units;) {
-      const int wide = rows == 1 && units - n >= 8 ? 8 : units - n >= kTileUnits ? kTileUnits : 1;
-      for (std::int64_t k = 0; k < model.features; k += kDepth) {
-        const std::int64_t depth = std::min(kDepth, model.features - k);
-        const Weight* w = chunk + n * stride + k;
-        if (wide == 8) {
-          Tile<Product, 1, 8>(in + k, model.stride, w, stride, depth, sums + n);
-          continue;
-        }
-        for (std::int64_t row = 0; row < rows; row += kTileRows) {
-          const int count = static_cast<int>(std::min<std::int64_t>(kTileRows, rows - row));
-          TilesOf<Product>(wide, count, in + row * model.stride + k, model.stride, w, stride, depth,
-                           sums + row * kChunk + n);
-        }
-      }
-      n += wide;
-    }
-    return;
-  }
-  alignas(64) float widened[Product::kWiden ? kTileUnits * kDepth : 1];
-  for (std::int64_t k = 0; k < model.features; k += kDepth) {
-    const std::int64_t depth = std::min(kDepth, model.features - k);
-    for (std::int64_t panel = 0; panel < rows; panel += kRowPanel) {
-      const std::int64_t panel_end = std::min(rows, panel + kRowPanel);
-      const std::int64_t tiles = (panel_end - panel + kTileRows - 1) / kTileRows;
-      for (int n = 0; n < units;) {
-        const int wide = units - n >= kTileUnits ? kTileUnits : 1;
-        const Weight* w = chunk + n * stride + k;
-        if constexpr (Product::kWiden) {
-          for (int i = 0; i < wide; ++i)
-            Product::Widen(w + i * stride, depth, widened + i * kDepth);
-        }
-        std::int64_t tile = 0;
-        for (std::int64_t row = panel; row < panel_end; ++tile) {
-          const int count = static_cast<int>((panel_end - row + tiles - tile - 1) / (tiles - tile));
-          const float* a = in + row * model.stride + k;
-          float* sum = sums + row * kChunk + n;
-          if constexpr (Product::kWiden) {
-            TilesOf<Float32Product>(wide, count, a, model.stride, widened, kDepth,
-                                    RoundUpDepth(depth), sum);
-          } else {
-            TilesOf<Product>(wide, count, a, model.stride, w, stride, depth, sum);
-          }
-          row += count;
-        }
-        n += wide;
-      }
-    }
-  }
-}
-
-// ---- around the products
-
-// scale and shift [slots, kChunk] of a layer's units from `first` on.
+// scale and shift [slots, kChunk] of a layer's units from `first` on; the step of the units' bytes
+// goes into the scale.
 void FoldTimesteps(const ConditionalLayerView& layer, const RowsView& rows, std::int64_t first,
                    int units, float* scale, float* shift) {
   for (std::int64_t slot = 0; slot < rows.slots; ++slot) {
     const float* gamma = layer.gamma + rows.timesteps[slot] * layer.gamma_stride + first;
     for (int n = 0; n < units; n += kLanes) {
       const int count = std::min(kLanes, units - n);
-      const Vec s = LoadPart(gamma + n, count) * LoadPart(layer.gain + first + n, count);
-      Store(scale + slot * kChunk + n, s);
+      Vec s = LoadPart(gamma + n, count) * LoadPart(layer.gain + first + n, count);
       Store(shift + slot * kChunk + n, Fma(s, LoadPart(layer.bias + first + n, count),
                                            LoadPart(layer.offset + first + n, count)));
+      if (layer.unit_scale != nullptr) s = s * LoadPart(layer.unit_scale + first + n, count);
+      Store(scale + slot * kChunk + n, s);
     }
   }
 }
@@ -282,9 +35,25 @@ int UnitsOf(const DenoiserView& model, std::int64_t chunk) {
   return static_cast<int>(std::min(kChunk, model.features - chunk * kChunk));
 }
 
+// The type in which a layer leaves its activations: as the product behind takes them, or float32
+// where a row has to be whole before it can be made bytes.
+template <typename Product>
+using Left = std::conditional_t<Product::kScaled, float, typename Product::Activation>;
+
+template <typename Product>
+void Leave(const DenoiserView& model, std::int64_t row, std::int64_t unit, Vec value, int count,
+           void* out) {
+  auto* to = static_cast<std::byte*>(out) + row * model.stride * 4;
+  if constexpr (Product::kScaled) {
+    Float32Product::StoreActivations(reinterpret_cast<float*>(to) + unit, value, count);
+  } else {
+    Product::StoreActivations(reinterpret_cast<Left<Product>*>(to) + unit, value, count);
+  }
+}
+
 template <typename Product>
 void FirstOf(const DenoiserView& model, const RowsView& rows, std::int64_t chunk, float* scratch,
-             float* out) {
+             void* out) {
   const std::int64_t first = chunk * kChunk;
   const int units = UnitsOf(model, chunk);
   float* scale = scratch;
@@ -307,95 +76,115 @@ void FirstOf(const DenoiserView& model, const RowsView& rows, std::int64_t chunk
       }
       const Vec h = Softplus(Fma(sum, Load(scale + slot + n), Load(shift + slot + n)));
       const Vec x = LoadPart(rows.features[row] + first + n, count);
-      Product::StoreUnits(out + row * model.stride, first + n, x * h, count);
+      Leave<Product>(model, row, first + n, x * h, count, out);
     }
   }
 }
 
-template <typename Product>
-void SecondOf(const DenoiserView& model, const RowsView& rows, std::int64_t chunk, const float* in,
-              float* scratch, float* out) {
+// A hidden layer: its product, then each(row, unit, softplus of scale and shift, count).
+template <typename Product, typename Each>
+void HiddenOf(const DenoiserView& model, const ConditionalLayerView& layer, const RowsView& rows,
+              std::int64_t chunk, const void* in, const float* row_scale, float* scratch,
+              const Each& each) {
   const std::int64_t first = chunk * kChunk;
   const int units = UnitsOf(model, chunk);
   float* scale = scratch;
   float* shift = scratch + rows.slots * kChunk;
   float* sums = scratch + 2 * rows.slots * kChunk;
-  FoldTimesteps(model.layers[1], rows, first, units, scale, shift);
-  ChunkProduct<Product>(model, model.layers[1], rows.count, in, first, units, sums);
+  FoldTimesteps(layer, rows, first, units, scale, shift);
+  ChunkProduct<Product>(layer.weight + chunk * ChunkBytesOf<Product>(model.features),
+                        model.features, rows.count, in, model.stride * 4, sums);
   for (std::int64_t row = 0; row < rows.count; ++row) {
     const std::int64_t slot = rows.slot[row] * kChunk;
     for (int n = 0; n < units; n += kLanes) {
-      const Vec h = Softplus(
-          Fma(Load(sums + row * kChunk + n), Load(scale + slot + n), Load(shift + slot + n)));
-      Product::StoreUnits(out + row * model.stride, first + n, h, std::min(kLanes, units - n));
+      Vec sum = Load(sums + row * kChunk + n);
+      if constexpr (Product::kScaled) sum = sum * Set(row_scale[row]);
+      each(row, n, Softplus(Fma(sum, Load(scale + slot + n), Load(shift + slot + n))),
+           std::min(kLanes, units - n));
     }
   }
 }
 
 template <typename Product>
-void ThirdOf(const DenoiserView& model, const RowsView& rows, std::int64_t chunk, const float* in,
-             float* scratch, float* partial) {
-  const std::int64_t first = chunk * kChunk;
+void SecondOf(const DenoiserView& model, const RowsView& rows, std::int64_t chunk, const void* in,
+              const float* row_scale, float* scratch, void* out) {
+  HiddenOf<Product>(model, model.layers[1], rows, chunk, in, row_scale, scratch,
+                    [&](std::int64_t row, int n, Vec h, int count) {
+                      Leave<Product>(model, row, chunk * kChunk + n, h, count, out);
+                    });
+}
+
+template <typename Product>
+void ThirdOf(const DenoiserView& model, const RowsView& rows, std::int64_t chunk, const void* in,
+             const float* row_scale, float* scratch, float* partial) {
   const int units = UnitsOf(model, chunk);
-  float* scale = scratch;
-  float* shift = scratch + rows.slots * kChunk;
-  float* sums = scratch + 2 * rows.slots * kChunk;
-  FoldTimesteps(model.layers[2], rows, first, units, scale, shift);
-  ChunkProduct<Product>(model, model.layers[2], rows.count, in, first, units, sums);
-  for (std::int64_t row = 0; row < rows.count; ++row) {
-    const std::int64_t slot = rows.slot[row] * kChunk;
-    Vec h[kChunk / kLanes];
-    for (int n = 0; n < units; n += kLanes) {
-      h[n / kLanes] = Softplus(
-          Fma(Load(sums + row * kChunk + n), Load(scale + slot + n), Load(shift + slot + n)));
-    }
-    for (std::int64_t c = 0; c < model.classes; ++c) {
-      const float* weight = model.output_weight + c * model.stride + first;
-      Vec sum = Zero();
-      for (int n = 0; n < units; n += kLanes) {
-        sum = Fma(h[n / kLanes], Load(weight + n), sum);  // 0 beyond the last unit
-      }
-      partial[row * model.classes + c] = Sum(sum);
-    }
+  Vec hidden[kChunk / kLanes];
+  HiddenOf<Product>(model, model.layers[2], rows, chunk, in, row_scale, scratch,
+                    [&](std::int64_t row, int n, Vec h, int) {
+                      hidden[n / kLanes] = h;
+                      if (n + kLanes < units) return;
+                      for (std::int64_t c = 0; c < model.classes; ++c) {
+                        const float* weight =
+                            model.output_weight + c * model.stride + chunk * kChunk;
+                        Vec sum = Zero();
+                        for (int i = 0; i < units; i += kLanes) {
+                          sum = Fma(hidden[i / kLanes], Load(weight + i), sum);  // 0 past the end
+                        }
+                        partial[row * model.classes + c] = Sum(sum);
+                      }
+                    });
+}
+
+// Calls work.operator()<Product>() with the products of a precision.
+template <typename Work>
+auto WithProduct(Precision precision, const Work& work) {
+  switch (precision) {
+    case Precision::kBFloat16:
+      return work.template operator()<BFloat16Product>();
+    case Precision::kInt8:
+      return work.template operator()<Int8Product>();
+    default:
+      return work.template operator()<Float32Product>();
   }
 }
 
 void First(const DenoiserView& model, Precision precision, const RowsView& rows, std::int64_t chunk,
-           float* scratch, float* out) {
-  if (precision == Precision::kFloat32) {
-    FirstOf<Float32Product>(model, rows, chunk, scratch, out);
-  } else {
-    FirstOf<BFloat16Product>(model, rows, chunk, scratch, out);
-  }
+           float* scratch, void* out) {
+  WithProduct(precision,
+              [&]<typename Product>() { FirstOf<Product>(model, rows, chunk, scratch, out); });
 }
 
 void Second(const DenoiserView& model, Precision precision, const RowsView& rows,
-            std::int64_t chunk, const float* in, float* scratch, float* out) {
-  if (precision == Precision::kFloat32) {
-    SecondOf<Float32Product>(model, rows, chunk, in, scratch, out);
-  } else {
-    SecondOf<BFloat16Product>(model, rows, chunk, in, scratch, out);
-  }
+            std::int64_t chunk, const void* in, const float* row_scale, float* scratch, void* out) {
+  WithProduct(precision, [&]<typename Product>() {
+    SecondOf<Product>(model, rows, chunk, in, row_scale, scratch, out);
+  });
 }
 
 void Third(const DenoiserView& model, Precision precision, const RowsView& rows, std::int64_t chunk,
-           const float* in, float* scratch, float* partial) {
-  if (precision == Precision::kFloat32) {
-    ThirdOf<Float32Product>(model, rows, chunk, in, scratch, partial);
-  } else {
-    ThirdOf<BFloat16Product>(model, rows, chunk, in, scratch, partial);
-  }
+           const void* in, const float* row_scale, float* scratch, float* partial) {
+  WithProduct(precision, [&]<typename Product>() {
+    ThirdOf<Product>(model, rows, chunk, in, row_scale, scratch, partial);
+  });
 }
 
-void RoundAll(const float* in, std::int64_t count, std::uint16_t* out) {
-  for (std::int64_t i = 0; i < count; i += kLanes) {
-    const int part = static_cast<int>(std::min<std::int64_t>(kLanes, count - i));
-    std::uint32_t bits[kLanes];
-    float numbers[kLanes];
-    Store(numbers, RoundToBFloat16(part == kLanes ? Load(in + i) : LoadPart(in + i, part)));
-    std::memcpy(bits, numbers, sizeof bits);
-    for (int j = 0; j < part; ++j) out[i + j] = static_cast<std::uint16_t>(bits[j] >> 16);
-  }
+void ToBytes(const float* row, std::int64_t features, void* out, float* scale) {
+  float inverse = 0.0f;
+  *scale = ByteScale(row, features, &inverse);
+  ConvertToBytes(row, features, inverse, Int8Product::kOffset,
+                 static_cast<Int8Product::Activation*>(out));
+}
+
+std::int64_t ChunkBytes(Precision precision, std::int64_t features) {
+  return WithProduct(precision,
+                     [&]<typename Product>() { return ChunkBytesOf<Product>(features); });
+}
+
+void PackChunk(Precision precision, const float* weight, std::int64_t stride, int units,
+               std::int64_t features, std::byte* out, float* unit_scale) {
+  WithProduct(precision, [&]<typename Product>() {
+    PackChunkOf<Product>(weight, stride, units, features, out, unit_scale);
+  });
 }
 
 void SoftplusAll(const float* in, std::int64_t count, float* out) {
@@ -422,7 +211,32 @@ float ReadAll(const float* in, std::int64_t count) {
   return rest;
 }
 
-float MultiplyAddAll(std::int64_t count) {
+// Multiply-adds of a precision's instructions, one for each element, in chains enough to hide each
+// other's latency: a tile's own on one group of elements, or float32's in registers, which bound
+// the bfloat16 that is widened to it, too.
+float MultiplyAddAll(Precision precision, std::int64_t count) {
+  const auto run = [&]<typename Product>() {
+    constexpr int kRows = 6;
+    const typename Product::Activation a[kRows * 4] = {};
+    const typename Product::Weight weights[kPanel * 4] = {};
+    float sums[kRows * kChunk] = {};
+    const std::byte front[4 * kPanel] = {};
+    Rows<Product, std::make_integer_sequence<int, kRows>> rows;
+    rows.Begin(front);
+    const auto* hidden_a = a;
+    const auto* hidden_w = weights;
+    for (std::int64_t i = 0; i < count; i += kRows * kPanel * Product::kGroup) {
+      Hide(hidden_a);
+      Hide(hidden_w);
+      rows.AddGroup(hidden_a, 4, hidden_w);
+    }
+    rows.End(true, sums);
+    return std::accumulate(sums, sums + kRows * kChunk, 0.0f);
+  };
+  if (precision == Precision::kInt8) return run.template operator()<Int8Product>();
+  if (precision == Precision::kBFloat16 && !std::is_same_v<BFloat16Product::Activation, float>) {
+    return run.template operator()<BFloat16Product>();
+  }
   constexpr int kSums = 12;
   Vec sums[kSums];
   for (int s = 0; s < kSums; ++s) sums[s] = Set(static_cast<float>(s));
@@ -436,7 +250,8 @@ float MultiplyAddAll(std::int64_t count) {
 }
 
 constexpr DenoiseKernels kDenoiseKernels{
-    DIFFMIC_SIMD_NAME, First, Second, Third, RoundAll, SoftplusAll, ReadAll, MultiplyAddAll,
+    DIFFMIC_SIMD_NAME, First,     Second,      Third,   ToBytes,
+    ChunkBytes,        PackChunk, SoftplusAll, ReadAll, MultiplyAddAll,
 };
 
 }  // namespace

@@ -1,11 +1,12 @@
 // One vector of float32 in the widest registers of an instruction set, behind the same names in
 // each: kernels are written once against this file and compiled once for each set.
 //
-// A translation unit names its set before it includes this: DIFFMIC_SIMD_AVX512, DIFFMIC_SIMD_AVX2
-// or neither (then vectors of 16 bytes: NEON on Arm, SSE2 on x86, whatever the compiler makes
-// elsewhere). Everything lives in a namespace of that set's name, so that the linker never takes
-// one set's function for another's. Multiplication and addition are fused where the set has it, and
-// only where Fma is written.
+// A translation unit names its set before it includes this: DIFFMIC_SIMD_AVX512 (with
+// DIFFMIC_SIMD_AVX512_BF16 where it also has the dot products of bfloat16 and of bytes),
+// DIFFMIC_SIMD_AVX2, or none (then vectors of 16 bytes: NEON on Arm, SSE2 on x86, whatever the
+// compiler makes elsewhere). Everything lives in a namespace of that set's name, so that the linker
+// never takes one set's function for another's. Multiplication and addition are fused where the set
+// has it, and only where Fma is written.
 #ifndef DIFFMIC_CPU_SIMD_H_
 #define DIFFMIC_CPU_SIMD_H_
 
@@ -16,9 +17,13 @@
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
-#if defined(DIFFMIC_SIMD_AVX512)
+#if defined(DIFFMIC_SIMD_AVX512_BF16)
+#define DIFFMIC_SIMD avx512_bf16
+#elif defined(DIFFMIC_SIMD_AVX512)
 #define DIFFMIC_SIMD avx512
 #elif defined(DIFFMIC_SIMD_AVX2)
 #define DIFFMIC_SIMD avx2
@@ -31,26 +36,15 @@ namespace diffmic::cpu::DIFFMIC_SIMD {
 // Four floats: what a vector folds to before its last two additions.
 #if defined(DIFFMIC_SIMD_AVX512) || defined(DIFFMIC_SIMD_AVX2)
 using Quad = __m128;
-inline Quad AddQuads(Quad a, Quad b) { return _mm_add_ps(a, b); }
-inline Quad LoadQuad(const float* p) { return _mm_loadu_ps(p); }
 inline void StoreQuad(float* p, Quad q) { _mm_storeu_ps(p, q); }
-// The sums (q0 + q1) + (q2 + q3) of four quads.
-inline Quad SumQuads(Quad a, Quad b, Quad c, Quad d) {
-  return _mm_hadd_ps(_mm_hadd_ps(a, b), _mm_hadd_ps(c, d));
-}
 #else
 typedef float Quad __attribute__((vector_size(16)));
-inline Quad AddQuads(Quad a, Quad b) { return a + b; }
 inline Quad LoadQuad(const float* p) {
   Quad q;
   std::memcpy(&q, p, sizeof q);
   return q;
 }
 inline void StoreQuad(float* p, Quad q) { std::memcpy(p, &q, sizeof q); }
-inline Quad SumQuads(Quad a, Quad b, Quad c, Quad d) {
-  return Quad{a[0] + a[1], b[0] + b[1], c[0] + c[1], d[0] + d[1]} +
-         Quad{a[2] + a[3], b[2] + b[3], c[2] + c[3], d[2] + d[3]};
-}
 #endif
 
 #if defined(DIFFMIC_SIMD_AVX512)
@@ -115,6 +109,30 @@ inline Vec RoundToBFloat16(Vec a) {
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   return {_mm512_mask_mov_ps(_mm512_castsi512_ps(cut), nan, a.v)};
 }
+// What RoundToBFloat16 gave, as bfloat16.
+inline void StoreBFloat16(std::uint16_t* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(a.v), 16)));
+}
+// kLanes integers of 32 bits, or pairs of 16.
+struct Ints {
+  __m512i v;
+};
+inline Ints ZeroInts() { return {_mm512_setzero_si512()}; }
+inline Vec ToFloat(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+// Of whole numbers within +-2^22.
+inline Ints ToInts(Vec a) { return {_mm512_cvtps_epi32(a.v)}; }
+inline void StoreInts(std::int32_t* p, Ints a) { _mm512_storeu_si512(p, a.v); }
+// kLanes pairs of bytes, as pairs of 16 bits.
+inline Ints LoadBytePairs(const std::int8_t* p) {
+  return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+// sum + a[0] b_even + a[1] b_odd, for each pair of b.
+inline Ints AddProducts(const std::int16_t* a, Ints b, Ints sum) {
+  std::int32_t pair;
+  std::memcpy(&pair, a, sizeof pair);
+  return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(_mm512_set1_epi32(pair), b.v))};
+}
 
 #elif defined(DIFFMIC_SIMD_AVX2)
 
@@ -168,6 +186,29 @@ inline Vec RoundToBFloat16(Vec a) {
   const __m256i cut = _mm256_and_si256(up, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u)));
   const __m256 nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
   return {_mm256_blendv_ps(_mm256_castsi256_ps(cut), a.v, nan)};
+}
+inline void StoreBFloat16(std::uint16_t* p, Vec a) {
+  const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(a.v), 16);
+  _mm_storeu_si128(
+      reinterpret_cast<__m128i*>(p),
+      _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
+}
+struct Ints {
+  __m256i v;
+};
+inline Ints ZeroInts() { return {_mm256_setzero_si256()}; }
+inline Vec ToFloat(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline Ints ToInts(Vec a) { return {_mm256_cvtps_epi32(a.v)}; }
+inline void StoreInts(std::int32_t* p, Ints a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v);
+}
+inline Ints LoadBytePairs(const std::int8_t* p) {
+  return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline Ints AddProducts(const std::int16_t* a, Ints b, Ints sum) {
+  std::int32_t pair;
+  std::memcpy(&pair, a, sizeof pair);
+  return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(_mm256_set1_epi32(pair), b.v))};
 }
 
 #else
@@ -247,8 +288,75 @@ inline Vec RoundToBFloat16(Vec a) {
   const Integers up = bits + ((bits >> 16) & 1) + 0x7FFF;
   return {Select(a.v == a.v, FromBits(up & static_cast<std::int32_t>(0xFFFF0000u)), a.v)};
 }
+inline void StoreBFloat16(std::uint16_t* p, Vec a) {
+  const Integers bits = Bits(a.v);
+  for (int i = 0; i < kLanes; ++i) {
+    p[i] = static_cast<std::uint16_t>(static_cast<std::uint32_t>(bits[i]) >> 16);
+  }
+}
+struct Ints {
+  Integers v;
+};
+inline Ints ZeroInts() { return {Integers{0, 0, 0, 0}}; }
+inline Vec ToFloat(Ints a) { return {__builtin_convertvector(a.v, Quad)}; }
+inline Ints ToInts(Vec a) {
+  const Vec magic = Set(12582912.0f);
+  return {Bits((a + magic).v) - Bits(magic.v)};
+}
+inline void StoreInts(std::int32_t* p, Ints a) { std::memcpy(p, &a, sizeof a); }
+inline Ints LoadBytePairs(const std::int8_t* p) {
+#if defined(__ARM_NEON)
+  return {(Integers)vmovl_s8(vld1_s8(p))};
+#elif defined(__SSE2__)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {(Integers)_mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8)};
+#else
+  Ints pairs;
+  for (int i = 0; i < kLanes; ++i) {
+    const auto low = static_cast<std::uint16_t>(static_cast<std::int16_t>(p[2 * i]));
+    const auto high = static_cast<std::uint16_t>(static_cast<std::int16_t>(p[2 * i + 1]));
+    pairs.v[i] = static_cast<std::int32_t>(low | static_cast<std::uint32_t>(high) << 16);
+  }
+  return pairs;
+#endif
+}
+inline Ints AddProducts(const std::int16_t* a, Ints b, Ints sum) {
+#if defined(__SSE2__)
+  std::int32_t pair;
+  std::memcpy(&pair, a, sizeof pair);
+  return {
+      (Integers)_mm_add_epi32((__m128i)sum.v, _mm_madd_epi16(_mm_set1_epi32(pair), (__m128i)b.v))};
+#else
+  const Integers even = (b.v << 16) >> 16;
+  const Integers odd = b.v >> 16;
+  return {sum.v + even * a[0] + odd * a[1]};
+#endif
+}
 
 #endif
+
+// Asks for a cache line that will be read soon. Inlined always: gcc leaves a prefetch out of a
+// function of its own, which has no effect that it knows of.
+[[gnu::always_inline]] inline void Prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// Keeps a sum in its register from one term to the next: GCC would else do all of an unrolled
+// loop's products first, and have no registers left for them.
+template <typename T>
+[[gnu::always_inline]] inline void Keep([[maybe_unused]] T& value) {
+#if defined(DIFFMIC_SIMD_AVX512)
+  asm("" : "+v"(value));
+#elif defined(__SSE2__)
+  asm("" : "+x"(value));
+#elif defined(__ARM_NEON)
+  asm("" : "+w"(value));
+#endif
+}
+
+// Makes a value one that the compiler knows nothing about.
+template <typename T>
+[[gnu::always_inline]] inline void Hide(T& value) {
+  asm volatile("" : "+m"(value));
+}
 
 inline float Sum(Vec a) {
   float four[4];

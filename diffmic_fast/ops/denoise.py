@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from diffmic_fast import _native
 from diffmic_fast.checks import Arguments
@@ -15,7 +17,7 @@ from diffmic_fast.ops.conditional_linear import check_layer
 from diffmic_fast.reference import denoise as reference
 from diffmic_fast.reference.denoise import DenoiserWeights, StepTable
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "int8")
 
 # More rows keep the processor busy by themselves; a shorter chain is over before its window has grown.
 _FEW_ROWS, _MANY_STEPS = 4, 50
@@ -44,6 +46,10 @@ def denoise(
 ) -> Tensor:
     """From noise around the prior to the label vector, over M independent rows (spec, section 6).
 
+    The backend "cpu" keeps the two hidden weights a second time, packed (8 F^2 bytes, half of it as bfloat16, a quarter
+    as int8), as long as the first hidden weight's tensor lives. Every call compares all weights with what was packed
+    and packs anew what has changed, in whatever way.
+
     Args:
         features: [M, F] floating, image features after `norm`.
         prior: [M, C], mean of the chain's beginning.
@@ -55,13 +61,16 @@ def denoise(
         seed: 64-bit key of that noise.
         image_ids, sample_ids: [M] int64, the row's image and sample (default 0 … M-1, and 0).
         trajectory: return every state instead of the last.
-        precision: "fp32" (IEEE float32 throughout), or "bf16": weights and activations of the two hidden layers in
-            bfloat16, sums and everything else in float32; backend "cpu" only.
+        precision: "fp32" (IEEE float32 throughout); "bf16": weights and activations of the two hidden layers in
+            bfloat16, sums and everything else in float32; or "int8": they are whole numbers in [-127, 127] times a
+            step, the 127th part of the largest of a unit's weights or of a row's activations, everything else in
+            float32. What a rounding changes in labels and probabilities: `python -m benchmarks.precision_labels`.
+            Backend "cpu" only, but for "fp32".
         backend: a backend's name, or "auto", which takes the reference where a gradient is wanted or a tensor is not
             float32.
-        instructions: the instruction set of the backend "cpu" ("avx512", "avx2", "portable"), or "auto" for the widest
-            of this processor. Sums differ in their last bits between sets, never within one: a row's result does not
-            depend on the other rows, on the number of threads (torch's), or on the run.
+        instructions: the instruction set of the backend "cpu" ("avx512_bf16", "avx512", "avx2", "portable"), or "auto"
+            for the widest of this processor. Sums differ in their last bits between sets, never within one: a row's
+            result does not depend on the other rows, on the number of threads (torch's), or on the run.
         window: the most steps of a chain that the backend "cpu" may take at once, in [1, 192]; fewer where that is
             faster. It changes the speed alone: the result has the sequential chain's bits. Default: 64 for long chains
             of few rows, which are bound by reading the weights, else 1.
@@ -122,6 +131,19 @@ def denoise(
         _window(window, len(features), len(steps.timesteps)),
     )
     return states
+
+
+# The packed weights of a model live and die with its first hidden weight.
+_caches: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_caches_lock = threading.Lock()
+
+
+def _cache(weights: Sequence[Tensor]) -> object:
+    weight = weights[7]
+    with _caches_lock:
+        if weight not in _caches:
+            _caches[weight] = _native.extension().WeightCache()
+        return _caches[weight]
 
 
 def _window(window: int | None, rows: int, steps: int) -> int:
@@ -221,6 +243,7 @@ def _run(
         torch.get_num_threads(),
         progress,
         window,
+        _cache(weights),
     )
     return out if states is None else states
 

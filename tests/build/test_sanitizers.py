@@ -20,12 +20,14 @@ COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 if not (SOURCE / "csrc").is_dir():
     pytest.skip("no source tree: set DIFFMIC_SOURCE", allow_module_level=True)
 
+AVX512 = [
+    *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"),
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+]
 SETS = {
     "avx2": ["-mavx2", "-mfma"],
-    "avx512": [
-        *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"),
-        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
-    ],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
 }
 
 

@@ -91,6 +91,7 @@ void CheckDenoise(const std::string& set, Precision precision, std::int64_t rows
                     y.get(), prior_weight.get(), eps.get(), sigma.get(), kSteps};
   const Numbers x(rows * features, -1.0f, 1.0f), prior(rows * classes, 0.0f, 1.0f),
       guidance(rows * classes, 0.0f, 1.0f);
+  diffmic::cpu::WeightCache cache;
   std::vector<float> first;
   for (const std::int64_t window : {1, 5}) {
     for (const int threads : {1, 2, 4}) {
@@ -112,6 +113,7 @@ void CheckDenoise(const std::string& set, Precision precision, std::int64_t rows
       options.kernels = diffmic::cpu::FindDenoiseKernels(set);
       options.threads = threads;
       options.window = window;
+      options.cache = threads == 2 ? nullptr : &cache;
       options.watch = [](std::int64_t, std::int64_t) { return true; };
       if (!Denoise(model.weights, steps, chain, options)) Fail("denoise stopped by itself");
       const std::vector<float> found(out.get(), out.get() + rows * classes);
@@ -188,7 +190,8 @@ void CheckNoise() {
 
 int main() {
   for (const std::string& set : diffmic::cpu::DenoiseKernelNames()) {
-    for (const Precision precision : {Precision::kFloat32, Precision::kBFloat16}) {
+    for (const Precision precision :
+         {Precision::kFloat32, Precision::kBFloat16, Precision::kInt8}) {
       CheckDenoise(set, precision, 1, 1, 1);
       CheckDenoise(set, precision, 1, 71, 5);
       CheckDenoise(set, precision, 7, 33, 3);

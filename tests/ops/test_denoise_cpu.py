@@ -9,79 +9,29 @@ import threading
 import numpy as np
 import pytest
 import torch
+from denoise_cases import (
+    INSTRUCTIONS,
+    PRECISIONS,
+    SCHEDULE,
+    T,
+    as_double,
+    current,
+    exact,
+    make_inputs,
+    make_weights,
+    peak,
+    reset_peak,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from diffmic_fast import _native
-from diffmic_fast.diffusion import make_schedule, make_steps
+from diffmic_fast.diffusion import make_steps
 from diffmic_fast.ops.denoise import denoise
 from diffmic_fast.reference import denoise as reference
-from diffmic_fast.reference.conditional_linear import ConditionalLayer
-from diffmic_fast.reference.denoise import DenoiserWeights, StepTable
 
 _C = _native.extension()
-INSTRUCTIONS = _C.denoise_instructions()
-PRECISIONS = ("fp32", "bf16")
-T = 40
-SCHEDULE = make_schedule("linear", T, 1e-3, 0.1)
-
-
-def make_weights(
-    features: int, classes: int, seed: int = 0, dtype=torch.float32
-) -> DenoiserWeights:
-    """Weights whose layers neither die nor explode, in a buffer full of not-a-numbers."""
-    g = torch.Generator().manual_seed(seed)
-
-    def strided(values: Tensor) -> Tensor:
-        buffer = torch.full((values.shape[0] + 2, values.shape[1] + 5), float("nan"), dtype=dtype)
-        buffer[1:-1, 2:-3] = values.to(dtype)
-        return buffer[1:-1, 2:-3]
-
-    def layer(width: int) -> ConditionalLayer:
-        return ConditionalLayer(
-            strided(torch.randn(features, width, generator=g) / width**0.5),
-            torch.randn(features, generator=g).to(dtype) * 0.1,
-            strided(torch.rand(T + 1, features, generator=g)),
-            torch.rand(features, generator=g).to(dtype) + 0.5,
-            torch.randn(features, generator=g).to(dtype) * 0.1,
-            torch.randn(features, generator=g).to(dtype) * 0.1,
-            torch.rand(features, generator=g).to(dtype) + 0.5,
-        )
-
-    return DenoiserWeights(
-        layer(2 * classes),
-        (layer(features), layer(features)),
-        strided(torch.randn(classes, features, generator=g) / features**0.5),
-        torch.randn(classes, generator=g).to(dtype) * 0.1,
-        (1e-5, 1e-4, 1e-3),
-    )
-
-
-def make_inputs(rows: int, features: int, classes: int, seed: int = 0) -> tuple[Tensor, ...]:
-    g = torch.Generator().manual_seed(seed)
-    wide = torch.full((rows, features + 3), float("nan"))
-    wide[:, 1:-2] = torch.randn(rows, features, generator=g)
-    labels = torch.randn(2, rows, classes, generator=g).softmax(dim=-1)
-    return wide[:, 1:-2], labels[0], labels[1]
-
-
-def as_double(weights: DenoiserWeights) -> DenoiserWeights:
-    return DenoiserWeights(
-        ConditionalLayer(*(t.double() for t in weights.conditioning)),
-        tuple(ConditionalLayer(*(t.double() for t in layer)) for layer in weights.hidden),  # type: ignore[arg-type]
-        weights.output_weight.double(),
-        weights.output_bias.double(),
-        weights.eps,
-    )
-
-
-def exact(inputs, weights, steps: StepTable, noise: Tensor) -> Tensor:
-    """The definition in float64, every state."""
-    double = StepTable(steps.timesteps, *(c.double() for c in steps[1:-1]), steps.start)
-    return reference.denoise(
-        *(t.double() for t in inputs), as_double(weights), double, noise=noise.double(), trajectory=True
-    )  # fmt: skip
 
 
 @settings(max_examples=40, deadline=None)
@@ -115,17 +65,28 @@ def test_states_are_those_of_the_definition(data: st.DataObject) -> None:
     assert float((found - expected).abs().max()) <= allowed
 
 
+def to_bfloat16(t: Tensor) -> Tensor:
+    return t.float().bfloat16().double()
+
+
+def to_bytes(t: Tensor) -> Tensor:
+    """Each row as whole numbers times the 127th part of its largest, in the kernels' float32."""
+    t = t.float()
+    largest = t.abs().amax(dim=1, keepdim=True)
+    return (t * (127 / largest)).round().double() * (largest / 127).double()
+
+
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
-def test_bfloat16_rounds_weights_and_activations_and_nothing_else(instructions: str) -> None:
+@pytest.mark.parametrize(("precision", "rounded"), [("bf16", to_bfloat16), ("int8", to_bytes)])
+@pytest.mark.parametrize("features", [1100, 1027])
+def test_weights_and_activations_are_rounded_and_nothing_else(
+    precision, rounded, instructions, features
+) -> None:
     """Against float64 with the same roundings at the same places."""
-    rows, features, classes = 9, 1100, 5
+    rows, classes = 9, 5
     weights, inputs = make_weights(features, classes), make_inputs(rows, features, classes)
     steps = make_steps(SCHEDULE, "ddpm_truncated", 1)
-    noise = torch.randn(1, rows, classes)
-
-    def rounded(t: Tensor) -> Tensor:
-        return t.float().bfloat16().double()
-
+    noise = torch.randn(1, rows, classes, generator=torch.Generator().manual_seed(1))
     x, prior, guidance = (t.double() for t in inputs)
     w, t = as_double(weights), steps.timesteps
     y = prior + noise[0].double()
@@ -141,13 +102,14 @@ def test_bfloat16_rounds_weights_and_activations_and_nothing_else(instructions: 
     expected = steps.y0_weight[0] * y0 + steps.y_weight[0] * y + steps.prior_weight[0] * prior
     with torch.no_grad():
         found = denoise(
-            *inputs, weights, steps, noise=noise, backend="cpu", precision="bf16",
+            *inputs, weights, steps, noise=noise, backend="cpu", precision=precision,
             instructions=instructions,
         )  # fmt: skip
         plain = denoise(*inputs, weights, steps, noise=noise, backend="cpu")
-    error = float((found - expected).abs().max())
-    assert error < 2e-5  # a rounding that falls to the other side moves a sum by little
-    assert float((plain - expected).abs().max()) > 5 * error
+    # A few roundings fall to the other side, from sums that differ in their last bits.
+    error = (found - expected).square().mean().sqrt()
+    assert float((plain - expected).square().mean().sqrt()) > 5 * float(error)
+    assert float(error) < 1e-4
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -279,27 +241,12 @@ def test_not_a_number_stays_in_its_row(instructions, precision) -> None:
         clean = run()
         x[4, 17] = float("nan")
         found = run()
+        x[4, 17] = 0.0
+        x[4, 18] = float("inf")
+        assert not bool(run()[4].isfinite().any())
     assert bool(found[4].isnan().all())
     others = torch.arange(7) != 4
     assert torch.equal(found[others], clean[others])
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_weights_are_read_as_they_are_now(precision: str) -> None:
-    """Changed in place, through .data, and in memory shared with NumPy."""
-    weights, inputs = make_weights(50, 3), make_inputs(2, 50, 3)
-    steps = make_steps(SCHEDULE, "ddim", 3)
-    with torch.no_grad():
-        run = lambda: denoise(*inputs, weights, steps, backend="cpu", precision=precision)  # noqa: E731
-        before = run()
-        weights.hidden[0].weight[3] += 1
-        changed = run()
-        assert not torch.equal(changed, before)
-        weights.hidden[1].gamma.data.mul_(1.5)
-        again = run()
-        assert not torch.equal(again, changed)
-        weights.hidden[1].running_var.numpy()[:] += 0.5
-        assert not torch.equal(run(), again)
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
@@ -310,32 +257,13 @@ def test_the_memory_of_many_rows_is_that_of_a_block() -> None:
     steps = make_steps(SCHEDULE, "ddim", 1)
     with torch.no_grad():
         denoise(*(t[:10] for t in inputs), weights, steps, backend="cpu")
-        _reset_peak()
-        before = _current()
+        reset_peak()
+        before = current()
         out = denoise(*inputs, weights, steps, backend="cpu")
-        grown = _peak() - before
+        grown = peak() - before
     assert out.shape == (rows, 2)
     # The compact labels are there already, the features are read where they lie.
     assert grown < 10e6
-
-
-def _status(key: str) -> int:
-    with open("/proc/self/status", encoding="ascii") as file:
-        lines = dict(line.split(":", 1) for line in file)
-    return int(lines[key].split()[0]) * 1024
-
-
-def _peak() -> int:
-    return _status("VmHWM")
-
-
-def _current() -> int:
-    return _status("VmRSS")
-
-
-def _reset_peak() -> None:
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")
 
 
 def long_chain(progress=None) -> Tensor:
@@ -418,7 +346,9 @@ def test_what_cannot_be_served_by_name_is_refused() -> None:
         assert denoise(*double, as_double(weights), steps).dtype == torch.float64
         with pytest.raises(RuntimeError, match="need the backend cpu"):
             denoise(*double, as_double(weights), steps, precision="bf16")
-        with pytest.raises(ValueError, match="precision must be one of fp32, bf16, got 'fp16'"):
+        with pytest.raises(
+            ValueError, match="precision must be one of fp32, bf16, int8, got 'fp16'"
+        ):
             denoise(*inputs, weights, steps, precision="fp16")
         with pytest.raises(ValueError, match=r"instructions must be one of .*portable.*got sse9"):
             denoise(*inputs, weights, steps, instructions="sse9")

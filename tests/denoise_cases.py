@@ -1,0 +1,93 @@
+"""Models, inputs and measures for the tests of `denoise`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffmic_fast import _native
+from diffmic_fast.diffusion import make_schedule
+from diffmic_fast.reference import denoise as reference
+from diffmic_fast.reference.conditional_linear import ConditionalLayer
+from diffmic_fast.reference.denoise import DenoiserWeights, StepTable
+
+INSTRUCTIONS = _native.extension().denoise_instructions()
+PRECISIONS = ("fp32", "bf16", "int8")
+T = 40
+SCHEDULE = make_schedule("linear", T, 1e-3, 0.1)
+
+
+def make_weights(
+    features: int, classes: int, seed: int = 0, dtype=torch.float32
+) -> DenoiserWeights:
+    """Weights whose layers neither die nor explode, in a buffer full of not-a-numbers."""
+    g = torch.Generator().manual_seed(seed)
+
+    def strided(values: Tensor) -> Tensor:
+        buffer = torch.full((values.shape[0] + 2, values.shape[1] + 5), float("nan"), dtype=dtype)
+        buffer[1:-1, 2:-3] = values.to(dtype)
+        return buffer[1:-1, 2:-3]
+
+    def layer(width: int) -> ConditionalLayer:
+        return ConditionalLayer(
+            strided(torch.randn(features, width, generator=g) / width**0.5),
+            torch.randn(features, generator=g).to(dtype) * 0.1,
+            strided(torch.rand(T + 1, features, generator=g)),
+            torch.rand(features, generator=g).to(dtype) + 0.5,
+            torch.randn(features, generator=g).to(dtype) * 0.1,
+            torch.randn(features, generator=g).to(dtype) * 0.1,
+            torch.rand(features, generator=g).to(dtype) + 0.5,
+        )
+
+    return DenoiserWeights(
+        layer(2 * classes),
+        (layer(features), layer(features)),
+        strided(torch.randn(classes, features, generator=g) / features**0.5),
+        torch.randn(classes, generator=g).to(dtype) * 0.1,
+        (1e-5, 1e-4, 1e-3),
+    )
+
+
+def make_inputs(rows: int, features: int, classes: int, seed: int = 0) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(seed)
+    wide = torch.full((rows, features + 3), float("nan"))
+    wide[:, 1:-2] = torch.randn(rows, features, generator=g)
+    labels = torch.randn(2, rows, classes, generator=g).softmax(dim=-1)
+    return wide[:, 1:-2], labels[0], labels[1]
+
+
+def as_double(weights: DenoiserWeights) -> DenoiserWeights:
+    return DenoiserWeights(
+        ConditionalLayer(*(t.double() for t in weights.conditioning)),
+        tuple(ConditionalLayer(*(t.double() for t in layer)) for layer in weights.hidden),  # type: ignore[arg-type]
+        weights.output_weight.double(),
+        weights.output_bias.double(),
+        weights.eps,
+    )
+
+
+def exact(inputs, weights, steps: StepTable, noise: Tensor) -> Tensor:
+    """The definition in float64, every state."""
+    double = StepTable(steps.timesteps, *(c.double() for c in steps[1:-1]), steps.start)
+    return reference.denoise(
+        *(t.double() for t in inputs), as_double(weights), double, noise=noise.double(), trajectory=True
+    )  # fmt: skip
+
+
+def status(key: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as file:
+        lines = dict(line.split(":", 1) for line in file)
+    return int(lines[key].split()[0]) * 1024
+
+
+def peak() -> int:
+    return status("VmHWM")
+
+
+def current() -> int:
+    return status("VmRSS")
+
+
+def reset_peak() -> None:
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
