@@ -186,7 +186,7 @@ std::int64_t Denoise(py::handle features, py::handle prior, py::handle guidance,
                      const py::int_& seed, py::handle images, py::handle samples, py::handle out,
                      py::handle trajectory, const std::string& precision,
                      const std::string& instructions, int threads, py::object progress,
-                     std::int64_t window, cpu::WeightCache* cache) {
+                     std::int64_t window, cpu::WeightCache* cache, float tolerance) {
   CheckThreads(kOperation, threads);
   Arrays arrays;
   const auto x = TensorView::Input(features, kOperation, "features");
@@ -242,8 +242,12 @@ std::int64_t Denoise(py::handle features, py::handle prior, py::handle guidance,
     throw py::value_error(
         Text(kOperation, ": window must be in [1, ", cpu::kBlockRows, "], got ", window));
   }
+  if (!(tolerance >= 0.0f)) {
+    throw py::value_error(Text(kOperation, ": tolerance must not be negative, got ", tolerance));
+  }
   std::int64_t sweeps = 0;
   options.window = window;
+  options.tolerance = tolerance;
   options.sweeps = &sweeps;
   options.watch = [&watch](std::int64_t done, std::int64_t total) { return watch(done, total); };
   {
@@ -309,7 +313,7 @@ void BindDenoise(py::module_& m) {
         arg("noise"), arg("seed"), arg("image_ids"), arg("sample_ids"), arg("out"),
         arg("trajectory"), arg("precision") = "fp32", arg("instructions") = "auto",
         arg("threads") = 1, arg("progress") = py::none(), arg("window") = 1,
-        arg("cache") = py::none(),
+        arg("cache") = py::none(), arg("tolerance") = 0.0f,
         "Write y_0 [M, C] of a whole reverse chain into out, and every state [n + 1, M, C] into "
         "trajectory; return how often the weights were read.");
   m.def("denoise_instructions", &cpu::DenoiseKernelNames,

@@ -72,8 +72,9 @@ struct DenoiseOptions {
   int threads = 1;
   WeightCache* cache = nullptr;  // where the model's packed weights are kept, if they are
   // The most steps of a chain that may be taken at once (denoise_window.cpp); 1: one after the
-  // other. The result's bits are the same.
+  // other. The result's bits are the same, unless states may differ by a tolerance.
   std::int64_t window = 1;
+  float tolerance = 0.0f;
   std::int64_t* sweeps = nullptr;  // counts the evaluations of all blocks
   // Called from the caller's thread every tenth of a second with the steps done and those in all
   // (over all blocks of rows); false stops the chain.

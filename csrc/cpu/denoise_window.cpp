@@ -6,19 +6,23 @@
 //   2. eps of all of them, each at its own timestep: rows of one evaluation
 //   3. from the first state, which is the chain's own, walk through the window with these eps
 //   4. as long as the state that is come to is the one that eps was evaluated at, the next one is
-//   the
-//      chain's own too: slide the window past them. The others are the next guess.
+//      the chain's own too: slide the window past them. The others are the next guess.
 //
-// "Is the one" means the same bits. An evaluation gives a row the same bits in any company, and the
-// walk is the sequential chain's own arithmetic, so the result is, bit by bit, that of the
-// sequential chain, whatever the windows were: they may be chosen by the clock. The last digits
-// cost little: 1000 steps of a small trained denoiser take 204 sweeps of 16 steps and 70 of 64, and
-// 167 and 53 where states may differ by 1e-5. The first step of a window is always right, so n
-// steps take n sweeps at most, and a window that does not pay shrinks down to one step at a time.
+// "Is the one" means the same bits, unless the caller allows a tolerance. An evaluation gives a row
+// the same bits in any company, and the walk is the sequential chain's own arithmetic, so the
+// result is then, bit by bit, that of the sequential chain, whatever the windows were: they may be
+// chosen by the clock. The first step of a window is always right, so n steps take n sweeps at
+// most, and a window that does not pay shrinks down to one step at a time.
+//
+// The last bits cost much: a state that differs in one is evaluated with other roundings, and eps
+// with them. With a tolerance, states that moved by less than it since the sweep before count as
+// settled. The clock then has no say, and the window stays what it is, so that the result depends
+// on the arguments alone.
 //
 // Rows of one evaluation: the windows of up to kWindowRows chains, one after another.
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -42,8 +46,10 @@ constexpr std::int64_t kFirstRows = 4;
 // One chain and its present guess of its path.
 class Path {
  public:
-  Path(const Steps& steps, const Chain& chain, std::int64_t row, std::int64_t classes)
+  Path(const Steps& steps, const Chain& chain, std::int64_t row, std::int64_t classes,
+       float tolerance)
       : steps_(steps),
+        tolerance_(tolerance),
         row_(row),
         classes_(classes),
         prior_(chain.prior + row * classes),
@@ -102,10 +108,14 @@ class Path {
   }
 
   bool Same(const float* a, const float* b) const {
-    return std::memcmp(a, b, static_cast<std::size_t>(classes_) * sizeof(float)) == 0;
+    if (std::memcmp(a, b, static_cast<std::size_t>(classes_) * sizeof(float)) == 0) return true;
+    return tolerance_ > 0.0f && std::equal(a, a + classes_, b, [&](float x, float y) {
+             return std::abs(x - y) <= tolerance_;
+           });
   }
 
   const Steps& steps_;
+  float tolerance_;
   std::int64_t row_, classes_;
   const float* prior_;
   std::vector<float> states_, noise_, last_eps_, guess_;
@@ -185,9 +195,10 @@ bool DenoiseWindows(const DenoiserWeights& weights, const Steps& steps, const Ch
 
   for (std::int64_t first = 0; first < chain.rows && !watch.stopped(); first += together) {
     std::vector<Path> paths;
-    WindowSize window(kFirstRows / together, most);
+    // Of the clock's choice, or fixed.
+    WindowSize window(options.tolerance > 0.0f ? most : kFirstRows / together, most);
     for (std::int64_t row = first; row < std::min(first + together, chain.rows); ++row) {
-      paths.emplace_back(steps, chain, row, classes);
+      paths.emplace_back(steps, chain, row, classes, options.tolerance);
     }
     std::int64_t count = 0;
     const auto gather = [&] {
@@ -216,7 +227,8 @@ bool DenoiseWindows(const DenoiserWeights& weights, const Steps& steps, const Ch
       }
       finished += slid;
       const Clock::time_point now = Clock::now();
-      window.Learn(slid, std::chrono::duration<double>(now - begin).count());
+      if (!(options.tolerance > 0.0f))
+        window.Learn(slid, std::chrono::duration<double>(now - begin).count());
       begin = now;
     };
     gather();

@@ -22,6 +22,8 @@ PRECISIONS = ("fp32", "bf16", "int8")
 # More rows keep the processor busy by themselves; a shorter chain is over before its window has grown.
 _FEW_ROWS, _MANY_STEPS = 4, 50
 _LARGEST_WINDOW = 192
+# About what two cores evaluate in the time of reading the weights.
+_ROWS_AT_ONE_READING = 16
 
 __all__ = ["PRECISIONS", "DenoiserWeights", "StepTable", "denoise"]
 
@@ -42,6 +44,7 @@ def denoise(
     backend: str = "auto",
     instructions: str = "auto",
     window: int | None = None,
+    tolerance: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """From noise around the prior to the label vector, over M independent rows (spec, section 6).
@@ -74,6 +77,11 @@ def denoise(
         window: the most steps of a chain that the backend "cpu" may take at once, in [1, 192]; fewer where that is
             faster. It changes the speed alone: the result has the sequential chain's bits. Default: 64 for long chains
             of few rows, which are bound by reading the weights, else 1.
+        tolerance: how far a state of a chain may still move, from one reading of the weights to the next, when the
+            steps of a window are taken as settled; backend "cpu" only. More than 0, it gives up the bits of the
+            sequential chain, and that a row does not depend on the number of rows, for fewer readings: y_0 then
+            differs from the sequential chain's by about the tolerance. The window is then taken as it is (default:
+            what makes 16 rows of the chains, if there are enough steps).
         progress: called with (steps done, steps in all) every tenth of a second or so; blocks of 192 rows go through
             the chain one after the other, and their steps are counted together. Backend "cpu" only. An exception
             there, as Ctrl-C anywhere, stops the chain.
@@ -97,6 +105,7 @@ def denoise(
     if sample_ids is not None:
         args.integer("sample_ids", sample_ids, "M")
     _check_weights(args, weights, steps)
+    window = _window(window, tolerance, len(features), len(steps.timesteps))
     name = _choose(backend, precision, instructions, (features, prior, guidance, noise), weights)
     if name == "reference":
         return reference.denoise(
@@ -128,7 +137,8 @@ def denoise(
         trajectory,
         precision,
         instructions,
-        _window(window, len(features), len(steps.timesteps)),
+        window,
+        tolerance,
     )
     return states
 
@@ -146,9 +156,13 @@ def _cache(weights: Sequence[Tensor]) -> object:
         return _caches[weight]
 
 
-def _window(window: int | None, rows: int, steps: int) -> int:
+def _window(window: int | None, tolerance: float, rows: int, steps: int) -> int:
+    if not 0.0 <= tolerance < float("inf"):
+        raise ValueError(f"denoise: tolerance must be finite and not negative, got {tolerance}")
     if window is None:
-        return 64 if rows <= _FEW_ROWS and steps >= _MANY_STEPS else 1
+        if rows > _FEW_ROWS or steps < _MANY_STEPS:
+            return 1
+        return 64 if tolerance == 0.0 else _ROWS_AT_ONE_READING // max(rows, 1)
     if not 1 <= window <= _LARGEST_WINDOW:
         raise ValueError(f"denoise: window must be in [1, {_LARGEST_WINDOW}], got {window}")
     return window
@@ -212,6 +226,7 @@ def _run(
     precision: str,
     instructions: str,
     window: int,
+    tolerance: float,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     rows = features.shape[0]
@@ -244,6 +259,7 @@ def _run(
         progress,
         window,
         _cache(weights),
+        tolerance,
     )
     return out if states is None else states
 
@@ -265,10 +281,11 @@ def _denoise(
     precision: str,
     instructions: str,
     window: int,
+    tolerance: float,
 ) -> Tensor:
     return _run(
         features, prior, guidance, weights, eps, steps, start, noise, seed, image_ids, sample_ids,
-        trajectory, precision, instructions, window,
+        trajectory, precision, instructions, window, tolerance,
     )  # fmt: skip
 
 
@@ -289,6 +306,7 @@ def _(
     precision: str,
     instructions: str,
     window: int,
+    tolerance: float,
 ) -> Tensor:
     shape = (steps[0].shape[0] + 1, *prior.shape) if trajectory else prior.shape
     return prior.new_empty(shape)

@@ -185,20 +185,52 @@ def test_a_window_of_steps_gives_the_bits_of_one_after_the_other(
                     assert torch.equal(run(window), expected), (rows, window)
 
 
+def count_sweeps(weights, inputs, steps, **options) -> int:
+    parts = [*(t.contiguous() for layer in (weights.conditioning, *weights.hidden) for t in layer)]
+    x, prior, guidance = (t.contiguous() for t in inputs)
+    zeros = torch.zeros(len(x), dtype=torch.int64)
+    return _C.denoise(
+        x, prior, guidance, [parts[i : i + 7] for i in (0, 7, 14)], list(weights.eps),
+        weights.output_weight.contiguous(), weights.output_bias, list(steps[:-1]), steps.start,
+        None, 0, zeros, zeros, torch.empty_like(prior), None, threads=1, **options,
+    )  # fmt: skip
+
+
 def test_windows_need_fewer_readings_of_the_weights() -> None:
     """Where eps hardly depends on the label, a window slides by nearly its length."""
     weights, inputs = make_weights(2048, 3), make_inputs(1, 2048, 3)
     steps = make_steps(SCHEDULE, "ddpm")
-    parts = [*(t.contiguous() for layer in (weights.conditioning, *weights.hidden) for t in layer)]
-    x, prior, guidance = (t.contiguous() for t in inputs)
-    for window, most in ((1, T), (32, T - 5)):
-        sweeps = _C.denoise(
-            x, prior, guidance, [parts[i : i + 7] for i in (0, 7, 14)], list(weights.eps),
-            weights.output_weight.contiguous(), weights.output_bias, list(steps[:-1]), steps.start,
-            None, 0, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64),
-            torch.empty(1, 3), None, threads=1, window=window,
+    assert count_sweeps(weights, inputs, steps, window=1) == T
+    assert count_sweeps(weights, inputs, steps, window=32) <= T - 5
+    assert count_sweeps(weights, inputs, steps, window=32, tolerance=1e-5) <= T // 3
+
+
+@pytest.mark.parametrize(
+    "sampler", [("ddpm", None, 0.0), ("ddpm_truncated", 30, 0.0), ("ddim", 9, 0.0)]
+)
+@pytest.mark.parametrize("rows", [1, 3, 19])
+def test_a_tolerance_is_kept_and_leaves_nothing_to_chance(sampler, rows) -> None:
+    weights, inputs = make_weights(300, 3), make_inputs(rows, 300, 3)
+    steps = make_steps(SCHEDULE, *sampler)
+    before = torch.get_num_threads()
+
+    def run(window: int, tolerance: float) -> Tensor:
+        return denoise(
+            *inputs, weights, steps, backend="cpu", trajectory=True, window=window,
+            tolerance=tolerance,
         )  # fmt: skip
-        assert sweeps == most if window == 1 else sweeps <= most
+
+    with torch.no_grad():
+        sequential = run(1, 0.0)
+        assert torch.equal(run(1, 1e-5), sequential)
+        for window in (4, 16):
+            found = run(window, 1e-5)
+            assert float((found - sequential).abs().max()) < 1e-4
+            try:
+                torch.set_num_threads(3)
+                assert torch.equal(run(window, 1e-5), found)
+            finally:
+                torch.set_num_threads(before)
 
 
 def test_not_a_number_ends_a_window_too() -> None:
@@ -206,9 +238,13 @@ def test_not_a_number_ends_a_window_too() -> None:
     x[1, 3] = float("nan")
     steps = make_steps(SCHEDULE, "ddpm")
     with torch.no_grad():
-        found = denoise(x, prior, guidance, weights, steps, backend="cpu", window=64)
         expected = denoise(x, prior, guidance, weights, steps, backend="cpu", window=1)
-    assert torch.equal(found[0], expected[0]) and bool(found[1].isnan().all())
+        for tolerance in (0.0, 1e-6):
+            found = denoise(
+                x, prior, guidance, weights, steps, backend="cpu", window=64, tolerance=tolerance
+            )
+            torch.testing.assert_close(found[0], expected[0], rtol=0, atol=100 * tolerance)
+            assert bool(found[1].isnan().all())
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
@@ -352,6 +388,9 @@ def test_what_cannot_be_served_by_name_is_refused() -> None:
             denoise(*inputs, weights, steps, precision="fp16")
         with pytest.raises(ValueError, match=r"instructions must be one of .*portable.*got sse9"):
             denoise(*inputs, weights, steps, instructions="sse9")
+        for tolerance in (-1.0, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match="tolerance must be finite and not negative"):
+                denoise(*inputs, weights, steps, tolerance=tolerance)
         for window in (0, 193):
             with pytest.raises(ValueError, match=rf"window must be in \[1, 192\], got {window}"):
                 denoise(*inputs, weights, steps, window=window)
@@ -379,7 +418,7 @@ def test_opcheck() -> None:
     for noise in (None, torch.randn(3, 4, 3)):
         for trajectory in (False, True):
             arguments = (*inputs, parts, list(weights.eps), list(steps[:-1]), steps.start, noise,
-                         -5, None, None, trajectory, "bf16", "auto", 2)  # fmt: skip
+                         -5, None, None, trajectory, "bf16", "auto", 2, 0.0)  # fmt: skip
             torch.library.opcheck(operator, arguments)
 
 
