@@ -10,11 +10,11 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <new>
 
 #include "cpu/denoise.h"
 #include "cpu/denoise_kernels.h"
 #include "cpu/denoise_weights.h"
+#include "cpu/large_array.h"
 #include "cpu/parallel.h"
 #include "cpu/team.h"
 #include "philox.h"
@@ -28,15 +28,13 @@ inline std::int64_t RoundUp(std::int64_t value, std::int64_t unit) {
 // Floats on a cache line's boundary, zeroed.
 class Floats {
  public:
-  explicit Floats(std::int64_t count)
-      : data_(new (std::align_val_t{64}) float[static_cast<std::size_t>(count)]()) {}
+  explicit Floats(std::int64_t count) : data_(MakeLargeArray<float>(count)) {
+    std::fill_n(data_.get(), count, 0.0f);
+  }
   float* get() const { return data_.get(); }
 
  private:
-  struct Delete {
-    void operator()(float* data) const { ::operator delete[](data, std::align_val_t{64}); }
-  };
-  std::unique_ptr<float[], Delete> data_;
+  LargeArray<float> data_;
 };
 
 // The model in the form the kernels want: folded, transposed where it is small, and packed.

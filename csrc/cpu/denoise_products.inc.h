@@ -327,8 +327,10 @@ struct RowSums {
                                   Operand w_high) {
     low = Product::template MultiplyAdd<kPart>(a, w_low, low);
     high = Product::template MultiplyAdd<kPart>(a, w_high, high);
-    Keep(low.v);
-    Keep(high.v);
+    if constexpr (Product::kScaled) {
+      Keep(low.v);
+      Keep(high.v);
+    }
   }
 };
 

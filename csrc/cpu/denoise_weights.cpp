@@ -1,48 +1,27 @@
 #include "cpu/denoise_weights.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <bit>
 #include <cstring>
-#include <new>
 
 #include "cpu/parallel.h"
 
 namespace diffmic::cpu {
 namespace {
 
-// Not zeroed, and on large pages where the system gives them: the first touch of 300 MB costs less,
-// and so does every walk through it.
-std::byte* LargeArray(std::int64_t count) {
-  constexpr std::size_t kPage = std::size_t{2} << 20;
-  const std::size_t bytes = (static_cast<std::size_t>(count) + kPage - 1) / kPage * kPage;
-  void* data = std::aligned_alloc(kPage, bytes);
-  if (data == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-  madvise(data, bytes, MADV_HUGEPAGE);  // a wish; nothing depends on it
-#endif
-  return static_cast<std::byte*>(data);
-}
-
-// The rounds of xxHash's XXH64 (github.com/Cyan4973/xxHash, doc/xxhash_spec.md) on eight lanes.
-// Each maps the lane's state and the input to the new state one to one in either.
-constexpr std::uint64_t kPrime1 = 0x9E3779B185EBCA87u;
-constexpr std::uint64_t kPrime2 = 0xC2B2AE3D27D4EB4Fu;
-constexpr std::uint64_t kPrime3 = 0x165667B19E3779F9u;
-
+// A round maps the state and the input to the new state, one to one in either: a change of one
+// number always comes through, and that of several but where one happens to undo the others.
 std::uint64_t RoundOf(std::uint64_t state, std::uint64_t input) {
-  return std::rotl(state + input * kPrime2, 31) * kPrime1;
+  return std::rotl(state + input, 31) * 0x9E3779B185EBCA87u;
 }
 
 std::uint64_t Avalanche(std::uint64_t h) {
-  h = (h ^ h >> 33) * kPrime2;
-  h = (h ^ h >> 29) * kPrime3;
+  h = (h ^ h >> 33) * 0xC2B2AE3D27D4EB4Fu;
+  h = (h ^ h >> 29) * 0x165667B19E3779F9u;
   return h ^ h >> 32;
 }
 
+// In eight lanes, as fast as memory is read.
 std::uint64_t RowFingerprint(const float* row, std::int64_t count, std::uint64_t place) {
   constexpr int kLanes = 8;
   constexpr std::int64_t kFloats = 2 * kLanes;
@@ -57,7 +36,7 @@ std::uint64_t RowFingerprint(const float* row, std::int64_t count, std::uint64_t
   std::uint64_t rest[kLanes] = {};
   std::memcpy(rest, row + k, static_cast<std::size_t>(count - k) * sizeof(float));
   std::uint64_t h = 0;
-  for (int i = 0; i < kLanes; ++i) h = RoundOf(h, RoundOf(state[i], rest[i]));
+  for (int i = 0; i < kLanes; ++i) h = RoundOf(h, Avalanche(RoundOf(state[i], rest[i])));
   return Avalanche(h);
 }
 
@@ -98,7 +77,7 @@ PackedWeights::PackedWeights(const HiddenWeights& weights, Precision precision,
     : features_(weights.features) {
   const std::int64_t chunk_bytes = kernels.chunk_bytes(precision, features_);
   layer_bytes_ = (features_ + kChunk - 1) / kChunk * chunk_bytes;
-  chunks_.reset(LargeArray(2 * layer_bytes_));
+  chunks_ = MakeLargeArray<std::byte>(2 * layer_bytes_);
   if (precision == Precision::kInt8) unit_scale_.resize(static_cast<std::size_t>(2 * features_));
   fingerprint_ = SumOverChunks(features_, threads, [&](int layer, std::int64_t chunk, int units) {
     const std::int64_t first = chunk * kChunk;

@@ -2,15 +2,13 @@
 // when they have changed.
 //
 // Nothing tells a change for certain: a version number does not count writes through `.data`, or
-// from NumPy. So every call takes a fingerprint of all weights, which costs reading them once (12
-// ms of 302 MB where packing takes 60), as much as one step over few rows. Packed weights whose
-// fingerprint differs are packed anew.
+// from NumPy. So every call takes a fingerprint of all weights, which costs reading them once, as
+// much as one step over few rows. Packed weights whose fingerprint differs are packed anew.
 #ifndef DIFFMIC_CPU_DENOISE_WEIGHTS_H_
 #define DIFFMIC_CPU_DENOISE_WEIGHTS_H_
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -18,6 +16,7 @@
 #include <vector>
 
 #include "cpu/denoise_kernels.h"
+#include "cpu/large_array.h"
 
 namespace diffmic::cpu {
 
@@ -42,18 +41,14 @@ class PackedWeights {
   std::uint64_t fingerprint() const { return fingerprint_; }
 
  private:
-  struct Free {
-    void operator()(std::byte* data) const { std::free(data); }
-  };
-
   std::int64_t features_, layer_bytes_;
-  std::unique_ptr<std::byte[], Free> chunks_;
+  LargeArray<std::byte> chunks_;
   std::vector<float> unit_scale_;
   std::uint64_t fingerprint_;
 };
 
 // 64 bits of every bit of the weights and of where it stands: one changed number always changes
-// them, any other change but one in 2^64.
+// them, other changes but one in 2^64 do.
 std::uint64_t Fingerprint(const HiddenWeights& weights, int threads);
 
 // A model's packed weights, one set for each precision and instruction set that was asked for.
