@@ -57,43 +57,52 @@ inline WideVec Widen(const float* p) {
   return __builtin_convertvector(half, WideVec);
 }
 
-inline WideVec LoadWide(const double* p) {
-  WideVec value;
-  __builtin_memcpy(&value, p, sizeof value);
-  return value;
-}
-
 inline void StoreWide(double* p, WideVec value) { __builtin_memcpy(p, &value, sizeof value); }
 
-// Mean and biased variance of `rows` rows of z, units [0, end), in two passes.
-void Moments(const float* z, std::int64_t rows, std::int64_t end, double* mean, double* variance) {
+// Mean and biased variance of `rows` rows of z, in two passes. kGroup sums run side by side: one
+// alone would wait for its last addition.
+template <int kGroup>
+void Moments(const Chunk<kGroup>& chunk, const float* z, std::int64_t rows, double* mean,
+             double* variance) {
   const double share = 1.0 / static_cast<double>(rows);
-  for (std::int64_t u = 0; u < end; u += kHalf) {
-    WideVec sum = {}, squares = {};
-    for (std::int64_t b = 0; b < rows; ++b) sum += Widen(z + b * kUnits + u);
-    const WideVec middle = sum * share;
+  for (std::int64_t u = 0; u < chunk.end(); u += kGroup * kHalf) {
+    WideVec sum[kGroup] = {}, squares[kGroup] = {};
     for (std::int64_t b = 0; b < rows; ++b) {
-      const WideVec distance = Widen(z + b * kUnits + u) - middle;
-      squares += distance * distance;
+      for (int i = 0; i < kGroup; ++i) sum[i] += Widen(z + b * kUnits + u + i * kHalf);
     }
-    StoreWide(mean + u, middle);
-    StoreWide(variance + u, squares * share);
+    for (int i = 0; i < kGroup; ++i) sum[i] *= share;
+    for (std::int64_t b = 0; b < rows; ++b) {
+      for (int i = 0; i < kGroup; ++i) {
+        const WideVec distance = Widen(z + b * kUnits + u + i * kHalf) - sum[i];
+        squares[i] += distance * distance;
+      }
+    }
+    for (int i = 0; i < kGroup; ++i) {
+      StoreWide(mean + u + i * kHalf, sum[i]);
+      StoreWide(variance + u + i * kHalf, squares[i] * share);
+    }
   }
 }
 
 // Sums of d and of d (z - mean) over `rows` rows.
-void GradientSums(const float* d, const float* z, const float* mean, std::int64_t rows,
-                  std::int64_t end, double* sum, double* moment) {
-  for (std::int64_t u = 0; u < end; u += kHalf) {
-    const WideVec middle = Widen(mean + u);
-    WideVec plain = {}, weighted = {};
+template <int kGroup>
+void GradientSums(const Chunk<kGroup>& chunk, const float* d, const float* z, const float* mean,
+                  std::int64_t rows, double* sum, double* moment) {
+  for (std::int64_t u = 0; u < chunk.end(); u += kGroup * kHalf) {
+    WideVec middle[kGroup], plain[kGroup] = {}, weighted[kGroup] = {};
+    for (int i = 0; i < kGroup; ++i) middle[i] = Widen(mean + u + i * kHalf);
     for (std::int64_t b = 0; b < rows; ++b) {
-      const WideVec value = Widen(d + b * kUnits + u);
-      plain += value;
-      weighted += value * (Widen(z + b * kUnits + u) - middle);
+      for (int i = 0; i < kGroup; ++i) {
+        const std::int64_t at = b * kUnits + u + i * kHalf;
+        const WideVec value = Widen(d + at);
+        plain[i] += value;
+        weighted[i] += value * (Widen(z + at) - middle[i]);
+      }
     }
-    StoreWide(sum + u, plain);
-    StoreWide(moment + u, weighted);
+    for (int i = 0; i < kGroup; ++i) {
+      StoreWide(sum + u + i * kHalf, plain[i]);
+      StoreWide(moment + u + i * kHalf, weighted[i]);
+    }
   }
 }
 
@@ -252,7 +261,7 @@ void ForwardChunk(const Call& call, const Running& running, const Chunk<kGroup>&
       Products<kGroup>(call, chunk, labels, w, first, rows, nullptr, z);
       if (batch.training) {
         double mean[kUnits], variance[kUnits];
-        Moments(z, rows, chunk.end(), mean, variance);
+        Moments(chunk, z, rows, mean, variance);
         Update(running, mean, variance, rows, s == 0, unit, count);
         for (std::int64_t u = 0; u < count; ++u) {
           means[s * features + u] = static_cast<float>(mean[u]);
@@ -387,7 +396,7 @@ void BackwardChunk(const Call& call, const float* grad, const std::int64_t (&gra
     float constant[kUnits] = {}, slope[kUnits] = {};
     if (norms || (scaled && batch.training)) {
       double plain[kUnits] = {}, moment[kUnits] = {};
-      GradientSums(d, z, norm.mean, rows, chunk.end(), plain, moment);
+      GradientSums(chunk, d, z, norm.mean, rows, plain, moment);
       const double share = 1.0 / static_cast<double>(rows);
       for (std::int64_t u = 0; u < kUnits; ++u) {
         const double inverse = static_cast<double>(norm.inverse[u]);
