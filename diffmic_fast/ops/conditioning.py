@@ -292,7 +292,8 @@ def _through_the_reference(
     ctx: Any, grad: Tensor, inputs: Sequence[Tensor], statistics: Tensor, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
     """The same gradients as functions that can be derived again."""
-    x, y_t, guidance, timesteps, *parameters = inputs
+    # Views, so that an argument made from another one is not followed back to it.
+    x, y_t, guidance, timesteps, *parameters = (tensor.view_as(tensor) for tensor in inputs)
     layer = ConditionalLayer(*parameters, *(part[0].clone() for part in statistics))
     h = reference.conditioning(
         x, y_t, guidance, layer, timesteps, training=ctx.training, eps=ctx.eps

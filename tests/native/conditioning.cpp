@@ -1,4 +1,5 @@
-// `conditioning`: both modes, whole chunks and short ones, every gradient alone and all together.
+// `conditioning`: both modes, whole chunks and short ones, every gradient alone and all together;
+// and its values beside plain sums in double, so that they are checked where no Python runs.
 #include "cpu/conditioning.h"
 
 #include "support.h"
@@ -91,6 +92,58 @@ std::vector<float> Run(const Case& c, const kernel::Options& options, unsigned w
   return all;
 }
 
+// Forward of unit f and stream s, as the definition says.
+std::vector<double> Define(const Case& c, std::int64_t s, std::int64_t f) {
+  const Size& size = c.size;
+  std::vector<double> z;
+  double mean = 0, variance = 0;
+  for (std::int64_t b = 0; b < size.rows; ++b) {
+    double p = static_cast<double>(c.bias.get()[f]);
+    for (std::int64_t j = 0; j < 2 * size.classes; ++j) {
+      const std::int64_t k = j % size.classes, stride = size.streams * size.rows;
+      const float* labels = j < size.classes ? c.y.get() : c.guidance.get();
+      p += static_cast<double>(labels[s * size.rows + b + k * stride]) *
+           static_cast<double>(c.weight.get()[j * size.features + f]);
+    }
+    const std::int64_t t = c.timesteps[static_cast<std::size_t>(b * c.batch.timestep_stride)];
+    z.push_back(p * static_cast<double>(c.gamma.get()[t * c.layer.gamma_stride + f]));
+    mean += z.back() / static_cast<double>(size.rows);
+  }
+  for (const double value : z) {
+    variance += (value - mean) * (value - mean) / static_cast<double>(size.rows);
+  }
+  if (!c.batch.training) {
+    mean = static_cast<double>(c.running_mean.get()[f]);
+    variance = static_cast<double>(c.running_variance.get()[f]);
+  }
+  std::vector<double> out;
+  for (std::int64_t b = 0; b < size.rows; ++b) {
+    const double n = (z[static_cast<std::size_t>(b)] - mean) / std::sqrt(variance + 1e-5) *
+                         static_cast<double>(c.norm_weight.get()[f]) +
+                     static_cast<double>(c.norm_bias.get()[f]);
+    out.push_back(static_cast<double>(c.x.get()[b * c.batch.x_stride + f]) *
+                  std::log1p(std::exp(n)));
+  }
+  return out;
+}
+
+void CheckValues(const Case& c, const kernel::Options& options) {
+  const Size& size = c.size;
+  const std::vector<float> found = Run(c, options, 0);
+  for (std::int64_t s = 0; s < size.streams; ++s) {
+    for (std::int64_t f = 0; f < size.features; ++f) {
+      const std::vector<double> expected = Define(c, s, f);
+      for (std::int64_t b = 0; b < size.rows; ++b) {
+        const auto at = static_cast<std::size_t>((s * size.rows + b) * size.features + f);
+        const double value = expected[static_cast<std::size_t>(b)];
+        if (std::abs(static_cast<double>(found[at]) - value) > 1e-4 * (1 + std::abs(value))) {
+          Fail("conditioning differs from its definition");
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -106,6 +159,8 @@ int main() {
         }
       }
       const Case c({2, 3, 71, 2}, training, false);
+      CheckValues(c, {kernels, 1});
+      CheckValues(Case({3, 35, 130, 4}, training, true), {kernels, 1});
       for (unsigned wanted : {0x00u, 0x01u, 0x02u, 0x04u, 0x08u, 0x10u, 0x20u, 0x40u, 0x80u}) {
         Run(c, {kernels, 2}, wanted);
       }

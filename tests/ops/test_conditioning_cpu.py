@@ -313,7 +313,9 @@ def test_second_derivatives_are_the_reference_s(training: bool) -> None:
     def second(dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
         leaves = [v.to(dtype).requires_grad_() for v in (*case.inputs, *case.parameters)]
         layer = ConditionalLayer(*leaves[3:], *(v.to(dtype, copy=True) for v in case.running))
-        h = conditioning(*leaves[:3], layer, case.timesteps, training=training, backend=backend)
+        x, y, guidance = leaves[:3]
+        y = y + x[:, :2]  # one argument from another
+        h = conditioning(x, y, guidance, layer, case.timesteps, training=training, backend=backend)
         first = torch.autograd.grad((h * h).sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum((g * g).sum() for g in first), leaves)
 
