@@ -33,7 +33,7 @@ test: $(VENV)/.test
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES) tests/native/*.cpp
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES) tests/native/*.cpp tests/native/*.h
 	$(BIN)/mypy
 
 # From a folder that does not hold the sources, which have no extension and would be found first.

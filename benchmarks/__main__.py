@@ -7,7 +7,7 @@ import importlib
 
 from benchmarks import harness
 
-NAMES = ("denoise", "mmd", "rois")
+NAMES = ("conditioning", "denoise", "mmd", "rois")
 
 
 def main() -> None:

@@ -62,6 +62,7 @@ py::dict CudaState() {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   using py::arg;
   m.doc() = "Kernels of diffmic_fast. The public calls are in diffmic_fast.ops.";
+  diffmic::BindConditioning(m);
   diffmic::BindDenoise(m);
   diffmic::BindMmd(m);
   diffmic::BindNoise(m);

@@ -10,6 +10,7 @@
 
 namespace diffmic {
 
+void BindConditioning(pybind11::module_& m);
 void BindDenoise(pybind11::module_& m);
 void BindMmd(pybind11::module_& m);
 void BindNoise(pybind11::module_& m);

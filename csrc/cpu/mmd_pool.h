@@ -1,9 +1,8 @@
-// What the calls of mmd.h share: both row sets as one padded array, and its blocks on threads.
+// What the calls of mmd.h share: both row sets as one padded array.
 #ifndef DIFFMIC_CPU_MMD_POOL_H_
 #define DIFFMIC_CPU_MMD_POOL_H_
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <type_traits>
@@ -98,20 +97,6 @@ class Tile {
   const Pool<T>& pool_;
   std::unique_ptr<T[]> panels_, values_;
 };
-
-// Calls body() on at most `threads` threads, fewer where `work` (multiply-adds) does not pay for
-// one. The bodies share out the items among themselves, by the counter that each is given, so that
-// a thread which other work of the machine holds up takes fewer.
-template <typename Body>
-void Share(double work, int threads, const Body& body) {
-  constexpr double kGrain = 2e6;  // some 150 us
-  const auto most = static_cast<std::int64_t>(std::min(work / kGrain, 1e6));
-  const std::int64_t parts = std::clamp<std::int64_t>(most, 1, std::max(threads, 1));
-  std::atomic<std::int64_t> next = 0;
-  ParallelFor(parts, static_cast<int>(parts), 1, [&](std::int64_t begin, std::int64_t end) {
-    for (; begin < end; ++begin) body(next);
-  });
-}
 
 }  // namespace diffmic::cpu::mmd
 

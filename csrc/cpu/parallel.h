@@ -1,4 +1,4 @@
-// A loop over independent items on a few threads.
+// Loops over independent items on a few threads.
 //
 // Threads are started for one call and joined at its end: nothing spins, nothing survives a call
 // (so a forked data loader finds nothing to trip over), and no pool competes with the caller's own.
@@ -7,6 +7,7 @@
 #define DIFFMIC_CPU_PARALLEL_H_
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <exception>
 #include <system_error>
@@ -51,6 +52,20 @@ void ParallelFor(std::int64_t count, int threads, std::int64_t grain, const Body
   for (const std::exception_ptr& error : errors) {
     if (error) std::rethrow_exception(error);
   }
+}
+
+// Calls body() on at most `threads` threads, fewer where `work` (multiply-adds) does not pay for
+// one. The bodies share out the items among themselves, by the counter that each is given, so that
+// a thread which other work of the machine holds up takes fewer.
+template <typename Body>
+void Share(double work, int threads, const Body& body) {
+  constexpr double kGrain = 2e6;  // some 150 us
+  const auto most = static_cast<std::int64_t>(std::min(work / kGrain, 1e6));
+  const std::int64_t parts = std::clamp<std::int64_t>(most, 1, std::max(threads, 1));
+  std::atomic<std::int64_t> next = 0;
+  ParallelFor(parts, static_cast<int>(parts), 1, [&](std::int64_t begin, std::int64_t end) {
+    for (; begin < end; ++begin) body(next);
+  });
 }
 
 }  // namespace diffmic::cpu

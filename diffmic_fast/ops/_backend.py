@@ -22,7 +22,7 @@ BACKENDS = ("reference", "cpu", "cuda", "triton", "cuda-emulated")
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "denoise": ("reference", "cpu"),
-    "conditioning": ("reference",),
+    "conditioning": ("reference", "cpu"),
     "conditional_linear": ("reference",),
     "mmd": ("reference", "cpu"),
     "rois": ("reference", "cpu"),

@@ -1,11 +1,21 @@
-"""`conditioning`: noisy label and guidance of all streams to the first hidden layer of the denoiser."""
+"""`conditioning`: noisy label and guidance of all streams to the first hidden layer of the denoiser.
+
+The operator changes nothing in place, for `torch.library` derives only such: it returns the running
+statistics behind the call, and the public call writes them where they belong. Backward passes of
+which a graph is wanted (second derivatives) are taken through the reference.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from diffmic_fast import _native
 from diffmic_fast.checks import Arguments
-from diffmic_fast.ops._backend import resolve
+from diffmic_fast.ops._backend import asked_by_name, resolve
 from diffmic_fast.ops.conditional_linear import check_layer
 from diffmic_fast.reference import conditioning as reference
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
@@ -32,7 +42,8 @@ def conditioning(
         layer: first conditional layer, 2C -> F; the running statistics are updated in place in training.
         timesteps: [B] or [1] int64 in [0, T].
         training, momentum, eps: as in `conditional_linear`.
-        backend: a backend's name, or "auto".
+        backend: a backend's name, or "auto", which takes the reference where a tensor is not float32. The backend "cpu"
+            gives the same bits on any number of threads (torch's), and in eval mode to a row in any batch.
 
     Returns:
         [B, F] or [S, B, F], differentiable in all tensors but `timesteps`.
@@ -44,10 +55,261 @@ def conditioning(
     args = Arguments("conditioning")
     args.floating("x", x, "B out")
     args.floating("y_t", y_t, "B C", "S B C")
+    if y_t.ndim == 3 and y_t.shape[0] == 0:
+        raise ValueError(f"conditioning: y_t must have one stream at least, got {tuple(y_t.shape)}")
     args.floating("guidance", guidance, "S B C" if y_t.ndim == 3 else "B C")
     args.sizes["2C"] = 2 * args.sizes["C"]
     check_layer(args, layer, timesteps, "2C", training)
-    resolve("conditioning", backend, x.device)
-    return reference.conditioning(
-        x, y_t, guidance, layer, timesteps, training=training, momentum=momentum, eps=eps
+    if _choose(backend, (x, y_t, guidance, *layer)) == "reference":
+        return reference.conditioning(
+            x, y_t, guidance, layer, timesteps, training=training, momentum=momentum, eps=eps
+        )
+    h, _, mean, variance = torch.ops.diffmic_fast.conditioning.default(
+        x, y_t, guidance, timesteps, *layer, training, momentum, eps
     )
+    if training:
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(variance)
+    return h
+
+
+def _choose(backend: str, tensors: Sequence[Tensor]) -> str:
+    """The backend of a call: where "auto" would take one that cannot serve these tensors, the reference."""
+    name = resolve("conditioning", backend, tensors[0].device)
+    if name != "cpu" or all(tensor.dtype == torch.float32 for tensor in tensors):
+        return name
+    if asked_by_name("conditioning", backend):
+        raise RuntimeError(
+            "conditioning: the backend cpu cannot serve: it takes float32 tensors, got "
+            + ", ".join(sorted({str(tensor.dtype) for tensor in tensors}))
+        )
+    return "reference"
+
+
+# ---- operators -------------------------------------------------------------------------------
+
+_LAYER = "Tensor weight, Tensor bias, Tensor gamma, Tensor norm_weight, Tensor norm_bias"
+_DIFFERENTIABLE = 8  # x, y_t, guidance and the layer's first five
+
+_library = torch.library.Library("diffmic_fast", "FRAGMENT")
+_library.define(
+    f"conditioning(Tensor x, Tensor y_t, Tensor guidance, Tensor timesteps, {_LAYER}, "
+    "Tensor running_mean, Tensor running_var, bool training, float momentum, float eps) "
+    "-> (Tensor h, Tensor statistics, Tensor updated_mean, Tensor updated_var)"
+)
+_library.define(
+    f"conditioning_backward(Tensor grad, Tensor x, Tensor y_t, Tensor guidance, Tensor timesteps, "
+    f"{_LAYER}, Tensor statistics, bool training, float eps, bool[] wanted) "
+    f"-> ({', '.join(['Tensor'] * _DIFFERENTIABLE)})"
+)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """What DLPack can say and the kernel takes: the tensor itself where its rows have unit stride, else a copy."""
+    tensor = tensor.detach().resolve_neg()
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    return tensor.detach().resolve_neg().contiguous()
+
+
+def _inputs(
+    x: Tensor, y_t: Tensor, guidance: Tensor, timesteps: Tensor, *layer: Tensor
+) -> tuple[Any, ...]:
+    weight, bias, gamma, norm_weight, norm_bias = layer
+    return (
+        _rows(x),
+        y_t.detach().resolve_neg(),
+        guidance.detach().resolve_neg(),
+        timesteps,
+        [
+            weight.detach().resolve_neg(),
+            _compact(bias),
+            _rows(gamma),
+            _compact(norm_weight),
+            _compact(norm_bias),
+        ],
+    )
+
+
+def _outputs(
+    x: Tensor, y_t: Tensor, training: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Memory of `conditioning`'s outputs; the last two are only there in training."""
+    features = x.shape[1]
+    streams = (y_t.shape[0] if y_t.ndim == 3 else 1) if training else 1
+    return (
+        x.new_empty((*y_t.shape[:-1], features)),
+        x.new_empty((2, streams, features)),
+        x.new_empty(features) if training else None,
+        x.new_empty(features) if training else None,
+    )
+
+
+def _conditioning(
+    x: Tensor,
+    y_t: Tensor,
+    guidance: Tensor,
+    timesteps: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h, statistics, mean, variance = _outputs(x, y_t, training)
+    _native.extension().conditioning(
+        *_inputs(x, y_t, guidance, timesteps, weight, bias, gamma, norm_weight, norm_bias),
+        _compact(running_mean),
+        _compact(running_var),
+        training,
+        momentum,
+        eps,
+        statistics,
+        mean,
+        variance,
+        h,
+        torch.get_num_threads(),
+    )
+    return h, statistics, _given(mean, x), _given(variance, x)
+
+
+def _given(output: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if output is None else output
+
+
+def _fake_conditioning(
+    x: Tensor,
+    y_t: Tensor,
+    guidance: Tensor,
+    timesteps: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h, statistics, mean, variance = _outputs(x, y_t, training)
+    return h, statistics, _given(mean, x), _given(variance, x)
+
+
+def _gradient_outputs(like: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    # Of gamma's rows only those of a timestep are written, by adding to them.
+    return [
+        (tensor.new_zeros if i == 5 else tensor.new_empty)(tensor.shape) if want else None
+        for i, (tensor, want) in enumerate(zip(like, wanted, strict=True))
+    ]
+
+
+def _conditioning_backward(
+    grad: Tensor,
+    x: Tensor,
+    y_t: Tensor,
+    guidance: Tensor,
+    timesteps: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    statistics: Tensor,
+    training: bool,
+    eps: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    layer = (weight, bias, gamma, norm_weight, norm_bias)
+    gradients = _gradient_outputs((x, y_t, guidance, *layer), wanted)
+    _native.extension().conditioning_backward(
+        _rows(grad),
+        *_inputs(x, y_t, guidance, timesteps, *layer),
+        _compact(statistics),
+        training,
+        eps,
+        gradients,
+        torch.get_num_threads(),
+    )
+    return tuple(_given(gradient, x) for gradient in gradients)
+
+
+def _fake_conditioning_backward(
+    grad: Tensor,
+    x: Tensor,
+    y_t: Tensor,
+    guidance: Tensor,
+    timesteps: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    statistics: Tensor,
+    training: bool,
+    eps: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    like = (x, y_t, guidance, weight, bias, gamma, norm_weight, norm_bias)
+    return tuple(_given(gradient, x) for gradient in _gradient_outputs(like, wanted))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    # The running statistics of now are in output[1]: later calls in training may change the layer's.
+    ctx.save_for_backward(*inputs[:9], output[1])
+    ctx.training, _, ctx.eps = inputs[11:]
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    found: list[Tensor | None] = [None] * 14
+    if grad is None:
+        return tuple(found)
+    *inputs, statistics = ctx.saved_tensors
+    places = [place for place in range(9) if place != 3]  # timesteps have no gradient
+    wanted = [ctx.needs_input_grad[place] for place in places]
+    if torch.is_grad_enabled():
+        gradients = _through_the_reference(ctx, grad, inputs, statistics, wanted)
+    else:
+        gradients = torch.ops.diffmic_fast.conditioning_backward.default(
+            grad, *inputs, statistics, ctx.training, ctx.eps, wanted
+        )
+    for place, want, gradient in zip(places, wanted, gradients, strict=True):
+        found[place] = gradient if want else None
+    return tuple(found)
+
+
+def _through_the_reference(
+    ctx: Any, grad: Tensor, inputs: Sequence[Tensor], statistics: Tensor, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """The same gradients as functions that can be derived again."""
+    # Views, so that an argument made from another one is not followed back to it.
+    x, y_t, guidance, timesteps, *parameters = (tensor.view_as(tensor) for tensor in inputs)
+    layer = ConditionalLayer(*parameters, *(part[0].clone() for part in statistics))
+    h = reference.conditioning(
+        x, y_t, guidance, layer, timesteps, training=ctx.training, eps=ctx.eps
+    )
+    differentiable = (x, y_t, guidance, *parameters)
+    leaves = [tensor for tensor, want in zip(differentiable, wanted, strict=True) if want]
+    gradients = iter(torch.autograd.grad(h, leaves, grad, create_graph=True))
+    return [next(gradients) if want else None for want in wanted]
+
+
+for _name, _kernel, _fake in (
+    ("conditioning", _conditioning, _fake_conditioning),
+    ("conditioning_backward", _conditioning_backward, _fake_conditioning_backward),
+):
+    _library.impl(_name, _kernel, "CPU")
+    torch.library.register_fake(f"diffmic_fast::{_name}", _fake, lib=_library)
+torch.library.register_autograd(
+    "diffmic_fast::conditioning", _backward, setup_context=_save, lib=_library
+)

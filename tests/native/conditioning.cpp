@@ -1,0 +1,178 @@
+// `conditioning`: both modes, whole chunks and short ones, every gradient alone and all together;
+// and its values beside plain sums in double, so that they are checked where no Python runs.
+#include "cpu/conditioning.h"
+
+#include "support.h"
+
+namespace {
+
+namespace kernel = diffmic::cpu::conditioning;
+
+struct Size {
+  std::int64_t streams, rows, features, classes;
+};
+
+// Arguments whose rows lie `kGap` elements apart from each other's end, and labels with the classes
+// outermost.
+struct Case {
+  static constexpr std::int64_t kGap = 3, kTimesteps = 5;
+
+  Case(const Size& s, bool training, bool one_timestep)
+      : size(s),
+        x((s.rows - 1) * (s.features + kGap) + s.features, -1, 1),
+        y(s.streams * s.rows * s.classes, -1, 1),
+        guidance(s.streams * s.rows * s.classes, 0, 1),
+        grad((s.streams * s.rows - 1) * (s.features + kGap) + s.features, -1, 1),
+        weight(s.features * 2 * s.classes, -0.5, 0.5),
+        bias(s.features, -0.5, 0.5),
+        gamma((kTimesteps - 1) * (s.features + kGap) + s.features, 0, 1),
+        norm_weight(s.features, 0.5, 1.5),
+        norm_bias(s.features, -0.5, 0.5),
+        running_mean(s.features, -0.5, 0.5),
+        running_variance(s.features, 0.5, 1.5) {
+    const std::int64_t stride = s.features + kGap, labels = s.streams * s.rows;
+    for (std::int64_t b = 0; b < (one_timestep ? 1 : s.rows); ++b) {
+      timesteps.push_back(b * 3 % kTimesteps);
+    }
+    layer = {s.features,  s.classes, weight.get(),      {1, s.features}, bias.get(),
+             gamma.get(), stride,    norm_weight.get(), norm_bias.get(), 1e-5f};
+    batch = {s.streams,
+             s.rows,
+             x.get(),
+             stride,
+             {y.get(), {s.rows, 1, labels}},
+             {guidance.get(), {s.rows, 1, labels}},
+             timesteps.data(),
+             one_timestep ? 0 : 1,
+             training};
+  }
+
+  Size size;
+  Numbers x, y, guidance, grad, weight, bias, gamma, norm_weight, norm_bias, running_mean,
+      running_variance;
+  std::vector<std::int64_t> timesteps;
+  kernel::Layer layer{};
+  kernel::Batch batch{};
+};
+
+// Bit i of `wanted` asks for gradient i.
+std::vector<float> Run(const Case& c, const kernel::Options& options, unsigned wanted) {
+  const Size& s = c.size;
+  const std::int64_t streams = StatisticsStreams(c.batch), f = s.features;
+  const std::int64_t rows = s.streams * s.rows;
+  const Numbers statistics(2 * streams * f, 0, 0), out(rows * f, 0, 0);
+  const Numbers mean(f, 0, 0), variance(f, 0, 0);
+  const bool training = c.batch.training;
+  const kernel::Running running{c.running_mean.get(), c.running_variance.get(),
+                                training ? mean.get() : nullptr,
+                                training ? variance.get() : nullptr, 0.1};
+  Forward(c.layer, c.batch, running, options, statistics.get(), out.get());
+
+  const std::int64_t counts[] = {
+      s.rows * f, rows * s.classes, rows * s.classes, f * 2 * s.classes, f, Case::kTimesteps * f, f,
+      f};
+  std::vector<Numbers> gradients;
+  float* to[8];
+  for (unsigned i = 0; i < 8; ++i) {
+    gradients.emplace_back((wanted >> i & 1) != 0 ? counts[i] : 0, 0, 0);
+    to[i] = (wanted >> i & 1) != 0 ? gradients.back().get() : nullptr;
+  }
+  const std::int64_t stride = f + Case::kGap;
+  Backward(c.layer, c.batch, c.grad.get(), {s.rows * stride, stride}, statistics.get(), options,
+           {to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7]});
+  std::vector<float> all = out.copy();
+  for (const Numbers* part : {&statistics, &mean, &variance}) {
+    const std::vector<float> values = part->copy();
+    all.insert(all.end(), values.begin(), values.end());
+  }
+  for (const Numbers& part : gradients) {
+    const std::vector<float> values = part.copy();
+    all.insert(all.end(), values.begin(), values.end());
+  }
+  return all;
+}
+
+// Forward of unit f and stream s, as the definition says.
+std::vector<double> Define(const Case& c, std::int64_t s, std::int64_t f) {
+  const Size& size = c.size;
+  std::vector<double> z;
+  double mean = 0, variance = 0;
+  for (std::int64_t b = 0; b < size.rows; ++b) {
+    double p = static_cast<double>(c.bias.get()[f]);
+    for (std::int64_t j = 0; j < 2 * size.classes; ++j) {
+      const std::int64_t k = j % size.classes, stride = size.streams * size.rows;
+      const float* labels = j < size.classes ? c.y.get() : c.guidance.get();
+      p += static_cast<double>(labels[s * size.rows + b + k * stride]) *
+           static_cast<double>(c.weight.get()[j * size.features + f]);
+    }
+    const std::int64_t t = c.timesteps[static_cast<std::size_t>(b * c.batch.timestep_stride)];
+    z.push_back(p * static_cast<double>(c.gamma.get()[t * c.layer.gamma_stride + f]));
+    mean += z.back() / static_cast<double>(size.rows);
+  }
+  for (const double value : z) {
+    variance += (value - mean) * (value - mean) / static_cast<double>(size.rows);
+  }
+  if (!c.batch.training) {
+    mean = static_cast<double>(c.running_mean.get()[f]);
+    variance = static_cast<double>(c.running_variance.get()[f]);
+  }
+  std::vector<double> out;
+  for (std::int64_t b = 0; b < size.rows; ++b) {
+    const double n = (z[static_cast<std::size_t>(b)] - mean) / std::sqrt(variance + 1e-5) *
+                         static_cast<double>(c.norm_weight.get()[f]) +
+                     static_cast<double>(c.norm_bias.get()[f]);
+    out.push_back(static_cast<double>(c.x.get()[b * c.batch.x_stride + f]) *
+                  std::log1p(std::exp(n)));
+  }
+  return out;
+}
+
+void CheckValues(const Case& c, const kernel::Options& options) {
+  const Size& size = c.size;
+  const std::vector<float> found = Run(c, options, 0);
+  for (std::int64_t s = 0; s < size.streams; ++s) {
+    for (std::int64_t f = 0; f < size.features; ++f) {
+      const std::vector<double> expected = Define(c, s, f);
+      for (std::int64_t b = 0; b < size.rows; ++b) {
+        const auto at = static_cast<std::size_t>((s * size.rows + b) * size.features + f);
+        const double value = expected[static_cast<std::size_t>(b)];
+        if (std::abs(static_cast<double>(found[at]) - value) > 1e-4 * (1 + std::abs(value))) {
+          Fail("conditioning differs from its definition");
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const std::string& name : kernel::KernelNames()) {
+    const kernel::Kernels* kernels = kernel::FindKernels(name);
+    for (const bool training : {false, true}) {
+      for (const Size& size : {Size{1, 2, 1, 1}, Size{2, 33, 129, 3}, Size{3, 7, 64, 2},
+                               Size{3, 20, 2500, 5}, Size{1, 5, 2100, 7}}) {
+        const Case c(size, training, size.streams == 2);
+        Trace<float> trace("conditioning, " + name);
+        for (const int threads : {1, 2, 4}) {
+          trace.Compare(Run(c, {kernels, threads}, 0xFF), threads);
+        }
+      }
+      const Case c({2, 3, 71, 2}, training, false);
+      CheckValues(c, {kernels, 1});
+      CheckValues(Case({3, 35, 130, 4}, training, true), {kernels, 1});
+      for (unsigned wanted : {0x00u, 0x01u, 0x02u, 0x04u, 0x08u, 0x10u, 0x20u, 0x40u, 0x80u}) {
+        Run(c, {kernels, 2}, wanted);
+      }
+    }
+    const Case empty({2, 1, 71, 2}, false, false);
+    kernel::Batch none = empty.batch;
+    none.rows = 0;
+    const Numbers statistics(2 * 71, 0, 0);
+    Forward(empty.layer, none,
+            {empty.running_mean.get(), empty.running_variance.get(), nullptr, nullptr, 0.1},
+            {kernels, 2}, statistics.get(), nullptr);
+  }
+  if (kernel::FindKernels("sse") != nullptr) Fail("conditioning has kernels of no such name");
+  std::puts("conditioning ran");
+}

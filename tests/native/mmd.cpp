@@ -1,0 +1,169 @@
+// `mmd`: both estimators, one scale and several, weights, each choice of gradients, the kernel
+// matrix with its gradients, and the median, in float and double.
+#include "cpu/mmd.h"
+
+#include <limits>
+
+#include "support.h"
+
+namespace {
+
+namespace mmd = diffmic::cpu::mmd;
+using mmd::Isa;
+using mmd::Matrix;
+using mmd::Options;
+using mmd::Side;
+using mmd::Weights;
+
+// [count, width], compact in the order of rows or of columns.
+template <typename T>
+struct Rows {
+  Rows(std::int64_t count, std::int64_t width, bool by_columns = false)
+      : memory(count * width, -1.0, 1.0),
+        matrix{memory.get(),
+               count,
+               width,
+               {by_columns ? std::int64_t{1} : width, by_columns ? count : std::int64_t{1}}} {}
+
+  NumbersOf<T> memory;
+  Matrix<T> matrix;
+};
+
+template <typename T>
+void Append(std::vector<T>* all, const NumbersOf<T>& more, bool wanted = true) {
+  if (!wanted) return;
+  const std::vector<T> values = more.copy();
+  all->insert(all->end(), values.begin(), values.end());
+}
+
+struct Size {
+  std::int64_t n, m, d;
+};
+
+template <typename T>
+void CheckValue(Isa isa, const Size& size, const std::vector<double>& scales, bool unbiased,
+                bool weighted) {
+  const Rows<T> x(size.n, size.d, true), y(size.m, size.d);
+  const NumbersOf<T> p(2 * size.n - 1, 0.1, 1.0), q(size.m, 0.1, 1.0);
+  const Weights<T> x_weights{weighted ? p.get() : nullptr, 2};
+  const Weights<T> y_weights{weighted ? q.get() : nullptr, 1};
+  for (const bool x_slope : {false, true}) {
+    for (const bool y_slope : {false, true}) {
+      Trace<T> trace("mmd");
+      for (const int threads : {1, 2, 4}) {
+        const NumbersOf<T> value(1, 0, 0), gx(size.n * size.d, 0, 0), gy(size.m * size.d, 0, 0);
+        const Options options{scales, unbiased, isa, threads};
+        if (Mmd(x.matrix, y.matrix, x_weights, y_weights, options, value.get(),
+                x_slope ? gx.get() : nullptr, y_slope ? gy.get() : nullptr) != Side::kNone) {
+          Fail("mmd: good weights were refused");
+        }
+        std::vector<T> found = value.copy();
+        Append(&found, gx, x_slope);
+        Append(&found, gy, y_slope);
+        trace.Compare(found, threads);
+      }
+    }
+  }
+}
+
+template <typename T>
+void CheckWeights() {
+  const Rows<T> x(3, 2), y(4, 2);
+  const T negative[] = {1, -1, 1}, alone[] = {0, 0, 2, 0};
+  const NumbersOf<T> value(1, 0, 0);
+  const Options biased{{1.0}, false, Isa::kAuto, 1}, unbiased{{1.0}, true, Isa::kAuto, 1};
+  const Weights<T> none{nullptr, 0};
+  T* const no = nullptr;
+  if (Mmd(x.matrix, y.matrix, {negative, 1}, none, biased, value.get(), no, no) != Side::kX ||
+      Mmd(x.matrix, y.matrix, none, {alone, 1}, biased, value.get(), no, no) != Side::kNone ||
+      Mmd(x.matrix, y.matrix, none, {alone, 1}, unbiased, value.get(), no, no) != Side::kY ||
+      Mmd(x.matrix, y.matrix, none, {alone, 0}, biased, value.get(), no, no) != Side::kY) {
+    Fail("mmd: weights were judged wrong");
+  }
+}
+
+template <typename T>
+void CheckKernelMatrix(Isa isa, const Size& size, const std::vector<double>& scales) {
+  const Rows<T> x(size.n, size.d), y(size.m, size.d, true);
+  const Rows<T> cotangent(size.n, size.m, true);
+  Trace<T> trace("mmd.kernel_matrix");
+  for (const int threads : {1, 3}) {
+    const Options options{scales, false, isa, threads};
+    const NumbersOf<T> kernel(size.n * size.m, 0, 0);
+    KernelMatrix(x.matrix, y.matrix, options, kernel.get());
+    std::vector<T> found = kernel.copy();
+    const NumbersOf<T> gx(size.n * size.d, 0, 0), gy(size.m * size.d, 0, 0);
+    T* const no = nullptr;
+    KernelMatrixBackward(cotangent.matrix, x.matrix, y.matrix, options, gx.get(), gy.get());
+    Append(&found, gx);
+    Append(&found, gy);
+    KernelMatrixBackward(cotangent.matrix, x.matrix, y.matrix, options, gx.get(), no);
+    KernelMatrixBackward(cotangent.matrix, x.matrix, y.matrix, options, no, gy.get());
+    Append(&found, gx);
+    Append(&found, gy);
+    trace.Compare(found, threads);
+  }
+}
+
+template <typename T>
+void CheckMedian(Isa isa, const Size& size) {
+  const Rows<T> x(size.n, size.d, true), y(size.m, size.d);
+  Trace<double> trace("mmd.median_squared_distance");
+  for (const int threads : {1, 4}) {
+    trace.Compare({MedianSquaredDistance(x.matrix, y.matrix, isa, threads)}, threads);
+  }
+  x.memory.get()[0] = std::numeric_limits<T>::quiet_NaN();
+  if (!std::isnan(MedianSquaredDistance(x.matrix, y.matrix, isa, 2))) {
+    Fail("mmd: the median of what is not a number is one");
+  }
+}
+
+// Rows backwards, and one row many times.
+template <typename T>
+void CheckStrides(Isa isa) {
+  const NumbersOf<T> a(5 * 3, -1.0, 1.0), b(3, -1.0, 1.0);
+  const Matrix<T> x{a.get() + 14, 5, 3, {-3, -1}}, y{b.get(), 4, 3, {0, 1}};
+  const Options options{{0.3}, false, isa, 1};
+  const NumbersOf<T> kernel(20, 0, 0), gx(15, 0, 0), gy(12, 0, 0);
+  KernelMatrix(x, y, options, kernel.get());
+  const Matrix<T> cotangent{b.get(), 5, 4, {0, 0}};
+  KernelMatrixBackward(cotangent, x, y, options, gx.get(), gy.get());
+  Trace<T> finite("mmd, strides");
+  finite.Compare(kernel.copy(), 1);
+}
+
+template <typename T>
+void CheckAll(Isa isa) {
+  const std::vector<double> one{0.2}, several{0.01, 0.3, 30.0};
+  for (const bool weighted : {false, true}) {
+    CheckValue<T>(isa, {1, 1, 1}, one, false, weighted);
+    for (const bool unbiased : {false, true}) {
+      CheckValue<T>(isa, {3, 7, 2}, several, unbiased, weighted);
+      CheckValue<T>(isa, {97, 131, 33}, one, unbiased, weighted);
+    }
+  }
+  CheckValue<T>(isa, {5, 230, 129}, several, true, true);
+  CheckValue<T>(isa, {13, 14, 4099}, one, false, false);  // wide rows, whose blocks are smaller
+  for (const Size& size : {Size{1, 1, 1}, Size{97, 131, 33}, Size{130, 5, 200}}) {
+    CheckKernelMatrix<T>(isa, size, one);
+    CheckKernelMatrix<T>(isa, size, several);
+  }
+  CheckMedian<T>(isa, {1, 2, 1});
+  CheckMedian<T>(isa, {97, 131, 17});
+  CheckStrides<T>(isa);
+}
+
+}  // namespace
+
+int main() {
+  for (const Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    if (!mmd::Runs(isa)) continue;
+    CheckAll<float>(isa);
+    CheckAll<double>(isa);
+  }
+  CheckWeights<float>();
+  CheckWeights<double>();
+  CheckMedian<float>(Isa::kAuto, {700, 800, 1});  // enough pairs for the wider digits
+  CheckMedian<double>(Isa::kAuto, {700, 800, 1});
+  std::puts("mmd ran");
+}

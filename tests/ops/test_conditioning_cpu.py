@@ -1,0 +1,426 @@
+"""The C++ `conditioning` against its definition in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffmic_fast import _native
+from diffmic_fast.models import ConditionalModel
+from diffmic_fast.ops.conditioning import conditioning
+from diffmic_fast.reference.conditional_linear import ConditionalLayer
+
+_C = _native.extension()
+ISAS = _C.conditioning_instruction_sets()
+
+# S (0: no stream dimension), B, F, C. 64 units are a chunk, and 32 rows are taken at a time in eval mode.
+SIZES = [(0, 2, 1, 2), (1, 7, 129, 3), (2, 33, 64, 4), (3, 5, 200, 5), (3, 70, 37, 7)]
+
+# Beside float32 PyTorch's own error: a few roundings of the largest element.
+FLOOR = 1e-6
+
+
+class Case:
+    """Arguments of a call in float64, whose values float32 holds."""
+
+    def __init__(self, streams: int, batch: int, features: int, classes: int, rows: int = 9):
+        generator = torch.Generator().manual_seed(1000 * features + 10 * batch + streams)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).double()
+
+        labels = (streams, batch, classes) if streams else (batch, classes)
+        self.inputs = [draw(batch, features), draw(*labels), draw(*labels).sigmoid().float()]
+        self.inputs[2] = self.inputs[2].double()
+        self.parameters = [
+            draw(features, 2 * classes) / 2,
+            draw(features) / 2,
+            draw(rows, features),
+            draw(features),
+            draw(features),
+        ]
+        self.running = [draw(features), draw(features).square() + 0.5]
+        self.timesteps = torch.randint(0, rows, (batch,), generator=generator)
+        shape = (*labels[:-1], features)
+        self.grad = draw(*shape)
+
+    def run(
+        self, dtype: torch.dtype, backend: str, *, training: bool, timesteps: Tensor | None = None
+    ) -> list[Tensor]:
+        """h, the running statistics behind the call, and all gradients of sum(h * grad)."""
+        leaves = [v.to(dtype).requires_grad_() for v in (*self.inputs, *self.parameters)]
+        layer = ConditionalLayer(*leaves[3:], *(v.to(dtype, copy=True) for v in self.running))
+        t = self.timesteps if timesteps is None else timesteps
+        options: dict[str, Any] = {"training": training, "momentum": 0.3, "eps": 1e-4}
+        h = conditioning(*leaves[:3], layer, t, backend=backend, **options)
+        gradients = torch.autograd.grad(h, leaves, self.grad.to(dtype))
+        return [h.detach(), layer.running_mean, layer.running_var, *gradients]
+
+    def floats(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        return tuple(
+            [value.float() for value in part]
+            for part in (self.inputs, self.parameters, self.running)
+        )  # type: ignore[return-value]
+
+
+NAMES = (
+    "h", "running_mean", "running_var", "x", "y_t", "guidance", "weight", "bias", "gamma",
+    "norm_weight", "norm_bias",
+)  # fmt: skip
+
+
+def assert_as_good(found: Sequence[Tensor], other: Sequence[Tensor], exact: Sequence[Tensor]):
+    """`found` errs at most twice what `other` does, both against `exact`."""
+    for name, a, b, c in zip(NAMES, found, other, exact, strict=True):
+        scale = float(c.abs().max()) or 1.0
+        error, allowed = (float((v.double() - c).abs().max()) / scale for v in (a, b))
+        assert a.shape == c.shape and a.dtype == b.dtype, name
+        assert error <= 2 * allowed + FLOOR, f"{name}: {error:.1e}, PyTorch's {allowed:.1e}"
+
+
+def kernel(
+    inputs: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    running: Sequence[Tensor],
+    timesteps: Tensor,
+    grad: Tensor,
+    *,
+    training: bool,
+    make: Callable[..., Tensor] = torch.empty,
+    **options: Any,
+) -> list[Tensor]:
+    """The extension's own functions, into memory from `make`: as `Case.run`, by float32."""
+    x, y, guidance = inputs
+    features = x.shape[1]
+    streams = y.shape[0] if training and y.ndim == 3 else 1
+    h, statistics = make(*y.shape[:-1], features), make(2, streams, features)
+    updated = [make(features) if training else None for _ in range(2)]
+    arguments = (x, y, guidance, timesteps, list(parameters))
+    _C.conditioning(
+        *arguments, *running, training, 0.3, 1e-4, statistics, *updated, h, **options
+    )  # fmt: skip
+    gradients = [make(*v.shape) for v in (*inputs, *parameters)]
+    gradients[5].zero_()
+    _C.conditioning_backward(
+        grad, *arguments, statistics, training, 1e-4, gradients, **options
+    )  # fmt: skip
+    behind = [old if new is None else new for old, new in zip(running, updated, strict=True)]
+    return [h, *behind, *gradients]
+
+
+# ---- values and gradients --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_values_and_gradients(sizes: tuple[int, ...], training: bool) -> None:
+    case = Case(*sizes)
+    for timesteps in (None, case.timesteps[:1]):
+        found, other, exact = (
+            case.run(dtype, backend, training=training, timesteps=timesteps)
+            for dtype, backend in (
+                (torch.float32, "cpu"), (torch.float32, "reference"), (torch.float64, "reference"),
+            )
+        )  # fmt: skip
+        assert_as_good(found, other, exact)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa: str, training: bool) -> None:
+    for sizes in SIZES:
+        case = Case(*sizes)
+        parts = (*case.floats(), case.timesteps, case.grad.float())
+        found = kernel(*parts, training=training, isa=isa)
+        other = case.run(torch.float32, "reference", training=training)
+        assert_as_good(found, other, case.run(torch.float64, "reference", training=training))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_softplus_of_large_and_small_numbers(isa: str) -> None:
+    """An identity for everything else: h = softplus(bias), and its slope."""
+    n = torch.cat([torch.linspace(-86, 86, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e4])])
+    features = n.numel()
+    one, zero = torch.ones(features), torch.zeros(features)
+    parameters = [torch.zeros(features, 2), n, one[None], one, zero]
+    labels = torch.zeros(1, 1)
+    running = [zero, one - 1e-4]
+    found = kernel(
+        [one[None], labels, labels], parameters, running, torch.zeros(1).long(), one[None],
+        training=False, isa=isa,
+    )  # fmt: skip
+    exact = n.double().exp().log1p().where(n < 80, n.double())
+    slope = n.double().sigmoid()
+    assert float(((found[0][0].double() - exact) / exact).abs().max()) < 1e-6
+    assert float(((found[7].double() - slope) / slope).abs().max()) < 1e-6
+
+
+def test_statistics_far_from_zero() -> None:
+    """Rows whose mean is 300 of their deviations: a sum of squares would leave nothing."""
+    case = Case(2, 500, 17, 3)
+    case.parameters[1] = (case.parameters[1] + 300).float().double()
+    case.parameters[2] = torch.ones_like(case.parameters[2])
+    found, other, exact = (
+        case.run(dtype, backend, training=True)
+        for dtype, backend in (
+            (torch.float32, "cpu"), (torch.float32, "reference"), (torch.float64, "reference"),
+        )
+    )  # fmt: skip
+    assert_as_good(found, other, exact)
+    assert float(((found[2].double() - exact[2]) / exact[2]).abs().max()) < 1e-5
+
+
+def test_only_the_gradients_that_are_wanted() -> None:
+    case = Case(2, 6, 70, 3)
+    names = ("x", "y_t", "guidance", "weight", "bias", "gamma", "norm_weight", "norm_bias")
+    for training in (False, True):
+        all_of_them = case.run(torch.float32, "cpu", training=training)[3:]
+        for wanted in ({"x"}, {"y_t"}, {"weight", "gamma"}, {"bias"}, {"norm_bias"}, {"gamma"}):
+            leaves = [
+                value.float().requires_grad_(name in wanted)
+                for name, value in zip(names, (*case.inputs, *case.parameters), strict=True)
+            ]
+            layer = ConditionalLayer(*leaves[3:], *(v.float() for v in case.running))
+            h = conditioning(
+                *leaves[:3], layer, case.timesteps, training=training, eps=1e-4, backend="cpu"
+            )
+            h.backward(case.grad.float())
+            for name, leaf, expected in zip(names, leaves, all_of_them, strict=True):
+                if name in wanted:
+                    assert torch.equal(leaf.grad, expected)
+                else:
+                    assert leaf.grad is None
+
+
+# ---- what a result depends on ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_bits_do_not_depend_on_threads_or_runs(isa: str, training: bool) -> None:
+    case = Case(3, 40, 2500, 5)
+    parts = (*case.floats(), case.timesteps, case.grad.float())
+    expected = kernel(*parts, training=training, isa=isa, threads=1)
+    for threads in (2, 3, 7, 2):
+        found = kernel(*parts, training=training, isa=isa, threads=threads)
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_row_is_alone_in_eval_mode(isa: str) -> None:
+    case = Case(2, 67, 130, 3)
+    (x, y, guidance), parameters, running = case.floats()
+    grad = case.grad.float()
+
+    def run(rows: slice | list[int]) -> list[Tensor]:
+        inputs = [x[rows], y[:, rows], guidance[:, rows]]
+        t = case.timesteps[rows]
+        return kernel(inputs, parameters, running, t, grad[:, rows], training=False, isa=isa)
+
+    expected = run(slice(None))
+    for rows in ([66], [3, 66, 0], slice(31, 60)):
+        found = run(rows)
+        assert torch.equal(found[0], expected[0][:, rows])
+        assert torch.equal(found[3], expected[3][rows])
+        assert torch.equal(found[4], expected[4][:, rows])
+
+
+def sliced(tensor: Tensor, *, rows_only: bool) -> tuple[Tensor, Tensor]:
+    """A view with these values inside a buffer of not-a-numbers, and the buffer."""
+    steps = [1 if rows_only and d == tensor.ndim - 1 else 2 for d in range(tensor.ndim)]
+    shape = [step * size + 5 for step, size in zip(steps, tensor.shape, strict=True)]
+    buffer = tensor.new_full(shape, torch.nan)
+    view = buffer[tuple(slice(3, 3 + s * n, s) for s, n in zip(steps, tensor.shape, strict=True))]
+    view.copy_(tensor)
+    return view, buffer
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_strides_and_surroundings(training: bool) -> None:
+    case = Case(3, 6, 75, 4)
+    inputs, parameters, running = case.floats()
+    grad = case.grad.float()
+    expected = kernel(inputs, parameters, running, case.timesteps, grad, training=training)
+    views = [
+        sliced(value, rows_only=rows_only)
+        for value, rows_only in (
+            (inputs[0], True), (inputs[1], False), (inputs[2], False), (parameters[0], False),
+            (parameters[2], True), (grad, True),
+        )
+    ]  # fmt: skip
+    copies = [buffer.clone() for _, buffer in views]
+    x, y, guidance, weight, gamma, grad_view = (view for view, _ in views)
+    t = torch.full((13,), 99)
+    t[::2][:6] = case.timesteps
+    outputs = []
+
+    def framed(*shape: int) -> Tensor:
+        size = torch.Size(shape).numel()
+        buffer = torch.full((size + 14,), 42.0)
+        outputs.append((buffer, size))
+        return buffer[7 : 7 + size].view(shape)
+
+    found = kernel(
+        [x, y, guidance], [weight, parameters[1], gamma, *parameters[3:]], running, t[::2][:6],
+        grad_view, training=training, make=framed,
+    )  # fmt: skip
+    assert all(map(torch.equal, found, expected))
+    for buffer, size in outputs:
+        assert (buffer[:7] == 42).all() and (buffer[7 + size :] == 42).all()
+    for (_, buffer), copy in zip(views, copies, strict=True):
+        assert torch.equal(buffer.nan_to_num(-9), copy.nan_to_num(-9))
+    # The public call copies what the kernel does not take.
+    layer = ConditionalLayer(*(sliced(v, rows_only=False)[0] for v in parameters), *running)
+    strided = sliced(inputs[0], rows_only=False)[0]
+    h = conditioning(
+        strided, y, guidance, layer, case.timesteps, training=training, momentum=0.3, eps=1e-4,
+        backend="cpu",
+    )  # fmt: skip
+    assert torch.equal(h, expected[0])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_not_a_number_goes_through(training: bool) -> None:
+    case = Case(2, 6, 70, 3)
+    case.inputs[1][1, 4, 2] = torch.nan
+    found = case.run(torch.float32, "cpu", training=training)
+    expected = case.run(torch.float64, "reference", training=training)
+    for name, a, b in zip(NAMES, found, expected, strict=True):
+        assert torch.equal(a.isnan(), b.isnan()), name
+    assert found[0][1, 4].isnan().all() and not found[0][0].isnan().any()
+
+
+@pytest.mark.parametrize("streams", [0, 2])
+def test_empty_batch(streams: int) -> None:
+    case = Case(streams, 0, 5, 3)
+    found = case.run(torch.float32, "cpu", training=False)
+    expected = case.run(torch.float32, "reference", training=False)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+# ---- autograd and the compiler ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_second_derivatives_are_the_reference_s(training: bool) -> None:
+    case = Case(2, 5, 6, 2)
+
+    def second(dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
+        leaves = [v.to(dtype).requires_grad_() for v in (*case.inputs, *case.parameters)]
+        layer = ConditionalLayer(*leaves[3:], *(v.to(dtype, copy=True) for v in case.running))
+        x, y, guidance = leaves[:3]
+        y = y + x[:, :2]  # one argument from another
+        h = conditioning(x, y, guidance, layer, case.timesteps, training=training, backend=backend)
+        first = torch.autograd.grad((h * h).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum((g * g).sum() for g in first), leaves)
+
+    for a, b in zip(second(torch.float32, "cpu"), second(torch.float64, "reference"), strict=True):
+        assert float((a.double() - b).abs().max()) <= 1e-4 * float(b.abs().max())
+
+
+def test_statistics_of_a_call_are_kept() -> None:
+    """A call in training between forward and backward in eval mode changes nothing of it."""
+    case = Case(0, 5, 70, 2)
+    inputs, parameters, running = case.floats()
+    inputs[0].requires_grad_()
+    layer = ConditionalLayer(*parameters, *(v.clone() for v in running))
+    h = conditioning(*inputs, layer, case.timesteps, backend="cpu")
+    (expected,) = torch.autograd.grad(h.sum(), inputs[0], retain_graph=True)
+    conditioning(*inputs, layer, case.timesteps, training=True, backend="cpu")
+    assert not torch.equal(layer.running_mean, running[0])
+    (found,) = torch.autograd.grad(h.sum(), inputs[0])
+    assert torch.equal(found, expected)
+
+
+def test_opcheck() -> None:
+    for streams, training in ((0, False), (2, True)):
+        case = Case(streams, 3, 5, 2)
+        inputs, parameters, running = case.floats()
+        leaves = [value.requires_grad_() for value in (*inputs, *parameters)]
+        call = (*leaves[:3], case.timesteps, *leaves[3:], *running, training, 0.1, 1e-5)
+        torch.library.opcheck(torch.ops.diffmic_fast.conditioning.default, call)
+        detached = [value.detach() for value in leaves]
+        statistics = torch.rand(2, 2 if training else 1, 5)
+        wanted = [True, False, True, True, False, True, True, False]
+        torch.library.opcheck(
+            torch.ops.diffmic_fast.conditioning_backward.default,
+            (
+                case.grad.float(), *detached[:3], case.timesteps, *detached[3:], statistics,
+                training, 1e-5, wanted,
+            ),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_as_one_graph(training: bool) -> None:
+    def loss(leaves: list[Tensor], running: list[Tensor], t: Tensor) -> Tensor:
+        layer = ConditionalLayer(*leaves[3:], *running)
+        h = conditioning(leaves[0] * 2, *leaves[1:3], layer, t, training=training)
+        return (h.sin() * running[0]).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (4, 7):
+        case = Case(2, batch, 70, 3)
+        results = []
+        for call in (loss, compiled):
+            inputs, parameters, running = case.floats()
+            leaves = [value.requires_grad_() for value in (*inputs, *parameters)]
+            value = call(leaves, running, case.timesteps)
+            results.append([value.detach(), *running, *torch.autograd.grad(value, leaves)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        assert torch.equal(results[1][1], case.running[0].float()) != training
+
+
+# ---- who uses it, and bad arguments ----------------------------------------------------------
+
+
+def test_the_model_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ConditionalModel(3, timesteps=10, feature_dim=16, encoder="resnet18")
+    calls = []
+    original = _C.conditioning
+    monkeypatch.setattr(_C, "conditioning", lambda *a: (calls.append(a), original(*a)))
+    features, y = torch.randn(4, 16), torch.rand(2, 4, 3)
+    model.denoise_features(features, y, torch.arange(4), y).sum().backward()
+    assert len(calls) == 1 and model.unetnorm1.num_batches_tracked == 2
+    assert model.lin1.embed.weight.grad is not None
+    with torch.no_grad():
+        model.eval().denoise_features(features, y[0], torch.arange(4), y[0])
+    assert len(calls) == 2
+
+
+def test_other_types_go_to_the_reference() -> None:
+    case = Case(0, 3, 5, 2)
+    layer = ConditionalLayer(*case.parameters, *case.running)
+    h = conditioning(*case.inputs, layer, case.timesteps)
+    assert torch.equal(h, conditioning(*case.inputs, layer, case.timesteps, backend="reference"))
+    with pytest.raises(RuntimeError, match=r"it takes float32 tensors, got torch.float64"):
+        conditioning(*case.inputs, layer, case.timesteps, backend="cpu")
+
+
+def test_bad_arguments_of_the_extension() -> None:
+    case = Case(2, 4, 5, 3)
+    inputs, parameters, running = case.floats()
+    grad, t = case.grad.float(), case.timesteps
+
+    def bad(match: str, *parts: Any, error: type[Exception] = ValueError, **options: Any) -> None:
+        with pytest.raises(error, match=match):
+            kernel(*parts, training=True, **options)
+
+    x, y, guidance = inputs
+    bad("conditioning: timesteps must be in", inputs, parameters, running, t + 99, grad)
+    bad("timesteps must be", inputs, parameters, running, t.int(), grad, error=TypeError)
+    bad("x must have rows of unit stride", [x.T.contiguous().T, y, y], parameters, running, t, grad)
+    bad("guidance must have shape", [x, y, y[:, :, :2]], parameters, running, t, grad)
+    bad("at least 2 rows", [x[:1], y[:, :1], y[:, :1]], parameters, running, t[:1], grad[:, :1])
+    bad("layer must be five", inputs, parameters[:4], running, t, grad)
+    bad("isa must be auto or one that", inputs, parameters, running, t, grad, isa="sse")
+    bad("threads must be at least 1", inputs, parameters, running, t, grad, threads=0)
+    with pytest.raises(ValueError, match="y_t must have one stream at least"):
+        layer = ConditionalLayer(*parameters, *running)
+        conditioning(x, y[:0], guidance[:0], layer, t)
