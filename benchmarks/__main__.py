@@ -7,7 +7,7 @@ import importlib
 
 from benchmarks import harness
 
-NAMES = ("denoise", "mmd", "rois")
+NAMES = ("denoise", "mmd", "predict", "rois")
 
 
 def main() -> None:

@@ -93,6 +93,8 @@ class FoldedConvolution(nn.Module):
             norm.training
             or norm.running_mean is None
             or norm.running_var is None
+            # A replica of nn.DataParallel, say, has its tensors elsewhere.
+            or convolution._parameters.keys() != {"weight", "bias"}
             or not _pays(convolution, images)
         ):
             return norm(convolution(images))

@@ -234,6 +234,14 @@ def test_statistics_that_are_not_running():
     assert not torch.equal(network[1].running_mean, before)
 
 
+def test_weights_that_are_no_parameters():
+    network, images = looked_into(conv(), bn()), torch.randn(2, 3, 8, 8)
+    weight = network[0].weight.detach()
+    del network[0].weight
+    network[0].weight = weight
+    check(network, images, 1)
+
+
 def test_no_affine():
     images = torch.randn(2, 3, 8, 8)
     check(nn.Sequential(conv(), nn.BatchNorm2d(3, affine=False)).eval(), images, 1)
