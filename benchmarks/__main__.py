@@ -7,7 +7,7 @@ import importlib
 
 from benchmarks import harness
 
-NAMES = ("conditioning", "denoise", "mmd", "rois")
+NAMES = ("conditioning", "denoise", "mmd", "predict", "rois")
 
 
 def main() -> None:

@@ -68,8 +68,14 @@ def _model_options() -> argparse.ArgumentParser:
     options.add_argument("--samples", type=_positive, help="chains an image (default: config's)")
     options.add_argument("--seed", type=int, help="seed of the noise (default: config's)")
     options.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the chain (default: fp32)"
-    )
+        "--precision", choices=("fp32", "bf16"), default="fp32",
+        help="of the chain, and of the convolutions where the device has such instructions "
+        "(default: fp32)",
+    )  # fmt: skip
+    options.add_argument(
+        "--compile", action="store_true",
+        help="compile the convolutions: takes minutes, pays from tens of thousands of images",
+    )  # fmt: skip
     options.add_argument("--batch-size", type=_positive, help="images at a time")
     options.add_argument("--workers", type=int, default=0, help="processes that load images")
     return options
@@ -217,6 +223,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         samples=args.samples or sampling.samples,
         seed=sampling.seed if args.seed is None else args.seed,
         precision=args.precision,
+        compile=args.compile,
         batch_size=args.batch_size or sampling.batch_size,
         workers=args.workers,
         device=choose_device(args.device),
@@ -258,6 +265,7 @@ def _predict(args: argparse.Namespace) -> int:
         samples=args.samples or sampling.samples,
         seed=sampling.seed if args.seed is None else args.seed,
         precision=args.precision,
+        compile=args.compile,
         batch_size=args.batch_size or sampling.batch_size,
         workers=args.workers,
         device=choose_device(args.device),

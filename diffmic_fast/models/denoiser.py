@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from diffmic_fast.checks import Arguments
 from diffmic_fast.models.encoders import ImageEncoder, repeated_statistics
 from diffmic_fast.models.feature_cache import FeatureCache, every_module
+from diffmic_fast.models.folding import has_hooks
 from diffmic_fast.ops.conditional_linear import ConditionalLayer, conditional_linear
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.ops.denoise import DenoiserWeights
@@ -226,7 +227,7 @@ class ConditionalModel(nn.Module):
         return (
             self._is_plain()
             and type(self.lin4) is nn.Linear
-            and not _has_hooks(self.lin4)
+            and not has_hooks(self.lin4)
             and self.guidance
             and not any(getattr(self, f"unetnorm{number}").training for number in (1, 2, 3))
         )
@@ -241,7 +242,7 @@ class ConditionalModel(nn.Module):
                 return False
             if norm.running_mean is None or norm.weight is None or norm.momentum is None:
                 return False
-            if any(_has_hooks(part) for part in (layer, layer.lin, layer.embed, norm)):
+            if any(has_hooks(part) for part in (layer, layer.lin, layer.embed, norm)):
                 return False
         return True
 
@@ -277,13 +278,3 @@ class ConditionalModel(nn.Module):
         if norm.training:
             norm.num_batches_tracked.add_(h.shape[0] if h.ndim == 3 else 1)
         return norm.training, norm.momentum, norm.eps
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,9 +16,10 @@ from diffmic_fast.diffusion.samplers import make_steps
 from diffmic_fast.diffusion.schedule import make_schedule, q_sample
 from diffmic_fast.models.denoiser import ConditionalModel
 from diffmic_fast.models.encoders import evaluation_mode
-from diffmic_fast.models.guidance import DCG
+from diffmic_fast.models.guidance import DCG, GuidanceDetail
 from diffmic_fast.models.image_ids import image_ids
-from diffmic_fast.ops.denoise import StepTable, denoise
+from diffmic_fast.models.inference import inference
+from diffmic_fast.ops.denoise import PRECISIONS, StepTable, denoise
 from diffmic_fast.ops.mmd import mmd
 from diffmic_fast.reference.denoise import chain
 from diffmic_fast.reference.rois import Channels
@@ -202,6 +205,26 @@ class DiffMIC(nn.Module):
         return DiffMICLoss(total, error, *discrepancies)
 
     @torch.no_grad()
+    def guide(
+        self, images: Tensor, *, precision: str = "fp32", compile: bool = False
+    ) -> GuidanceDetail:
+        """The guidance model's part of `predict`, to be used for several predictions of the same images.
+
+        Args:
+            images, precision, compile: as in `predict`.
+        """
+        images = self._check_images("DiffMIC.guide", images)
+        with self._ready("DiffMIC.guide", precision, compile):
+            return self.guidance.detail(images)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, *, precision: str = "fp32", compile: bool = False) -> Tensor:
+        """The image encoder's part of `predict`: features [B, F] float32; see `guide`."""
+        images = self._check_images("DiffMIC.encode", images)
+        with self._ready("DiffMIC.encode", precision, compile):
+            return self.denoiser.encode(images).float()
+
+    @torch.no_grad()
     def predict(
         self,
         images: Tensor,
@@ -213,14 +236,19 @@ class DiffMIC(nn.Module):
         seed: int = 0,
         ids: Tensor | None = None,
         precision: str = "fp32",
+        compile: bool = False,
         trajectory: bool = False,
         saliency: bool = False,
         boxes: bool = False,
+        guidance: GuidanceDetail | None = None,
+        features: Tensor | None = None,
     ) -> Prediction:
         """Classify images (in eval mode, whatever the model's own).
 
         A prediction depends on the image, the seed and the sample's number, never on the batch: noise is addressed by
-        them (`reference.philox`).
+        them (`reference.philox`). Guidance and encoder run once an image, however many samples and steps. Beside the
+        weights there is memory for the activations of the batch, for one layer's weight at a time (with BatchNorm
+        folded in, `models.folding`) and for [B * S, F] features.
 
         Args:
             images: [B, 3, H, W] float32, finite.
@@ -228,8 +256,14 @@ class DiffMIC(nn.Module):
             samples: S >= 1 chains an image.
             seed: 64-bit key of the noise.
             ids: [B] int64, key of each image's noise (default: a hash of its pixels).
-            precision: of the chain, "fp32" or "bf16" (see `ops.denoise`); guidance and encoder follow autocast.
+            precision: of the chain (see `ops.denoise`). With "bf16" the convolutions of guidance and encoder are in
+                bfloat16 too if the device has such instructions (`models.inference.bfloat16_obstacle`; shown by
+                `python -m diffmic_fast info`), else in float32, which is faster there. Saliency, choice of patches,
+                attention and softmax are float32 always. Networks put in the place of ours run as they are.
+            compile: run the convolutions through `torch.compile`: some percent faster after minutes of compiling, for
+                tens of thousands of images.
             trajectory, saliency, boxes: what to return beside the labels.
+            guidance, features: what `guide` and `encode` gave for these images; computed if not given.
 
         Raises:
             ValueError, TypeError: arguments that do not fit, named; images that are not finite, by their index.
@@ -240,26 +274,31 @@ class DiffMIC(nn.Module):
         for name, value in (("samples", samples), ("seed", seed), ("steps", steps)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise TypeError(f"DiffMIC.predict: {name} must be a whole number, got {value!r}")
+        if not isinstance(compile, bool):
+            raise TypeError(f"DiffMIC.predict: compile must be True or False, got {compile!r}")
         if samples < 1:
             raise ValueError(f"DiffMIC.predict: samples must be at least 1, got {samples}")
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"DiffMIC.predict: seed must have at most 64 bits, got {seed}")
         table = make_steps(self.schedule, sampler, steps, eta)
         batch = len(images)
+        args = Arguments("DiffMIC.predict")
+        args.sizes["B"] = batch
         if ids is None:
             ids = image_ids(images)
         else:
-            args = Arguments("DiffMIC.predict")
-            args.sizes["B"] = batch
             args.integer("ids", ids, "B")
-        with evaluation_mode(self):
-            detail = self.guidance.detail(images)
-            guidance = torch.stack(detail.logits, dim=1).float().softmax(dim=-1)
-            prior = guidance[:, 0].repeat_interleave(samples, dim=0)
-            features = self.denoiser.encode(images).float().repeat_interleave(samples, dim=0)
+        if guidance is not None:
+            args.floating("guidance.logits.fused", guidance.logits.fused, "B C")
+        if features is not None:
+            args.floating("features", features, "B F")
+        with self._ready("DiffMIC.predict", precision, compile):
+            detail = self.guidance.detail(images) if guidance is None else guidance
+            streams = torch.stack(detail.logits, dim=1).float().softmax(dim=-1)
+            x = self.denoiser.encode(images) if features is None else features
             states = self._chain(
-                features,
-                prior,
+                _each_sample(x.float(), samples),
+                _each_sample(streams[:, 0], samples),
                 table,
                 seed,
                 ids.to(images.device).repeat_interleave(samples),
@@ -277,13 +316,23 @@ class DiffMIC(nn.Module):
             label=probabilities.argmax(dim=-1),
             spread=each.std(dim=1, correction=0),
             samples=y_0,
-            guidance=guidance,
+            guidance=streams,
             trajectory=states.view(-1, batch, samples, y_0.shape[-1]).permute(1, 2, 0, 3)
             if trajectory
             else None,
             saliency=detail.saliency if saliency else None,
             boxes=detail.origins.repeat(1, 1, 2) + size.to(images.device) if boxes else None,
         )
+
+    @contextmanager
+    def _ready(self, operation: str, precision: str, compile: bool) -> Iterator[None]:
+        """In eval mode, with guidance and encoder run as the arguments say."""
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"{operation}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}"
+            )
+        with evaluation_mode(self), inference(bfloat16=precision == "bf16", compile=compile):
+            yield
 
     def _chain(
         self,
@@ -353,6 +402,11 @@ def antithetic_timesteps(
     """
     drawn = torch.randint(0, timesteps, (count // 2 + 1,), generator=generator)
     return torch.cat((drawn, timesteps - 1 - drawn))[:count]
+
+
+def _each_sample(rows: Tensor, samples: int) -> Tensor:
+    """[B, n] to [B * samples, n], every row `samples` times; the rows themselves for one sample."""
+    return rows[:, None].expand(-1, samples, -1).reshape(len(rows) * samples, -1)
 
 
 def _check_finite(what: str, values: Tensor, error: type[Exception]) -> None:

@@ -15,6 +15,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from diffmic_fast.models.inference import run_layers
+
 # The last child of a torchvision network that belongs to its trunk, and what its own forward does after that.
 _TORCHVISION_TRUNKS: dict[str, tuple[str, type[nn.Module] | None]] = {
     "ResNet": ("layer4", None),
@@ -49,7 +51,7 @@ class Trunk(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Feature map of a batch of images."""
-        return self.f(images)
+        return run_layers(self.f, images)
 
 
 class ImageEncoder(nn.Module):
@@ -76,7 +78,7 @@ class ImageEncoder(nn.Module):
             raise ValueError(
                 f"ImageEncoder: images must be [B, 3, H, W], got {tuple(images.shape)}"
             )
-        return self.g(torch.flatten(self.f(images), start_dim=1))
+        return self.g(torch.flatten(run_layers(self.f, images), start_dim=1))
 
 
 def make_trunk(name: str, weights: str | None = None) -> tuple[nn.Sequential, int]:

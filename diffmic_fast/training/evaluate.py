@@ -6,8 +6,9 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from diffmic_fast.training.config import SAMPLERS, SamplingConfig, check_steps
 from diffmic_fast.training.metrics import ECE_BINS, NAMES, TITLES, Metrics, compute_metrics
 
 GUIDANCE = "guidance alone"
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,15 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _timed(device: torch.device, call: Callable[[], _T]) -> tuple[_T, float]:
+    """What a call gives, and its seconds."""
+    _synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    _synchronize(device)
+    return result, time.perf_counter() - start
+
+
 @torch.no_grad()
 def evaluate(
     model: DiffMIC,
@@ -145,6 +157,7 @@ def evaluate(
     samples: int = 1,
     seed: int = 0,
     precision: str = "fp32",
+    compile: bool = False,
     batch_size: int = 32,
     workers: int = 0,
     device: torch.device | str = "cpu",
@@ -153,9 +166,10 @@ def evaluate(
     """Classify every image of `dataset` with the guidance model alone and with each method.
 
     The noise of an image follows from its pixels, `seed` and the sample number, so results depend
-    neither on the batch size nor on the order of images. Times are of the model alone, images
-    already loaded and on the device; a method's time includes its guidance model.
-    precision: of the chains, as in `DiffMIC.predict`.
+    neither on the batch size nor on the order of images. Guidance and encoder run once an image for
+    all methods. Times are of the model alone, images already loaded and on the device; a method's
+    time includes guidance and encoder as if it were the only one.
+    precision, compile: as in `DiffMIC.predict`.
     on_batch: called with the number of images after each batch; may raise to stop.
     """
     device = torch.device(device)
@@ -173,6 +187,7 @@ def evaluate(
     loader = DataLoader(
         dataset, batch_size, num_workers=workers, generator=torch.Generator().manual_seed(0)
     )
+    networks: dict[str, Any] = {"precision": precision, "compile": compile}
     names = [GUIDANCE, *(m.name for m in methods)]
     rows: list[list[NDArray[np.float64]]] = [[] for _ in names]
     seconds = [0.0] * len(names)
@@ -180,28 +195,31 @@ def evaluate(
     for number, (images, batch_labels, _) in enumerate(loader):
         images = images.to(device)
         if number == 0:  # first calls allocate and choose algorithms; that is not the model's time
-            model.guidance(images[:1])
+            few = images if compile else images[:1]
+            model.guide(few, **networks)
             if methods:
-                model.predict(images[:1], sampler="ddim", steps=1, seed=seed)
-        todo: list[Method | None] = [None, *methods]
-        for i, entry in enumerate(todo):
-            _synchronize(device)
-            start = time.perf_counter()
-            if entry is None:
-                p = model.guidance(images)[0].float().softmax(dim=1)
-            else:
-                p = model.predict(
-                    images,
-                    sampler=entry.sampler,
-                    steps=entry.steps,
-                    eta=entry.eta,
-                    samples=samples,
-                    seed=seed,
-                    precision=precision,
-                ).probabilities
-            _synchronize(device)
-            seconds[i] += time.perf_counter() - start
-            rows[i].append(p.double().cpu().numpy())
+                model.predict(few, sampler="ddim", steps=1, seed=seed, **networks)
+        guidance, guiding = _timed(device, partial(model.guide, images, **networks))
+        rows[0].append(guidance.logits.fused.float().softmax(dim=1).double().cpu().numpy())
+        seconds[0] += guiding
+        if methods:
+            features, encoding = _timed(device, partial(model.encode, images, **networks))
+        for i, method in enumerate(methods, start=1):
+            sample = partial(
+                model.predict,
+                images,
+                sampler=method.sampler,
+                steps=method.steps,
+                eta=method.eta,
+                samples=samples,
+                seed=seed,
+                guidance=guidance,
+                features=features,
+                **networks,
+            )
+            prediction, sampling = _timed(device, sample)
+            rows[i].append(prediction.probabilities.double().cpu().numpy())
+            seconds[i] += guiding + encoding + sampling
         labels.append(np.asarray(batch_labels, dtype=np.int64))
         if on_batch is not None:
             on_batch(len(images))

@@ -93,6 +93,7 @@ def predict_files(
     samples: int = 1,
     seed: int = 0,
     precision: str = "fp32",
+    compile: bool = False,
     batch_size: int = 32,
     workers: int = 0,
     device: torch.device | str = "cpu",
@@ -102,7 +103,7 @@ def predict_files(
     """Classify files; the noise of an image follows from its pixels and `seed`, not from the batch.
 
     augmentation: the preprocessing the model was trained with.
-    precision: of the chains, as in `DiffMIC.predict`.
+    precision, compile: as in `DiffMIC.predict`.
     explain: let the predictions passed to `on_batch` carry trajectory, saliency and boxes.
     on_batch: called with the files, images and prediction of each batch (readable files only).
     """
@@ -137,6 +138,7 @@ def predict_files(
             samples=samples,
             seed=seed,
             precision=precision,
+            compile=compile,
             trajectory=explain,
             saliency=explain,
             boxes=explain,
