@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/denoise.h"
+#include "cpu/mmd.h"
 #include "cpu/noise.h"
 #include "cpu/rois.h"
 
@@ -184,6 +185,32 @@ void CheckNoise() {
   }
 }
 
+void CheckMmd(diffmic::cpu::mmd::Isa isa, std::int64_t n, std::int64_t m, std::int64_t d) {
+  namespace mmd = diffmic::cpu::mmd;
+  const Numbers x(n * d, -1.0f, 1.0f), y(m * d, -1.0f, 1.0f), weights(m, 0.0f, 1.0f);
+  const mmd::Matrix<float> u{x.get(), n, d, {d, 1}}, v{y.get(), m, d, {d, 1}};
+  std::vector<float> first;
+  double median = -1;
+  for (const int threads : {1, 2, 5}) {
+    const mmd::Options options{{0.1, 1.0}, true, isa, threads};
+    const Numbers found(1 + (n + m) * d, 0.0f, 0.0f);
+    float* out = found.get();
+    if (Mmd(u, v, {nullptr, 0}, {weights.get(), 1}, options, out, out + 1, out + 1 + n * d) !=
+        mmd::Side::kNone) {
+      Fail("mmd: refused");
+    }
+    std::vector<float> bits(out, out + 1 + (n + m) * d);
+    const Numbers kernel(n * m, 0.0f, 0.0f);
+    KernelMatrix(u, v, options, kernel.get());
+    bits.insert(bits.end(), kernel.get(), kernel.get() + n * m);
+    KernelMatrixBackward({kernel.get(), n, m, {m, 1}}, u, v, options, out + 1, out + 1 + n * d);
+    bits.insert(bits.end(), out + 1, out + 1 + (n + m) * d);
+    const double middle = MedianSquaredDistance(u, v, isa, threads);
+    if (first.empty()) first = bits, median = middle;
+    if (first != bits || median != middle) Fail("mmd: threads leave a trace");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -198,6 +225,13 @@ int main() {
     }
   }
   CheckStop();
+  for (const auto isa : {diffmic::cpu::mmd::Isa::kPortable, diffmic::cpu::mmd::Isa::kAvx2,
+                         diffmic::cpu::mmd::Isa::kAvx512}) {
+    if (!diffmic::cpu::mmd::Runs(isa)) continue;
+    CheckMmd(isa, 2, 3, 1);
+    CheckMmd(isa, 487, 395, 9);
+    CheckMmd(isa, 111, 290, 139);
+  }
   CheckRois();
   CheckNoise();
   std::puts("all kernels ran");
