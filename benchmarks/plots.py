@@ -130,6 +130,7 @@ def _over_mmd_rows(cases: Cases, machine: Mapping[str, Any], path: Path) -> Path
         for peer, timing in case["timings"].items():
             if not peer.startswith("limit: ") and peer != "cpu, 1 thread":
                 _add(lines, peer, sizes["rows"], timing, 1)
+                lines[peer].dashed = peer.endswith(", online")  # of geomloss, in its colour
         _add_limits(lines, case, sizes["rows"], 1)
     title = "mmd of two sets of n rows, d = 64: value and both gradients"
     return _picture(lines, title, "rows in each set, n", "time per call", machine, path)
@@ -192,7 +193,13 @@ def _label(
     axes: Axes, labels: list[tuple[int, float, str, str, bool]], lay_out: Callable[[], object]
 ) -> None:
     """Names beside the ends of their lines, moved apart where they would lie on each other."""
-    axes.margins(x=0.03)
+    axes.margins(x=0.03, y=0.08)
+    last = max(x for x, *_ in labels)
+    for x, y, name, colour, _ in labels:
+        if x < last:  # the line ends on the way: its name stands there
+            offset = {"xytext": (7, 5), "textcoords": "offset points"}
+            axes.annotate(name, (x, y), color=colour, fontsize=9.5, **offset)
+    labels = [label for label in labels if label[0] == last]
     low, high = axes.get_xlim()
     axes.set_xlim(low, high * (high / low) ** 0.42)  # room for the names
     lay_out()
@@ -206,7 +213,7 @@ def _label(
             if overlap > 0:
                 places[i - 1] -= overlap / 2
                 places[i] += overlap / 2
-    right = to_pixels.transform((max(x for x, *_ in labels), 1))[0] + 0.14 * height / 0.155
+    right = to_pixels.transform((last, 1))[0] + 0.9 * height
     for place, (end, x, name, colour, own) in zip(places, ends, strict=True):
         start = to_pixels.transform((x, 1))[0]
         axes.annotate(
