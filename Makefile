@@ -4,7 +4,9 @@
 #   make test   build the wheel, install it, and test it from outside the sources
 #   make lint   ruff, clang-format, mypy
 #   make bench RUN="benchmarks rois --write"
-#               a benchmark's module and arguments, with the installed package
+#               a benchmark's module and arguments, with the installed package;
+#               "benchmarks mmd" has two more peers after `pip install '.[bench]'`, which is also
+#               what RUN="pytest --benchmark-only benchmarks" needs
 #
 # Each makes .venv from $(PYTHON) if it is not there. PYTEST_ARGS is handed to pytest.
 

@@ -10,13 +10,13 @@ but the compiled one through the public call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, measure
+from benchmarks.harness import Maker, Setup, on_one_thread
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.reference.conditioning import conditioning as reference
@@ -26,28 +26,44 @@ STREAMS, BATCH, FEATURES, CLASSES, TIMESTEPS = 3, 32, 6144, 5, 1000
 Call = Callable[[], object]
 
 
-def run(rounds: int) -> list[Case]:
-    """Time a training step's forward and backward pass, and forward passes in eval mode."""
-    source = torch.randn(2**21)
-    target = torch.empty_like(source)
+def setups() -> Iterator[Setup]:
+    """A training step's forward and backward pass, and forward passes in eval mode."""
     peers: dict[str, Callable[..., Tensor]] = {
         "reference": partial(conditioning, backend="reference"),
         "reference, compiled": torch.compile(reference, dynamic=False),
         "cpu": partial(conditioning, backend="cpu"),
     }
-    cases = []
+    copied = 2**21
     for title, make, moved in (
-        ("training, 3 x 32 rows, forward and backward", _training(True), _bytes(3, True, True)),
-        ("the same without gamma's gradient", _training(False), _bytes(3, True, False)),
-        ("eval, 32 rows, forward", _eval(BATCH), _bytes(1, False, False)),
-        ("eval, 1 row, forward", _eval(1), 0),
+        ("training, 3 x 32 rows, forward and backward", partial(_training, True), _bytes(3, True, True)),
+        ("the same without gamma's gradient", partial(_training, False), _bytes(3, True, False)),
+        ("eval, 32 rows, forward", partial(_eval, BATCH), _bytes(1, False, False)),
+        ("eval, 1 row, forward", partial(_eval, 1), 0),
     ):
-        calls = {name: make(call) for name, call in peers.items()}
-        calls["cpu, 1 thread"] = _on_one_thread(calls["cpu"])
-        timings = measure({**calls, "copy": lambda: target.copy_(source)}, rounds)
-        copied = 2 * source.nbytes / timings.pop("copy").best
-        cases.append(Case(f"conditioning, {title} (F = 6144)", timings, "reference", moved, copied))
-    return cases
+        makers: dict[str, Maker] = {name: partial(_make, make, call) for name, call in peers.items()}
+        makers["cpu, 1 thread"] = partial(_on_one_thread, make, peers["cpu"])
+        makers["copy"] = partial(_copy, copied)
+        yield Setup(
+            f"conditioning, {title} (F = {FEATURES})",
+            makers,
+            "reference",
+            bytes_moved=moved,
+            copy=("copy", 8 * copied),
+        )
+
+
+def _make(make: Callable[[], Callable[..., Call]], call: Callable[..., Tensor]) -> Call:
+    return make()(call)
+
+
+def _on_one_thread(make: Callable[[], Callable[..., Call]], call: Callable[..., Tensor]) -> Call:
+    return on_one_thread(make()(call))
+
+
+def _copy(count: int) -> Call:
+    source = torch.randn(count)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 def _bytes(streams: int, backward: bool, gamma: bool) -> int:
@@ -72,6 +88,7 @@ def _layer() -> ConditionalLayer:
     )
 
 
+@cache
 def _training(gamma: bool) -> Callable[[Callable[..., Tensor]], Call]:
     torch.manual_seed(0)
     layer = _layer()
@@ -91,6 +108,7 @@ def _training(gamma: bool) -> Callable[[Callable[..., Tensor]], Call]:
     return make
 
 
+@cache
 def _eval(rows: int) -> Callable[[Callable[..., Tensor]], Call]:
     torch.manual_seed(0)
     layer = _layer()
@@ -111,15 +129,3 @@ def _eval(rows: int) -> Callable[[Callable[..., Tensor]], Call]:
         return once
 
     return make
-
-
-def _on_one_thread(call: Call) -> Call:
-    def once() -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            call()
-        finally:
-            torch.set_num_threads(threads)
-
-    return once

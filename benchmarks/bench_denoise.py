@@ -10,24 +10,31 @@ times with 1/24 of its weight behind it: the function, and so the behaviour of w
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Case, measure
+from benchmarks.harness import Maker, Setup
 from diffmic_fast import _native
 from diffmic_fast.diffusion import make_schedule, make_steps
 from diffmic_fast.models import ConditionalModel
 from diffmic_fast.models.encoders import ImageEncoder
-from diffmic_fast.ops.denoise import denoise
+from diffmic_fast.ops.denoise import PRECISIONS, denoise
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.reference.denoise import DenoiserWeights, StepTable, chain, predict_noise
 
 SMALL, REPEATS, CLASSES, T, SIDE = 256, 24, 5, 1000, 224
 FEATURES = SMALL * REPEATS
-_LIMITS = ("limit: reading the weights", "limit: multiply-adds")
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+STEPS = (10, 30, 100, 300, T)
+TOLERANCE = 1e-5  # of states, where windows of steps may have one
+_LARGEST_PUBLISHED = 32  # rows; an encoder pass a step
+_READ, _MULTIPLY = "limit: reading the weights", "limit: multiply-adds"
+_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a hidden weight
+# A size a compilation; more than this many, and torch.compile would quietly stop compiling.
+torch._dynamo.config.recompile_limit = 4 * len(ROWS)
 
 
 def fitted(steps: int = 300) -> DenoiserWeights:
@@ -95,16 +102,58 @@ def _compiled(
     return predict_noise(features, y, guidance, weights, timesteps)
 
 
-def run(rounds: int) -> list[Case]:
-    """Steps one after the other over 1, 32 and 256 rows, then 1000 steps of one row by windows."""
-    weights, schedule = fitted(), make_schedule("linear", T)
-    cases = []
-    with torch.no_grad():
-        for rows, steps in ((1, 40), (32, 8), (256, 2)):
-            few = max(2, rounds if rows == 1 else rounds // 2)
-            cases.append(_chain(weights, make_steps(schedule, "ddim", steps), rows, few))
-        cases.append(_windows(weights, make_steps(schedule, "ddpm"), max(2, rounds // 8)))
-    return cases
+def setups() -> Iterator[Setup]:
+    """Steps one after the other over rows; then one row's steps over their number, by windows too."""
+    for rows in ROWS:
+        yield _over_rows(rows)
+    for steps in STEPS:
+        yield _over_steps(steps)
+
+
+def _over_rows(rows: int) -> Setup:
+    steps = max(2, min(40, 256 // rows))
+    peers: dict[str, Maker] = {
+        "hoisted": partial(_chain, rows, steps, backend="reference"),
+        "hoisted, compiled": partial(_compiled_chain, rows, steps),
+        **{name: partial(_chain, rows, steps, precision=name, window=1) for name in PRECISIONS},
+        _READ: partial(_read, steps),
+    }
+    limits = {}
+    for name in PRECISIONS:
+        bound = f"{_MULTIPLY}, {name}"
+        peers[bound] = partial(_multiply, 2 * FEATURES * FEATURES * rows * steps, name)
+        limits[name] = {_READ: _BYTES[name] / 4, bound: 1.0}
+    if rows <= _LARGEST_PUBLISHED:
+        peers["published way, one step"] = partial(_published_step, rows)
+    return Setup(
+        f"chain, {steps} steps, {rows} rows, F = {FEATURES}",
+        peers,
+        "hoisted, compiled",
+        {"rows": rows, "steps": steps, "features": FEATURES},
+        1.0 if rows == 1 else 0.5 if rows <= 32 else 0.25,
+        limits,
+    )
+
+
+def _over_steps(steps: int) -> Setup:
+    peers: dict[str, Maker] = {}
+    for name in PRECISIONS:
+        call = partial(_chain, 1, steps, precision=name)
+        peers[f"{name}, one after the other"] = partial(call, window=1)
+        peers[f"{name}, windows"] = call
+        peers[f"{name}, windows, {TOLERANCE:.0e}"] = partial(call, tolerance=TOLERANCE)
+    return Setup(
+        f"1 row, {steps} steps, several at once",
+        peers,
+        "fp32, one after the other",
+        {"rows": 1, "steps": steps, "features": FEATURES},
+        0.5 if steps <= 100 else 0.125,
+    )
+
+
+@cache
+def _weights() -> DenoiserWeights:
+    return fitted()
 
 
 def _inputs(rows: int) -> tuple[Tensor, Tensor]:
@@ -114,59 +163,62 @@ def _inputs(rows: int) -> tuple[Tensor, Tensor]:
     return _repeat(_features(labels), 1), prior
 
 
-def _limits(weights: DenoiserWeights, rows: int, steps: int) -> dict[str, Callable[[], object]]:
-    extension, threads = _native.extension(), torch.get_num_threads()
+def _table(steps: int) -> StepTable:
+    """Of a respaced chain; of all timesteps the whole chain, with its noise."""
+    schedule = make_schedule("linear", T)
+    return make_steps(schedule, "ddpm") if steps == T else make_steps(schedule, "ddim", steps)
+
+
+def _without_gradients(call: Callable[[], object]) -> Callable[[], object]:
+    return torch.no_grad()(call)
+
+
+def _chain(
+    rows: int,
+    steps: int,
+    backend: str = "cpu",
+    precision: str = "fp32",
+    window: int | None = None,
+    tolerance: float = 0.0,
+) -> Callable[[], object]:
+    x, prior = _inputs(rows)
+    options = {
+        "backend": backend, "precision": precision, "window": window, "tolerance": tolerance
+    }  # fmt: skip
+    return _without_gradients(
+        partial(denoise, x, prior, prior, _weights(), _table(steps), **options)
+    )
+
+
+def _compiled_chain(rows: int, steps: int) -> Callable[[], object]:
+    x, prior = _inputs(rows)
+    return _without_gradients(partial(compiled_reference, x, prior, _weights(), _table(steps)))
+
+
+def _published_step(rows: int) -> Callable[[], object]:
+    """The image encoder, and a step."""
+    encoder = ImageEncoder("resnet18", FEATURES).eval()
+    images = torch.randn(rows, 3, SIDE, SIDE)
+    prior, one = _inputs(rows)[1], _table(1)
+
+    def step() -> None:
+        denoise(encoder(images), prior, prior, _weights(), one, backend="reference")
+
+    return _without_gradients(step)
+
+
+def _read(steps: int) -> Callable[[], object]:
+    """Every hidden weight once a step."""
 
     def read() -> None:
         for _ in range(steps):
-            for layer in weights.hidden:
-                extension.read_probe(layer.weight, threads)
+            for layer in _weights().hidden:
+                _native.extension().read_probe(layer.weight, torch.get_num_threads())
 
-    return {
-        _LIMITS[0]: read,
-        _LIMITS[1]: lambda: extension.multiply_add_probe(
-            2 * FEATURES * FEATURES * rows * steps, threads
-        ),
-    }
+    return read
 
 
-def _chain(weights: DenoiserWeights, steps: StepTable, rows: int, rounds: int) -> Case:
-    x, prior = _inputs(rows)
-    count = len(steps.timesteps)
-    call = partial(denoise, x, prior, prior, weights, steps, window=1)
-    peers: dict[str, Callable[[], object]] = {
-        "hoisted": partial(call, backend="reference", window=None),
-        "hoisted, compiled": partial(compiled_reference, x, prior, weights, steps),
-        "fp32": partial(call, backend="cpu"),
-        "bf16": partial(call, backend="cpu", precision="bf16"),
-        **_limits(weights, rows, count),
-    }
-    if rows == 32:
-        encoder = ImageEncoder("resnet18", FEATURES).eval()
-        images = torch.randn(rows, 3, SIDE, SIDE)
-        one = make_steps(make_schedule("linear", T), "ddim", 1)
-
-        def authors_step() -> None:
-            features = encoder(images)
-            denoise(features, prior, prior, weights, one, backend="reference")
-
-        peers["published way, one step"] = authors_step
-    timings = measure(peers, rounds)
-    title = f"chain, {count} steps, {rows} rows, F = {FEATURES}"
-    read, multiply = _LIMITS
-    # bfloat16 weights are half the bytes; their products are float32 multiply-adds here.
-    limits = {"fp32": {read: 1.0, multiply: 1.0}, "bf16": {read: 0.5, multiply: 1.0}}
-    return Case(title, timings, "hoisted, compiled", limits=limits)
-
-
-def _windows(weights: DenoiserWeights, steps: StepTable, rounds: int) -> Case:
-    x, prior = _inputs(1)
-    call = partial(denoise, x, prior, prior, weights, steps, backend="cpu")
-    peers: dict[str, Callable[[], object]] = {
-        "fp32, one after the other": partial(call, window=1),
-        "fp32, windows": call,
-        "bf16, one after the other": partial(call, window=1, precision="bf16"),
-        "bf16, windows": partial(call, precision="bf16"),
-    }
-    title = f"1 row, {len(steps.timesteps)} steps, several at once"
-    return Case(title, measure(peers, rounds), "fp32, one after the other")
+def _multiply(count: int, precision: str) -> Callable[[], object]:
+    """Multiply-adds of the instructions that `precision` uses on this processor."""
+    extension, threads = _native.extension(), torch.get_num_threads()
+    return lambda: extension.multiply_add_probe(count, threads, precision=precision)

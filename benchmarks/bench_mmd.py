@@ -1,23 +1,30 @@
-"""`mmd`, forward and backward to both row sets: 32 x 5 (training), 1024 x 64 and 4096 x 64.
+"""`mmd`, forward and backward to both row sets: 32 x 5 (training), and n x 64 over n.
 
 Peers: the published formula (the reference), where its n x m x d array is not absurd; the Gram
-formula |u|^2 + |v|^2 - 2uv, as written and compiled; torch.cdist; the kernel on one thread and on
-torch's threads, through the public call.
+formula |u|^2 + |v|^2 - 2uv, as written and compiled; torch.cdist; geomloss and pykeops where they
+are installed (`pip install .[bench]`); the kernel on one thread and on torch's threads, through the
+public call. The limit is three multiply-adds for an element of each pair of rows, in registers.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, measure
+from benchmarks.harness import Maker, Setup, on_one_thread
+from diffmic_fast import _native
 from diffmic_fast.ops.mmd import mmd
 
-SIZES = ((32, 5), (1024, 64), (4096, 64))
+SIZES = ((32, 5), (64, 64), (256, 64), (1024, 64), (4096, 64))
 _LARGEST_REFERENCE = 1024
+_LIMIT = "limit: multiply-adds"
+_LONG_ENOUGH = 200_000_000  # multiply-adds beside which the start of threads is nothing
+
+Formula = Callable[[Tensor, Tensor], Tensor]
 
 
 def gram(x: Tensor, y: Tensor) -> Tensor:
@@ -39,42 +46,106 @@ def cdist(x: Tensor, y: Tensor) -> Tensor:
     return mean(x, x) + mean(y, y) - 2 * mean(x, y)
 
 
-def run(rounds: int) -> list[Case]:
-    """Time value and gradients; the large sizes in fewer rounds."""
-    compiled = torch.compile(gram, dynamic=False)
-    cases = []
+def keops(x: Tensor, y: Tensor) -> Tensor:
+    """The discrepancy by reductions of symbolic matrices, which pykeops compiles."""
+    lazy = importlib.import_module("pykeops.torch")
+
+    def mean(u: Tensor, v: Tensor) -> Tensor:
+        squares = ((lazy.Vi(u) - lazy.Vj(v)) ** 2).sum(-1)
+        sums = (-squares / u.shape[1] ** 2).exp().sum(dim=1, backend="CPU")
+        return sums.sum() / (len(u) * len(v))
+
+    return mean(x, x) + mean(y, y) - 2 * mean(x, y)
+
+
+def geomloss(x: Tensor, y: Tensor, backend: str) -> Tensor:
+    """The discrepancy by geomloss, whose loss is half of it; its kernel is exp(-|u-v|^2 / 2 blur^2)."""
+    module = importlib.import_module("geomloss")
+    loss = module.SamplesLoss("gaussian", blur=x.shape[1] / 2**0.5, backend=backend)
+    return 2 * loss(x, y)
+
+
+@cache
+def _missing(module: str) -> str:
+    """Why a package cannot be used, or nothing."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # pykeops looks for compilers when it is imported
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@cache
+def _compiled() -> Formula:
+    return torch.compile(gram, dynamic=False)
+
+
+def setups() -> Iterator[Setup]:
+    """Value and gradients; the large sizes in fewer rounds."""
     for n, d in SIZES:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(n, d, generator=generator)
-        y = torch.randn(n, d, generator=generator) + 0.1
-        peers: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+        formulas: dict[str, Formula] = {}
         if n <= _LARGEST_REFERENCE:
-            peers["reference"] = lambda u, v: mmd(u, v, backend="reference")
-        peers |= {"Gram": gram, "Gram, compiled": compiled, "cdist": cdist}
-        peers["cpu"] = lambda u, v: mmd(u, v, backend="cpu")
-        value = float(mmd(x, y, backend="cpu"))
-        for call in peers.values():
-            assert math.isclose(float(call(x, y)), value, rel_tol=1e-3, abs_tol=1e-6)
-        calls = {name: _both(call, x, y) for name, call in peers.items()}
-        calls["cpu, 1 thread"] = _on_one_thread(calls["cpu"])
-        baseline = "reference" if n <= _LARGEST_REFERENCE else "Gram, compiled"
-        timings = measure(calls, rounds if n < 1024 else max(3, rounds // 8))
-        cases.append(Case(f"mmd, forward and backward ({n} rows each, d = {d})", timings, baseline))
-    return cases
+            formulas["reference"] = partial(mmd, backend="reference")
+        formulas |= {
+            "Gram": gram,
+            "Gram, compiled": lambda x, y: _compiled()(x, y),
+            "cdist": cdist,
+            "geomloss": partial(geomloss, backend="tensorized"),
+            "geomloss, online": partial(geomloss, backend="online"),
+            "pykeops": keops,
+            "cpu": partial(mmd, backend="cpu"),
+        }
+        needs = {
+            "geomloss": ("geomloss",),
+            "geomloss, online": ("geomloss", "pykeops"),
+            "pykeops": ("pykeops",),
+        }
+        skipped = {
+            name: reason
+            for name, modules in needs.items()
+            if (reason := "; ".join(filter(None, map(_missing, modules))))
+        }
+        peers: dict[str, Maker] = {
+            name: partial(_checked, formula, n, d)
+            for name, formula in formulas.items()
+            if name not in skipped
+        }
+        peers["cpu, 1 thread"] = lambda make=peers["cpu"]: on_one_thread(make())  # type: ignore[misc]
+        needed = 3 * (2 * n) ** 2 // 2 * d
+        done = max(needed, _LONG_ENOUGH)
+        peers[_LIMIT] = partial(_limit, done)
+        yield Setup(
+            f"mmd, forward and backward ({n} rows each, d = {d})",
+            peers,
+            "reference" if n <= _LARGEST_REFERENCE else "Gram, compiled",
+            {"rows": n, "width": d},
+            1.0 if n < 1024 else 1 / 8,
+            {"cpu": {_LIMIT: needed / done}},
+            skipped=skipped,
+        )
 
 
-def _both(call: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Callable[[], object]:
-    u, v = x.clone().requires_grad_(), y.clone().requires_grad_()
-    return lambda: torch.autograd.grad(call(u, v), (u, v))
+@cache
+def _rows(n: int, d: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, d, generator=generator)
+    y = torch.randn(n, d, generator=generator) + 0.1
+    return x.requires_grad_(), y.requires_grad_()
 
 
-def _on_one_thread(call: Callable[[], object]) -> Callable[[], object]:
-    def run_it() -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            call()
-        finally:
-            torch.set_num_threads(threads)
+def _checked(formula: Formula, n: int, d: int) -> Callable[[], object]:
+    """The call, once it has been seen to compute the same as the kernel."""
+    x, y = _rows(n, d)
+    value = mmd(x, y, backend="cpu")
+    wanted = (value, *torch.autograd.grad(value, (x, y)))
+    value = formula(x, y)
+    found = (value, *torch.autograd.grad(value, (x, y)))
+    for got, want in zip(found, wanted, strict=True):
+        # Formulas of matrix products lose digits in the distances, the more the larger rows are.
+        size = float(want.detach().abs().max())
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-3 * size + 1e-6 / n)
+    return lambda: torch.autograd.grad(formula(x, y), (x, y))
 
-    return run_it
+
+def _limit(count: int) -> Callable[[], object]:
+    return lambda: _native.extension().multiply_add_probe(count, torch.get_num_threads())

@@ -11,14 +11,13 @@ Weights and images are random, which costs the same; the chain is the native one
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import astuple
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Timing, measure
+from benchmarks.harness import Maker, Setup
 from diffmic_fast import DiffMIC, DiffMICConfig
 from diffmic_fast.diffusion import make_steps
 from diffmic_fast.models import inference
@@ -29,35 +28,41 @@ _PUBLISHED = "published way"
 _PARTS = (f"{_PUBLISHED}, one guidance pass", f"{_PUBLISHED}, one step")
 
 
-def run(rounds: int) -> list[Case]:
-    """Everything in the same rounds, an eighth of those asked for."""
-    torch.manual_seed(0)
-    model = DiffMIC(DiffMICConfig(classes=5)).eval()
-    images = torch.randn(IMAGES, 3, SIDE, SIDE)
-    with torch.no_grad():
-        whole = {
-            f"predict, {precision}": partial(
-                model.predict, images, sampler="ddpm_truncated", steps=STEPS, precision=precision
-            )
-            for precision in PRECISIONS
-        }
-        peers = {**_published(model, images), **whole, **_parts(model, images)}
-        timings = measure(peers, max(2, rounds // 8))
-    guidance, step = (timings.pop(name) for name in _PARTS)
-    published = Timing(
-        *(2 * g + STEPS * s for g, s in zip(astuple(guidance)[:4], astuple(step)[:4], strict=True)),
-        calls=step.calls,
+def setups() -> Iterator[Setup]:
+    """The whole, and its parts."""
+    peers: dict[str, Maker] = {name: partial(_published, name) for name in _PARTS}
+    peers |= {f"predict, {precision}": partial(_predict, precision) for precision in PRECISIONS}
+    for part in ("guidance", "encoder"):
+        peers[f"{part}, not folded"] = partial(_part, part, "fp32", False)
+        peers[part] = partial(_part, part, "fp32", True)
+        # Elsewhere it is float32, which is timed.
+        if not inference.bfloat16_obstacle(torch.device("cpu")):
+            peers[f"{part}, bf16"] = partial(_part, part, "bf16", True)
+    peers |= {f"chain, {precision}": partial(_chain, precision) for precision in PRECISIONS}
+    yield Setup(
+        f"predict, {IMAGES} images, {STEPS} truncated steps",
+        peers,
+        _PUBLISHED,
+        effort=0.125,
+        totals={_PUBLISHED: dict(zip(_PARTS, (2, STEPS), strict=True))},
     )
-    title = f"predict, {IMAGES} images, {STEPS} truncated steps"
-    rows = {_PUBLISHED: published} | {name: timings.pop(name) for name in whole}
-    timings = {_PARTS[0]: guidance, _PARTS[1]: step, **timings}
-    return [
-        Case(title, rows, _PUBLISHED),
-        Case(f"its parts, {IMAGES} images", timings, "guidance, not folded"),
-    ]
 
 
-def _published(model: DiffMIC, images: Tensor) -> dict[str, Callable[[], object]]:
+@cache
+def _model() -> tuple[DiffMIC, Tensor]:
+    torch.manual_seed(0)
+    return DiffMIC(DiffMICConfig(classes=5)).eval(), torch.randn(IMAGES, 3, SIDE, SIDE)
+
+
+def _predict(precision: str) -> Callable[[], object]:
+    model, images = _model()
+    return partial(
+        model.predict, images, sampler="ddpm_truncated", steps=STEPS, precision=precision
+    )
+
+
+def _published(part: str) -> Callable[[], object]:
+    model, images = _model()
     published = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     denoiser = published.denoiser
     prior = torch.full((IMAGES, model.config.classes), 1 / model.config.classes)
@@ -67,30 +72,20 @@ def _published(model: DiffMIC, images: Tensor) -> dict[str, Callable[[], object]
         features = denoiser.encode(images)
         denoise(features, prior, prior, denoiser.weights(), one, backend="reference")
 
-    calls = (partial(published.guidance, images), step)
-    return {name: partial(_not_folded, call) for name, call in zip(_PARTS, calls, strict=True)}
+    call = partial(published.guidance, images) if part == _PARTS[0] else step
+    return torch.no_grad()(partial(_not_folded, call))
 
 
-def _parts(model: DiffMIC, images: Tensor) -> dict[str, Callable[[], object]]:
-    detail, features = model.guide(images), model.encode(images)
-    peers: dict[str, Callable[[], object]] = {}
-    for name, call in (("guidance", model.guide), ("encoder", model.encode)):
-        peers[f"{name}, not folded"] = partial(_not_folded, partial(call, images))
-        peers[name] = partial(call, images)
-        # Elsewhere it is float32, which was timed.
-        if not inference.bfloat16_obstacle(images.device):
-            peers[f"{name}, bf16"] = partial(call, images, precision="bf16")
-    for precision in PRECISIONS:
-        peers[f"chain, {precision}"] = partial(
-            model.predict,
-            images,
-            sampler="ddpm_truncated",
-            steps=STEPS,
-            precision=precision,
-            guidance=detail,
-            features=features,
-        )
-    return peers
+def _part(part: str, precision: str, folded: bool) -> Callable[[], object]:
+    model, images = _model()
+    method = model.guide if part == "guidance" else model.encode
+    call = partial(method, images, precision=precision)
+    return call if folded else partial(_not_folded, call)
+
+
+def _chain(precision: str) -> Callable[[], object]:
+    model, images = _model()
+    return partial(_predict(precision), guidance=model.guide(images), features=model.encode(images))
 
 
 def _not_folded(call: Callable[[], object]) -> None:

@@ -7,12 +7,13 @@ minimum an image, only where a crop leaves it, and no check of its arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Timing, measure
+from benchmarks.harness import Setup, on_one_thread
 from diffmic_fast.ops import rois as ops
 
 BATCH, CLASSES, GRID, SIDE, CROP, COUNT = 32, 5, 7, 224, 32, 6
@@ -54,82 +55,82 @@ def loop_crops(images: Tensor, origins: Tensor, side: int) -> Tensor:
     return crops
 
 
-def run(rounds: int) -> list[Case]:
-    """Time both parts and the whole, with crops inside their images and with crops that leave them."""
+@cache
+def _inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Saliency, images, and corners inside and across edges; the loop finds and cuts the same."""
     generator = torch.Generator().manual_seed(0)
     saliency = torch.randn(BATCH, CLASSES, GRID, GRID, generator=generator)
     images = torch.randn(BATCH, 3, SIDE, SIDE, generator=generator)
     cells = ops.choose_windows(saliency, (1, 1), COUNT)
-    origins = ops.cell_to_pixel(cells, (GRID, GRID), (SIDE, SIDE))
+    origins = _to_pixels(cells)
     outside = origins - CROP // 2  # most images have a crop that leaves them
-    size = (CROP, CROP)
-    written = BATCH * COUNT * 3 * CROP * CROP * 4
-    read = written // 3
-
-    def whole(origins_of: Callable[[Tensor], Tensor]) -> Tensor:
-        return loop_crops(images, origins_of(loop_windows(saliency, COUNT)), CROP)
-
-    def to_pixels(found: Tensor) -> Tensor:
-        return ops.cell_to_pixel(found, (GRID, GRID), (SIDE, SIDE))
-
     assert torch.equal(loop_windows(saliency, COUNT), cells)
     for corners in (origins, outside):
-        assert torch.equal(loop_crops(images, corners, CROP), ops.cut_crops(images, corners, size))
+        found = ops.cut_crops(images, corners, (CROP, CROP))
+        assert torch.equal(loop_crops(images, corners, CROP), found)
+    return saliency, images, origins, outside
 
-    source = torch.randn(written // 4)
-    target = torch.empty_like(source)
-    cases = []
-    for title, call, loop, moved in (
-        (
-            "rois: windows and crops",
-            lambda name: ops.rois(saliency, images, size, COUNT, backend=name),
-            lambda: whole(to_pixels),
-            0,
-        ),
-        (
-            "choose_windows",
-            lambda name: ops.choose_windows(saliency, (1, 1), COUNT, backend=name),
-            lambda: loop_windows(saliency, COUNT),
-            0,
-        ),
-        (
-            "cut_crops, all inside",
-            lambda name: ops.cut_crops(images, origins, size, backend=name),
-            lambda: loop_crops(images, origins, CROP),
-            written + read,
-        ),
+
+def _to_pixels(cells: Tensor) -> Tensor:
+    return ops.cell_to_pixel(cells, (GRID, GRID), (SIDE, SIDE))
+
+
+def _both(backend: str) -> object:
+    saliency, images, _, _ = _inputs()
+    if backend == "loop":
+        return loop_crops(images, _to_pixels(loop_windows(saliency, COUNT)), CROP)
+    return ops.rois(saliency, images, (CROP, CROP), COUNT, backend=backend)
+
+
+def _windows(backend: str) -> object:
+    saliency = _inputs()[0]
+    if backend == "loop":
+        return loop_windows(saliency, COUNT)
+    return ops.choose_windows(saliency, (1, 1), COUNT, backend=backend)
+
+
+def _crops(outside: bool, backend: str) -> object:
+    _, images, *corners = _inputs()
+    if backend == "loop":
+        return loop_crops(images, corners[outside], CROP)
+    return ops.cut_crops(images, corners[outside], (CROP, CROP), backend=backend)
+
+
+def setups() -> Iterator[Setup]:
+    """Both parts and the whole, with crops inside their images and with crops that leave them."""
+    written = BATCH * COUNT * 3 * CROP * CROP * 4
+    read = written // 3
+    for title, call, moved in (
+        ("rois: windows and crops", _both, 0),
+        ("choose_windows", _windows, 0),
+        ("cut_crops, all inside", partial(_crops, False), written + read),
         (
             "cut_crops, across the upper and left edges",
-            lambda name: ops.cut_crops(images, outside, size, backend=name),
-            lambda: loop_crops(images, outside, CROP),
-            written + read + _planes_with_minimum(outside) * SIDE * SIDE * 4,
+            partial(_crops, True),
+            written + read + _planes_with_minimum(_inputs()[3]) * SIDE * SIDE * 4,
         ),
     ):
-        timings = measure(
+        yield Setup(
+            f"{title} ({BATCH} images {SIDE} x {SIDE}, K = {COUNT})",
             {
-                "loop": loop,
-                "reference": lambda call=call: call("reference"),  # type: ignore[misc]
-                "cpu, 1 thread": lambda call=call: _on_one_thread(call),  # type: ignore[misc]
-                "cpu": lambda call=call: call("cpu"),  # type: ignore[misc]
-                "copy": lambda: target.copy_(source),
+                "loop": lambda call=call: partial(call, "loop"),
+                "reference": lambda call=call: partial(call, "reference"),
+                "cpu, 1 thread": lambda call=call: on_one_thread(partial(call, "cpu")),
+                "cpu": lambda call=call: partial(call, "cpu"),
+                "copy": lambda: _copy(written // 4),
             },
-            rounds,
+            "loop",
+            bytes_moved=moved,
+            copy=("copy", 2 * written),
         )
-        copy: Timing = timings.pop("copy")
-        sizes = f"{BATCH} images {SIDE} x {SIDE}, K = {COUNT}"
-        cases.append(Case(f"{title} ({sizes})", timings, "loop", moved, 2 * written / copy.best))
-    return cases
+
+
+def _copy(count: int) -> Callable[[], object]:
+    source = torch.randn(count)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 def _planes_with_minimum(origins: Tensor) -> int:
     leaves = (origins < 0) | (origins > SIDE - CROP)
     return int(leaves.flatten(1).any(dim=1).sum())
-
-
-def _on_one_thread(call: Callable[[str], object]) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        call("cpu")
-    finally:
-        torch.set_num_threads(threads)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,26 +38,56 @@ class Timing:
     calls: int
 
 
+Maker = Callable[[], Callable[[], object]]
+
+
 @dataclass(frozen=True)
-class Case:
-    """One table of a benchmark.
+class Setup:
+    """What one table of a benchmark times. Nothing is computed before a peer is made.
 
     Attributes:
         title: what is computed, with its sizes.
-        timings: peer -> Timing.
-        baseline: the peer that ratios are taken to.
+        peers: name -> what makes the call to be timed.
+        baseline: the peer whose ratio to the others is shown.
+        sizes: the same sizes by name, for plots.
+        effort: a part of the rounds asked for, less where a round is long.
+        limits: peer -> {peer that bounds it: factor}. What the machine would need at least is the
+            largest factor * timing; a peer's share of it is shown and kept.
         bytes_moved: bytes that one call has to read and write, 0 where that says nothing.
+        copy: the peer that copies, and the bytes that it reads and writes; not shown.
+        skipped: peer -> why it is not here.
+        totals: name -> {peer: times}, for what is too long to be timed whole: so many times each.
+    """
+
+    title: str
+    peers: dict[str, Maker]
+    baseline: str
+    sizes: dict[str, int] = field(default_factory=dict)
+    effort: float = 1.0
+    limits: dict[str, dict[str, float]] = field(default_factory=dict)
+    bytes_moved: int = 0
+    copy: tuple[str, int] | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+    totals: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A measured `Setup`: its attributes, and
+
+    Attributes:
+        timings: peer -> Timing.
         bound: bytes a second that this machine copies, in the best of the same rounds.
-        limits: peer -> {timing that bounds it: factor}. What the machine would need at least is the largest
-            factor * timing; a peer's share of it is shown and kept.
     """
 
     title: str
     timings: dict[str, Timing]
     baseline: str
-    bytes_moved: int = 0
-    bound: float = 0.0
-    limits: dict[str, dict[str, float]] = field(default_factory=dict)
+    sizes: dict[str, int]
+    bytes_moved: int
+    bound: float
+    limits: dict[str, dict[str, float]]
+    skipped: dict[str, str]
 
     def share(self, name: str) -> float | None:
         """Least time over the peer's own, both the median of the same rounds."""
@@ -64,6 +95,53 @@ class Case:
             return None
         least = max(f * self.timings[bound].median for bound, f in self.limits[name].items())
         return least / self.timings[name].median
+
+
+def run(setups: Iterable[Setup], rounds: int) -> list[Case]:
+    """Time the setups, one after the other."""
+    return [_run(setup, max(2, round(rounds * setup.effort))) for setup in setups]
+
+
+def _run(setup: Setup, rounds: int) -> Case:
+    timings = measure({name: make() for name, make in setup.peers.items()}, rounds)
+    bound = 0.0
+    if setup.copy is not None:
+        name, moved = setup.copy
+        bound = moved / timings.pop(name).best
+    for name, parts in setup.totals.items():
+        timings = {name: _total(parts, timings), **timings}
+    return Case(
+        setup.title,
+        timings,
+        setup.baseline,
+        setup.sizes,
+        setup.bytes_moved,
+        bound,
+        setup.limits,
+        setup.skipped,
+    )
+
+
+def _total(parts: Mapping[str, int], timings: Mapping[str, Timing]) -> Timing:
+    def add(key: str) -> float:
+        return sum(times * getattr(timings[part], key) for part, times in parts.items())
+
+    calls = min(timings[part].calls for part in parts)
+    return Timing(add("best"), add("median"), add("low"), add("high"), calls)
+
+
+def on_one_thread(call: Callable[[], object]) -> Callable[[], None]:
+    """The call, with torch's number of threads at 1 meanwhile."""
+
+    def run_it() -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            call()
+        finally:
+            torch.set_num_threads(threads)
+
+    return run_it
 
 
 def measure(peers: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
@@ -84,7 +162,7 @@ def measure(peers: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
             samples[name].append((time.perf_counter() - begin) / repeats[name])
     timings = {}
     for name, values in samples.items():
-        low, median, high = statistics.quantiles(values, n=4)
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         timings[name] = Timing(min(values), median, low, high, rounds * repeats[name])
     return timings
 
@@ -135,25 +213,59 @@ def show(cases: list[Case]) -> None:
                 row.append("" if share is None else f"{share:.0%}")
             table.add_row(*row)
         console.print(table)
+        for name, reason in case.skipped.items():
+            console.print(f"  without {name}: {reason}", markup=False)
 
 
-def write(name: str, cases: list[Case]) -> Path:
-    """Keep the cases with the machine they were measured on."""
+def write(name: str, cases: list[Case]) -> tuple[Path, Path]:
+    """Keep the cases with the machine they were measured on, as JSON and as a CSV table."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     content = {"machine": machine(), "cases": [_with_ratios(case) for case in cases]}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return path
+    return path, _write_table(path.with_suffix(".csv"), cases, content["machine"])
+
+
+def ratios(case: Case) -> dict[str, dict[str, float]]:
+    """peer -> {other: the other's median over the peer's}: how many times as fast the peer is."""
+    medians = {name: timing.median for name, timing in case.timings.items()}
+    return {
+        name: {other: medians[other] / own for other in medians if other != name}
+        for name, own in medians.items()
+    }
 
 
 def _with_ratios(case: Case) -> dict[str, Any]:
-    base = case.timings[case.baseline]
-    ratios = {
-        name: {"best": base.best / timing.best, "median": base.median / timing.median}
-        for name, timing in case.timings.items()
-    }
     shares = {name: case.share(name) for name in case.limits}
-    return {**asdict(case), f"{case.baseline}_over": ratios, "share_of_limit": shares}
+    return {**asdict(case), "ratios": ratios(case), "share_of_limit": shares}
+
+
+def _write_table(path: Path, cases: list[Case], facts: dict[str, Any]) -> Path:
+    """A line a peer, and in it a column for the ratio to each other peer of the file."""
+    names = list(dict.fromkeys(name for case in cases for name in case.timings))
+    head = ["case", "peer", "best_s", "median_s", "low_s", "high_s", "calls", "share_of_limit"]
+    versions = ("processor", "torch_threads", "python", "torch", "diffmic_fast")
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow([*head, *(f"times {name}" for name in names), *versions])
+        for case in cases:
+            to_others = ratios(case)
+            for name, t in case.timings.items():
+                share = case.share(name)
+                numbers = [t.best, t.median, t.low, t.high]
+                table.writerow(
+                    [
+                        *(case.title, name, *(f"{number:.6g}" for number in numbers), t.calls),
+                        "" if share is None else f"{share:.4f}",
+                        *_cells(to_others[name], names),
+                        *(facts[version] for version in versions),
+                    ]
+                )
+    return path
+
+
+def _cells(found: Mapping[str, float], names: list[str]) -> list[str]:
+    return [f"{found[name]:.4g}" if name in found else "" for name in names]
 
 
 def _duration(seconds: float) -> str:

@@ -5,17 +5,19 @@
 // weighted means over all pairs, or over pairs of two different rows within a set (unbiased), and
 // the gradients of that for x and y in the same pass.
 //
-// How the work is divided. Both sets are copied into one array of padded rows. A block of 96 rows
-// belongs to one thread at a time, which walks over tiles of 128 other rows: distances, kernel, and
-// the tile's part of the block's gradient. Every sum of a block is its own, and the blocks' sums
-// are added in their order, so the bits do not depend on the number of threads. No n x m array
-// exists: memory is the copy and, for each thread, two tiles and a block's gradient.
+// How the work is divided. The rows of both sets are cut into blocks of 96. Every two blocks meet
+// once: the tile of their distances is made into kernel values, and these into a part of the
+// gradients of both, so a pair of rows is looked at once and serves both. The meetings are in the
+// order of a tournament's rounds, which gives every block one at a time, so the bits do not depend
+// on the number of threads (mmd_rounds.h). No n x m array exists: memory is one array of the size
+// of the gradients, what their sums lose by rounding, and a tile for each thread. Rows are copied
+// only where their elements are not next to each other.
 //
-// Arithmetic, in pairs of elements: a row with a gradient meets all rows, one subtraction and one
-// multiply-add for the distance, the same again for the gradient, and some 20 operations a pair for
-// the exponential. Without gradients each pair is visited once. From the second level of the cache:
-// bound by the multiply-adds. Kernel values are float sums of at most 128 terms, added up in
-// double; so are gradients.
+// Arithmetic, for an element of a pair of rows: one subtraction and one multiply-add for the
+// distance; one more subtraction and two multiply-adds, of one product, for two gradients; and some
+// 30 operations a pair for the exponential. From the second level of the cache: bound by the
+// multiply-adds. Kernel values are float sums of at most 96 terms, added up in double; gradients
+// are too, as pairs of floats (high and low part).
 #ifndef DIFFMIC_CPU_MMD_H_
 #define DIFFMIC_CPU_MMD_H_
 

@@ -53,8 +53,8 @@ struct Loops {
   using BitVector [[gnu::vector_size(DIFFMIC_MMD_BYTES)]] = Bits;
   static constexpr std::int64_t kWidth = DIFFMIC_MMD_BYTES / sizeof(T);
   static constexpr std::int64_t kPanel = 2 * kWidth;  // columns side by side in registers
-  static constexpr std::int64_t kBlockRows = 4;       // rows of a register block of distances
-  static constexpr std::int64_t kSlopeRows = 3;       // and of gradients
+  static constexpr std::int64_t kBlockRows = 6;       // rows of a register block of distances
+  static constexpr std::int64_t kSlopeRows = 4;       // and of gradients
   static_assert(kTileColumns % kPanel == 0);
   static_assert(kTileRows % kBlockRows == 0 && kTileRows % kSlopeRows == 0);
 
@@ -65,18 +65,31 @@ struct Loops {
   }
   static void Store(T* to, Vector value) { __builtin_memcpy(to, &value, sizeof value); }
 
-  static void Pack(const T* v, std::int64_t stride, std::int64_t columns, std::int64_t depth,
-                   T* panels) {
-    for (std::int64_t begin = 0; begin < columns; begin += kPanel) {
-      const T* from = v + begin * stride;
-      if (begin + kPanel <= columns) {
+  // The first `count` elements, 0 after them.
+  static Vector LoadPart(const T* from, std::int64_t count) {
+    if (count >= kWidth) return Load(from);
+    T values[kWidth] = {};
+    for (std::int64_t i = 0; i < count; ++i) values[i] = from[i];
+    return Load(values);
+  }
+  static void StorePart(T* to, Vector value, std::int64_t count) {
+    if (count >= kWidth) return Store(to, value);
+    T values[kWidth];
+    Store(values, value);
+    for (std::int64_t i = 0; i < count; ++i) to[i] = values[i];
+  }
+
+  static void Pack(const RowBlock<T>& v, std::int64_t depth, T* panels) {
+    for (std::int64_t begin = 0; begin < v.count; begin += kPanel) {
+      const T* from = v.data + begin * v.stride;
+      if (begin + kPanel <= v.count) {
         for (std::int64_t k = 0; k < depth; ++k) {
-          for (std::int64_t c = 0; c < kPanel; ++c) panels[k * kPanel + c] = from[c * stride + k];
+          for (std::int64_t c = 0; c < kPanel; ++c) panels[k * kPanel + c] = from[c * v.stride + k];
         }
       } else {
         for (std::int64_t k = 0; k < depth; ++k) {
           for (std::int64_t c = 0; c < kPanel; ++c) {
-            panels[k * kPanel + c] = begin + c < columns ? from[c * stride + k] : T{0};
+            panels[k * kPanel + c] = begin + c < v.count ? from[c * v.stride + k] : T{0};
           }
         }
       }
@@ -84,22 +97,20 @@ struct Loops {
     }
   }
 
-  static void Distances(const T* u, std::int64_t stride, std::int64_t rows, const T* panels,
-                        std::int64_t columns, std::int64_t depth, bool first, T* tile) {
+  static void Distances(const RowBlock<T>& u, const T* panels, std::int64_t columns,
+                        std::int64_t depth, bool first, bool upper, T* tile) {
     for (std::int64_t c = 0; c < columns; c += kPanel) {
       const T* panel = panels + c * depth;
+      const std::int64_t rows = upper && c + kPanel < u.count ? c + kPanel : u.count;
       for (std::int64_t r = 0; r < rows; r += kBlockRows) {
         const T* row[kBlockRows];
-        Vector sum[kBlockRows][2];
         for (std::int64_t i = 0; i < kBlockRows; ++i) {
-          T* place = tile + (r + i) * kTileColumns + c;
-          row[i] = u + (r + i < rows ? r + i : rows - 1) * stride;
-          sum[i][0] = first ? Vector{} : Load(place);
-          sum[i][1] = first ? Vector{} : Load(place + kWidth);
+          row[i] = u.data + (r + i < u.count ? r + i : u.count - 1) * u.stride;
         }
+        Vector sum[kBlockRows][2] = {};
         for (std::int64_t k = 0; k < depth; ++k) {
           const Vector v0 = Load(panel + k * kPanel), v1 = Load(panel + k * kPanel + kWidth);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
           for (std::int64_t i = 0; i < kBlockRows; ++i) {
             const Vector difference0 = v0 - row[i][k], difference1 = v1 - row[i][k];
             sum[i][0] += difference0 * difference0;
@@ -108,8 +119,8 @@ struct Loops {
         }
         for (std::int64_t i = 0; i < kBlockRows; ++i) {
           T* place = tile + (r + i) * kTileColumns + c;
-          Store(place, sum[i][0]);
-          Store(place + kWidth, sum[i][1]);
+          Store(place, first ? sum[i][0] : Load(place) + sum[i][0]);
+          Store(place + kWidth, first ? sum[i][1] : Load(place + kWidth) + sum[i][1]);
         }
       }
     }
@@ -138,28 +149,35 @@ struct Loops {
     *part = sum * (r * r) + r;
   }
 
-  static void Weigh(T* tile, std::int64_t rows, std::int64_t columns, const T* weights,
-                    const T* scales, std::int64_t scale_count, Leave leave, double* sums) {
-    const T share = T{1} / static_cast<T>(scale_count);
+  static void Weigh(T* tile, std::int64_t rows, std::int64_t columns, bool upper,
+                    const Weighing<T>& weighing, double* sums) {
+    const T share = T{1} / static_cast<T>(weighing.scale_count);
     for (std::int64_t r = 0; r < rows; ++r) {
+      T* line = tile + r * kTileColumns;
+      const std::int64_t begin = upper ? r / kWidth * kWidth : 0;
+      for (std::int64_t c = 0; c < begin; ++c) line[c] = 0;
       Vector row_sum = {};
-      for (std::int64_t c = 0; c < columns; c += kWidth) {
-        T* place = tile + r * kTileColumns + c;
-        const Vector distance = Load(place), weight = Load(weights + c);
+      for (std::int64_t c = begin; c < columns; c += kWidth) {
+        const Vector distance = Load(line + c);
+        Vector weight = Load(weighing.column_weights + c);
+        if (upper && c < r) {
+          for (std::int64_t i = 0; c + i < r; ++i) weight[i] = 0;
+        }
         Vector less_one = {}, slope = {}, kernel = {};
-        for (std::int64_t s = 0; s < scale_count; ++s) {
-          const Vector z = distance * scales[s];
+        for (std::int64_t s = 0; s < weighing.scale_count; ++s) {
+          const Vector z = distance * weighing.scales[s];
           Vector power, part;
           Split(z, &power, &part);
-          const Vector minus_one = z > C::kLimit ? Vector{} - T{1} : power * part + (power - T{1});
           const Vector value = z > C::kLimit ? Vector{} : power * part + power;
-          less_one += minus_one;
-          slope += value * scales[s];
+          less_one += power * part + (power - T{1});  // -1 beyond the limit
+          slope += value * weighing.scales[s];
           kernel += value;
         }
         row_sum += weight * less_one;
-        if (leave == Leave::kSlope) Store(place, weight * slope);
-        if (leave == Leave::kKernel) Store(place, kernel * share);
+        if (weighing.leave == Leave::kSlope) {
+          Store(line + c, weighing.row_weights[r] * weight * slope);
+        }
+        if (weighing.leave == Leave::kKernel) Store(line + c, kernel * share);
       }
       double sum = 0;
       for (std::int64_t i = 0; i < kWidth; ++i) sum += static_cast<double>(row_sum[i]);
@@ -167,34 +185,76 @@ struct Loops {
     }
   }
 
-  static void Gradient(const T* u, const T* v, std::int64_t padded, std::int64_t rows,
-                       std::int64_t columns, const T* tile, double factor, double* gradient) {
-    for (std::int64_t k = 0; k < padded; k += kPanel) {
-      for (std::int64_t r = 0; r < rows; r += kSlopeRows) {
-        Vector sum[kSlopeRows][2] = {}, own[kSlopeRows][2];
+  // high + low += part, exactly but for the rounding of `low`.
+  static void AddTo(const SumRows<T>& sums, std::int64_t row, std::int64_t k, std::int64_t count,
+                    Vector part) {
+    T* high = sums.high + row * sums.stride + k;
+    T* low = sums.low + row * sums.stride + k;
+    const Vector before = LoadPart(high, count);
+    const Vector after = before + part;
+    const Vector added = after - before;
+    const Vector lost = (before - (after - added)) + (part - added);
+    StorePart(high, after, count);
+    StorePart(low, LoadPart(low, count) + lost, count);
+  }
+
+  // One vector of elements at a time: it is gathered from all rows v, and walked over by four rows
+  // u in registers. A difference serves both sums, which differ in its sign alone.
+  template <bool kToU, bool kToV>
+  static void Slopes(const RowBlock<T>& u, const RowBlock<T>& v, std::int64_t width, const T* tile,
+                     bool upper, T factor, const SumRows<T>& u_sums, const SumRows<T>& v_sums) {
+    static constexpr T kZeros[kTileColumns] = {};
+    Vector there[kTileColumns], back[kTileColumns];
+    for (std::int64_t k = 0; k < width; k += kWidth) {
+      const std::int64_t count = width - k < kWidth ? width - k : kWidth;
+      for (std::int64_t c = 0; c < v.count; ++c) {
+        there[c] = LoadPart(v.data + c * v.stride + k, count);
+        back[c] = Vector{};
+      }
+      for (std::int64_t r = 0; r < u.count; r += kSlopeRows) {
+        Vector own[kSlopeRows], sum[kSlopeRows] = {};
         const T* slope[kSlopeRows];
         for (std::int64_t i = 0; i < kSlopeRows; ++i) {
-          const std::int64_t row = r + i < rows ? r + i : rows - 1;
-          own[i][0] = Load(u + row * padded + k);
-          own[i][1] = Load(u + row * padded + k + kWidth);
-          slope[i] = tile + row * kTileColumns;
+          const bool inside = r + i < u.count;
+          own[i] = LoadPart(u.data + (inside ? r + i : r) * u.stride + k, count);
+          slope[i] = inside ? tile + (r + i) * kTileColumns : kZeros;
         }
-        for (std::int64_t c = 0; c < columns; ++c) {
-          const Vector v0 = Load(v + c * padded + k), v1 = Load(v + c * padded + k + kWidth);
-#pragma GCC unroll 3
+        for (std::int64_t c = upper ? r : 0; c < v.count; ++c) {
+          Vector given = back[c];
+#pragma GCC unroll 4
           for (std::int64_t i = 0; i < kSlopeRows; ++i) {
-            sum[i][0] += (v0 - own[i][0]) * slope[i][c];
-            sum[i][1] += (v1 - own[i][1]) * slope[i][c];
+            const Vector push = (there[c] - own[i]) * slope[i][c];
+            if constexpr (kToU) sum[i] += push;
+            if constexpr (kToV) given -= push;
+          }
+          if constexpr (kToV) back[c] = given;
+        }
+        if constexpr (kToU) {
+          for (std::int64_t i = 0; i < kSlopeRows && r + i < u.count; ++i) {
+            AddTo(u_sums, r + i, k, count, sum[i] * factor);
           }
         }
-        for (std::int64_t i = 0; i < kSlopeRows; ++i) {
-          T part[kPanel];
-          Store(part, sum[i][0]);
-          Store(part + kWidth, sum[i][1]);
-          double* to = gradient + (r + i) * padded + k;
-          for (std::int64_t c = 0; c < kPanel; ++c) to[c] += factor * static_cast<double>(part[c]);
-        }
       }
+      if constexpr (kToV) {
+        for (std::int64_t c = 0; c < v.count; ++c) AddTo(v_sums, c, k, count, back[c] * factor);
+      }
+    }
+  }
+
+  static void Gradient(const RowBlock<T>& u, const RowBlock<T>& v, std::int64_t width,
+                       const T* tile, bool upper, T factor, const SumRows<T>& u_sums,
+                       const SumRows<T>& v_sums) {
+    const bool to_u = u_sums.high != nullptr, to_v = v_sums.high != nullptr;
+    if (to_u && to_v) Slopes<true, true>(u, v, width, tile, upper, factor, u_sums, v_sums);
+    if (to_u && !to_v) Slopes<true, false>(u, v, width, tile, upper, factor, u_sums, v_sums);
+    if (!to_u && to_v) Slopes<false, true>(u, v, width, tile, upper, factor, u_sums, v_sums);
+  }
+
+  static void Finish(const SumRows<T>& sums, std::int64_t count, std::int64_t width) {
+    for (std::int64_t r = 0; r < count; ++r) {
+      T* high = sums.high + r * sums.stride;
+      const T* low = sums.low + r * sums.stride;
+      for (std::int64_t k = 0; k < width; ++k) high[k] += low[k];
     }
   }
 };
@@ -202,7 +262,7 @@ struct Loops {
 template <typename T>
 constexpr TileKernels<T> Table() {
   using L = Loops<T>;
-  return {L::kPanel, &L::Pack, &L::Distances, &L::Weigh, &L::Gradient};
+  return {&L::Pack, &L::Distances, &L::Weigh, &L::Gradient, &L::Finish};
 }
 
 }  // namespace

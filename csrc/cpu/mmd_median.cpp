@@ -61,6 +61,7 @@ template <typename T>
 double MedianSquaredDistance(const Matrix<T>& x, const Matrix<T>& y, Isa isa, int threads) {
   using Bits = typename DigitCount<T>::Bits;
   const Pool<T> pool(x, y, isa);
+  const std::vector<Block> blocks = BlocksOf(pool);
   const std::int64_t count = x.count + y.count;
   const std::int64_t pairs = count * (count - 1) / 2;
   // Few pairs: less to clear and to search. Many: fewer rounds of distances.
@@ -72,17 +73,17 @@ double MedianSquaredDistance(const Matrix<T>& x, const Matrix<T>& y, Isa isa, in
     low -= bits;
     DigitCount<T> all(low, bits, prefix);
     std::mutex mutex;
-    const double work = static_cast<double>(pairs) * static_cast<double>(pool.stride + 4);
+    const double work = static_cast<double>(pairs) * static_cast<double>(pool.width + 4);
     Share(work, threads, [&](std::atomic<std::int64_t>& next) {
       Tile<T> tile(pool);
       DigitCount<T> own(low, bits, prefix);
-      for (std::int64_t i; (i = kTileRows * next++) < count;) {
-        const std::int64_t rows = std::min(kTileRows, count - i);
-        for (std::int64_t j = i; j < count; j += kTileColumns) {
-          const std::int64_t columns = std::min(kTileColumns, count - j);
-          const T* values = tile.Distances(pool.row(0, i), rows, pool.row(0, j), columns);
+      for (std::size_t i; (i = static_cast<std::size_t>(next++)) < blocks.size();) {
+        const std::int64_t rows = blocks[i].count();
+        for (std::size_t j = i; j < blocks.size(); ++j) {
+          const std::int64_t columns = blocks[j].count();
+          const T* values = tile.Distances(blocks[i], blocks[j], i == j);
           for (std::int64_t r = 0; r < rows; ++r) {
-            const std::int64_t skip = std::clamp<std::int64_t>(i + r + 1 - j, 0, columns);
+            const std::int64_t skip = i == j ? r + 1 : 0;
             own.Add(values + r * kTileColumns + skip, columns - skip);
           }
         }

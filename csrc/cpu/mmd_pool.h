@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <type_traits>
+#include <vector>
 
 #include "cpu/mmd.h"
 #include "cpu/mmd_tiles.h"
@@ -31,44 +32,70 @@ const TileKernels<T>& KernelsOf(Isa isa) {
   if constexpr (!kSingle) return portable::kDouble;
 }
 
-// The rows of x, then those of y, padded with zeros.
+// A block of consecutive rows of one side: 0 is x, 1 is y.
+struct Block {
+  int side;
+  std::int64_t begin, end;
+
+  std::int64_t count() const { return end - begin; }
+};
+
+// Both row sets, copied only where a row's elements are not next to each other.
 template <typename T>
 struct Pool {
   Pool(const Matrix<T>& x, const Matrix<T>& y, Isa isa)
-      : kernels(KernelsOf<T>(isa)),
-        width(x.width),
-        stride((x.width + kernels.padding - 1) / kernels.padding * kernels.padding),
-        count{x.count, y.count},
-        rows(std::make_unique_for_overwrite<T[]>(
-            static_cast<std::size_t>((x.count + y.count) * stride))) {
-    Copy(x, rows.get());
-    Copy(y, rows.get() + x.count * stride);
+      : kernels(KernelsOf<T>(isa)), width(x.width), count{x.count, y.count} {
+    Take(x, 0);
+    Take(y, 1);
   }
 
-  // Row `index` of side 0 (x) or 1 (y).
-  const T* row(int side, std::int64_t index) const {
-    return rows.get() + (side * count[0] + index) * stride;
+  RowBlock<T> rows(const Block& block) const {
+    return {data[block.side] + block.begin * stride[block.side], stride[block.side], block.count()};
   }
 
   const TileKernels<T>& kernels;
-  std::int64_t width, stride;
+  std::int64_t width;
   std::int64_t count[2];
-  std::unique_ptr<T[]> rows;
 
  private:
-  void Copy(const Matrix<T>& from, T* to) const {
+  void Take(const Matrix<T>& from, int side) {
+    data[side] = from.data;
+    stride[side] = from.stride[0];
+    if (from.stride[1] == 1 || width == 1) return;
+    copies[side] =
+        std::make_unique_for_overwrite<T[]>(static_cast<std::size_t>(from.count * width));
+    T* to = copies[side].get();
+    data[side] = to;
+    stride[side] = width;
     for (std::int64_t i = 0; i < from.count; ++i) {
       const T* line = from.data + i * from.stride[0];
-      if (from.stride[1] == 1) {
-        std::copy_n(line, width, to);
-      } else {
-        for (std::int64_t k = 0; k < width; ++k) to[k] = line[k * from.stride[1]];
-      }
-      std::fill(to + width, to + stride, T{0});
-      to += stride;
+      for (std::int64_t k = 0; k < width; ++k) *to++ = line[k * from.stride[1]];
     }
   }
+
+  const T* data[2];
+  std::int64_t stride[2];
+  std::unique_ptr<T[]> copies[2];
 };
+
+// The blocks of both sides, or of those wanted: of a tile's rows, or fewer where there would be too
+// few blocks to share out. By the sizes alone, never by the number of threads.
+template <typename T>
+std::vector<Block> BlocksOf(const Pool<T>& pool, bool x = true, bool y = true) {
+  constexpr std::int64_t kEnough = 16;
+  constexpr double kSmall = 2e6;  // differences in a tile, below which it is not divided
+  const bool few = (pool.count[0] + pool.count[1]) / kTileRows < kEnough;
+  const bool large = static_cast<double>(kTileRows * kTileRows * pool.width) > kSmall;
+  const std::int64_t step = few && large ? kTileRows / 2 : kTileRows;
+  std::vector<Block> blocks;
+  for (int side = 0; side < 2; ++side) {
+    if (!(side == 0 ? x : y)) continue;
+    for (std::int64_t i = 0; i < pool.count[side]; i += step) {
+      blocks.push_back({side, i, std::min(i + step, pool.count[side])});
+    }
+  }
+  return blocks;
+}
 
 // One thread's memory for distances.
 template <typename T>
@@ -80,18 +107,18 @@ class Tile {
             static_cast<std::size_t>(kTileColumns * std::min(pool.width, kChunk)))),
         values_(std::make_unique_for_overwrite<T[]>(kTileRows * kTileColumns)) {}
 
-  // Squared distances of `rows` rows from u to `columns` rows from v.
-  T* Distances(const T* u, std::int64_t rows, const T* v, std::int64_t columns) {
+  // Squared distances between the rows of two blocks; of `upper`, see mmd_tiles.h.
+  T* Distances(const Block& rows, const Block& columns, bool upper = false) {
+    RowBlock<T> u = pool_.rows(rows), v = pool_.rows(columns);
     for (std::int64_t k = 0; k < pool_.width; k += kChunk) {
       const std::int64_t depth = std::min(kChunk, pool_.width - k);
-      pool_.kernels.pack(v + k, pool_.stride, columns, depth, panels_.get());
-      pool_.kernels.distances(u + k, pool_.stride, rows, panels_.get(), columns, depth, k == 0,
-                              values_.get());
+      pool_.kernels.pack(v, depth, panels_.get());
+      pool_.kernels.distances(u, panels_.get(), v.count, depth, k == 0, upper, values_.get());
+      u.data += depth;
+      v.data += depth;
     }
     return values_.get();
   }
-
-  T* values() const { return values_.get(); }
 
  private:
   const Pool<T>& pool_;

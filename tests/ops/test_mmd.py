@@ -19,7 +19,10 @@ _C = _native.extension()
 ISAS = _C.mmd_instruction_sets()
 BACKENDS = ["reference", "cpu"]
 BANDWIDTHS: list[Any] = [None, 0.7, [0.5, 1.0, 3.0], "median"]
-SHAPES = [(1, 1, 1), (3, 7, 2), (32, 32, 5), (129, 1, 7), (97, 131, 33), (100, 140, 129)]
+SHAPES = [
+    *((1, 1, 1), (3, 7, 2), (32, 32, 5), (129, 1, 7), (97, 131, 33), (100, 140, 129)),
+    *((385, 300, 3), (490, 300, 10), (101, 50, 230)),  # 9 and 10 blocks of 96, 5 of 48
+]
 
 # Kernel values: a few roundings of the distance and one of the exponential. Means and gradients:
 # sums of those, compared with the size of what is summed, for the sums of x and y cancel.

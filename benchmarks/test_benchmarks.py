@@ -1,0 +1,32 @@
+"""The cases of `python -m benchmarks` under pytest-benchmark: `pytest --benchmark-only [-k mmd]`.
+
+Peers are timed one after the other here: for ratios to rely on, take the harness, which interleaves
+them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from benchmarks import NAMES
+from benchmarks.harness import Maker
+
+
+def _peers() -> Iterator[Any]:
+    for name in NAMES:
+        for setup in importlib.import_module(f"benchmarks.bench_{name}").setups():
+            for peer, make in setup.peers.items():
+                yield pytest.param(setup.title, make, id=f"{setup.title}: {peer}")
+            for peer, reason in setup.skipped.items():
+                mark = pytest.mark.skip(reason=reason)
+                yield pytest.param("", None, id=f"{setup.title}: {peer}", marks=mark)
+
+
+@pytest.mark.parametrize(("group", "make"), list(_peers()))
+def test_peer(benchmark: Any, group: str, make: Maker) -> None:
+    benchmark.group = group
+    benchmark(make())

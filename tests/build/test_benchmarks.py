@@ -1,0 +1,82 @@
+"""What the benchmarks keep and draw; nothing is timed. Needs the source tree."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[2])
+if not (SOURCE / "benchmarks").is_dir():
+    pytest.skip("no source tree: set DIFFMIC_SOURCE", allow_module_level=True)
+
+
+@pytest.fixture
+def harness(tmp_path: Path) -> Iterator[Any]:
+    """The harness, which writes into tmp_path."""
+    sys.path.append(str(SOURCE))  # last: an installed diffmic_fast comes before the sources
+    try:
+        from benchmarks import harness
+
+        patch = pytest.MonkeyPatch()
+        patch.setattr(harness, "RESULTS", tmp_path)
+        yield harness
+        patch.undo()
+    finally:
+        sys.path.remove(str(SOURCE))
+
+
+def case(harness: Any, title: str, seconds: dict[str, float], **more: Any) -> Any:
+    timings = {name: harness.Timing(t, t, t, t, 3) for name, t in seconds.items()}
+    sizes: dict[str, int] = {}
+    return harness.Case(title, timings, "cpu", sizes, 0, 0.0, more.get("limits", {}), {})
+
+
+def test_results_hold_the_ratio_to_every_peer(harness: Any, tmp_path: Path) -> None:
+    limits = {"cpu": {"limit": 0.5}}
+    cases = [case(harness, "one", {"cpu": 1.0, "slow": 4.0, "limit": 0.5}, limits=limits)]
+    cases.append(case(harness, "two", {"cpu": 1.0, "other": 3.0}))
+    harness.write("made_up", cases)
+    kept = json.loads((tmp_path / "made_up.json").read_text())["cases"]
+    assert kept[0]["ratios"]["cpu"] == {"slow": 4.0, "limit": 0.5}
+    assert kept[0]["ratios"]["slow"]["cpu"] == 0.25
+    assert kept[0]["share_of_limit"] == {"cpu": 0.25}
+    with (tmp_path / "made_up.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["peer"] for line in lines] == ["cpu", "slow", "limit", "cpu", "other"]
+    assert lines[0]["times slow"] == "4" and lines[0]["times other"] == ""
+    assert lines[3]["times other"] == "3" and lines[0]["share_of_limit"] == "0.2500"
+    assert all(line["torch"] for line in lines)
+
+
+def test_a_run_is_what_was_set_up(harness: Any) -> None:
+    calls = []
+    peers = {
+        "a": lambda: lambda: calls.append("a"),
+        "b": lambda: lambda: calls.append("b"),
+    }
+    made = harness.Setup("title", peers, "a", effort=0.5, copy=("b", 8), skipped={"c": "is away"})
+    (found,) = harness.run([made], 6)
+    assert list(found.timings) == ["a"] and found.bound > 0 and found.skipped == {"c": "is away"}
+    assert calls.count("b") > 3
+
+
+def test_the_committed_results_can_be_drawn(harness: Any, tmp_path: Path) -> None:
+    from benchmarks import plots
+
+    for name in ("denoise", "mmd"):
+        content = (SOURCE / "benchmarks" / "results" / f"{name}.json").read_text()
+        (tmp_path / f"{name}.json").write_text(content)
+    drawn = plots.draw(tmp_path)
+    assert [path.name for path in drawn] == [
+        "denoise_rows.png",
+        "denoise_steps.png",
+        "mmd_rows.png",
+    ]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
