@@ -35,12 +35,18 @@ def setups() -> Iterator[Setup]:
     }
     copied = 2**21
     for title, make, moved in (
-        ("training, 3 x 32 rows, forward and backward", partial(_training, True), _bytes(3, True, True)),
+        (
+            "training, 3 x 32 rows, forward and backward",
+            partial(_training, True),
+            _bytes(3, True, True),
+        ),
         ("the same without gamma's gradient", partial(_training, False), _bytes(3, True, False)),
         ("eval, 32 rows, forward", partial(_eval, BATCH), _bytes(1, False, False)),
         ("eval, 1 row, forward", partial(_eval, 1), 0),
     ):
-        makers: dict[str, Maker] = {name: partial(_make, make, call) for name, call in peers.items()}
+        makers: dict[str, Maker] = {
+            name: partial(_make, make, call) for name, call in peers.items()
+        }
         makers["cpu, 1 thread"] = partial(_on_one_thread, make, peers["cpu"])
         makers["copy"] = partial(_copy, copied)
         yield Setup(
