@@ -68,8 +68,8 @@ def _model_options() -> argparse.ArgumentParser:
     options.add_argument("--samples", type=_positive, help="chains an image (default: config's)")
     options.add_argument("--seed", type=int, help="seed of the noise (default: config's)")
     options.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32",
-        help="of the chain, and of the convolutions where the device has such instructions "
+        "--precision", choices=("fp32", "bf16", "int8"), default="fp32",
+        help="of the chain; bf16 of the convolutions too, where the device has such instructions "
         "(default: fp32)",
     )  # fmt: skip
     options.add_argument(

@@ -44,7 +44,7 @@ def test_every_operation_has_a_reference() -> None:
 def test_auto_takes_the_kernel_that_can_serve() -> None:
     assert resolve("rois", "auto", CPU) == "cpu"
     assert resolve("rois", "auto", torch.device("cuda")) == "reference"
-    assert resolve("conditioning", "auto", CPU) == "reference"
+    assert resolve("conditional_linear", "auto", CPU) == "reference"
 
 
 def test_an_unknown_name_lists_the_names() -> None:
@@ -54,9 +54,9 @@ def test_an_unknown_name_lists_the_names() -> None:
 
 def test_a_named_backend_that_does_not_exist_raises() -> None:
     with pytest.raises(
-        RuntimeError, match=r"conditioning: backend=\"cpu\" cannot serve: there is no cpu"
+        RuntimeError, match=r"conditional_linear: backend=\"cpu\" cannot serve: there is no cpu"
     ):
-        resolve("conditioning", "cpu", CPU)
+        resolve("conditional_linear", "cpu", CPU)
     for name in ("cuda", "triton", "cuda-emulated"):
         with pytest.raises(RuntimeError, match=f"rois: .*there is no {name} implementation"):
             resolve("rois", name, CPU)
@@ -71,7 +71,7 @@ def test_without_the_extension_auto_says_so_once(no_extension: None) -> None:
     with pytest.warns(RuntimeWarning, match=f"rois: using the slower reference.*{REASON}"):
         assert resolve("rois", "auto", CPU) == "reference"
     assert resolve("rois", "auto", CPU) == "reference"  # a second warning would be an error
-    assert resolve("conditioning", "auto", CPU) == "reference"
+    assert resolve("conditional_linear", "auto", CPU) == "reference"
     with pytest.raises(RuntimeError, match=f"cannot serve: the compiled extension.*{REASON}"):
         resolve("rois", "cpu", CPU)
 
@@ -101,15 +101,15 @@ def test_the_variable_says_once_where_an_operation_has_no_such_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DIFFMIC_BACKEND", "cpu")
-    with pytest.warns(RuntimeWarning, match="conditioning: DIFFMIC_BACKEND=cpu does not apply"):
-        assert resolve("conditioning", "auto", CPU) == "reference"
-    assert resolve("conditioning", "auto", CPU) == "reference"
+    with pytest.warns(RuntimeWarning, match="conditional_linear: DIFFMIC_BACKEND=cpu does not apply"):
+        assert resolve("conditional_linear", "auto", CPU) == "reference"
+    assert resolve("conditional_linear", "auto", CPU) == "reference"
 
 
 def test_resolve_is_a_constant_of_a_compiled_graph() -> None:
     @torch.compile(fullgraph=True, backend="eager")
     def add(x: torch.Tensor) -> torch.Tensor:
-        return x + (1 if resolve("conditioning", "auto", x.device) == "reference" else 2)
+        return x + (1 if resolve("conditional_linear", "auto", x.device) == "reference" else 2)
 
     assert add(torch.zeros(2)).tolist() == [1, 1]
 
