@@ -101,7 +101,9 @@ def test_the_variable_says_once_where_an_operation_has_no_such_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DIFFMIC_BACKEND", "cpu")
-    with pytest.warns(RuntimeWarning, match="conditional_linear: DIFFMIC_BACKEND=cpu does not apply"):
+    with pytest.warns(
+        RuntimeWarning, match="conditional_linear: DIFFMIC_BACKEND=cpu does not apply"
+    ):
         assert resolve("conditional_linear", "auto", CPU) == "reference"
     assert resolve("conditional_linear", "auto", CPU) == "reference"
 

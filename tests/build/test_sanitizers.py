@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,13 +48,17 @@ def test_kernels(tmp_path: Path, sanitizers: str) -> None:
         subprocess.run([str(tmp_path / "empty")], check=True)
     except subprocess.CalledProcessError:
         pytest.skip(f"{COMPILER} has no working -fsanitize={sanitizers} here")
-    objects = []
-    for path in sorted((SOURCE / "csrc" / "cpu").glob("*.cpp")):
+
+    def compile_kernels(path: Path) -> str:
         flags = next((f for name, f in SETS.items() if path.stem.endswith(name)), [])
         if platform.machine() not in ("x86_64", "AMD64"):
             flags = []
-        objects.append(str(tmp_path / f"{path.stem}.o"))
-        compile_with(sanitizers, [*flags, "-c", str(path), "-o", objects[-1]])
+        compiled = str(tmp_path / f"{path.stem}.o")
+        compile_with(sanitizers, [*flags, "-c", str(path), "-o", compiled])
+        return compiled
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_kernels, sorted((SOURCE / "csrc" / "cpu").glob("*.cpp"))))
     assert len(PROGRAMS) >= 3
     for path in PROGRAMS:
         program = str(tmp_path / path.stem)
