@@ -60,7 +60,7 @@ class Line:
     """Median seconds, and quartiles, over a size."""
 
     points: dict[int, tuple[float, float, float]] = field(default_factory=dict)
-    dashed: bool = False
+    style: str = "-"
     limit: bool = False
 
     def columns(self) -> tuple[list[int], list[float], list[float], list[float]]:
@@ -117,7 +117,8 @@ def _over_steps(cases: Cases, machine: Mapping[str, Any], path: Path) -> Path:
     for case, sizes in cases:
         for peer, timing in case["timings"].items():
             _add(lines, peer, sizes["steps"], timing, 1)
-            lines[peer].dashed = peer.endswith("one after the other")
+            if not peer.endswith("windows"):
+                lines[peer].style = "--" if peer.endswith("one after the other") else "-."
     title = "denoise, one image: the steps of a chain"
     return _picture(lines, title, "timesteps of the chain, T", "time per chain", machine, path)
 
@@ -130,7 +131,8 @@ def _over_mmd_rows(cases: Cases, machine: Mapping[str, Any], path: Path) -> Path
         for peer, timing in case["timings"].items():
             if not peer.startswith("limit: ") and peer != "cpu, 1 thread":
                 _add(lines, peer, sizes["rows"], timing, 1)
-                lines[peer].dashed = peer.endswith(", online")  # of geomloss, in its colour
+                if peer.endswith(", online"):  # of geomloss, in its colour
+                    lines[peer].style = "--"
         _add_limits(lines, case, sizes["rows"], 1)
     title = "mmd of two sets of n rows, d = 64: value and both gradients"
     return _picture(lines, title, "rows in each set, n", "time per call", machine, path)
@@ -146,7 +148,7 @@ def _add_limits(lines: dict[str, Line], case: Mapping[str, Any], at: int, by: in
     for peer, bounds in case.get("limits", {}).items():
         least = max(f * case["timings"][bound]["median"] for bound, f in bounds.items()) / by
         name = "limit" if peer == "cpu" else f"limit, {peer}"
-        line = lines.setdefault(name, Line(dashed=True, limit=True))
+        line = lines.setdefault(name, Line(limit=True))
         line.points[at] = (least, least, least)
 
 
@@ -164,7 +166,7 @@ def _picture(
         at, median, low, high = line.columns()
         colour, own = _colour(name), name.split(", ")[0] in _OWN
         width = 1.3 if line.limit else 2.6 if own else 1.6
-        style = ":" if line.limit else "--" if line.dashed else "-"
+        style = ":" if line.limit else line.style
         marker = "" if line.limit and len(at) > 1 else "o"
         axes.plot(at, median, style, color=colour, linewidth=width, marker=marker, markersize=4)
         axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
