@@ -221,6 +221,12 @@ std::int64_t Denoise(py::handle features, py::handle prior, py::handle guidance,
     }
   } else {
     chain.noise = arrays.Compact(noise, "noise", {steps.count, rows, classes});
+    // noise[0] makes the beginning and noise[i] is z of step i - 1: there is none for the last.
+    if (steps.count > 0 && !(steps.sigma[steps.count - 1] == 0.0f)) {
+      throw py::value_error(Text(kOperation,
+                                 ": with noise, the last step must take none: its sigma is ",
+                                 steps.sigma[steps.count - 1]));
+    }
   }
   const auto result = TensorView::Output(out, kOperation, "out");
   result.OfType({DType::kFloat32}).OfShape({rows, classes});

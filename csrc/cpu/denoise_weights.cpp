@@ -81,11 +81,13 @@ PackedWeights::PackedWeights(const HiddenWeights& weights, Precision precision,
   if (precision == Precision::kInt8) unit_scale_.resize(static_cast<std::size_t>(2 * features_));
   fingerprint_ = SumOverChunks(features_, threads, [&](int layer, std::int64_t chunk, int units) {
     const std::int64_t first = chunk * kChunk;
+    // First, so that what is written meanwhile differs from it at the next call.
+    const std::uint64_t fingerprint = RowsFingerprint(weights, layer, first, units);
     kernels.pack_chunk(
         precision, weights.weight[layer] + first * weights.stride[layer], weights.stride[layer],
         units, features_, chunks_.get() + layer * layer_bytes_ + chunk * chunk_bytes,
         unit_scale_.empty() ? nullptr : unit_scale_.data() + layer * features_ + first);
-    return RowsFingerprint(weights, layer, first, units);
+    return fingerprint;
   });
 }
 
@@ -98,14 +100,21 @@ std::uint64_t Fingerprint(const HiddenWeights& weights, int threads) {
 std::shared_ptr<const PackedWeights> WeightCache::Get(const HiddenWeights& weights,
                                                       Precision precision,
                                                       const DenoiseKernels& kernels, int threads) {
-  const std::lock_guard lock(mutex_);
-  std::shared_ptr<const PackedWeights>& set = sets_[{precision, &kernels}];
+  const auto exchange = [&](std::shared_ptr<const PackedWeights>* set, bool put) {
+    const std::lock_guard lock(mutex_);  // for no longer than this
+    std::shared_ptr<const PackedWeights>& kept = sets_[{precision, &kernels}];
+    put ? kept = *set : * set = kept;
+  };
+  std::shared_ptr<const PackedWeights> set;
+  exchange(&set, false);
   if (set != nullptr && set->features() == weights.features &&
       set->fingerprint() == Fingerprint(weights, threads)) {
     return set;
   }
-  set.reset();  // its memory first
+  set.reset();
+  exchange(&set, true);  // the old ones' memory first
   set = std::make_shared<PackedWeights>(weights, precision, kernels, threads);
+  exchange(&set, true);
   return set;
 }
 

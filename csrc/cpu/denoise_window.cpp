@@ -54,7 +54,9 @@ class Path {
         classes_(classes),
         prior_(chain.prior + row * classes),
         states_(static_cast<std::size_t>((steps.count + 1) * classes)),
-        noise_(static_cast<std::size_t>((steps.count + 1) * classes)) {
+        noise_(static_cast<std::size_t>((steps.count + 1) * classes)),
+        guess_(static_cast<std::size_t>(classes)) {
+    last_eps_.reserve(guess_.size());  // nothing is allocated among the threads
     for (std::int64_t moment = 0; moment <= steps.count; ++moment) {
       if (moment > 0 && !(steps.sigma[moment - 1] > 0.0f)) continue;
       Draw(chain, steps, moment, row, 1, classes, noise_.data() + moment * classes);
@@ -118,7 +120,7 @@ class Path {
   float tolerance_;
   std::int64_t row_, classes_;
   const float* prior_;
-  std::vector<float> states_, noise_, last_eps_, guess_;
+  std::vector<float> states_, noise_, guess_, last_eps_;
   std::int64_t begin_ = 0;  // states up to this one are the chain's own
   std::int64_t end_ = 0;    // past the last step evaluated
   std::int64_t known_ = 1;  // states below this one are there, own or guessed
@@ -195,8 +197,8 @@ bool DenoiseWindows(const DenoiserWeights& weights, const Steps& steps, const Ch
 
   for (std::int64_t first = 0; first < chain.rows && !watch.stopped(); first += together) {
     std::vector<Path> paths;
-    // Of the clock's choice, or fixed.
-    WindowSize window(options.tolerance > 0.0f ? most : kFirstRows / together, most);
+    WindowSize window(kFirstRows / together, most);
+    const bool fixed = options.tolerance > 0.0f;
     for (std::int64_t row = first; row < std::min(first + together, chain.rows); ++row) {
       paths.emplace_back(steps, chain, row, classes, options.tolerance);
     }
@@ -205,7 +207,7 @@ bool DenoiseWindows(const DenoiserWeights& weights, const Steps& steps, const Ch
       count = 0;
       for (Path& path : paths) {
         if (path.done()) continue;
-        path.Open(window.get());
+        path.Open(fixed ? most : window.get());
         for (std::int64_t i = path.begin(); i < path.end(); ++i, ++count) {
           const auto row = static_cast<std::size_t>(count);
           std::copy_n(path.state(i), classes, y.data() + count * classes);

@@ -10,7 +10,6 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -43,8 +42,8 @@ void ParallelFor(std::int64_t count, int threads, std::int64_t grain, const Body
   std::int64_t started = 1;
   try {
     for (; started < parts; ++started) workers.emplace_back(run, started);
-  } catch (const std::system_error&) {
-    // The system gives no further thread: the parts left over are done here.
+  } catch (const std::exception&) {
+    // The system gives no further thread, or no memory for one: the parts left over are done here.
   }
   run(0);
   for (std::int64_t part = started; part < parts; ++part) run(part);

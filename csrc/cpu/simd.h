@@ -100,14 +100,16 @@ inline Vec Odd(Pairs a) {
   return {
       _mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))))};
 }
-// Rounded to bfloat16, to nearest even, and widened again; not-a-numbers stay so.
+// Rounded to bfloat16, to nearest even, and widened again; not-a-numbers stay so, made quiet, since
+// what tells a signalling one from infinity may be in the bits cut off.
 inline Vec RoundToBFloat16(Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7FFF));
   const __m512i cut = _mm512_and_si512(up, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
-  return {_mm512_mask_mov_ps(_mm512_castsi512_ps(cut), nan, a.v)};
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x00400000));
+  return {_mm512_castsi512_ps(_mm512_mask_mov_epi32(cut, nan, quiet))};
 }
 // What RoundToBFloat16 gave, as bfloat16.
 inline void StoreBFloat16(std::uint16_t* p, Vec a) {
@@ -185,7 +187,8 @@ inline Vec RoundToBFloat16(Vec a) {
   const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7FFF));
   const __m256i cut = _mm256_and_si256(up, _mm256_set1_epi32(static_cast<int>(0xFFFF0000u)));
   const __m256 nan = _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q);
-  return {_mm256_blendv_ps(_mm256_castsi256_ps(cut), a.v, nan)};
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+  return {_mm256_blendv_ps(_mm256_castsi256_ps(cut), _mm256_castsi256_ps(quiet), nan)};
 }
 inline void StoreBFloat16(std::uint16_t* p, Vec a) {
   const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(a.v), 16);
@@ -286,7 +289,8 @@ inline Vec Odd(Pairs a) { return {FromBits(a.v & static_cast<std::int32_t>(0xFFF
 inline Vec RoundToBFloat16(Vec a) {
   const Integers bits = Bits(a.v);
   const Integers up = bits + ((bits >> 16) & 1) + 0x7FFF;
-  return {Select(a.v == a.v, FromBits(up & static_cast<std::int32_t>(0xFFFF0000u)), a.v)};
+  return {Select(a.v == a.v, FromBits(up & static_cast<std::int32_t>(0xFFFF0000u)),
+                 FromBits(bits | 0x00400000))};
 }
 inline void StoreBFloat16(std::uint16_t* p, Vec a) {
   const Integers bits = Bits(a.v);

@@ -8,7 +8,7 @@
 
 #include <atomic>
 #include <cstdint>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -30,8 +30,8 @@ class Team {
           body(rank);
         });
       }
-    } catch (const std::system_error&) {
-      // The system gives no further thread: those there are do the work.
+    } catch (const std::exception&) {
+      // The system gives no further thread, or no memory for one: those there are do the work.
     }
     size_ = static_cast<int>(workers.size()) + 1;
     gate_.store(1);

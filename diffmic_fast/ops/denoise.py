@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -80,8 +81,8 @@ def denoise(
         tolerance: how far a state of a chain may still move, from one reading of the weights to the next, when the
             steps of a window are taken as settled; backend "cpu" only. More than 0, it gives up the bits of the
             sequential chain, and that a row does not depend on the number of rows, for fewer readings: y_0 then
-            differs from the sequential chain's by about the tolerance. The window is then taken as it is (default:
-            what makes 16 rows of the chains, if there are enough steps).
+            differs from the sequential chain's by about the tolerance. The window is then taken as it is, up to 192
+            rows of a reading (default: what makes 16 rows of the chains, if there are enough steps).
         progress: called with (steps done, steps in all) every tenth of a second or so; blocks of 192 rows go through
             the chain one after the other, and their steps are counted together. Backend "cpu" only. An exception
             there, as Ctrl-C anywhere, stops the chain.
@@ -146,6 +147,16 @@ def denoise(
 # The packed weights of a model live and die with its first hidden weight.
 _caches: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _caches_lock = threading.Lock()
+
+
+def _forget_caches() -> None:
+    """In a forked child, whose locks may be held by threads that it does not have."""
+    global _caches, _caches_lock
+    _caches, _caches_lock = WeakIdKeyDictionary(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_caches)
 
 
 def _cache(weights: Sequence[Tensor]) -> object:

@@ -144,7 +144,7 @@ void CheckAll(Isa isa) {
   }
   CheckValue<T>(isa, {5, 230, 129}, several, true, true);
   CheckValue<T>(isa, {487, 395, 9}, several, true, true);  // odd and even numbers of blocks
-  CheckValue<T>(isa, {13, 14, 4099}, one, false, false);  // wide rows, whose blocks are smaller
+  CheckValue<T>(isa, {13, 14, 4099}, one, false, false);   // wide rows, whose blocks are smaller
   for (const Size& size : {Size{1, 1, 1}, Size{97, 131, 33}, Size{130, 5, 200}}) {
     CheckKernelMatrix<T>(isa, size, one);
     CheckKernelMatrix<T>(isa, size, several);

@@ -202,7 +202,11 @@ def test_windows_need_fewer_readings_of_the_weights() -> None:
     steps = make_steps(SCHEDULE, "ddpm")
     assert count_sweeps(weights, inputs, steps, window=1) == T
     assert count_sweeps(weights, inputs, steps, window=32) <= T - 5
-    assert count_sweeps(weights, inputs, steps, window=32, tolerance=1e-5) <= T // 3
+    sweeps = [
+        count_sweeps(weights, inputs, steps, window=w, tolerance=1e-5) for w in (4, 7, 12, 32)
+    ]
+    assert sweeps == sorted(sweeps, reverse=True) and len(set(sweeps)) == 4
+    assert sweeps[-1] <= T // 3
 
 
 @pytest.mark.parametrize(
@@ -394,6 +398,19 @@ def test_what_cannot_be_served_by_name_is_refused() -> None:
         for window in (0, 193):
             with pytest.raises(ValueError, match=rf"window must be in \[1, 192\], got {window}"):
                 denoise(*inputs, weights, steps, window=window)
+
+
+def test_noise_that_the_last_step_would_lack_is_refused() -> None:
+    weights, inputs = make_weights(20, 3), make_inputs(2, 20, 3)
+    steps = make_steps(SCHEDULE, "ddim", 4)
+    sigma = steps.sigma.clone()
+    sigma[-1] = 0.5
+    for window in (1, 4):
+        with torch.no_grad(), pytest.raises(ValueError, match="the last step must take none"):
+            denoise(
+                *inputs, weights, steps._replace(sigma=sigma), noise=torch.randn(4, 2, 3),
+                backend="cpu", window=window,
+            )  # fmt: skip
 
 
 def test_backend_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
