@@ -35,11 +35,8 @@ int UnitsOf(const DenoiserView& model, std::int64_t chunk) {
   return static_cast<int>(std::min(kChunk, model.features - chunk * kChunk));
 }
 
-// The type in which a layer leaves its activations: as the product behind takes them, or float32
-// where a row has to be whole before it can be made bytes.
-template <typename Product>
-using Left = std::conditional_t<Product::kScaled, float, typename Product::Activation>;
-
+// Leaves activations as the product behind takes them, or as float32 where a row has to be whole
+// before it can be made bytes.
 template <typename Product>
 void Leave(const DenoiserView& model, std::int64_t row, std::int64_t unit, Vec value, int count,
            void* out) {
@@ -47,7 +44,8 @@ void Leave(const DenoiserView& model, std::int64_t row, std::int64_t unit, Vec v
   if constexpr (Product::kScaled) {
     Float32Product::StoreActivations(reinterpret_cast<float*>(to) + unit, value, count);
   } else {
-    Product::StoreActivations(reinterpret_cast<Left<Product>*>(to) + unit, value, count);
+    Product::StoreActivations(reinterpret_cast<typename Product::Activation*>(to) + unit, value,
+                              count);
   }
 }
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from diffmic_fast import _native
 from diffmic_fast.checks import Arguments
 from diffmic_fast.ops._backend import asked_by_name, resolve
+from diffmic_fast.ops._layout import compact, with_unit_rows
 from diffmic_fast.ops.conditional_linear import check_layer
 from diffmic_fast.reference import conditioning as reference
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
@@ -104,31 +105,21 @@ _library.define(
 )
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """What DLPack can say and the kernel takes: the tensor itself where its rows have unit stride, else a copy."""
-    tensor = tensor.detach().resolve_neg()
-    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _compact(tensor: Tensor) -> Tensor:
-    return tensor.detach().resolve_neg().contiguous()
-
-
 def _inputs(
     x: Tensor, y_t: Tensor, guidance: Tensor, timesteps: Tensor, *layer: Tensor
 ) -> tuple[Any, ...]:
     weight, bias, gamma, norm_weight, norm_bias = layer
     return (
-        _rows(x),
+        with_unit_rows(x),
         y_t.detach().resolve_neg(),
         guidance.detach().resolve_neg(),
         timesteps,
         [
             weight.detach().resolve_neg(),
-            _compact(bias),
-            _rows(gamma),
-            _compact(norm_weight),
-            _compact(norm_bias),
+            compact(bias),
+            with_unit_rows(gamma),
+            compact(norm_weight),
+            compact(norm_bias),
         ],
     )
 
@@ -166,8 +157,8 @@ def _conditioning(
     h, statistics, mean, variance = _outputs(x, y_t, training)
     _native.extension().conditioning(
         *_inputs(x, y_t, guidance, timesteps, weight, bias, gamma, norm_weight, norm_bias),
-        _compact(running_mean),
-        _compact(running_var),
+        compact(running_mean),
+        compact(running_var),
         training,
         momentum,
         eps,
@@ -231,9 +222,9 @@ def _conditioning_backward(
     layer = (weight, bias, gamma, norm_weight, norm_bias)
     gradients = _gradient_outputs((x, y_t, guidance, *layer), wanted)
     _native.extension().conditioning_backward(
-        _rows(grad),
+        with_unit_rows(grad),
         *_inputs(x, y_t, guidance, timesteps, *layer),
-        _compact(statistics),
+        compact(statistics),
         training,
         eps,
         gradients,

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from diffmic_fast import _native
 from diffmic_fast.checks import Arguments
 from diffmic_fast.ops._backend import asked_by_name, resolve
+from diffmic_fast.ops._layout import compact, with_unit_rows
 from diffmic_fast.ops.conditional_linear import check_layer
 from diffmic_fast.reference import denoise as reference
 from diffmic_fast.reference.denoise import DenoiserWeights, StepTable
@@ -247,18 +248,18 @@ def _run(
         sample_ids = torch.zeros(rows, dtype=torch.int64)
     out = prior.new_empty(prior.shape)
     states = prior.new_empty((len(steps[0]) + 1, *prior.shape)) if trajectory else None
-    parts = [_rows(part) for part in weights]
+    parts = [with_unit_rows(part) for part in weights]
     _native.extension().denoise(
-        _rows(features),
-        _compact(prior),
-        _compact(guidance),
+        with_unit_rows(features),
+        compact(prior),
+        compact(guidance),
         [parts[i : i + 7] for i in (0, 7, 14)],
         eps,
         parts[21],
         parts[22],
-        [_compact(column) for column in steps],
+        [compact(column) for column in steps],
         start,
-        None if noise is None else _compact(noise),
+        None if noise is None else compact(noise),
         seed,
         image_ids.contiguous(),
         sample_ids.contiguous(),
@@ -321,16 +322,6 @@ def _(
 ) -> Tensor:
     shape = (steps[0].shape[0] + 1, *prior.shape) if trajectory else prior.shape
     return prior.new_empty(shape)
-
-
-def _compact(tensor: Tensor) -> Tensor:
-    return tensor.detach().resolve_neg().contiguous()
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor itself where its rows have unit stride, else a copy."""
-    tensor = tensor.detach().resolve_neg()
-    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _check_weights(args: Arguments, weights: DenoiserWeights, steps: StepTable) -> None:

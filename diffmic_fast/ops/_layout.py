@@ -1,0 +1,16 @@
+"""Tensors as the kernels take them: out of autograd's sight, no lazy signs, and laid out as they can read."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """The tensor itself where it is contiguous, else a copy."""
+    return tensor.detach().resolve_neg().contiguous()
+
+
+def with_unit_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself where its rows have unit stride, else a copy."""
+    tensor = tensor.detach().resolve_neg()
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
