@@ -8,7 +8,9 @@
 #include "build_config.h"
 #include "cpu/features.h"
 #if DIFFMIC_WITH_CUDA
+#include "cuda/bindings.h"
 #include "cuda/device.h"
+#include "cuda/error.h"
 #endif
 
 namespace py = pybind11;
@@ -75,5 +77,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("cuda_state", &diffmic::CudaState, "Driver and GPUs of this machine, as a dict.");
   m.def("cuda_serves", &diffmic::cuda::Serves, arg("architectures"), arg("major"), arg("minor"),
         "Whether code for these architectures runs on a GPU of this compute capability.");
+  auto cuda = m.def_submodule("cuda");
+  diffmic::cuda::BindAll(cuda);
 #endif
 }

@@ -6,6 +6,9 @@
 #include <iterator>
 
 #include "text.h"
+#if DIFFMIC_EMULATED
+#include "emulator/memory.h"
+#endif
 
 namespace py = pybind11;
 
@@ -50,6 +53,15 @@ std::string DeviceInWords(std::int32_t type, std::int32_t id) {
 // Page-locked host memory is ordinary memory to a CPU kernel.
 bool IsHost(std::int32_t type) {
   return type == dlpack::kDLCPU || type == dlpack::kDLCUDAHost || type == dlpack::kDLROCMHost;
+}
+
+// The memory of a GPU, or the host's in its place where kernels are emulated.
+bool IsDevice(std::int32_t type) {
+#if DIFFMIC_EMULATED
+  return type == dlpack::kDLCPU;
+#else
+  return type == dlpack::kDLCUDA || type == dlpack::kDLCUDAManaged;
+#endif
 }
 
 DType Classify(const dlpack::DLDataType& type) {
@@ -106,9 +118,11 @@ Managed* Take(py::handle capsule, const char* name, const char* used_name) {
   return managed;
 }
 
-py::object AskForCapsule(py::handle array) {
+py::object AskForCapsule(py::handle array, bool device) {
   const py::object method = array.attr("__dlpack__");
   try {
+    if (device)
+      return method(py::arg("stream") = -1, py::arg("max_version") = py::make_tuple(1, 0));
     return method(py::arg("max_version") = py::make_tuple(1, 0));
   } catch (py::error_already_set& error) {
     // Producers of the first protocol do not know the keyword.
@@ -164,14 +178,16 @@ const char* Name(DType dtype) {
   return "another type";
 }
 
-TensorView TensorView::Input(py::handle array, const char* operation, const char* name) {
-  TensorView view(operation, name);
+TensorView TensorView::Input(py::handle array, const char* operation, const char* name,
+                             Place place) {
+  TensorView view(operation, name, place);
   view.Import(array, /*writable=*/false);
   return view;
 }
 
-TensorView TensorView::Output(py::handle array, const char* operation, const char* name) {
-  TensorView view(operation, name);
+TensorView TensorView::Output(py::handle array, const char* operation, const char* name,
+                              Place place) {
+  TensorView view(operation, name, place);
   view.Import(array, /*writable=*/true);
   if (!view.is_compact()) {
     view.FailValue(Text("must be compact and row-major, got shape ", view.ShapeInWords(),
@@ -211,6 +227,11 @@ void TensorView::Import(py::handle array, bool writable) {
     throw py::error_already_set();
   }
   if (writable && read_only) FailValue("is read-only memory, and the operation writes to it");
+#if DIFFMIC_EMULATED
+  // What kernels may touch, and whether they may write there.
+  if (place_ == Place::kDevice)
+    emulator::Register(owner_, name_, first_byte_, past_last_byte_, writable);
+#endif
 }
 
 bool TensorView::ImportCapsule(py::handle array) {
@@ -218,8 +239,8 @@ bool TensorView::ImportCapsule(py::handle array) {
   const auto device = array.attr("__dlpack_device__")().cast<py::tuple>();
   const auto type = py::int_(device[0]).cast<std::int32_t>();
   const auto id = py::int_(device[1]).cast<std::int32_t>();
-  if (!IsHost(type)) FailValue(Text("must be on the CPU, got ", DeviceInWords(type, id)));
-  const py::object capsule = AskForCapsule(array);
+  CheckPlace(type, id);
+  const py::object capsule = AskForCapsule(array, place_ == Place::kDevice);
   if (PyCapsule_IsValid(capsule.ptr(), kVersioned)) {
     return Adopt(Take<DLManagedTensorVersioned>(capsule, kVersioned, kUsedVersioned));
   }
@@ -244,10 +265,8 @@ bool TensorView::Adopt(DLManagedTensorVersioned* managed) {
 }
 
 void TensorView::Describe(const DLTensor& tensor) {
-  if (!IsHost(tensor.device.device_type)) {
-    FailValue(Text("must be on the CPU, got ",
-                   DeviceInWords(tensor.device.device_type, tensor.device.device_id)));
-  }
+  CheckPlace(tensor.device.device_type, tensor.device.device_id);
+  device_ = place_ == Place::kDevice ? tensor.device.device_id : 0;
   dtype_ = Classify(tensor.dtype);
   dtype_name_ = DTypeInWords(tensor.dtype);
   if (tensor.ndim < 0 || (tensor.ndim > 0 && tensor.shape == nullptr)) {
@@ -305,6 +324,12 @@ void TensorView::Describe(const DLTensor& tensor) {
   }
 }
 
+void TensorView::CheckPlace(std::int32_t type, std::int32_t id) const {
+  if (place_ == Place::kHost ? IsHost(type) : IsDevice(type)) return;
+  FailValue(Text("must be on ", place_ == Place::kHost ? "the CPU" : "a CUDA device", ", got ",
+                 DeviceInWords(type, id)));
+}
+
 const TensorView& TensorView::OfType(std::initializer_list<DType> allowed) const {
   std::string names;
   std::size_t left = allowed.size();
@@ -333,6 +358,14 @@ const TensorView& TensorView::ApartFrom(const TensorView& other) const {
   const std::less<const char*> before;  // a total order, also between unrelated arrays
   if (before(first_byte_, other.past_last_byte_) && before(other.first_byte_, past_last_byte_)) {
     FailValue(Text("must not share memory with ", other.name_));
+  }
+  return *this;
+}
+
+const TensorView& TensorView::OnDeviceOf(const TensorView& other) const {
+  if (device_ != other.device_) {
+    FailValue(Text("must be on the device of ", other.name_, ", cuda:", other.device_,
+                   ", got cuda:", device_));
   }
   return *this;
 }

@@ -34,15 +34,22 @@ enum class DType : std::uint8_t {
 
 const char* Name(DType dtype);
 
+// Where an operation's memory has to be. In the build for the emulator of CUDA kernels the memory
+// of the host stands for a GPU's.
+enum class Place : std::uint8_t { kHost, kDevice };
+
 class TensorView {
  public:
   // Reads `array` for `operation` ("rois.cut_crops") as its argument `name` ("images").
   // Raises TypeError where the object is no array that can be read, ValueError where it is on
-  // another device than the CPU or its capsule is damaged.
-  static TensorView Input(pybind11::handle array, const char* operation, const char* name);
+  // another place or its capsule is damaged. A device's memory is read on the stream that is the
+  // producer's current one: no other is waited for.
+  static TensorView Input(pybind11::handle array, const char* operation, const char* name,
+                          Place place = Place::kHost);
 
   // The same for memory that is written: it must be writable, compact and row-major.
-  static TensorView Output(pybind11::handle array, const char* operation, const char* name);
+  static TensorView Output(pybind11::handle array, const char* operation, const char* name,
+                           Place place = Place::kHost);
 
   // Each check returns the view, so that an operation's demands read as one sentence.
   const TensorView& OfType(std::initializer_list<DType> allowed) const;        // TypeError
@@ -50,7 +57,10 @@ class TensorView {
   const TensorView& OfShape(std::initializer_list<std::int64_t> shape) const;  // ValueError
   const TensorView& ApartFrom(const TensorView& other) const;                  // ValueError
 
+  const TensorView& OnDeviceOf(const TensorView& other) const;  // ValueError
+
   DType dtype() const { return dtype_; }
+  int device() const { return device_; }  // number of the GPU, 0 on the host
   int rank() const { return static_cast<int>(shape_.size()); }
   std::int64_t size(int dim) const { return shape_[static_cast<std::size_t>(dim)]; }
   std::int64_t stride(int dim) const {
@@ -71,12 +81,14 @@ class TensorView {
   }
 
  private:
-  TensorView(const char* operation, const char* name) : operation_(operation), name_(name) {}
+  TensorView(const char* operation, const char* name, Place place)
+      : operation_(operation), name_(name), place_(place) {}
 
   void Import(pybind11::handle array, bool writable);
   bool ImportCapsule(pybind11::handle array);  // both: whether the memory is read-only
   bool Adopt(dlpack::DLManagedTensorVersioned* managed);
   void Describe(const dlpack::DLTensor& tensor);
+  void CheckPlace(std::int32_t type, std::int32_t id) const;
   std::string Label() const;  // "rois.cut_crops: images"
   std::string ShapeInWords() const;
   [[noreturn]] void FailValue(const std::string& rest) const;
@@ -84,6 +96,8 @@ class TensorView {
 
   const char* operation_;
   const char* name_;
+  Place place_;
+  int device_ = 0;
   std::shared_ptr<void> owner_;  // calls the producer's deleter once
   void* data_ = nullptr;
   const char* first_byte_ = nullptr;  // the range of memory that the elements lie in

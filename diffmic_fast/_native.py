@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import json
+import os
 from importlib import resources
 from types import ModuleType
 from typing import Any
@@ -64,3 +66,53 @@ def extension() -> ModuleType:
     if module is None:
         raise RuntimeError(f"the compiled extension is not available: {reason}")
     return module
+
+
+@functools.cache
+def attempt_emulated() -> tuple[ModuleType | None, str]:
+    """Try to load the emulated CUDA kernels, once a process: (module, "") or (None, the reason).
+
+    The module is no part of an installation: `tests/emulator` of the sources builds it, and the
+    variable ``DIFFMIC_EMULATED`` names the file.
+    """
+    path = os.environ.get("DIFFMIC_EMULATED")
+    if not path:
+        return None, "the variable DIFFMIC_EMULATED does not name what tests/emulator builds"
+    try:
+        spec = importlib.util.spec_from_file_location("_emulated", path)
+        if spec is None or spec.loader is None:
+            return None, f"DIFFMIC_EMULATED={path} is no extension module"
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except Exception as error:
+        return None, f"loading DIFFMIC_EMULATED={path} failed: {error}"
+    return module, ""
+
+
+def cuda_failure() -> str:
+    """Why the CUDA kernels cannot be used here; empty when they can."""
+    module, reason = attempt()
+    if module is None:
+        return f"the compiled extension is not available: {reason}"
+    if not hasattr(module, "cuda"):
+        record = build_record() or {}
+        why = record.get("cuda_reason") or "CUDA was off"
+        return f"the extension was built without CUDA: {why}"
+    return ""
+
+
+def cuda(backend: str) -> ModuleType:
+    """The module of CUDA kernels for the backend "cuda" or "cuda-emulated".
+
+    Raises:
+        RuntimeError: it could not be loaded; the message says why.
+    """
+    if backend == "cuda-emulated":
+        module, reason = attempt_emulated()
+        if module is None:
+            raise RuntimeError(f"the emulated CUDA kernels are not available: {reason}")
+        return module
+    if reason := cuda_failure():
+        raise RuntimeError(f"the CUDA kernels are not available: {reason}")
+    found: ModuleType = extension().cuda
+    return found

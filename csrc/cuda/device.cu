@@ -5,18 +5,10 @@
 #include <sstream>
 
 #include "build_config.h"
+#include "cuda/error.h"
 #include "text.h"
 
 namespace diffmic::cuda {
-namespace {
-
-void Check(cudaError_t status, const char* call) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // a query's failure must not be found by the next launch
-  throw Error(Text(call, " failed: ", cudaGetErrorName(status), ": ", cudaGetErrorString(status)));
-}
-
-}  // namespace
 
 bool Serves(const std::string& architectures, int major, int minor) {
   std::istringstream words(architectures);
@@ -35,8 +27,8 @@ bool Serves(const std::string& architectures, int major, int minor) {
 
 State Query() {
   State state{};
-  Check(cudaRuntimeGetVersion(&state.runtime_version), "cudaRuntimeGetVersion");
-  Check(cudaDriverGetVersion(&state.driver_version), "cudaDriverGetVersion");
+  Check(cudaRuntimeGetVersion(&state.runtime_version), "info", "cudaRuntimeGetVersion");
+  Check(cudaDriverGetVersion(&state.driver_version), "info", "cudaDriverGetVersion");
   if (state.driver_version == 0) {
     state.reason = "no NVIDIA driver is installed";
     return state;
@@ -57,10 +49,10 @@ State Query() {
         "CUDA_VISIBLE_DEVICES)";
     return state;
   }
-  Check(status, "cudaGetDeviceCount");
+  Check(status, "info", "cudaGetDeviceCount");
   for (int index = 0; index < count; ++index) {
     cudaDeviceProp properties;
-    Check(cudaGetDeviceProperties(&properties, index), "cudaGetDeviceProperties");
+    Check(cudaGetDeviceProperties(&properties, index), "info", "cudaGetDeviceProperties");
     state.devices.push_back(
         {index, properties.name, properties.major, properties.minor, properties.multiProcessorCount,
          static_cast<std::int64_t>(properties.totalGlobalMem),

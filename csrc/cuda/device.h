@@ -5,17 +5,10 @@
 #define DIFFMIC_CUDA_DEVICE_H_
 
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 namespace diffmic::cuda {
-
-// A failed CUDA call. The message names the call, the error and what it means.
-class Error : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
 
 struct Device {
   int index;

@@ -99,18 +99,51 @@ def unavailable(operation: str, backend: str, device: torch.device) -> str:
             return f"it takes tensors on the CPU, these are on {device}"
         if _native.failure():
             return f"the compiled extension is not available: {_native.failure()}"
+    if backend == "cuda":
+        if device.type != "cuda":
+            return f"it takes tensors on a GPU, these are on {device}"
+        return _native.cuda_failure() or _unserved(device)
+    if backend == "cuda-emulated":
+        if device.type != "cpu":
+            return f"it takes tensors on the CPU, these are on {device}"
+        return _native.attempt_emulated()[1]
     return ""
 
 
+def _unserved(device: torch.device) -> str:
+    """Why the CUDA kernels of this build do not run on that GPU; empty when they do."""
+    major, minor = torch.cuda.get_device_capability(device)
+    module = _native.extension()
+    built_for = module.build_info()["cuda_architectures"]
+    if module.cuda_serves(built_for, major, minor):
+        return ""
+    return (
+        f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and the "
+        f"extension was built for {built_for}: reinstall with "
+        f"TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    )
+
+
+def stream_of(tensor: torch.Tensor) -> int:
+    """The CUDA stream that PyTorch is using on the tensor's device, as an address; 0 on the CPU."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
 def _fastest(operation: str, device: torch.device) -> tuple[str, str]:
-    if "cpu" not in IMPLEMENTATIONS[operation] or device.type != "cpu":
+    implementations = IMPLEMENTATIONS[operation]
+    if device.type == "cuda" and "cuda" in implementations:
+        reason = unavailable(operation, "cuda", device)
+        return ("reference", _slower(operation, reason)) if reason else ("cuda", "")
+    if "cpu" not in implementations or device.type != "cpu":
         return "reference", ""
     if not _native.failure():
         return "cpu", ""
-    return "reference", (
-        f"{operation}: using the slower reference implementation, because the compiled extension "
-        f"is not available: {_native.failure()}"
-    )
+    reason = f"the compiled extension is not available: {_native.failure()}"
+    return "reference", _slower(operation, reason)
+
+
+def _slower(operation: str, reason: str) -> str:
+    return f"{operation}: using the slower reference implementation, because {reason}"
 
 
 def _require(operation: str, backend: str, device: torch.device, *, asked_by: str) -> None:

@@ -1,0 +1,7 @@
+#include "cuda/bindings.h"
+
+namespace diffmic::cuda {
+
+void BindAll(pybind11::module_& m) { m.doc() = "Kernels for GPUs, one function an operation."; }
+
+}  // namespace diffmic::cuda

@@ -1,0 +1,16 @@
+// Functions of the CUDA kernels, bound into _C.cuda, and by tests/emulator/ into a module of the
+// same functions that runs on the host. Each reads its arrays through TensorView (Place::kDevice),
+// checks them in words, and starts its kernels on `stream`, a cudaStream_t as an integer, without
+// waiting for them. Outputs and scratch memory are arrays that the caller allocated.
+#ifndef DIFFMIC_CUDA_BINDINGS_H_
+#define DIFFMIC_CUDA_BINDINGS_H_
+
+#include <pybind11/pybind11.h>
+
+namespace diffmic::cuda {
+
+void BindAll(pybind11::module_& m);
+
+}  // namespace diffmic::cuda
+
+#endif  // DIFFMIC_CUDA_BINDINGS_H_
