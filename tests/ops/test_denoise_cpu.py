@@ -435,7 +435,7 @@ def test_opcheck() -> None:
     for noise in (None, torch.randn(3, 4, 3)):
         for trajectory in (False, True):
             arguments = (*inputs, parts, list(weights.eps), list(steps[:-1]), steps.start, noise,
-                         -5, None, None, trajectory, "bf16", "auto", 2, 0.0)  # fmt: skip
+                         -5, None, None, trajectory, "bf16", "auto", 2, 0.0, "cpu")  # fmt: skip
             torch.library.opcheck(operator, arguments)
 
 
