@@ -33,3 +33,7 @@ extern "C" void __tsan_func_exit() {}
 extern "C" void __tsan_init() {}
 extern "C" void __tsan_vptr_read(void**) {}
 extern "C" void __tsan_vptr_update(void**, void*) {}
+// The guard of a static variable in a launcher.
+extern "C" unsigned char __tsan_atomic8_load(const volatile unsigned char* address, int order) {
+  return __atomic_load_n(address, order);
+}

@@ -18,47 +18,52 @@ struct Line {
   std::string function, place;
 };
 
-// addr2line's two lines about an address of this module, asked once each.
+// What addr2line says about an address of this module, asked once each. Of the functions that were
+// inlined there, the first that is the kernel's own: not one of the headers that stand in for
+// CUDA's.
 const Line& LineOf(const void* address) {
   static std::map<const void*, Line> known;
   const auto found = known.find(address);
   if (found != known.end()) return found->second;
   Line& line = known[address];
-  line.place = "an unknown place";
-  line.function = "a kernel";
+  line = {"a kernel", "an unknown place"};
   Dl_info info;
   if (address == nullptr || dladdr(address, &info) == 0) return line;
-  std::array<char, 1024> buffer{};
+  std::array<char, 4096> buffer{};
   const auto offset = static_cast<std::size_t>(static_cast<const char*>(address) -
                                                static_cast<const char*>(info.dli_fbase));
-  std::snprintf(buffer.data(), buffer.size(), "addr2line -f -C -e '%s' %#zx 2>/dev/null",
+  std::snprintf(buffer.data(), buffer.size(), "addr2line -f -i -C -e '%s' %#zx 2>/dev/null",
                 info.dli_fname, offset);
   FILE* pipe = popen(buffer.data(), "r");
   if (pipe == nullptr) return line;
-  const auto read = [&](std::string* to) {
-    if (std::fgets(buffer.data(), buffer.size(), pipe) == nullptr) return;
-    std::string text(buffer.data());
+  const auto read = [&] {
+    std::string text;
+    if (std::fgets(buffer.data(), buffer.size(), pipe) != nullptr) text = buffer.data();
     while (!text.empty() && text.back() == '\n') text.pop_back();
-    if (!text.empty() && text[0] != '?') *to = text;
+    return text;
   };
-  read(&line.function);
-  read(&line.place);
+  for (std::string function = read(); !function.empty(); function = read()) {
+    const std::string place = read();
+    if (function[0] == '?' || place.empty() || place[0] == '?') break;
+    line = {function, std::filesystem::path(place.substr(0, place.find(" (discr"))).filename()};
+    if (place.find("emulator/include/") == std::string::npos) break;
+  }
   pclose(pipe);
-  line.place = line.place.substr(0, line.place.find(" (discriminator"));
-  line.place = std::filesystem::path(line.place).filename().string();
   return line;
 }
 
 }  // namespace
 
-// "diffmic::cuda::rois::(anonymous namespace)::Windows" becomes "Windows".
+// "void diffmic::cuda::rois::(anonymous namespace)::Windows<float>(...)" becomes "Windows".
 std::string NameOf(const void* function) {
   std::string name = LineOf(function).function;
-  const std::string hidden = "(anonymous namespace)::";
-  if (const auto at = name.rfind(hidden); at != std::string::npos) {
-    name = name.substr(at + hidden.size());
+  const std::string hidden = "(anonymous namespace)";
+  for (auto at = name.find(hidden); at != std::string::npos; at = name.find(hidden)) {
+    name.erase(at, hidden.size());
   }
-  return name.substr(0, name.find('('));
+  name = name.substr(0, name.find_first_of("<("));
+  const auto last = name.find_last_of(": ");
+  return last == std::string::npos ? name : name.substr(last + 1);
 }
 
 std::string PlaceOf(const void* address) {

@@ -82,7 +82,9 @@ void Count(Event event) {
   ++(event == Event::kMatrix ? threads_matrix : threads_shuffles);
 }
 
-void CountBarrier() { ++threads_barriers; }
+void CountBarrier() {
+  if (config.mode == Mode::kCounted) ++threads_barriers;
+}
 
 void SumTraffic(Block& block) {
   if (config.mode != Mode::kCounted) return;

@@ -61,7 +61,7 @@ def case(backend: str, rows: int, features: int, classes: int, seed: int = 0):
     [
         (1, 1, 1, 0), (1, 16, 2, 0), (2, 15, 3, 2), (3, 33, 7, 1), (7, 70, 5, 1), (8, 129, 4, 1),
         (9, 40, 6, 2), (17, 64, 5, 1), (33, 100, 3, 1), (64, 31, 2, 1), (65, 20, 3, 1),
-        (2, 300, 5, 1), (3, 17, 130, 1), (1, 270, 5, 0),
+        (2, 300, 5, 1), (3, 17, 130, 1), (1, 270, 5, 1),
     ],
 )  # fmt: skip
 def test_states_are_those_of_the_definition(backend, rows, features, classes, sampler) -> None:

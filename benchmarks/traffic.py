@@ -1,0 +1,241 @@
+"""`python -m benchmarks.traffic [--write]`: what the CUDA kernels move, counted in the emulator.
+
+Each operation runs once in `tests/emulator`, which groups the accesses of a warp as a GPU does. Beside the bytes of the
+32-byte sectors that its requests touch stands the least that the operation has to move: its inputs once, its outputs
+once. `denoise` is counted at a small F and extrapolated to the published one by the formula that `denoise_bytes` is,
+which the count has to confirm to the byte. Predicted times are least times: bytes over the published bandwidth, or
+operations over the published rate, whichever is longer. They are no measurements.
+
+Needs DIFFMIC_EMULATED (tests/emulator/README.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.harness import RESULTS
+from diffmic_fast import _native
+from diffmic_fast.diffusion import make_schedule, make_steps
+from diffmic_fast.ops.conditioning import conditioning
+from diffmic_fast.ops.denoise import denoise
+from diffmic_fast.ops.mmd import mmd
+from diffmic_fast.ops.rois import choose_windows, cut_crops
+from diffmic_fast.reference.conditional_linear import ConditionalLayer
+from diffmic_fast.reference.denoise import DenoiserWeights
+
+BACKEND = "cuda-emulated"
+# Published: memory bandwidth in GB/s, dense bfloat16 with float32 sums in TFLOP/s, multiprocessors.
+# NVIDIA's data sheets of A100 80GB SXM, L4, H100 SXM, B200 (half of a DGX B200's eighth is one), and
+# GeForce RTX 4090 (Ada architecture white paper).
+DEVICES = {
+    "A100": (2039, 312, 108),
+    "L4": (300, 121, 58),
+    "H100": (3350, 989, 132),
+    "B200": (8000, 2250, 148),
+    "RTX 4090": (1008, 165, 128),
+}
+T = 20
+
+
+@dataclass
+class Count:
+    """One operation at one size.
+
+    Attributes:
+        title: operation and sizes.
+        least: bytes of its inputs and outputs, each once.
+        moved: bytes of the sectors of its requests.
+        conflicts: share of its shared-memory wavefronts that bank conflicts cause.
+        kernels: the emulator's counters, by kernel.
+        predicted: device -> microseconds.
+    """
+
+    title: str
+    least: int
+    moved: int
+    conflicts: float
+    kernels: dict[str, dict[str, int]]
+    predicted: dict[str, float] = field(default_factory=dict)
+
+
+def counted(call: Callable[[], object], **settings: object) -> dict[str, dict[str, int]]:
+    """The emulator's counters of one call, by kernel."""
+    emulator = _native.cuda(BACKEND).emulator
+    emulator.configure(mode="counted", **settings)
+    emulator.reset_counters()
+    try:
+        with torch.no_grad():
+            call()
+    finally:
+        emulator.configure(mode="checked")
+    found: dict[str, dict[str, int]] = emulator.counters()
+    return found
+
+
+def _bytes(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _sum(kernels: dict[str, dict[str, int]], *keys: str) -> int:
+    return sum(kernel[key] for kernel in kernels.values() for key in keys)
+
+
+def _count(title: str, least: int, kernels: dict[str, dict[str, int]]) -> Count:
+    wavefronts, ideal = _sum(kernels, "shared_wavefronts"), _sum(kernels, "shared_ideal")
+    moved = _sum(kernels, "load_sector_bytes", "store_sector_bytes")
+    predicted = {name: least / (gb * 1e3) for name, (gb, _, _) in DEVICES.items()}
+    return Count(title, least, moved, 1 - ideal / max(wavefronts, 1), kernels, predicted)
+
+
+# ---- denoise -----------------------------------------------------------------------------------
+
+
+def denoise_bytes(features: int, classes: int, rows: int, blocks: int) -> dict[str, int]:
+    """Bytes of a step in bfloat16, each counted once a step whatever reads it again from a cache.
+
+    Args:
+        features: F, a multiple of 256.
+        classes: C.
+        rows: M, one of 8, 16, 32, 64.
+        blocks: of the launch.
+    """
+    f = features
+    return {
+        "hidden weights": 2 * f * f * 2,
+        "first and last weights": f * 2 * classes * 4 + classes * f * 4,
+        "features": rows * f * 4,
+        "gamma of the timestep": 3 * f * 4,
+        "BatchNorm, folded": 3 * f * 16,
+        "activations, written and read": 2 * 2 * rows * f * 2,
+        "parts of eps, written and read": 2 * rows * classes * blocks * 4,
+    }
+
+
+def _weights(features: int, classes: int) -> DenoiserWeights:
+    def layer(width: int) -> ConditionalLayer:
+        return ConditionalLayer(
+            torch.randn(features, width) / width**0.5,
+            *(torch.rand(n) for n in (features,)),
+            torch.rand(T + 1, features),
+            *(torch.rand(features) for _ in range(4)),
+        )
+
+    return DenoiserWeights(
+        layer(2 * classes),
+        (layer(features), layer(features)),
+        torch.randn(classes, features) / features**0.5,
+        torch.randn(classes),
+    )
+
+
+def denoise_step(features: int, classes: int, rows: int, blocks: int) -> dict[str, dict[str, int]]:
+    """Counters of a chain of one step."""
+    weights, inputs = _weights(features, classes), torch.randn(rows, features)
+    labels = torch.rand(rows, classes)
+    steps = make_steps(make_schedule("linear", T), "ddim", 1)
+    return counted(
+        lambda: denoise(inputs, labels, labels, weights, steps, backend=BACKEND, precision="bf16",
+                        window=1),
+        multiprocessors=blocks,
+    )  # fmt: skip
+
+
+def _denoise() -> Iterator[Count]:
+    features, classes, rows, blocks = 512, 5, 32, 4
+    kernels = denoise_step(features, classes, rows, blocks)
+    here = denoise_bytes(features, classes, rows, blocks)
+    yield _count(f"denoise, a step of {rows} rows, F = {features}", sum(here.values()), kernels)
+    for rows in (1, 32):
+        padded = max(rows, 8)
+        found = denoise_bytes(6144, classes, padded, 132)
+        count = Count(
+            f"denoise, a step of {rows} rows, F = 6144, by the formula",
+            found["hidden weights"], sum(found.values()), 0.0, {},
+        )  # fmt: skip
+        operations = 2 * 2 * 6144 * 6144 * padded
+        for name, (gb, tera, blocks) in DEVICES.items():
+            moved = sum(denoise_bytes(6144, classes, padded, blocks).values())
+            count.predicted[name] = max(moved / (gb * 1e3), operations / (tera * 1e6))
+        yield count
+
+
+# ---- the others --------------------------------------------------------------------------------
+
+
+def _conditioning() -> Iterator[Count]:
+    streams, rows, features, classes = 3, 32, 512, 5
+    x = torch.randn(rows, features)
+    labels, guidance = torch.rand(2, streams, rows, classes)
+    layer = ConditionalLayer(
+        torch.randn(features, 2 * classes), torch.randn(features), torch.rand(T + 1, features),
+        *(torch.rand(features) for _ in range(4)),
+    )  # fmt: skip
+    timesteps = torch.arange(rows) % (T + 1)
+    for training in (False, True):
+        kernels = counted(
+            lambda training=training: conditioning(
+                x, labels, guidance, layer, timesteps, training=training, backend=BACKEND
+            )
+        )
+        outputs = _bytes(x) * streams + (2 * (streams + 1) * features * 4 if training else 0)
+        least = _bytes(x, labels, guidance, *layer, timesteps) + outputs
+        way = "training" if training else "eval"
+        yield _count(f"conditioning, {way}, S = 3, B = {rows}, F = {features}", least, kernels)
+
+
+def _mmd() -> Iterator[Count]:
+    for rows, width in ((32, 5), (256, 16)):
+        x, y = torch.randn(2, rows, width)
+        kernels = counted(lambda x=x, y=y: mmd(x, y, backend=BACKEND))
+        yield _count(f"mmd, n = m = {rows}, d = {width}", _bytes(x, y) + 4, kernels)
+
+
+def _rois() -> Iterator[Count]:
+    saliency, images = torch.rand(4, 3, 24, 24), torch.rand(4, 3, 96, 96)
+    kernels = counted(lambda: choose_windows(saliency, (6, 6), 4, backend=BACKEND))
+    yield _count("rois, windows of [4, 3, 24, 24]", _bytes(saliency) + 4 * 4 * 16, kernels)
+    origins = torch.randint(0, 64, (4, 4, 2))
+    kernels = counted(lambda: cut_crops(images, origins, (32, 32), "all", backend=BACKEND))
+    crops = 4 * 4 * 3 * 32 * 32 * 4
+    yield _count("rois, crops of 32 x 32, inside", 2 * crops + _bytes(origins), kernels)
+
+
+def counts() -> list[Count]:
+    """Every operation at its sizes."""
+    torch.manual_seed(0)
+    return [*_denoise(), *_conditioning(), *_mmd(), *_rois()]
+
+
+def main() -> None:
+    """Print the table, and write benchmarks/results/traffic.json."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic", description=__doc__)
+    parser.add_argument(
+        "--write", action="store_true", help="write benchmarks/results/traffic.json"
+    )
+    options = parser.parse_args()
+    found = counts()
+    table = Table(title="bytes of a call, and predicted least times in microseconds")
+    for column in ("", "least", "moved", "ratio", "conflicts", *DEVICES):
+        table.add_column(column, justify="right" if column else "left")
+    for count in found:
+        table.add_row(
+            count.title, f"{count.least:,}", f"{count.moved:,}", f"{count.moved / count.least:.3f}",
+            f"{100 * count.conflicts:.1f} %", *(f"{count.predicted[name]:.2f}" for name in DEVICES),
+        )  # fmt: skip
+    Console(width=150).print(table)
+    if options.write:
+        path = RESULTS / "traffic.json"
+        path.write_text(json.dumps([asdict(count) for count in found], indent=1) + "\n")
+        print("written to", path)
+
+
+if __name__ == "__main__":
+    main()
