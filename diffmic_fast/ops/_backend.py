@@ -25,7 +25,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "conditioning": ("reference", "cpu"),
     "conditional_linear": ("reference",),
     "mmd": ("reference", "cpu"),
-    "rois": ("reference", "cpu"),
+    "rois": ("reference", "cpu", "cuda", "cuda-emulated"),
 }
 
 _VARIABLE = "DIFFMIC_BACKEND"
