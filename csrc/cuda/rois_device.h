@@ -60,8 +60,10 @@ struct Float16 {
   static constexpr Bits kPoison = 0x7E00;
   static __device__ Bits Key(Bits bits) { return FloatKey<Bits, 0x7C00>(bits); }
   static __device__ Bits OfKey(Bits key) { return FloatOfKey<Bits, kPoison>(key); }
-  static __device__ Number Widen(Bits bits) { return __half2float(BitCast<__half>(bits)); }
-  static __device__ Bits Narrow(Number value) { return BitCast<Bits>(__float2half_rn(value)); }
+  static __device__ Number Widen(Bits bits) { return __half2float(__half_raw{bits}); }
+  static __device__ Bits Narrow(Number value) {
+    return static_cast<__half_raw>(__float2half_rn(value)).x;
+  }
 };
 
 struct BFloat16 {
@@ -73,7 +75,9 @@ struct BFloat16 {
   static __device__ Number Widen(Bits bits) {
     return BitCast<float>(static_cast<std::uint32_t>(bits) << 16);
   }
-  static __device__ Bits Narrow(Number value) { return BitCast<Bits>(__float2bfloat16_rn(value)); }
+  static __device__ Bits Narrow(Number value) {
+    return static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(value)).x;
+  }
 };
 
 struct Float32 {
