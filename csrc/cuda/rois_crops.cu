@@ -65,6 +65,8 @@ __device__ __forceinline__ void WriteCrops(const CutProblem& p, const Bits* plan
 
     Bits* crop = crops + k * p.images.depth * cut.copies * area + row * cut.size.width + column;
     const bool whole = kRegion == Region::kInside ? filled == 0 : filled == kStep;
+    // Unrolled, its 64-bit addresses would be spilled on some architectures.
+#pragma unroll 1
     for (std::int64_t copy = 0; copy < cut.copies; ++copy, crop += area) {
       if (kStep > 1 && whole) {
         uint4 packed;
@@ -82,7 +84,7 @@ __device__ __forceinline__ void WriteCrops(const CutProblem& p, const Bits* plan
 
 // kStep is 16 bytes where every piece of 16 lies in one row of a crop, at a multiple of 16.
 template <typename Format, int kStep>
-__global__ void __launch_bounds__(kThreads) CutCropsKernel(CutProblem p) {
+__global__ void __launch_bounds__(kThreads, 3) CutCropsKernel(CutProblem p) {
   using Bits = typename Format::Bits;
   __shared__ Bits keys[kWarps];
   const std::int64_t area = p.cut.size.height * p.cut.size.width;

@@ -159,7 +159,7 @@ __device__ void ChooseGreedily(const Choice& p, std::int64_t image, float* map, 
 }
 
 template <typename Format>
-__global__ void __launch_bounds__(kThreads) ChooseKernel(Choice p) {
+__global__ void __launch_bounds__(kThreads, kBlocks) ChooseKernel(Choice p) {
   const std::int64_t cells = p.saliency.height * p.saliency.width;
   float* map =
       p.scratch == nullptr
