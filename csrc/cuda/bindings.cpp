@@ -2,6 +2,9 @@
 
 namespace diffmic::cuda {
 
-void BindAll(pybind11::module_& m) { m.doc() = "Kernels for GPUs, one function an operation."; }
+void BindAll(pybind11::module_& m) {
+  m.doc() = "Kernels for GPUs, one function an operation.";
+  BindDenoise(m);
+}
 
 }  // namespace diffmic::cuda

@@ -9,6 +9,8 @@
 
 namespace diffmic::cuda {
 
+void BindDenoise(pybind11::module_& m);
+
 void BindAll(pybind11::module_& m);
 
 }  // namespace diffmic::cuda

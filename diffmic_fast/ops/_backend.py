@@ -21,7 +21,7 @@ from diffmic_fast import _native
 BACKENDS = ("reference", "cpu", "cuda", "triton", "cuda-emulated")
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "denoise": ("reference", "cpu"),
+    "denoise": ("reference", "cpu", "cuda", "cuda-emulated"),
     "conditioning": ("reference", "cpu"),
     "conditional_linear": ("reference",),
     "mmd": ("reference", "cpu"),

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from diffmic_fast import _native
 from diffmic_fast.checks import Arguments
-from diffmic_fast.ops._backend import asked_by_name, resolve
+from diffmic_fast.ops._backend import asked_by_name, resolve, stream_of
 from diffmic_fast.ops._layout import compact, with_unit_rows
 from diffmic_fast.ops.conditional_linear import check_layer
 from diffmic_fast.reference import denoise as reference
@@ -24,8 +24,14 @@ PRECISIONS = ("fp32", "bf16", "int8")
 # More rows keep the processor busy by themselves; a shorter chain is over before its window has grown.
 _FEW_ROWS, _MANY_STEPS = 4, 50
 _LARGEST_WINDOW = 192
-# About what two cores evaluate in the time of reading the weights.
-_ROWS_AT_ONE_READING = 16
+# Rows of a window whose states may differ by a tolerance: about what two cores evaluate in the time of reading
+# the weights, which takes half as long in bfloat16; and what a GPU does.
+_ROWS_AT_ONE_READING = {"fp32": 16, "bf16": 8}
+_CUDA_ROWS_AT_ONE_READING = 32
+# Readings of the weights in one launch: a few milliseconds of a GPU.
+_READINGS_A_LAUNCH = 64
+_MOST_CUDA_FEATURES, _MOST_CUDA_CLASSES = 65536, 512
+_MOST_SAMPLE = 2**32 - 1
 
 __all__ = ["PRECISIONS", "DenoiserWeights", "StepTable", "denoise"]
 
@@ -53,7 +59,8 @@ def denoise(
 
     The backend "cpu" keeps the two hidden weights a second time, packed (8 F^2 bytes, half of it as bfloat16, a quarter
     as int8), as long as the first hidden weight's tensor lives. Every call compares all weights with what was packed
-    and packs anew what has changed, in whatever way.
+    and packs anew what has changed, in whatever way. The backend "cuda" packs them in every call, which costs the time
+    of three steps; its memory is given back with the call.
 
     Args:
         features: [M, F] floating, image features after `norm`.
@@ -70,23 +77,28 @@ def denoise(
             bfloat16, sums and everything else in float32; or "int8": they are whole numbers in [-127, 127] times a
             step, the 127th part of the largest of a unit's weights or of a row's activations, everything else in
             float32. What a rounding changes in labels and probabilities: `python -m benchmarks.precision_labels`.
-            Backend "cpu" only, but for "fp32".
+            The backend "cpu" has them all, "cuda" the first two, "reference" the first.
         backend: a backend's name, or "auto", which takes the reference where a gradient is wanted or a tensor is not
-            float32.
+            float32, and on a GPU beyond 512 classes or 65536 features.
         instructions: the instruction set of the backend "cpu" ("avx512_bf16", "avx512", "avx2", "portable"), or "auto"
             for the widest of this processor. Sums differ in their last bits between sets, never within one: a row's
-            result does not depend on the other rows, on the number of threads (torch's), or on the run.
-        window: the most steps of a chain that the backend "cpu" may take at once, in [1, 192]; fewer where that is
-            faster. It changes the speed alone: the result has the sequential chain's bits. Default: 64 for long chains
-            of few rows, which are bound by reading the weights, else 1.
+            result does not depend on the other rows, on the number of threads (torch's), or on the run. On a GPU it
+            depends on the number of multiprocessors besides.
+        window: the most steps of a chain that the backends "cpu" and "cuda" may take at once, in [1, 192]; fewer where
+            that is faster, or where rows are more than a launch takes. It changes the speed alone: the result has the
+            sequential chain's bits. Default: for long chains of few rows, which are bound by reading the weights, 64
+            on the CPU and what makes 32 rows on a GPU, else 1.
         tolerance: how far a state of a chain may still move, from one reading of the weights to the next, when the
-            steps of a window are taken as settled; backend "cpu" only. More than 0, it gives up the bits of the
+            steps of a window are taken as settled; backends "cpu" and "cuda". More than 0, it gives up the bits of the
             sequential chain, and that a row does not depend on the number of rows, for fewer readings: y_0 then
-            differs from the sequential chain's by about the tolerance. The window is then taken as it is, up to 192
-            rows of a reading (default: what makes 16 rows of the chains, if there are enough steps).
+            differs from the sequential chain's by about the tolerance in "fp32", and in "bf16", where a rounding may
+            tip over, by up to 1e-4 (measured: 9e-5 over 1000 steps at 1e-5); "int8" takes none. The window is then
+            taken as it is, up to 192 rows of a reading (default: what makes 16 rows of the chains, 8 in "bf16", on a
+            GPU 32, if there are enough steps).
         progress: called with (steps done, steps in all) every tenth of a second or so; blocks of 192 rows go through
-            the chain one after the other, and their steps are counted together. Backend "cpu" only. An exception
-            there, as Ctrl-C anywhere, stops the chain.
+            the chain one after the other (on a GPU, of up to 64), and their steps are counted together. Backends
+            "cpu" and "cuda", where a call without it returns before the chain is done, and one with it does not. An
+            exception there, as Ctrl-C anywhere, stops the chain.
 
     Returns:
         y_0 [M, C], or with `trajectory` [n + 1, M, C] from the beginning to y_0.
@@ -107,8 +119,8 @@ def denoise(
     if sample_ids is not None:
         args.integer("sample_ids", sample_ids, "M")
     _check_weights(args, weights, steps)
-    window = _window(window, tolerance, len(features), len(steps.timesteps))
     name = _choose(backend, precision, instructions, (features, prior, guidance, noise), weights)
+    window = _window(window, tolerance, len(features), len(steps.timesteps), name, precision)
     if name == "reference":
         return reference.denoise(
             features,
@@ -141,6 +153,7 @@ def denoise(
         instructions,
         window,
         tolerance,
+        name,
     )
     return states
 
@@ -168,13 +181,23 @@ def _cache(weights: Sequence[Tensor]) -> object:
         return _caches[weight]
 
 
-def _window(window: int | None, tolerance: float, rows: int, steps: int) -> int:
+def _window(
+    window: int | None, tolerance: float, rows: int, steps: int, backend: str, precision: str
+) -> int:
     if not 0.0 <= tolerance < float("inf"):
         raise ValueError(f"denoise: tolerance must be finite and not negative, got {tolerance}")
+    if tolerance > 0.0 and precision == "int8":
+        raise ValueError(
+            "denoise: tolerance must be 0 with precision='int8', whose roundings turn a difference of the last bits "
+            "into one of 1e-3"
+        )
     if window is None:
         if rows > _FEW_ROWS or steps < _MANY_STEPS:
             return 1
-        return 64 if tolerance == 0.0 else _ROWS_AT_ONE_READING // max(rows, 1)
+        if backend == "cpu" and tolerance == 0.0:
+            return 64
+        at_once = _ROWS_AT_ONE_READING[precision] if backend == "cpu" else _CUDA_ROWS_AT_ONE_READING
+        return max(at_once // max(rows, 1), 1)
     if not 1 <= window <= _LARGEST_WINDOW:
         raise ValueError(f"denoise: window must be in [1, {_LARGEST_WINDOW}], got {window}")
     return window
@@ -195,22 +218,42 @@ def _choose(
         )
     name = resolve("denoise", backend, device)
     reason = ""
-    if name == "cpu":
-        tensors = [t for t in (*inputs, *_flat(weights)) if t is not None]
-        if any(t.dtype != torch.float32 for t in tensors):
-            reason = "it takes float32 tensors"
-        elif torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            reason = "it has no gradient (use torch.no_grad, or the reference)"
+    if name != "reference":
+        reason = _unserved(name, [t for t in (*inputs, *_flat(weights)) if t is not None])
         if reason and asked_by_name("denoise", backend):
-            raise RuntimeError(f"denoise: the backend cpu cannot serve: {reason}")
+            raise RuntimeError(f"denoise: the backend {name} cannot serve: {reason}")
         if reason:
             name = "reference"
-    if name == "reference" and (precision != "fp32" or instructions != "auto"):
+    if precision not in _PRECISIONS_OF.get(name, ("fp32",)) or (
+        instructions != "auto" and name != "cpu"
+    ):
         raise RuntimeError(
             f"denoise: precision={precision!r}, instructions={instructions!r} need the backend cpu, "
-            f"and this call is served by the reference{': ' + reason if reason else ''}"
+            f"and this call is served by {name}{': ' + reason if reason else ''}"
         )
     return name
+
+
+_PRECISIONS_OF = {"cpu": PRECISIONS, "cuda": ("fp32", "bf16"), "cuda-emulated": ("fp32", "bf16")}
+
+
+def _unserved(backend: str, tensors: list[Tensor]) -> str:
+    """Why the kernels of a backend do not take these tensors: features, prior, …; empty when they do."""
+    if any(t.dtype != torch.float32 for t in tensors):
+        return "it takes float32 tensors"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "it has no gradient (use torch.no_grad, or the reference)"
+    if backend == "cpu":
+        return ""
+    if any(t.device != tensors[0].device for t in tensors):
+        return "it takes tensors of one device"
+    features, classes = tensors[0].shape[1], tensors[1].shape[1]
+    if features > _MOST_CUDA_FEATURES or classes > _MOST_CUDA_CLASSES:
+        return (
+            f"it takes {_MOST_CUDA_FEATURES} features and {_MOST_CUDA_CLASSES} classes at most, "
+            f"these are {features} and {classes}"
+        )
+    return ""
 
 
 def _flat(weights: DenoiserWeights) -> list[Tensor]:
@@ -239,9 +282,15 @@ def _run(
     instructions: str,
     window: int,
     tolerance: float,
+    backend: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     rows = features.shape[0]
+    if backend != "cpu":
+        return _run_cuda(
+            features, prior, guidance, weights, eps, steps, start, noise, seed, image_ids,
+            sample_ids, trajectory, precision, window, tolerance, backend, progress,
+        )  # fmt: skip
     if image_ids is None:
         image_ids = torch.arange(rows)
     if sample_ids is None:
@@ -276,6 +325,74 @@ def _run(
     return out if states is None else states
 
 
+def _run_cuda(
+    features: Tensor,
+    prior: Tensor,
+    guidance: Tensor,
+    weights: Sequence[Tensor],
+    eps: Sequence[float],
+    steps: Sequence[Tensor],
+    start: int,
+    noise: Tensor | None,
+    seed: int,
+    image_ids: Tensor | None,
+    sample_ids: Tensor | None,
+    trajectory: bool,
+    precision: str,
+    window: int,
+    tolerance: float,
+    backend: str,
+    progress: Callable[[int, int], None] | None,
+) -> Tensor:
+    rows, device = features.shape[0], features.device
+    if noise is None:
+        image_ids = torch.arange(rows) if image_ids is None else image_ids
+        sample_ids = torch.zeros(rows, dtype=torch.int64) if sample_ids is None else sample_ids
+        if rows and not 0 <= int(sample_ids.min()) <= int(sample_ids.max()) <= _MOST_SAMPLE:
+            raise ValueError(f"denoise: sample_ids must be in [0, {_MOST_SAMPLE}]")
+        image_ids, sample_ids = (ids.to(device).contiguous() for ids in (image_ids, sample_ids))
+    elif len(steps[0]) and float(steps[-1][-1]) != 0.0:
+        # noise[0] makes the beginning and noise[i] is z of step i - 1: there is none for the last.
+        raise ValueError(
+            "denoise: with noise, the last step must take none: its sigma is "
+            f"{float(steps[-1][-1])}"
+        )
+    module = _native.cuda(backend)
+    count = len(steps[0])
+    out = prior.new_empty(prior.shape)
+    states = prior.new_empty((count + 1, *prior.shape)) if trajectory else None
+    parts = [with_unit_rows(part) for part in weights]
+    scratch = module.denoise_workspace(
+        features.shape[1], prior.shape[1], rows, count, window, precision, device.index or 0
+    )
+    module.denoise(
+        with_unit_rows(features),
+        compact(prior),
+        compact(guidance),
+        [parts[i : i + 7] for i in (0, 7, 14)],
+        eps,
+        parts[21],
+        parts[22],
+        steps[0].to(device).contiguous(),
+        torch.stack(list(steps[1:])).to(device),
+        start,
+        None if noise is None else compact(noise),
+        seed % 2**64,
+        image_ids,
+        sample_ids,
+        out,
+        states,
+        precision,
+        window,
+        tolerance,
+        _READINGS_A_LAUNCH,
+        torch.empty(scratch, dtype=torch.uint8, device=device),
+        progress,
+        stream_of(features),
+    )
+    return out if states is None else states
+
+
 @torch.library.custom_op("diffmic_fast::denoise", mutates_args=())
 def _denoise(
     features: Tensor,
@@ -294,10 +411,11 @@ def _denoise(
     instructions: str,
     window: int,
     tolerance: float,
+    backend: str,
 ) -> Tensor:
     return _run(
         features, prior, guidance, weights, eps, steps, start, noise, seed, image_ids, sample_ids,
-        trajectory, precision, instructions, window, tolerance,
+        trajectory, precision, instructions, window, tolerance, backend,
     )  # fmt: skip
 
 
@@ -319,6 +437,7 @@ def _(
     instructions: str,
     window: int,
     tolerance: float,
+    backend: str,
 ) -> Tensor:
     shape = (steps[0].shape[0] + 1, *prior.shape) if trajectory else prior.shape
     return prior.new_empty(shape)

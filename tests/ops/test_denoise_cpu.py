@@ -395,6 +395,8 @@ def test_what_cannot_be_served_by_name_is_refused() -> None:
         for tolerance in (-1.0, float("nan"), float("inf")):
             with pytest.raises(ValueError, match="tolerance must be finite and not negative"):
                 denoise(*inputs, weights, steps, tolerance=tolerance)
+        with pytest.raises(ValueError, match="tolerance must be 0 with precision='int8'"):
+            denoise(*inputs, weights, steps, precision="int8", tolerance=1e-5)
         for window in (0, 193):
             with pytest.raises(ValueError, match=rf"window must be in \[1, 192\], got {window}"):
                 denoise(*inputs, weights, steps, window=window)
@@ -435,7 +437,7 @@ def test_opcheck() -> None:
     for noise in (None, torch.randn(3, 4, 3)):
         for trajectory in (False, True):
             arguments = (*inputs, parts, list(weights.eps), list(steps[:-1]), steps.start, noise,
-                         -5, None, None, trajectory, "bf16", "auto", 2, 0.0)  # fmt: skip
+                         -5, None, None, trajectory, "bf16", "auto", 2, 0.0, "cpu")  # fmt: skip
             torch.library.opcheck(operator, arguments)
 
 

@@ -1,0 +1,20 @@
+// Preparation of a run of `denoise`: weights in the order in which the lanes of a warp multiply
+// them.
+#ifndef DIFFMIC_CUDA_DENOISE_PACK_H_
+#define DIFFMIC_CUDA_DENOISE_PACK_H_
+
+#include <cuda_runtime.h>
+
+#include "cuda/denoise.h"
+
+namespace diffmic::cuda::denoise {
+
+// Writes both hidden weights to `packed` (denoise_layout.h), and gain, bias and offset of every
+// unit of the three layers to `affine` [3, 16 UnitTiles]: a layer is then
+//   softplus(gamma_t gain (sum + bias) + offset).
+void PackWeights(const Weights& weights, Precision precision, uint4* packed, float4* affine,
+                 cudaStream_t stream);
+
+}  // namespace diffmic::cuda::denoise
+
+#endif  // DIFFMIC_CUDA_DENOISE_PACK_H_

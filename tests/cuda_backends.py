@@ -1,0 +1,32 @@
+"""Where CUDA kernels are tested: on a GPU, and on the CPU in the emulator of tests/emulator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffmic_fast import _native
+
+_EMULATOR = _native.attempt_emulated()[1]
+_GPU = "no GPU" if not torch.cuda.is_available() else _native.cuda_failure()
+
+CUDA_BACKENDS = [
+    pytest.param("cuda-emulated", marks=pytest.mark.skipif(bool(_EMULATOR), reason=_EMULATOR)),
+    pytest.param("cuda", marks=pytest.mark.skipif(bool(_GPU), reason=_GPU)),
+]
+
+
+def device_of(backend: str) -> torch.device:
+    """Where the tensors of that backend's calls are."""
+    return torch.device("cuda" if backend == "cuda" else "cpu")
+
+
+def seeds(backend: str, count: int) -> range:
+    """Schedules to try: seeds of the emulator, one run of a GPU."""
+    return range(count if backend == "cuda-emulated" else 1)
+
+
+def schedule(backend: str, seed: int) -> None:
+    """Let the emulator run the next launches in the order of that seed."""
+    if backend == "cuda-emulated":
+        _native.cuda(backend).emulator.configure(seed=seed)

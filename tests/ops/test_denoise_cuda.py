@@ -1,0 +1,261 @@
+"""`denoise` in CUDA: its numbers, and what a row's result may not depend on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_backends import CUDA_BACKENDS, device_of, schedule, seeds
+from denoise_cases import SCHEDULE, T, as_double, exact, make_inputs, make_weights
+from torch import Tensor
+
+from diffmic_fast import _native
+from diffmic_fast.diffusion import make_steps
+from diffmic_fast.ops import denoise as ops
+from diffmic_fast.ops.denoise import denoise
+from diffmic_fast.reference import denoise as reference
+from diffmic_fast.reference.conditional_linear import ConditionalLayer
+from diffmic_fast.reference.denoise import DenoiserWeights
+
+pytestmark = [
+    pytest.mark.parametrize("backend", CUDA_BACKENDS),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+PRECISIONS = ("fp32", "bf16")
+SAMPLERS = [("ddpm", None, 0.0), ("ddpm_truncated", 5, 0.0), ("ddim", 6, 0.5)]
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def to(device: torch.device, weights: DenoiserWeights) -> DenoiserWeights:
+    """The weights there, each in memory as strided as before."""
+
+    def move(t: Tensor) -> Tensor:
+        if t.ndim < 2 or t.device == device:
+            return t.to(device)
+        wide = torch.full((t.shape[0], t.shape[1] + 3), float("nan"), device=device)
+        wide[:, 1:-2] = t
+        return wide[:, 1:-2]
+
+    layers = [
+        ConditionalLayer(*map(move, layer)) for layer in (weights.conditioning, *weights.hidden)
+    ]
+    return DenoiserWeights(
+        layers[0], (layers[1], layers[2]), move(weights.output_weight), move(weights.output_bias),
+        weights.eps,
+    )  # fmt: skip
+
+
+def case(backend: str, rows: int, features: int, classes: int, seed: int = 0):
+    device = device_of(backend)
+    inputs = tuple(t.to(device) for t in make_inputs(rows, features, classes, seed))
+    return to(device, make_weights(features, classes, seed)), inputs
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "classes", "sampler"),
+    [
+        (1, 1, 1, 0), (1, 16, 2, 0), (2, 15, 3, 2), (3, 33, 7, 1), (7, 70, 5, 1), (8, 129, 4, 1),
+        (9, 40, 6, 2), (17, 64, 5, 1), (33, 100, 3, 1), (64, 31, 2, 1), (65, 20, 3, 1),
+        (2, 300, 5, 1), (3, 17, 130, 1), (1, 270, 5, 0),
+    ],
+)  # fmt: skip
+def test_states_are_those_of_the_definition(backend, rows, features, classes, sampler) -> None:
+    weights, inputs = make_weights(features, classes), make_inputs(rows, features, classes)
+    steps = make_steps(SCHEDULE, *SAMPLERS[sampler])
+    noise = torch.randn(
+        len(steps.timesteps), rows, classes, generator=torch.Generator().manual_seed(1)
+    )
+    expected = exact(inputs, weights, steps, noise)
+    theirs = reference.denoise(*inputs, weights, steps, noise=noise, trajectory=True)
+    there, inputs = case(backend, rows, features, classes)
+    found = denoise(
+        *inputs, there, steps, noise=noise.to(inputs[0].device), trajectory=True, backend=backend
+    )
+    last = denoise(*inputs, there, steps, noise=noise.to(inputs[0].device), backend=backend)
+    assert torch.equal(last, found[-1])
+    # The chain multiplies an error of its first steps, so the definition's own float32 is the measure.
+    allowed = 4 * float((theirs - expected).abs().max()) + 1e-5
+    assert float((found.cpu() - expected).abs().max()) <= allowed
+
+
+def rounded(t: Tensor) -> Tensor:
+    return t.float().bfloat16().double()
+
+
+@pytest.mark.parametrize(("rows", "features"), [(9, 300), (40, 70), (1, 129)])
+def test_weights_and_activations_are_rounded_and_nothing_else(backend, rows, features) -> None:
+    """Against float64 with the same roundings at the same places."""
+    classes = 5
+    weights, inputs = make_weights(features, classes), make_inputs(rows, features, classes)
+    steps = make_steps(SCHEDULE, "ddpm_truncated", 1)
+    noise = torch.randn(1, rows, classes, generator=torch.Generator().manual_seed(1))
+    x, prior, guidance = (t.double() for t in inputs)
+    w, t = as_double(weights), steps.timesteps
+    y = prior + noise[0].double()
+    h = x * reference.conditional_linear(
+        torch.cat((y, guidance), dim=1), w.conditioning, t, eps=w.eps[0]
+    )
+    for layer, eps in zip(w.hidden, w.eps[1:], strict=True):
+        layer = layer._replace(weight=rounded(layer.weight))
+        h = reference.conditional_linear(rounded(h), layer, t, eps=eps)
+    eps = h @ w.output_weight.T + w.output_bias
+    s, q = float(steps.sqrt_alpha_bar[0]), float(steps.sqrt_one_minus_alpha_bar[0])
+    y0 = (y - (1 - s) * prior - q * eps) / s
+    expected = steps.y0_weight[0] * y0 + steps.y_weight[0] * y + steps.prior_weight[0] * prior
+    there, inputs = case(backend, rows, features, classes)
+    noise = noise.to(inputs[0].device)
+    found = denoise(*inputs, there, steps, noise=noise, backend=backend, precision="bf16").cpu()
+    plain = denoise(*inputs, there, steps, noise=noise, backend=backend).cpu()
+    error = (found - expected).square().mean().sqrt()
+    assert float((plain - expected).square().mean().sqrt()) > 5 * float(error)
+    assert float(error) < 1e-4
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_row_is_bitwise_the_same_in_any_company(backend, precision, monkeypatch) -> None:
+    """Whatever the other rows, the launches it is cut into, and the order in which threads run."""
+    rows, features, classes = 70, 50, 3  # more than a launch takes
+    weights, inputs = case(backend, rows, features, classes)
+    steps = make_steps(SCHEDULE, "ddim", 4, 0.3)
+    images, samples = torch.arange(rows) * 10**13, torch.arange(rows) % 7
+
+    def run(order: Tensor, **how: object) -> Tensor:
+        return denoise(
+            *(t[order] for t in inputs), weights, steps, seed=3, image_ids=images[order],
+            sample_ids=samples[order], backend=backend, precision=precision, **how,
+        )  # fmt: skip
+
+    together = run(torch.arange(rows))
+    schedule(backend, 12345)
+    assert torch.equal(run(torch.arange(rows)), together)
+    for size in (1, 2, 9, 33):
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(size))[:size]
+        assert torch.equal(run(order), together[order]), size
+    few = torch.tensor([66, 3, 41])
+    for sweeps in (1, 3):
+        monkeypatch.setattr(ops, "_READINGS_A_LAUNCH", sweeps)
+        assert torch.equal(run(few), together[few]), sweeps
+        assert torch.equal(run(few, window=3), together[few]), sweeps
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_schedule_gives_the_same_bits(backend, precision) -> None:
+    weights, inputs = case(backend, 2, 33, 3)
+    steps = make_steps(SCHEDULE, "ddim", 2, 0.3)
+    found = []
+    for seed in seeds(backend, 50):
+        schedule(backend, seed)
+        found.append(denoise(*inputs, weights, steps, seed=1, backend=backend, precision=precision))
+    assert all(torch.equal(each, found[0]) for each in found)
+    expected = reference.denoise(*inputs, weights, steps, seed=1)
+    torch.testing.assert_close(
+        found[0], expected, rtol=0, atol=1e-4 if precision == "fp32" else 2e-2
+    )
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_windows_keep_the_bits(backend, sampler, rows) -> None:
+    weights, inputs = case(backend, rows, 40, 3)
+    steps = make_steps(SCHEDULE, *sampler)
+
+    def run(window: int, tolerance: float = 0.0) -> Tensor:
+        return denoise(
+            *inputs, weights, steps, seed=7, backend=backend, window=window, tolerance=tolerance,
+            trajectory=True,
+        )  # fmt: skip
+
+    one_by_one = run(1)
+    for window in (2, 5, 16, 64):
+        assert torch.equal(run(window), one_by_one), window
+    near = run(8, 1e-6)
+    assert torch.equal(run(8, 1e-6), near)
+    torch.testing.assert_close(near[-1], one_by_one[-1], rtol=0, atol=1e-4)
+
+
+def test_noise_is_that_of_the_other_backends(backend) -> None:
+    weights, inputs = case(backend, 3, 20, 5)
+    steps = make_steps(SCHEDULE, "ddpm_truncated", 4)
+    ids, samples = torch.tensor([5, 2**40, 0]), torch.tensor([0, 2**32 - 1, 9])
+    for seed in (0, 2**63, -1):
+        keys = {"seed": seed, "image_ids": ids, "sample_ids": samples}
+        found = denoise(*inputs, weights, steps, trajectory=True, backend=backend, **keys)
+        there = {
+            key: v.to(inputs[0].device) if isinstance(v, Tensor) else v for key, v in keys.items()
+        }
+        expected = reference.denoise(*inputs, weights, steps, trajectory=True, **there)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        assert torch.equal(found[0], expected[0])
+
+
+def test_weights_changed_in_place_are_seen(backend) -> None:
+    weights, inputs = case(backend, 2, 20, 3)
+    steps = make_steps(SCHEDULE, "ddim", 2)
+    before = denoise(*inputs, weights, steps, backend=backend)
+    weights.hidden[1].weight.data.mul_(1.5)
+    found = denoise(*inputs, weights, steps, backend=backend)
+    assert float((found - before).abs().max()) > 1e-4
+    torch.testing.assert_close(found, reference.denoise(*inputs, weights, steps), rtol=0, atol=1e-4)
+
+
+def test_no_rows_and_no_steps(backend) -> None:
+    weights, inputs = case(backend, 2, 20, 3)
+    steps = make_steps(SCHEDULE, "ddim", 2)
+    assert denoise(*(t[:0] for t in inputs), weights, steps, backend=backend).shape == (0, 3)
+    none = steps._replace(**{name: getattr(steps, name)[:0] for name in steps._fields[:-1]})
+    found = denoise(*inputs, weights, none, backend=backend, trajectory=True)
+    torch.testing.assert_close(
+        found, reference.denoise(*inputs, weights, none, trajectory=True), rtol=0, atol=1e-6
+    )
+
+
+def test_progress_is_told_and_stops_the_chain(backend, monkeypatch) -> None:
+    weights, inputs = case(backend, 2, 20, 3)
+    steps = make_steps(SCHEDULE, "ddpm")
+    monkeypatch.setattr(ops, "_READINGS_A_LAUNCH", 16)
+    seen = []
+    denoise(*inputs, weights, steps, backend=backend, window=1,
+            progress=lambda *each: seen.append(each))  # fmt: skip
+    assert seen == [(32, 2 * T), (64, 2 * T), (2 * T, 2 * T)]
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        denoise(*inputs, weights, steps, backend=backend, progress=stop)
+
+
+def test_what_the_kernel_does_not_take_is_said(backend) -> None:
+    weights, inputs = case(backend, 2, 20, 3)
+    steps = make_steps(SCHEDULE, "ddim", 2)
+    with pytest.raises(RuntimeError, match=r"precision='int8'.*served by " + backend):
+        denoise(*inputs, weights, steps, backend=backend, precision="int8")
+    with pytest.raises(RuntimeError, match="instructions='avx2'"):
+        denoise(*inputs, weights, steps, backend=backend, instructions="avx2")
+    with pytest.raises(RuntimeError, match="it takes float32 tensors"):
+        denoise(*(t.double() for t in inputs), as_double(weights), steps, backend=backend)
+    with pytest.raises(ValueError, match=r"sample_ids must be in \[0, 4294967295\]"):
+        denoise(*inputs, weights, steps, backend=backend, sample_ids=torch.tensor([0, -1]))
+    sigma = steps.sigma.clone()
+    sigma[-1] = 0.5
+    noise = torch.randn(2, 2, 3, device=inputs[0].device)
+    with pytest.raises(ValueError, match="the last step must take none"):
+        denoise(*inputs, weights, steps._replace(sigma=sigma), noise=noise, backend=backend)
+    many = make_inputs(2, 20, 513)
+    with pytest.raises(RuntimeError, match="512 classes at most"):
+        denoise(
+            *(t.to(inputs[0].device) for t in many), make_weights(20, 513), steps, backend=backend
+        )
+
+
+def test_the_extension_checks_what_it_is_given(backend) -> None:
+    module = _native.cuda(backend)
+    with pytest.raises(ValueError, match="features must be 1 to 65536 and classes 1 to 512"):
+        module.denoise_workspace(0, 3, 1, 1, 1, "fp32", 0)
+    with pytest.raises(ValueError, match="precision must be fp32 or bf16, got fp16"):
+        module.denoise_workspace(20, 3, 1, 1, 1, "fp16", 0)
