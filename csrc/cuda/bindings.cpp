@@ -4,6 +4,7 @@ namespace diffmic::cuda {
 
 void BindAll(pybind11::module_& m) {
   m.doc() = "Kernels for GPUs, one function an operation.";
+  BindConditioning(m);
   BindDenoise(m);
   BindRois(m);
 }

@@ -9,6 +9,7 @@
 
 namespace diffmic::cuda {
 
+void BindConditioning(pybind11::module_& m);
 void BindDenoise(pybind11::module_& m);
 void BindRois(pybind11::module_& m);
 
