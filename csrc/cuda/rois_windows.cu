@@ -25,7 +25,7 @@ struct Choice {
   std::int64_t count;
   std::int64_t* cells;
   Continuation next;
-  float* scratch;  // null: the maps are in shared memory
+  float* scratch;  // the maps of each block, where they are not in shared memory
 };
 
 // The map, the classes at work, and the mean of every window.
@@ -158,13 +158,18 @@ __device__ void ChooseGreedily(const Choice& p, std::int64_t image, float* map, 
   }
 }
 
-template <typename Format>
+// kShared: the maps are in shared memory. Known to the compiler, so that it need not ask at every
+// access which memory it is.
+template <typename Format, bool kShared>
 __global__ void __launch_bounds__(kThreads, kBlocks) ChooseKernel(Choice p) {
-  const std::int64_t cells = p.saliency.height * p.saliency.width;
-  float* map =
-      p.scratch == nullptr
-          ? reinterpret_cast<float*>(dynamic_shared)
-          : p.scratch + blockIdx.x * ChoiceFloats({p.saliency.height, p.saliency.width}, p.window);
+  const Size size{p.saliency.height, p.saliency.width};
+  const std::int64_t cells = size.height * size.width;
+  float* map;
+  if constexpr (kShared) {
+    map = reinterpret_cast<float*>(dynamic_shared);
+  } else {
+    map = p.scratch + blockIdx.x * ChoiceFloats(size, p.window);
+  }
   for (std::int64_t image = blockIdx.x; image < p.saliency.batch; image += gridDim.x) {
     if (p.next.meeting != nullptr) {
       for (std::int64_t c = threadIdx.x; c < p.next.depth; c += kThreads) {
@@ -197,8 +202,8 @@ void LaunchChoice(const Choice& choice, cudaStream_t stream) {
   const std::size_t bytes =
       shared ? static_cast<std::size_t>(ChoiceFloats(map, choice.window)) * sizeof(float) : 0;
   const auto blocks = static_cast<unsigned>(ChoiceBlocks(choice.saliency.batch, shared));
-  Launch("rois.choose_windows", ChooseKernel<Format>, {dim3(blocks), dim3(kThreads), bytes, stream},
-         choice);
+  const auto kernel = shared ? ChooseKernel<Format, true> : ChooseKernel<Format, false>;
+  Launch("rois.choose_windows", kernel, {dim3(blocks), dim3(kThreads), bytes, stream}, choice);
 }
 
 }  // namespace
