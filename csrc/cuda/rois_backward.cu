@@ -51,7 +51,7 @@ __device__ __forceinline__ typename Format::Number CropGrad(const BackwardProble
 }
 
 template <typename Format>
-__global__ void __launch_bounds__(kThreads, kBlocks) CutCropsBackwardKernel(BackwardProblem p) {
+__global__ void __launch_bounds__(kThreads, 3) CutCropsBackwardKernel(BackwardProblem p) {
   using Bits = typename Format::Bits;
   using Number = typename Format::Number;
   __shared__ Bits keys[kWarps];

@@ -17,10 +17,10 @@
 
 namespace diffmic::cuda::rois {
 
+// Kernels name the fewest blocks of a multiprocessor too: left alone, the compiler aims at more than
+// their registers fit and spills.
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
-// Of a multiprocessor: at most 64 registers a thread. Left alone, the compiler aims at more and spills.
-inline constexpr int kBlocks = 4;
 inline constexpr std::int64_t kMaxBlocks = std::numeric_limits<std::int32_t>::max();
 
 // ---- numbers, as their bits --------------------------------------------------------------------

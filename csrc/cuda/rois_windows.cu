@@ -161,7 +161,7 @@ __device__ void ChooseGreedily(const Choice& p, std::int64_t image, float* map, 
 // kShared: the maps are in shared memory. Known to the compiler, so that it need not ask at every
 // access which memory it is.
 template <typename Format, bool kShared>
-__global__ void __launch_bounds__(kThreads, kBlocks) ChooseKernel(Choice p) {
+__global__ void __launch_bounds__(kThreads, 4) ChooseKernel(Choice p) {
   const Size size{p.saliency.height, p.saliency.width};
   const std::int64_t cells = size.height * size.width;
   float* map;
