@@ -4,7 +4,9 @@ namespace diffmic::cuda {
 
 void BindAll(pybind11::module_& m) {
   m.doc() = "Kernels for GPUs, one function an operation.";
+  BindConditioning(m);
   BindDenoise(m);
+  BindRois(m);
 }
 
 }  // namespace diffmic::cuda

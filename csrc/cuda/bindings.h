@@ -9,7 +9,9 @@
 
 namespace diffmic::cuda {
 
+void BindConditioning(pybind11::module_& m);
 void BindDenoise(pybind11::module_& m);
+void BindRois(pybind11::module_& m);
 
 void BindAll(pybind11::module_& m);
 

@@ -22,10 +22,10 @@ BACKENDS = ("reference", "cpu", "cuda", "triton", "cuda-emulated")
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "denoise": ("reference", "cpu", "cuda", "cuda-emulated"),
-    "conditioning": ("reference", "cpu"),
+    "conditioning": ("reference", "cpu", "cuda", "cuda-emulated"),
     "conditional_linear": ("reference",),
     "mmd": ("reference", "cpu"),
-    "rois": ("reference", "cpu"),
+    "rois": ("reference", "cpu", "cuda", "cuda-emulated"),
 }
 
 _VARIABLE = "DIFFMIC_BACKEND"

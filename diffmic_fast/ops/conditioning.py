@@ -8,6 +8,7 @@ which a graph is wanted (second derivatives) are taken through the reference.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from diffmic_fast import _native
 from diffmic_fast.checks import Arguments
-from diffmic_fast.ops._backend import asked_by_name, resolve
+from diffmic_fast.ops._backend import asked_by_name, resolve, stream_of
 from diffmic_fast.ops._layout import compact, with_unit_rows
 from diffmic_fast.ops.conditional_linear import check_layer
 from diffmic_fast.reference import conditioning as reference
@@ -43,8 +44,9 @@ def conditioning(
         layer: first conditional layer, 2C -> F; the running statistics are updated in place in training.
         timesteps: [B] or [1] int64 in [0, T].
         training, momentum, eps: as in `conditional_linear`.
-        backend: a backend's name, or "auto", which takes the reference where a tensor is not float32. The backend "cpu"
-            gives the same bits on any number of threads (torch's), and in eval mode to a row in any batch.
+        backend: a backend's name, or "auto", which takes the reference where a tensor is not float32. Each of "cpu",
+            "cuda" and "cuda-emulated" gives the same bits in every run, whatever the number of threads (torch's), and
+            in eval mode to a row in any batch.
 
     Returns:
         [B, F] or [S, B, F], differentiable in all tensors but `timesteps`.
@@ -61,12 +63,13 @@ def conditioning(
     args.floating("guidance", guidance, "S B C" if y_t.ndim == 3 else "B C")
     args.sizes["2C"] = 2 * args.sizes["C"]
     check_layer(args, layer, timesteps, "2C", training)
-    if _choose(backend, (x, y_t, guidance, *layer)) == "reference":
+    name = _choose(backend, (x, y_t, guidance, *layer))
+    if name == "reference":
         return reference.conditioning(
             x, y_t, guidance, layer, timesteps, training=training, momentum=momentum, eps=eps
         )
     h, _, mean, variance = torch.ops.diffmic_fast.conditioning.default(
-        x, y_t, guidance, timesteps, *layer, training, momentum, eps
+        x, y_t, guidance, timesteps, *layer, training, momentum, eps, name
     )
     if training:
         layer.running_mean.copy_(mean)
@@ -77,11 +80,11 @@ def conditioning(
 def _choose(backend: str, tensors: Sequence[Tensor]) -> str:
     """The backend of a call: where "auto" would take one that cannot serve these tensors, the reference."""
     name = resolve("conditioning", backend, tensors[0].device)
-    if name != "cpu" or all(tensor.dtype == torch.float32 for tensor in tensors):
+    if name == "reference" or all(tensor.dtype == torch.float32 for tensor in tensors):
         return name
     if asked_by_name("conditioning", backend):
         raise RuntimeError(
-            "conditioning: the backend cpu cannot serve: it takes float32 tensors, got "
+            f"conditioning: the backend {name} cannot serve: it takes float32 tensors, got "
             + ", ".join(sorted({str(tensor.dtype) for tensor in tensors}))
         )
     return "reference"
@@ -95,12 +98,13 @@ _DIFFERENTIABLE = 8  # x, y_t, guidance and the layer's first five
 _library = torch.library.Library("diffmic_fast", "FRAGMENT")
 _library.define(
     f"conditioning(Tensor x, Tensor y_t, Tensor guidance, Tensor timesteps, {_LAYER}, "
-    "Tensor running_mean, Tensor running_var, bool training, float momentum, float eps) "
+    "Tensor running_mean, Tensor running_var, bool training, float momentum, float eps, "
+    "str backend) "
     "-> (Tensor h, Tensor statistics, Tensor updated_mean, Tensor updated_var)"
 )
 _library.define(
     f"conditioning_backward(Tensor grad, Tensor x, Tensor y_t, Tensor guidance, Tensor timesteps, "
-    f"{_LAYER}, Tensor statistics, bool training, float eps, bool[] wanted) "
+    f"{_LAYER}, Tensor statistics, bool training, float eps, bool[] wanted, str backend) "
     f"-> ({', '.join(['Tensor'] * _DIFFERENTIABLE)})"
 )
 
@@ -138,6 +142,13 @@ def _outputs(
     )
 
 
+def _kernels(backend: str, x: Tensor) -> tuple[ModuleType, int]:
+    """The backend's module, and the last argument of its functions: threads, or the stream."""
+    if backend == "cpu":
+        return _native.extension(), torch.get_num_threads()
+    return _native.cuda(backend), stream_of(x)
+
+
 def _conditioning(
     x: Tensor,
     y_t: Tensor,
@@ -153,9 +164,11 @@ def _conditioning(
     training: bool,
     momentum: float,
     eps: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h, statistics, mean, variance = _outputs(x, y_t, training)
-    _native.extension().conditioning(
+    kernels, how = _kernels(backend, x)
+    kernels.conditioning(
         *_inputs(x, y_t, guidance, timesteps, weight, bias, gamma, norm_weight, norm_bias),
         compact(running_mean),
         compact(running_var),
@@ -166,7 +179,7 @@ def _conditioning(
         mean,
         variance,
         h,
-        torch.get_num_threads(),
+        how,
     )
     return h, statistics, _given(mean, x), _given(variance, x)
 
@@ -190,6 +203,7 @@ def _fake_conditioning(
     training: bool,
     momentum: float,
     eps: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h, statistics, mean, variance = _outputs(x, y_t, training)
     return h, statistics, _given(mean, x), _given(variance, x)
@@ -218,17 +232,25 @@ def _conditioning_backward(
     training: bool,
     eps: float,
     wanted: Sequence[bool],
+    backend: str,
 ) -> tuple[Tensor, ...]:
     layer = (weight, bias, gamma, norm_weight, norm_bias)
     gradients = _gradient_outputs((x, y_t, guidance, *layer), wanted)
-    _native.extension().conditioning_backward(
+    kernels, how = _kernels(backend, x)
+    scratch: tuple[Tensor | None, ...] = ()
+    if backend != "cpu":
+        sizes = x.shape[1], y_t.shape[0] if y_t.ndim == 3 else 1, *y_t.shape[-2:]
+        labels = wanted[1] or wanted[2]
+        scratch = (x.new_empty(kernels.conditioning_label_sums(*sizes)) if labels else None,)
+    kernels.conditioning_backward(
         with_unit_rows(grad),
         *_inputs(x, y_t, guidance, timesteps, *layer),
         compact(statistics),
         training,
         eps,
         gradients,
-        torch.get_num_threads(),
+        *scratch,
+        how,
     )
     return tuple(_given(gradient, x) for gradient in gradients)
 
@@ -248,6 +270,7 @@ def _fake_conditioning_backward(
     training: bool,
     eps: float,
     wanted: Sequence[bool],
+    backend: str,
 ) -> tuple[Tensor, ...]:
     like = (x, y_t, guidance, weight, bias, gamma, norm_weight, norm_bias)
     return tuple(_given(gradient, x) for gradient in _gradient_outputs(like, wanted))
@@ -258,11 +281,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
     # The running statistics of now are in output[1]: later calls in training may change the layer's.
     ctx.save_for_backward(*inputs[:9], output[1])
-    ctx.training, _, ctx.eps = inputs[11:]
+    ctx.training, _, ctx.eps, ctx.backend = inputs[11:]
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    found: list[Tensor | None] = [None] * 14
+    found: list[Tensor | None] = [None] * 15
     if grad is None:
         return tuple(found)
     *inputs, statistics = ctx.saved_tensors
@@ -272,7 +295,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         gradients = _through_the_reference(ctx, grad, inputs, statistics, wanted)
     else:
         gradients = torch.ops.diffmic_fast.conditioning_backward.default(
-            grad, *inputs, statistics, ctx.training, ctx.eps, wanted
+            grad, *inputs, statistics, ctx.training, ctx.eps, wanted, ctx.backend
         )
     for place, want, gradient in zip(places, wanted, gradients, strict=True):
         found[place] = gradient if want else None
@@ -299,7 +322,8 @@ for _name, _kernel, _fake in (
     ("conditioning", _conditioning, _fake_conditioning),
     ("conditioning_backward", _conditioning_backward, _fake_conditioning_backward),
 ):
-    _library.impl(_name, _kernel, "CPU")
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, _kernel, _device)
     torch.library.register_fake(f"diffmic_fast::{_name}", _fake, lib=_library)
 torch.library.register_autograd(
     "diffmic_fast::conditioning", _backward, setup_context=_save, lib=_library

@@ -1,12 +1,18 @@
 """`rois`: where the saliency is highest, and the crops cut there (spec, section 3).
 
-The signatures are those of `diffmic_fast.reference.rois` and a choice of backend. Both operations
-are `torch.library` operators, so they are one node of a compiled graph and never traced into.
+The signatures are those of `diffmic_fast.reference.rois` and a choice of backend: "reference",
+"cpu", "cuda" or, for tests, "cuda-emulated". Both operations are `torch.library` operators, so they
+are one node of a compiled graph and never traced into.
+
+The CUDA kernels never wait for the GPU, so they cannot raise for saliency that is not finite. They
+mark such an image instead, so that it cannot pass for another: its cells and origins are -1, its
+crops not-a-number (0 for uint8, which has none), and so is every logit made of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -14,7 +20,7 @@ from torch import Tensor
 
 from diffmic_fast import _native
 from diffmic_fast.checks import Arguments
-from diffmic_fast.ops._backend import resolve
+from diffmic_fast.ops._backend import resolve, stream_of
 from diffmic_fast.reference import rois as reference
 from diffmic_fast.reference.rois import Channels, Rois, cell_to_pixel, window_size
 
@@ -40,7 +46,7 @@ def choose_windows(
 
     Raises:
         ValueError, TypeError: arguments that do not fit, named; saliency that is not finite, with
-            the image's number.
+            the image's number (the CUDA kernels give that image cells of -1 instead).
         RuntimeError: the backend asked for cannot serve.
     """
     operation = "rois.choose_windows"
@@ -108,7 +114,8 @@ def rois(
         Cells [B, K, 2], origins [B, K, 2] in pixels, crops [B, K, 3 or Ch, height, width].
 
     Raises:
-        ValueError, TypeError: arguments that do not fit, named.
+        ValueError, TypeError: arguments that do not fit, named; saliency that is not finite, with
+            the image's number (the CUDA kernels mark that image's results instead).
         RuntimeError: the backend asked for cannot serve.
     """
     args = Arguments("rois")
@@ -182,12 +189,19 @@ def _readable(tensor: Tensor) -> Tensor:
 
 @torch.library.custom_op("diffmic_fast::choose_windows", mutates_args=())
 def _choose_windows(saliency: Tensor, window: Sequence[int], count: int, backend: str) -> Tensor:
-    if resolve("rois", backend, saliency.device) == "reference":
+    name = resolve("rois", backend, saliency.device)
+    if name == "reference":
         return reference.choose_windows(saliency, (window[0], window[1]), count)
     cells = saliency.new_empty((saliency.shape[0], count, 2), dtype=torch.int64)
-    _native.extension().choose_windows(
-        _readable(saliency), (window[0], window[1]), cells, torch.get_num_threads()
-    )
+    size = window[0], window[1]
+    if name == "cpu":
+        _native.extension().choose_windows(
+            _readable(saliency), size, cells, torch.get_num_threads()
+        )
+    else:
+        kernels = _native.cuda(name)
+        scratch = _choice_scratch(kernels, saliency, size)
+        kernels.choose_windows(_readable(saliency), size, cells, scratch, stream_of(saliency))
     return cells
 
 
@@ -200,12 +214,19 @@ def _(saliency: Tensor, window: Sequence[int], count: int, backend: str) -> Tens
 def _cut_crops(
     images: Tensor, origins: Tensor, size: Sequence[int], channels: str, backend: str
 ) -> Tensor:
-    if resolve("rois", backend, images.device) == "reference":
+    name = resolve("rois", backend, images.device)
+    if name == "reference":
         return reference.cut_crops(images, origins, (size[0], size[1]), cast(Channels, channels))
     crops = images.new_empty(_crops_shape(images, origins, size, channels))
-    _native.extension().cut_crops(
-        _readable(images), origins, channels == "first", crops, torch.get_num_threads()
-    )
+    first = channels == "first"
+    if name == "cpu":
+        _native.extension().cut_crops(
+            _readable(images), origins, first, crops, torch.get_num_threads()
+        )
+    else:
+        kernels = _native.cuda(name)
+        scratch = _cut_scratch(kernels, images, crops, first, backward=False).zero_()
+        kernels.cut_crops(_readable(images), origins, first, crops, scratch, stream_of(images))
     return crops
 
 
@@ -223,12 +244,28 @@ def _crops_shape(
 
 @torch.library.custom_op("diffmic_fast::cut_crops_backward", mutates_args=())
 def _cut_crops_backward(
-    grad: Tensor, images: Tensor, origins: Tensor, size: Sequence[int], channels: str
+    grad: Tensor, images: Tensor, origins: Tensor, size: Sequence[int], channels: str, backend: str
 ) -> Tensor:
     """Gradient of the images: each crop's inside goes back to its place, the rest to the minimum.
 
     Crops are added in their order, so the sum has one value.
     """
+    name = resolve("rois", backend, images.device)
+    if name not in ("reference", "cpu"):
+        kernels = _native.cuda(name)
+        images_grad = torch.empty_like(images, memory_format=torch.contiguous_format)
+        first = channels == "first"
+        scratch = _cut_scratch(kernels, images, grad, first, backward=True).zero_()
+        kernels.cut_crops_backward(
+            _readable(grad),
+            _readable(images),
+            origins,
+            first,
+            images_grad,
+            scratch,
+            stream_of(images),
+        )
+        return images_grad
     height, width = images.shape[2:]
     result = torch.zeros_like(images, memory_format=torch.contiguous_format)
     if channels == "first":
@@ -257,21 +294,23 @@ def _cut_crops_backward(
 
 
 @_cut_crops_backward.register_fake
-def _(grad: Tensor, images: Tensor, origins: Tensor, size: Sequence[int], channels: str) -> Tensor:
+def _(
+    grad: Tensor, images: Tensor, origins: Tensor, size: Sequence[int], channels: str, backend: str
+) -> Tensor:
     return torch.empty_like(images, memory_format=torch.contiguous_format)
 
 
 def _save_for_backward(
     ctx: Any, inputs: tuple[Tensor, Tensor, Sequence[int], str, str], output: Tensor
 ) -> None:
-    images, origins, size, channels, _ = inputs
+    images, origins, size, channels, backend = inputs
     ctx.save_for_backward(images, origins)
-    ctx.size, ctx.channels = size, channels
+    ctx.size, ctx.channels, ctx.backend = size, channels, backend
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
     images, origins = ctx.saved_tensors
-    images_grad = _cut_crops_backward(grad, images, origins, ctx.size, ctx.channels)
+    images_grad = _cut_crops_backward(grad, images, origins, ctx.size, ctx.channels, ctx.backend)
     return images_grad, None, None, None, None
 
 
@@ -290,23 +329,45 @@ def _rois(
     channels: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if resolve("rois", backend, images.device) == "reference":
+    name = resolve("rois", backend, images.device)
+    if name == "reference":
         cells = reference.choose_windows(saliency, (window[0], window[1]), count)
         origins = cell_to_pixel(cells, _plane(saliency), _plane(images))
         crops = reference.cut_crops(images, origins, (size[0], size[1]), cast(Channels, channels))
         return crops, cells, origins
     crops, cells, origins = _empty_rois(saliency, images, count, size, channels)
-    _native.extension().rois(
+    first = channels == "first"
+    arguments = (
         _readable(saliency),
         _readable(images),
         (window[0], window[1]),
-        channels == "first",
+        first,
         cells,
         origins,
         crops,
-        torch.get_num_threads(),
     )
+    if name == "cpu":
+        _native.extension().rois(*arguments, torch.get_num_threads())
+    else:
+        kernels = _native.cuda(name)
+        choice_scratch = _choice_scratch(kernels, saliency, (window[0], window[1]))
+        cut_scratch = _cut_scratch(kernels, images, crops, first, backward=False)
+        kernels.rois(*arguments, choice_scratch, cut_scratch, stream_of(images))
     return crops, cells, origins
+
+
+def _choice_scratch(kernels: ModuleType, saliency: Tensor, window: tuple[int, int]) -> Tensor:
+    needed = kernels.choose_windows_scratch(saliency.shape[0], _plane(saliency), window)
+    return saliency.new_empty(needed, dtype=torch.float32)
+
+
+def _cut_scratch(
+    kernels: ModuleType, images: Tensor, crops: Tensor, first: bool, *, backward: bool
+) -> Tensor:
+    needed = kernels.cut_crops_scratch(
+        _readable(images), crops.shape[1], (crops.shape[3], crops.shape[4]), first, backward
+    )
+    return images.new_empty(needed, dtype=torch.int64)
 
 
 def _empty_rois(
@@ -335,16 +396,16 @@ def _save_rois_for_backward(
     inputs: tuple[Tensor, Tensor, Sequence[int], int, Sequence[int], str, str],
     output: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    _, images, _, _, size, channels, _ = inputs
+    _, images, _, _, size, channels, backend = inputs
     _, cells, origins = output
     ctx.mark_non_differentiable(cells, origins)
     ctx.save_for_backward(images, origins)
-    ctx.size, ctx.channels = size, channels
+    ctx.size, ctx.channels, ctx.backend = size, channels, backend
 
 
 def _rois_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
     images, origins = ctx.saved_tensors
-    images_grad = _cut_crops_backward(grad, images, origins, ctx.size, ctx.channels)
+    images_grad = _cut_crops_backward(grad, images, origins, ctx.size, ctx.channels, ctx.backend)
     return None, images_grad, None, None, None, None, None
 
 

@@ -18,6 +18,15 @@ from diffmic_fast.reference import rois as reference
 
 _C = _native.extension()
 
+EMULATED = pytest.param(
+    "cuda-emulated",
+    marks=pytest.mark.skipif(
+        bool(_native.attempt_emulated()[1]), reason=_native.attempt_emulated()[1]
+    ),
+)
+KERNELS = ["cpu", EMULATED]
+BACKENDS = ["reference", "cpu", EMULATED]
+
 PIXELS = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8]
 SALIENCY = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 INT64 = torch.iinfo(torch.int64)
@@ -61,7 +70,7 @@ STRIDES = ["contiguous", "channels_last", "transposed", "slice", "spread"]
 # ---- the recorded numbers --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_recorded_windows_origins_and_crops(
     golden: Callable[[str], dict[str, Tensor]], backend: str
 ) -> None:
@@ -83,6 +92,7 @@ def test_window_size_and_pixels_are_the_reference() -> None:
 # ---- choose_windows --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", SALIENCY)
 @pytest.mark.parametrize("kind", STRIDES)
 @pytest.mark.parametrize(
@@ -93,19 +103,26 @@ def test_window_size_and_pixels_are_the_reference() -> None:
         ((2, 7, 13, 9), (3, 2), 6),
         ((2, 1, 5, 8), (5, 8), 2),
         ((1, 3, 6, 33), (2, 17), 9),
+        ((1, 9, 4, 5), (2, 2), 3),
     ],
 )
 def test_windows_equal_the_reference(
-    dtype: torch.dtype, kind: str, shape: tuple[int, ...], window: tuple[int, int], count: int
+    backend: str,
+    dtype: torch.dtype,
+    kind: str,
+    shape: tuple[int, ...],
+    window: tuple[int, int],
+    count: int,
 ) -> None:
     saliency = strided(random_images(shape, dtype), kind)
     expected = reference.choose_windows(saliency, window, count)
-    assert_same_bits(ops.choose_windows(saliency, window, count, backend="cpu"), expected)
+    assert_same_bits(ops.choose_windows(saliency, window, count, backend=backend), expected)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_windows_equal_the_reference_where_means_tie(data: st.DataObject) -> None:
+@given(data=st.data())
+def test_windows_equal_the_reference_where_means_tie(backend: str, data: st.DataObject) -> None:
     """Few distinct values, so that ties, constant classes and emptied maps are common."""
     batch, classes = data.draw(st.integers(0, 4)), data.draw(st.integers(1, 7))
     height, width = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
@@ -114,41 +131,68 @@ def test_windows_equal_the_reference_where_means_tie(data: st.DataObject) -> Non
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     saliency = torch.randint(0, levels, (batch, classes, height, width), generator=generator) * 0.1
     expected = reference.choose_windows(saliency, window, count)
-    assert torch.equal(ops.choose_windows(saliency, window, count, backend="cpu"), expected)
+    assert torch.equal(ops.choose_windows(saliency, window, count, backend=backend), expected)
 
 
-def test_a_constant_class_counts_nothing() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_constant_class_counts_nothing(backend: str) -> None:
     saliency = torch.full((1, 2, 3, 3), 5.0)
     saliency[0, 1, 2, 1] = 6.0
-    for backend in ("reference", "cpu"):
-        cells = ops.choose_windows(saliency, (1, 1), 3, backend=backend)
-        assert cells.tolist() == [[[2, 1], [0, 0], [0, 0]]]
+    cells = ops.choose_windows(saliency, (1, 1), 3, backend=backend)
+    assert cells.tolist() == [[[2, 1], [0, 0], [0, 0]]]
 
 
-def test_half_subnormals_are_widened_exactly() -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_half_subnormals_are_widened_exactly(backend: str) -> None:
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     values = bits.view(torch.float16)
     finite = values[values.isfinite()]
     saliency = finite[: len(finite) // 16 * 16].reshape(-1, 1, 4, 4)
+    if backend == "cuda-emulated":
+        saliency = saliency[::80]  # 50 blocks instead of 4,000
     expected = reference.choose_windows(saliency, (2, 2), 4)
-    assert torch.equal(ops.choose_windows(saliency, (2, 2), 4, backend="cpu"), expected)
+    assert torch.equal(ops.choose_windows(saliency, (2, 2), 4, backend=backend), expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize(
-    ("dtype", "value"),
-    [(dtype, value) for dtype in SALIENCY for value in (torch.nan, torch.inf, -torch.inf)]
-    # Finite, but beyond float32, or with a range beyond it.
-    + [(torch.float64, 1e300), (torch.float32, 3.4e38)],
-)
-def test_saliency_that_is_not_finite_names_its_image(
-    backend: str, dtype: torch.dtype, value: float
-) -> None:
+NOT_FINITE = [
+    (dtype, value) for dtype in SALIENCY for value in (torch.nan, torch.inf, -torch.inf)
+] + [(torch.float64, 1e300), (torch.float32, 3.4e38)]  # or beyond float32, or with such a range
+
+
+def not_finite_saliency(dtype: torch.dtype, value: float) -> Tensor:
+    """Images 17 and 31 of 40 have it."""
     saliency = torch.zeros(40, 2, 3, 3, dtype=dtype)
     saliency[[17, 31], 1, 2, 2] = value
     saliency[[17, 31], 1, 0, 0] = -min(abs(value), 3.4e38) if dtype == torch.float32 else 0
+    return saliency
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(("dtype", "value"), NOT_FINITE)
+def test_saliency_that_is_not_finite_names_its_image(
+    backend: str, dtype: torch.dtype, value: float
+) -> None:
     with pytest.raises(ValueError, match=r"^rois\.choose_windows: saliency of image 17 is not fin"):
-        ops.choose_windows(saliency, (1, 1), 2, backend=backend)
+        ops.choose_windows(not_finite_saliency(dtype, value), (1, 1), 2, backend=backend)
+
+
+@pytest.mark.parametrize("backend", [EMULATED])
+@pytest.mark.parametrize(("dtype", "value"), NOT_FINITE)
+def test_saliency_that_is_not_finite_marks_its_image_on_a_gpu(
+    backend: str, dtype: torch.dtype, value: float
+) -> None:
+    saliency = not_finite_saliency(dtype, value)[15:19]
+    good = [0, 1, 3]
+    for pixels in (torch.float32, torch.bfloat16, torch.uint8):
+        images = random_images((4, 3, 6, 6), pixels)
+        found = ops.rois(saliency, images, (2, 2), 2, backend=backend)
+        assert (found.cells[2] == -1).all() and (found.origins[2] == -1).all()
+        marked = found.crops[2]
+        assert (marked.isnan() if pixels.is_floating_point else marked == 0).all()
+        expected = reference.rois(saliency[good], images[good], (2, 2), 2)
+        for of_good, wanted in zip(found, expected, strict=True):
+            assert torch.equal(of_good[good], wanted)
+    assert torch.equal(ops.choose_windows(saliency, (1, 1), 2, backend=backend), found.cells)
 
 
 def test_windows_do_not_depend_on_threads() -> None:
@@ -174,21 +218,31 @@ def origins_around(batch: int, count: int, height: int, width: int, seed: int = 
     return torch.cat([rows, columns], dim=2)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", PIXELS)
 @pytest.mark.parametrize("kind", STRIDES)
 @pytest.mark.parametrize("channels", ["first", "all"])
-def test_crops_equal_the_reference(dtype: torch.dtype, kind: str, channels: Any) -> None:
-    for shape, size in (((3, 2, 17, 13), (5, 4)), ((2, 3, 9, 33), (9, 33)), ((1, 1, 3, 2), (7, 5))):
+def test_crops_equal_the_reference(
+    backend: str, dtype: torch.dtype, kind: str, channels: Any
+) -> None:
+    sizes = (
+        ((3, 2, 17, 13), (5, 4)),
+        ((2, 3, 9, 33), (9, 33)),
+        ((1, 1, 3, 2), (7, 5)),
+        ((2, 2, 12, 40), (3, 16)),  # rows of whole pieces of 16 bytes
+    )
+    for shape, size in sizes:
         images = strided(random_images(shape, dtype), kind)
         origins = origins_around(shape[0], 9, *shape[2:])
         expected = reference.cut_crops(images, origins, size, channels)
-        found = ops.cut_crops(images, origins, size, channels, backend="cpu")
+        found = ops.cut_crops(images, origins, size, channels, backend=backend)
         assert_same_bits(found, expected)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_crops_of_any_size_and_place_equal_the_reference(data: st.DataObject) -> None:
+@given(data=st.data())
+def test_crops_of_any_size_and_place_equal_the_reference(backend: str, data: st.DataObject) -> None:
     shape = tuple(data.draw(st.integers(1, most)) for most in (3, 4, 9, 9))
     count = data.draw(st.integers(0, 4))
     size = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12))
@@ -202,37 +256,38 @@ def test_crops_of_any_size_and_place_equal_the_reference(data: st.DataObject) ->
     images = strided(random_images(shape, dtype, seed=sum(shape)), kind)
     expected = reference.cut_crops(images, origins, size, channels)
     if count == 0:
-        assert ops.cut_crops(images, origins, size, channels, backend="cpu").shape[1] == 0
+        assert ops.cut_crops(images, origins, size, channels, backend=backend).shape[1] == 0
     else:
-        found = ops.cut_crops(images, origins, size, channels, backend="cpu")
+        found = ops.cut_crops(images, origins, size, channels, backend=backend)
         assert_same_bits(found, expected)
 
 
-def test_the_rules_at_the_edges() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_rules_at_the_edges(backend: str) -> None:
     """A crop's inside is aligned to its lower right, whichever edge it crosses."""
     image = torch.arange(1.0, 13.0).reshape(1, 1, 3, 4)
     origins = torch.tensor([[[-1, -1], [2, 3], [0, 0], [3, 0], [-2, 0]]])
-    for backend in ("reference", "cpu"):
-        crops = ops.cut_crops(image, origins, (2, 2), "all", backend=backend)[0, :, 0]
-        assert crops.tolist() == [
-            [[1, 1], [1, 1]],
-            [[1, 1], [1, 12]],
-            [[1, 2], [5, 6]],
-            [[1, 1], [1, 1]],
-            [[1, 1], [1, 1]],
-        ]
+    crops = ops.cut_crops(image, origins, (2, 2), "all", backend=backend)[0, :, 0]
+    assert crops.tolist() == [
+        [[1, 1], [1, 1]],
+        [[1, 1], [1, 12]],
+        [[1, 2], [5, 6]],
+        [[1, 1], [1, 1]],
+        [[1, 1], [1, 1]],
+    ]
 
 
 @pytest.mark.parametrize("near", [INT64.max, INT64.max - 5, INT64.min, INT64.min + 5])
-def test_origins_at_the_limits_of_int64(near: int) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_origins_at_the_limits_of_int64(backend: str, near: int) -> None:
     images = random_images((1, 1, 8, 8), torch.float32)
     origins = torch.tensor([[[near, 0], [0, near], [near, near], [2, 3]]])
     expected = reference.cut_crops(images, origins, (4, 4))
-    assert_same_bits(ops.cut_crops(images, origins, (4, 4), backend="cpu"), expected)
+    assert_same_bits(ops.cut_crops(images, origins, (4, 4), backend=backend), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_not_a_number_makes_the_minimum_not_a_number(dtype: torch.dtype, backend: str) -> None:
     images = random_images((2, 1, 6, 6), dtype)
     images[0, 0, 5, 5], images[1, 0, 5, 5] = torch.nan, torch.inf
@@ -247,8 +302,34 @@ def test_not_a_number_makes_the_minimum_not_a_number(dtype: torch.dtype, backend
     assert ops.cut_crops(images, origins, (2, 2), "all", backend=backend)[0, 0, 0, 0].isnan().all()
 
 
+class OnDevice:
+    """An array of NumPy as a library for GPUs would hand it over: NumPy refuses any stream."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __dlpack__(self, *, stream: int, **options: Any) -> Any:
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.array.__dlpack_device__()
+
+
+def cut_into(backend: str, images: Any, origins: Any, crops: Tensor) -> None:
+    """The kernel itself, on arrays that no tensor can be."""
+    if backend == "cpu":
+        _C.cut_crops(images, origins, False, crops, 2)
+        return
+    kernels = _native.cuda(backend)
+    images, origins = OnDevice(images), OnDevice(origins)
+    needed = kernels.cut_crops_scratch(images, crops.shape[1], crops.shape[3:], False, False)
+    scratch = torch.zeros(needed, dtype=torch.int64)
+    kernels.cut_crops(images, origins, False, crops, scratch, 0)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64, torch.uint8])
-def test_numpy_strides_of_every_sign(dtype: torch.dtype) -> None:
+def test_numpy_strides_of_every_sign(backend: str, dtype: torch.dtype) -> None:
     base = random_images((2, 3, 11, 10), dtype).numpy()
     origins = origins_around(2, 5, 11, 10)
     for array in (
@@ -259,37 +340,42 @@ def test_numpy_strides_of_every_sign(dtype: torch.dtype) -> None:
     ):
         crops = torch.empty(2, 5, 3, 4, 3, dtype=dtype)
         turned = origins.numpy()[:, ::-1, :]
-        _C.cut_crops(array, turned, False, crops)
+        cut_into(backend, array, turned, crops)
         expected = reference.cut_crops(
             torch.from_numpy(np.ascontiguousarray(array)), origins.flip(1), (4, 3), "all"
         )
         assert_same_bits(crops, expected)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", PIXELS)
-def test_nothing_around_the_outputs_is_touched(dtype: torch.dtype) -> None:
+def test_nothing_around_the_outputs_is_touched(backend: str, dtype: torch.dtype) -> None:
     images = random_images((2, 3, 9, 8), dtype)
     origins = origins_around(2, 4, 9, 8)
     buffer = torch.full((2 * 4 * 3 * 5 * 7 + 6,), 42, dtype=dtype)
     crops = buffer[3:-3].view(2, 4, 3, 5, 7)
-    _C.cut_crops(images, origins, False, crops, 2)
+    cut_into(backend, images, origins, crops)
     assert_same_bits(crops, reference.cut_crops(images, origins, (5, 7), "all"))
     assert (buffer[:3] == 42).all() and (buffer[-3:] == 42).all()
 
     cells_buffer = torch.full((2 * 6 * 2 + 6,), -7)
     cells = cells_buffer[3:-3].view(2, 6, 2)
     saliency = random_images((2, 3, 5, 5), torch.float32)
-    _C.choose_windows(saliency, (2, 1), cells, 2)
+    if backend == "cpu":
+        _C.choose_windows(saliency, (2, 1), cells, 2)
+    else:
+        _native.cuda(backend).choose_windows(saliency, (2, 1), cells, torch.empty(0), 0)
     assert torch.equal(cells, reference.choose_windows(saliency, (2, 1), 6))
     assert (cells_buffer[:3] == -7).all() and (cells_buffer[-3:] == -7).all()
 
 
-def test_inputs_are_not_changed() -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_inputs_are_not_changed(backend: str) -> None:
     images, saliency = (random_images((3, 2, 8, 8), torch.float32, seed) for seed in (1, 2))
     origins = origins_around(3, 4, 8, 8)
     before = images.clone(), saliency.clone(), origins.clone()
-    ops.rois(saliency, images, (3, 3), 4, backend="cpu")
-    ops.cut_crops(images, origins, (3, 3), backend="cpu")
+    ops.rois(saliency, images, (3, 3), 4, backend=backend)
+    ops.cut_crops(images, origins, (3, 3), backend=backend)
     for now, then in zip((images, saliency, origins), before, strict=True):
         assert torch.equal(now, then)
 
@@ -304,7 +390,7 @@ def test_crops_do_not_depend_on_threads() -> None:
         assert_same_bits(crops, expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batches(backend: str) -> None:
     found = ops.rois(torch.empty(0, 2, 7, 7), torch.empty(0, 3, 32, 32), (8, 8), 6, backend=backend)
     assert found.cells.shape == (0, 6, 2) and found.cells.dtype == torch.int64
@@ -356,7 +442,7 @@ MAPS = torch.zeros(2, 3, 5, 5)
         (
             lambda: ops.cut_crops(IMAGES, CORNERS, (2, 2), backend="cuda"),
             RuntimeError,
-            "no cuda implementation",
+            "it takes tensors on a GPU, these are on cpu",
         ),
         (lambda: ops.rois(MAPS, IMAGES, (2, 2), 2, backend="x"), ValueError, "backend must be"),
     ],
@@ -371,35 +457,38 @@ def test_arguments_that_do_not_fit(
 # ---- as operators of torch -------------------------------------------------------------------
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str) -> None:
     saliency, images = random_images((2, 3, 5, 5), torch.float32), torch.randn(2, 3, 12, 11)
     origins = origins_around(2, 4, 12, 11)
     choose = torch.ops.diffmic_fast.choose_windows.default
     cut = torch.ops.diffmic_fast.cut_crops.default
     both = torch.ops.diffmic_fast.rois.default
-    for backend in ("reference", "cpu"):
-        torch.library.opcheck(choose, (saliency, [2, 1], 3, backend))
+    torch.library.opcheck(choose, (saliency, [2, 1], 3, backend))
+    for needs_grad in (False, True):
+        leaf = images.clone().requires_grad_(needs_grad)
+        torch.library.opcheck(both, (saliency, leaf, [2, 1], 3, [5, 4], "first", backend))
+    for channels in ("first", "all"):
         for needs_grad in (False, True):
             leaf = images.clone().requires_grad_(needs_grad)
-            torch.library.opcheck(both, (saliency, leaf, [2, 1], 3, [5, 4], "first", backend))
-        for channels in ("first", "all"):
-            for needs_grad in (False, True):
-                leaf = images.clone().requires_grad_(needs_grad)
-                torch.library.opcheck(cut, (leaf, origins, [5, 4], channels, backend))
+            torch.library.opcheck(cut, (leaf, origins, [5, 4], channels, backend))
 
 
 @pytest.mark.parametrize("channels", ["first", "all"])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient(channels: Any, backend: str) -> None:
     images = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
     origins = origins_around(2, 3, 5, 6)
     assert torch.autograd.gradcheck(
-        lambda x: ops.cut_crops(x, origins, (3, 4), channels, backend=backend), (images,)
+        lambda x: ops.cut_crops(x, origins, (3, 4), channels, backend=backend),
+        (images,),
+        fast_mode=backend == "cuda-emulated",  # a few directions instead of every entry
     )
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("channels", ["first", "all"])
+@settings(deadline=None)
 @given(data=st.data())
 def test_both_steps_in_one_call_equal_the_steps(
     data: st.DataObject, channels: Any, backend: str
@@ -429,19 +518,102 @@ def test_both_steps_in_one_call_equal_the_steps(
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("channels", ["first", "all"])
 @pytest.mark.parametrize("kind", ["contiguous", "channels_last"])
-def test_gradient_is_that_of_the_reference(channels: Any, kind: str) -> None:
+def test_gradient_is_that_of_the_reference(backend: str, channels: Any, kind: str) -> None:
     """Also where several pixels attain the minimum."""
     images = strided(torch.randint(0, 4, (3, 2, 9, 8)).double(), kind).requires_grad_()
     origins = origins_around(3, 7, 9, 8)
-    crops = ops.cut_crops(images, origins, (4, 5), channels, backend="cpu")
+    crops = ops.cut_crops(images, origins, (4, 5), channels, backend=backend)
     weight = torch.randn_like(crops)
     found = torch.autograd.grad((crops * weight).sum(), images)[0]
     expected = torch.autograd.grad(
         (reference.cut_crops(images, origins, (4, 5), channels) * weight).sum(), images
     )[0]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", [EMULATED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradient_of_every_dtype(backend: str, dtype: torch.dtype) -> None:
+    """Sums are of float32 and rounded once: half types err by one rounding of result and share."""
+    images = torch.randint(0, 4, (2, 3, 30, 41)).to(dtype).requires_grad_()
+    origins = origins_around(2, 5, 30, 41)
+    weight = torch.randn(2, 5, 3, 9, 8).to(dtype)
+    crops = ops.cut_crops(images, origins, (9, 8), "all", backend=backend)
+    found = torch.autograd.grad(crops, images, weight)[0]
+    exact = images.detach().double().requires_grad_()
+    crops64 = reference.cut_crops(exact, origins, (9, 8), "all")
+    expected = torch.autograd.grad(crops64, exact, weight.double())[0]
+    error = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=error, atol=10 * error)
+
+
+# ---- the schedule of a GPU -------------------------------------------------------------------
+
+SEEDS = range(50)
+
+
+def emulate(seed: int) -> None:
+    _native.cuda("cuda-emulated").set_seed(seed)
+
+
+@pytest.mark.parametrize("backend", [EMULATED])
+@pytest.mark.parametrize(
+    ("side", "dtype"),
+    [(40, torch.float32), (72, torch.float64)],  # one block a plane, and two that meet
+)
+def test_any_schedule_gives_the_same_bits(backend: str, side: int, dtype: torch.dtype) -> None:
+    saliency = random_images((2, 3, 7, 7), torch.float32)
+    images = random_images((2, 1, side, side), dtype)
+    origins = torch.tensor([[[-3, 5], [side - 8, side - 8]], [[4, 4], [-20, 0]]])
+    grad = random_images((2, 2, 1, 16, 16), dtype)
+    expected = reference.rois(saliency, images, (16, 16), 3, "all")
+    expected_crops = reference.cut_crops(images, origins, (16, 16), "all")
+    backward = torch.ops.diffmic_fast.cut_crops_backward.default
+    first = None
+    for seed in SEEDS:
+        emulate(seed)
+        found = ops.rois(saliency, images, (16, 16), 3, "all", backend=backend)
+        assert torch.equal(found.cells, expected.cells)
+        assert_same_bits(found.crops, expected.crops)
+        crops = ops.cut_crops(images, origins, (16, 16), "all", backend=backend)
+        assert_same_bits(crops, expected_crops)
+        images_grad = backward(grad, images, origins, [16, 16], "all", backend)
+        first = images_grad if first is None else first
+        assert_same_bits(images_grad, first)
+    cpu = backward(grad, images, origins, [16, 16], "all", "cpu")
+    torch.testing.assert_close(first, cpu, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [EMULATED])
+def test_maps_beyond_shared_memory(backend: str) -> None:
+    saliency = random_images((2, 9, 56, 61), torch.float32)
+    assert _native.cuda(backend).choose_windows_scratch(2, (56, 61), (3, 2)) > 0
+    expected = reference.choose_windows(saliency, (3, 2), 4)
+    assert torch.equal(ops.choose_windows(saliency, (3, 2), 4, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", [EMULATED])
+@pytest.mark.parametrize("dtype", PIXELS)
+def test_planes_of_several_blocks(backend: str, dtype: torch.dtype) -> None:
+    images = random_images((2, 2, 250, 263), dtype)
+    assert _native.cuda(backend).cut_crops_scratch(images, 3, (16, 16), False, False) > 0
+    origins = torch.tensor([[[-3, 5], [240, 250], [9, 16]], [[4, 4], [20, 0], [7, 7]]])
+    for view in (images, strided(images, "slice"), strided(images, "transposed")):
+        found = ops.cut_crops(view, origins, (16, 16), "all", backend=backend)
+        assert_same_bits(found, reference.cut_crops(images, origins, (16, 16), "all"))
+
+
+@pytest.mark.parametrize("backend", [EMULATED])
+def test_scratch_memory_that_is_too_small(backend: str) -> None:
+    images = torch.zeros(1, 1, 200, 200)
+    crops = torch.empty(1, 1, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"^rois\.cut_crops: scratch must have 6 elements, got 5$"):
+        _native.cuda(backend).cut_crops(
+            images, CORNERS[:1, :1], False, crops, torch.zeros(5, dtype=torch.int64), 0
+        )
 
 
 def test_compiles_as_one_graph_for_any_batch() -> None:

@@ -1,0 +1,406 @@
+"""The compiler's word on the CUDA kernels: registers, spills, shared memory, occupancy, instructions.
+
+    python -m benchmarks.kernel_resources             compile, compare with the committed table
+    python -m benchmarks.kernel_resources --write     compile, write the table
+    python -m benchmarks.kernel_resources --keep DIR  leave cubins (and PTX, with --ptx) there
+
+Compiles each `csrc/cuda/*.cu` for each architecture with warnings as errors and reads the cubin with
+`cuobjdump`; no GPU is needed. What counts as a loss against `tests/data/kernel_resources.csv`: a
+spill, a stack frame, fewer resident warps, more static shared memory, fewer of the instructions that
+`tests/data/kernel_claims.json` says must be there, a kernel of which nothing is claimed. A register
+more that costs no warp is none. What is better than the table asks for `--write`. The numbers are of
+one compiler: with another than the table's, only spills and missing instructions are losses.
+
+Claims: for each kernel, by a regular expression over its name, the block it is launched with, its
+dynamic shared memory in bytes ("most": as much as a block may have) at the size it is meant for, and
+instructions, as the beginnings of opcodes, that must occur at least once, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).resolve().parents[1]
+TABLE = SOURCE / "tests" / "data" / "kernel_resources.csv"
+CLAIMS = SOURCE / "tests" / "data" / "kernel_claims.json"
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+
+_FLAGS = (
+    "-std=c++20",
+    "-Werror=all-warnings",
+    "-Xcompiler=-Wall,-Wextra,-Werror,-ffp-contract=off",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiprocessor:
+    """Limits of one multiprocessor (CUDA C++ Programming Guide, "Compute Capabilities")."""
+
+    warps: int
+    blocks: int
+    shared_bytes: int
+    block_shared_bytes: int  # of one block
+    registers: int = 65536
+
+
+_KIB = 1024
+MULTIPROCESSORS = {
+    80: Multiprocessor(64, 32, 164 * _KIB, 163 * _KIB),
+    86: Multiprocessor(48, 16, 100 * _KIB, 99 * _KIB),
+    89: Multiprocessor(48, 24, 100 * _KIB, 99 * _KIB),
+    90: Multiprocessor(64, 32, 228 * _KIB, 227 * _KIB),
+    100: Multiprocessor(64, 32, 228 * _KIB, 227 * _KIB),
+    120: Multiprocessor(48, 24, 100 * _KIB, 99 * _KIB),
+}
+_RESERVED_BYTES = 1024  # of shared memory, by the system, in every block
+
+
+def resident_warps(
+    architecture: int, registers: int, shared_bytes: int, dynamic: int | str, block: int
+) -> int:
+    """Warps of such a kernel that one multiprocessor holds.
+
+    Args:
+        registers: a thread's.
+        shared_bytes: static, as cuobjdump counts them.
+        dynamic: bytes of dynamic shared memory, or "most".
+        block: threads.
+    """
+    limits = MULTIPROCESSORS[architecture]
+    warps = -(-block // 32)
+    # From 9.0 on the system's share is in the static count.
+    reserved = 0 if architecture >= 90 else _RESERVED_BYTES
+    if dynamic == "most":
+        shared = limits.block_shared_bytes + _RESERVED_BYTES
+    else:
+        shared = shared_bytes + reserved + int(dynamic)
+    shared = -(-shared // 128) * 128
+    warp_registers = -(-registers * 32 // 256) * 256  # what is handed out at once
+    # A warp's registers lie in one of four parts of the multiprocessor.
+    by_registers = 4 * (limits.registers // 4 // warp_registers) // warps
+    blocks = min(
+        limits.blocks, limits.warps // warps, by_registers, limits.shared_bytes // max(shared, 1)
+    )
+    return blocks * warps
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """What one entry of the claims says of the kernels whose name it matches."""
+
+    kernel: str
+    block: int
+    dynamic_shared: int | str
+    instructions: dict[str, str]  # beginning of an opcode: why it must be there
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One kernel on one architecture: a row of the table."""
+
+    architecture: int
+    file: str
+    kernel: str
+    registers: int
+    spill_bytes: int  # stack frame and local memory of a thread
+    shared_bytes: int  # static
+    warps: int  # resident on a multiprocessor
+    instructions: str  # of those claimed, "HMMA.16816:240 LDG.E.128:84"
+    compiler: str
+
+    @property
+    def key(self) -> tuple[int, str, str]:
+        return self.architecture, self.file, self.kernel
+
+    @property
+    def counts(self) -> dict[str, int]:
+        pairs = (word.rsplit(":", 1) for word in self.instructions.split())
+        return {name: int(count) for name, count in pairs}
+
+
+# ---- tools -----------------------------------------------------------------------------------
+
+
+def find_tool(name: str) -> str | None:
+    """`name` on the PATH, beside nvcc, or in Triton's wheel; None where it is nowhere."""
+    if found := shutil.which(name):
+        return found
+    places = []
+    if nvcc := shutil.which("nvcc"):
+        root = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+        places += [Path(nvcc).resolve().parent, Path(root) / "bin"]
+    if triton := importlib.util.find_spec("triton"):
+        for folder in triton.submodule_search_locations or ():
+            places.append(Path(folder) / "backends" / "nvidia" / "bin")
+    for place in places:
+        if os.access(place / name, os.X_OK):
+            return str(place / name)
+    return None
+
+
+def missing_tools() -> str:
+    """Why nothing can be compiled and read here; empty when it can."""
+    missing = [name for name in ("nvcc", "cuobjdump", "c++filt") if find_tool(name) is None]
+    return f"not installed: {', '.join(missing)}" if missing else ""
+
+
+def _run(command: Sequence[str], text: str | None = None) -> str:
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def compiler_version() -> str:
+    """Release of nvcc, "13.0"."""
+    found = re.search(r"release (\d+\.\d+)", _run(["nvcc", "--version"]))
+    return found[1] if found else "unknown"
+
+
+def sources() -> list[Path]:
+    """The files that hold kernels."""
+    files = sorted((SOURCE / "csrc" / "cuda").glob("*.cu"))
+    return [file for file in files if "__global__" in file.read_text(encoding="utf-8")]
+
+
+def compile_all(
+    files: Sequence[Path], architectures: Sequence[int], folder: Path, *, ptx: bool, jobs: int
+) -> dict[tuple[int, str], Path]:
+    """One cubin (and PTX) an architecture and file, named by both; raises with the compiler's words."""
+
+    def compile_one(job: tuple[int, Path]) -> tuple[tuple[int, str], Path]:
+        architecture, file = job
+        target = folder / f"{file.stem}.sm_{architecture}.cubin"
+        include = f"-I{SOURCE / 'csrc'}"
+        common = ["nvcc", *_FLAGS, include, f"-arch=sm_{architecture}", str(file)]
+        _run([*common, "-cubin", "-o", str(target)])
+        if ptx:
+            _run([*common, "-ptx", "-o", str(target.with_suffix(".ptx"))])
+        return (architecture, file.stem), target
+
+    # The longest first, so that none is left alone at the end.
+    work = [(architecture, file) for file in files for architecture in architectures]
+    work.sort(key=lambda job: -_weight(job[1]))
+    with ThreadPoolExecutor(jobs) as pool:
+        return dict(pool.map(compile_one, work))
+
+
+def _weight(file: Path) -> int:
+    return (
+        sum(part.stat().st_size for part in file.parent.glob(f"{file.stem.split('_')[0]}*"))
+        + file.stat().st_size
+    )
+
+
+# ---- what a cubin says -----------------------------------------------------------------------
+
+
+def plain_name(demangled: str) -> str:
+    """ "denoise::Chains<BFloat16Product<4>>" of the demangled name of a kernel."""
+    name = demangled.replace("(anonymous namespace)::", "").removeprefix("void ")
+    depth = 0
+    for place, letter in enumerate(name):  # the parameters start where no template is open
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if letter == "(" and depth == 0:
+            name = name[:place]
+            break
+    namespace = re.match(r"diffmic::cuda::(\w+::)?", name)
+    operation = namespace[1] or "" if namespace else ""
+    name = name.replace(f"diffmic::cuda::{operation}", "").replace("diffmic::cuda::", "")
+    return operation + re.sub(r"\(\w+\)(?=\d)", "", name).replace("> >", ">>").replace(", ", ",")
+
+
+def read_cubin(cuobjdump: str, cubin: Path) -> dict[str, tuple[dict[str, int], Counter[str]]]:
+    """Resource usage and opcodes, by the mangled name of each kernel."""
+    usage: dict[str, dict[str, int]] = {}
+    name = ""
+    for line in _run([cuobjdump, "-res-usage", str(cubin)]).splitlines():
+        if function := re.match(r"\s*Function (\S+):", line):
+            name = function[1]
+        elif name and "REG:" in line:
+            usage[name] = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
+    opcodes: dict[str, Counter[str]] = {}
+    for line in _run([cuobjdump, "-sass", str(cubin)]).splitlines():
+        if function := re.match(r"\s*Function : (\S+)", line):
+            name = function[1]
+            opcodes[name] = Counter()
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
+            opcodes[name][found[1]] += 1
+    return {name: (usage[name], opcodes[name]) for name in usage if name in opcodes}
+
+
+def read_claims() -> list[Claim]:
+    entries: list[dict[str, Any]] = json.loads(CLAIMS.read_text(encoding="utf-8"))
+    return [Claim(**entry) for entry in entries]
+
+
+def claim_of(kernel: str, claims: Sequence[Claim]) -> Claim:
+    """The one claim that names the kernel."""
+    found = [claim for claim in claims if re.fullmatch(claim.kernel, kernel)]
+    if len(found) != 1:
+        raise RuntimeError(
+            f"{kernel}: {len(found)} entries of {CLAIMS.name} match its name, one must"
+        )
+    return found[0]
+
+
+def measure(
+    architectures: Sequence[int],
+    folder: Path,
+    *,
+    files: Sequence[Path] | None = None,
+    ptx: bool = False,
+    jobs: int = 2,
+) -> list[Row]:
+    """Compile into `folder` and read all kernels, in the order of the table."""
+    cuobjdump = find_tool("cuobjdump")
+    if cuobjdump is None:
+        raise RuntimeError(missing_tools())
+    claims, compiler = read_claims(), compiler_version()
+    cubins = compile_all(files or sources(), architectures, folder, ptx=ptx, jobs=jobs)
+    rows = []
+    for (architecture, file), cubin in cubins.items():
+        kernels = read_cubin(cuobjdump, cubin)
+        names = _run(["c++filt"], "\n".join(kernels)).splitlines()
+        for demangled, (usage, opcodes) in zip(names, kernels.values(), strict=True):
+            kernel = plain_name(demangled)
+            claim = claim_of(kernel, claims)
+            counts = {
+                start: sum(count for name, count in opcodes.items() if name.startswith(start))
+                for start in sorted(claim.instructions)
+            }
+            registers, shared = usage["REG"], usage["SHARED"]
+            rows.append(
+                Row(
+                    architecture,
+                    file,
+                    kernel,
+                    registers,
+                    usage["STACK"] + usage["LOCAL"],
+                    shared,
+                    resident_warps(
+                        architecture, registers, shared, claim.dynamic_shared, claim.block
+                    ),
+                    " ".join(f"{name}:{count}" for name, count in counts.items()),
+                    compiler,
+                )
+            )
+    return sorted(rows, key=lambda row: row.key)
+
+
+# ---- the table -------------------------------------------------------------------------------
+
+
+def read_table() -> list[Row]:
+    if not TABLE.exists():
+        return []
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        return [
+            Row(**{field.name: _typed(field, row[field.name]) for field in dataclasses.fields(Row)})
+            for row in csv.DictReader(file)
+        ]
+
+
+def _typed(field: dataclasses.Field[Any], text: str) -> Any:
+    return int(text) if field.type == "int" else text
+
+
+def write_table(rows: Sequence[Row]) -> None:
+    with TABLE.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(field.name for field in dataclasses.fields(Row))
+        writer.writerows(dataclasses.astuple(row) for row in rows)
+
+
+def compare(found: Sequence[Row], table: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """(losses, improvements) of what was found against the table, in words.
+
+    Rows of the table are looked at for the architectures and files that were compiled.
+    """
+    losses: list[str] = []
+    improvements: list[str] = []
+    known = {row.key: row for row in table}
+    compiled = {(row.architecture, row.file) for row in found}
+    for row in found:
+        label = f"sm_{row.architecture} {row.kernel}"
+        if row.spill_bytes:
+            losses.append(f"{label}: {row.spill_bytes} bytes of stack frame and local memory")
+        losses += [
+            f"{label}: no {name} in the machine code" for name, n in row.counts.items() if n == 0
+        ]
+        before = known.pop(row.key, None)
+        if before is None:
+            losses.append(f"{label}: not in the table")
+        elif before.compiler == row.compiler:
+            changes = [
+                ("resident warps", before.warps, row.warps, True),
+                ("bytes of static shared memory", before.shared_bytes, row.shared_bytes, False),
+                *(
+                    (name, before.counts.get(name, 0), count, True)
+                    for name, count in row.counts.items()
+                ),
+            ]
+            for what, then, now, more_is_better in changes:
+                if then != now:
+                    better = (now > then) == more_is_better
+                    (improvements if better else losses).append(f"{label}: {what} {then} -> {now}")
+    losses += [
+        f"sm_{row.architecture} {row.kernel}: in the table, but no longer in {row.file}.cu"
+        for row in known.values()
+        if (row.architecture, row.file) in compiled
+    ]
+    return losses, improvements
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources")
+    parser.add_argument("--write", action="store_true", help="write the table")
+    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--files", nargs="+", help="names without .cu; all by default")
+    parser.add_argument("--keep", type=Path, help="folder for the cubins")
+    parser.add_argument("--ptx", action="store_true", help="write PTX too")
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args(arguments)
+    if reason := missing_tools():
+        parser.error(reason)
+    files = [file for file in sources() if not args.files or file.stem in args.files]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = measure(args.architectures, folder, files=files, ptx=args.ptx, jobs=args.jobs)
+    if args.write:
+        measured = {(architecture, f.stem) for architecture in args.architectures for f in files}
+        names = {file.stem for file in sources()}
+        kept = [
+            row
+            for row in read_table()
+            if (row.architecture, row.file) not in measured and row.file in names
+        ]
+        write_table(sorted([*rows, *kept], key=lambda row: row.key))
+        return 0
+    losses, improvements = compare(rows, read_table())
+    for line in losses:
+        print(f"loss: {line}")
+    for line in improvements:
+        print(f"better than the table, write it with --write: {line}")
+    print(f"{len(rows)} kernels: {len(losses)} losses, {len(improvements)} improvements")
+    return 1 if losses else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""What the compiler says of the CUDA kernels, on every architecture. Needs the source tree and nvcc."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[2])
+if not (SOURCE / "benchmarks").is_dir():
+    pytest.skip("no source tree: set DIFFMIC_SOURCE", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def resources() -> Iterator[Any]:
+    sys.path.append(str(SOURCE))  # last: an installed diffmic_fast comes before the sources
+    try:
+        from benchmarks import kernel_resources
+
+        yield kernel_resources
+    finally:
+        sys.path.remove(str(SOURCE))
+
+
+@pytest.fixture
+def compiler(resources: Any) -> Any:
+    if reason := resources.missing_tools():
+        pytest.skip(reason)
+    return resources
+
+
+# ---- the committed table ---------------------------------------------------------------------
+
+
+def test_no_kernel_lost_anything(compiler: Any, tmp_path: Path) -> None:
+    rows = compiler.measure(compiler.ARCHITECTURES, tmp_path)
+    assert rows
+    losses, improvements = compiler.compare(rows, compiler.read_table())
+    for line in improvements:
+        print(f"python -m benchmarks.kernel_resources --write: {line}")
+    assert not losses, "\n".join(losses)
+
+
+def test_the_table_has_every_kernel_on_every_architecture(resources: Any) -> None:
+    table = resources.read_table()
+    files = {file.stem for file in resources.sources()}
+    assert {row.file for row in table} == files
+    kernels = {(row.file, row.kernel) for row in table}
+    assert len(table) == len(kernels) * len(resources.ARCHITECTURES)
+    assert not [row for row in table if row.spill_bytes]
+
+
+# ---- how it is read and compared -------------------------------------------------------------
+
+
+def row(resources: Any, **changes: Any) -> Any:
+    base = resources.Row(90, "mmd", "mmd::Tile<4>", 64, 0, 1024, 32, "HMMA:8 LDG.E.128:4", "13.0")
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "loss"),
+    [
+        ({"spill_bytes": 16}, "16 bytes of stack frame"),
+        ({"warps": 24}, "resident warps 32 -> 24"),
+        ({"shared_bytes": 2048}, "static shared memory 1024 -> 2048"),
+        ({"instructions": "HMMA:8 LDG.E.128:3"}, "LDG.E.128 4 -> 3"),
+        ({"instructions": "HMMA:0 LDG.E.128:4", "compiler": "12.9"}, "no HMMA in the machine code"),
+        ({"spill_bytes": 8, "compiler": "12.9"}, "8 bytes of stack frame"),
+        ({"kernel": "mmd::Tile<8>"}, "not in the table"),
+    ],
+)
+def test_a_loss_is_told(resources: Any, changes: dict[str, Any], loss: str) -> None:
+    losses, _ = resources.compare([row(resources, **changes)], [row(resources)])
+    assert any(loss in line for line in losses)
+
+
+@pytest.mark.parametrize(
+    ("changes", "better"),
+    [
+        ({}, None),
+        ({"registers": 70}, None),  # that cost no warp
+        ({"warps": 24, "compiler": "12.9"}, None),  # another compiler's numbers
+        ({"warps": 40}, "resident warps 32 -> 40"),
+        ({"shared_bytes": 0}, "static shared memory 1024 -> 0"),
+        ({"instructions": "HMMA:9 LDG.E.128:4"}, "HMMA 8 -> 9"),
+    ],
+)
+def test_what_is_no_loss(resources: Any, changes: dict[str, Any], better: str | None) -> None:
+    losses, improvements = resources.compare([row(resources, **changes)], [row(resources)])
+    assert not losses
+    assert bool(improvements) == bool(better) and (not better or better in improvements[0])
+
+
+def test_a_kernel_that_is_gone_is_told(resources: Any) -> None:
+    other = row(resources, kernel="mmd::Tile<8>")
+    losses, _ = resources.compare([row(resources)], [row(resources), other])
+    assert losses == ["sm_90 mmd::Tile<8>: in the table, but no longer in mmd.cu"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "registers", "shared", "dynamic", "block", "warps"),
+    [  # worked out by hand from the guide's limits
+        (80, 32, 0, 0, 256, 64),
+        (80, 64, 0, 0, 256, 32),
+        (80, 72, 0, 0, 256, 24),
+        (90, 255, 1024, "most", 256, 8),
+        (86, 32, 0, 0, 32, 16),
+        (89, 32, 0, 48 * 1024, 128, 8),
+    ],
+)
+def test_resident_warps(
+    resources: Any,
+    architecture: int,
+    registers: int,
+    shared: int,
+    dynamic: int | str,
+    block: int,
+    warps: int,
+) -> None:
+    assert resources.resident_warps(architecture, registers, shared, dynamic, block) == warps
+
+
+def test_plain_names(resources: Any) -> None:
+    name = (
+        "void diffmic::cuda::rois::(anonymous namespace)::CutCropsKernel<diffmic::cuda::rois::"
+        "Float32, 4>(diffmic::cuda::rois::(anonymous namespace)::CutProblem)"
+    )
+    assert resources.plain_name(name) == "rois::CutCropsKernel<Float32,4>"
+
+
+def test_a_spill_is_found(compiler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way from a source with a spill and without a claimed instruction to the words."""
+    source = tmp_path / "spilling.cu"
+    source.write_text(
+        "__global__ void __launch_bounds__(1024, 2) Spill(float* x) {\n"
+        "  float kept[64];\n"
+        "#pragma unroll\n"
+        "  for (int i = 0; i < 64; ++i) kept[i] = x[i * 1024 + threadIdx.x];\n"
+        "  __syncthreads();\n"
+        "#pragma unroll\n"
+        "  for (int i = 0; i < 64; ++i) x[(i ^ 5) * 1024 + threadIdx.x] = kept[i] + kept[63 - i];\n"
+        "}\n"
+    )
+    claims = tmp_path / "claims.json"
+    entry = {"kernel": "Spill", "block": 1024, "dynamic_shared": 0, "instructions": {"HMMA": "-"}}
+    claims.write_text(json.dumps([entry]))
+    monkeypatch.setattr(compiler, "CLAIMS", claims)
+    (found,) = compiler.measure([80], tmp_path, files=[source])
+    losses, _ = compiler.compare([found], [dataclasses.replace(found)])
+    assert found.spill_bytes > 0 and len(losses) == 2
+    assert "stack frame" in losses[0] and "no HMMA" in losses[1]
+
+
+# ---- SentryWard ------------------------------------------------------------------------------
+
+
+def u64(offset: int, value: int) -> dict[str, Any]:
+    return {"parameter": 0, "offset": offset, "type": "u64", "value": value}
+
+
+# 2 classes of 4 x 4 cells, windows of one cell, one choice, no origins, no scratch: the bytes of
+# rois' struct Choice.
+CHOICE = {8: 1, 16: 2, 24: 4, 32: 4, 40: 32, 48: 16, 56: 4, 64: 1, 72: 1, 80: 1, 88: 1}
+CHOICE |= {104: 0, 112: 8, 120: 8, 128: 1, 136: 0, 144: 0, 152: 0}
+
+
+def test_barriers_are_met_in_every_schedule(compiler: Any, tmp_path: Path) -> None:
+    """SentryWard on the window choice, with one representative path of branches that data decide.
+
+    It proves that all threads meet at the same barriers and in the same shuffles. It cannot decide
+    races there, because the chosen window is an address that data decide: the emulator does.
+    """
+    program = shutil.which("sentryward")
+    if program is None:
+        pytest.skip("sentryward is not installed")
+    file = SOURCE / "csrc" / "cuda" / "rois_windows.cu"
+    cubins = compiler.compile_all([file], [80], tmp_path, ptx=True, jobs=1)
+    ptx = next(iter(cubins.values())).with_suffix(".ptx")
+    entries = re.findall(r"\.entry (\S+)\(", ptx.read_text())
+    (entry,) = (name for name in entries if "ChooseKernel" in name and "7Float32ELb1" in name)
+    configuration = {
+        "schema": "spverify.kernel-input/v1",
+        "entry": entry,
+        "launch": {"grid_dim": [1, 1, 1], "block_dim": [256, 1, 1], "dynamic_shared_bytes": 4096},
+        "arguments": [u64(offset, value) for offset, value in CHOICE.items()],
+        "assumptions": {"representative_branches": True, "bounded_computation_loops": True},
+    }
+    path = tmp_path / "input.json"
+    path.write_text(json.dumps(configuration))
+    command = [program, str(ptx), "--input", str(path), "--timeout", "120"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = json.loads(done.stdout)
+    assert result["checks"]["synchronization"] == "passed", result["diagnostics"]
+    assert result["result"] != "potential_race", result["diagnostics"]
