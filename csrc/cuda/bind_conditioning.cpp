@@ -198,7 +198,7 @@ void Forward(py::handle x, py::handle y_t, py::handle guidance, py::handle times
 
 void Backward(py::handle grad_array, py::handle x, py::handle y_t, py::handle guidance,
               py::handle timesteps, const py::sequence& layer, py::handle statistics_array,
-              bool training, double eps, const py::sequence& to, py::handle label_sums_array,
+              bool training, double eps, const py::sequence& to, py::handle workspace_array,
               std::uintptr_t stream) {
   Inputs in(x, y_t, guidance, timesteps, layer, eps, training);
   const TensorView grad = in.Rows(grad_array, "grad");
@@ -221,16 +221,16 @@ void Backward(py::handle grad_array, py::handle x, py::handle y_t, py::handle gu
       in.Optional(py::object(to[7]), "norm_bias gradient", {f}),
   };
   const bool labels = gradients.y != nullptr || gradients.guidance != nullptr;
-  if (labels && label_sums_array.is_none()) {
+  if (labels && workspace_array.is_none()) {
     throw py::value_error(
-        Text(kOperation, ": label_sums must be there for the gradients of y_t and guidance"));
+        Text(kOperation, ": workspace must be there for the gradients of y_t and guidance"));
   }
-  float* const label_sums = in.Optional(label_sums_array, "label_sums",
-                                        {kernel::LabelSums(f, in.streams, in.rows, in.classes)});
+  float* const workspace = in.Optional(workspace_array, "workspace",
+                                       {kernel::LabelSums(f, in.streams, in.rows, in.classes)});
   const py::gil_scoped_release release;
   const DeviceGuard guard(kOperation, in.device());
   kernel::Backward(in.layer, in.batch, grad.data_as<float>(), grad_stride, statistics, gradients,
-                   label_sums, AsStream(stream));
+                   workspace, AsStream(stream));
 }
 
 }  // namespace
@@ -245,13 +245,13 @@ void BindConditioning(py::module_& m) {
         "statistics [2, S or 1, F], and in training the running statistics that follow into "
         "updated_mean and updated_var. layer: weight, bias, gamma, norm_weight, norm_bias. A "
         "timestep that gamma does not have makes its row not-a-number.");
-  m.def("conditioning_label_sums", &kernel::LabelSums, arg("features"), arg("streams"), arg("rows"),
+  m.def("conditioning_workspace", &kernel::LabelSums, arg("features"), arg("streams"), arg("rows"),
         arg("classes"),
-        "Elements of label_sums, float32 scratch memory that conditioning_backward needs where the "
+        "Elements of workspace, float32 scratch memory that conditioning_backward needs where the "
         "gradients of y_t or guidance are wanted.");
   m.def("conditioning_backward", &Backward, arg("grad"), arg("x"), arg("y_t"), arg("guidance"),
         arg("timesteps"), arg("layer"), arg("statistics"), arg("training"), arg("eps"),
-        arg("gradients"), arg("label_sums"), arg("stream"),
+        arg("gradients"), arg("workspace"), arg("stream"),
         "Write the gradients of x, y_t, guidance and the layer's five where they are not None; "
         "that of gamma into its rows of the timesteps alone, which must be zeros.");
 }

@@ -14,8 +14,8 @@
 //             mode); else the block goes through its tiles twice, first for the sums over rows
 //             that the batch statistics give back. Gradients of labels are sums over all units:
 //             each block leaves its own in `label_sums`, and a second kernel adds them up.
-// All sums have one order, whatever the alignment and the device: results have the same bits in each
-// run, and in eval mode a row has them in any batch.
+// All sums have one order, whatever the alignment and the device: results have the same bits in
+// each run, and in eval mode a row has them in any batch.
 //
 // What is kept for the backward pass: mean and variance, [2, S, F] floats.
 //

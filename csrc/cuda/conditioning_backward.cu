@@ -219,17 +219,17 @@ __device__ void AddWeightGradient(const Call& call, const Gradients& to, const S
     for (int i = 0; i < parts; ++i) sum += shared.products[i * size + c * kWeightPitch + unit];
     *at = add ? *at + sum : sum;
   };
-  const int skip = from == 0;  // the bias
-  const int columns = count - skip;
+  const int columns = LabelColumns(call.layer, from, count);
   const std::int64_t width = 2 * call.layer.classes;
   for (int i = thread; to.weight != nullptr && i < kSlice * columns; i += kThreads) {
-    const int unit = i / columns, c = i % columns + skip;
+    const int unit = i / columns, c = i % columns;
     if (slice + unit < call.layer.features) {
-      write(c, unit, to.weight + (slice + unit) * width + from + c - 1);
+      write(c, unit, to.weight + (slice + unit) * width + from + c);
     }
   }
-  if (to.bias != nullptr && skip && thread < kSlice && slice + thread < call.layer.features) {
-    write(0, thread, to.bias + slice + thread);
+  if (to.bias != nullptr && columns < count && thread < kSlice &&
+      slice + thread < call.layer.features) {
+    write(columns, thread, to.bias + slice + thread);
   }
 }
 
@@ -271,13 +271,13 @@ __device__ void WriteLabelSums(const Call& call, const Shared& shared, std::int6
                                std::int64_t from, int count, float* label_sums) {
   const Batch& batch = call.batch;
   const std::int64_t width = 2 * call.layer.classes;
-  const int skip = from == 0, columns = count - skip;
+  const int columns = LabelColumns(call.layer, from, count);
   const int rows = static_cast<int>(batch.streams) * n;
   float* to = label_sums + blockIdx.x * batch.streams * batch.rows * width;
   for (int i = static_cast<int>(threadIdx.x); i < rows * columns; i += kThreads) {
-    const int row = i / columns, c = i % columns + skip;
+    const int row = i / columns, c = i % columns;
     const std::int64_t at = row / n * batch.rows + first + row % n;
-    to[at * width + from + c - 1] = shared.labels[row * call.width + c];
+    to[at * width + from + c] = shared.labels[row * call.width + c];
   }
 }
 

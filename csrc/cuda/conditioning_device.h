@@ -38,7 +38,14 @@ struct Call {
   bool add;       // not the first launch of a call: sums over the streams add to what is there
 };
 
+// Labels and, behind them, a 1, whose weight is the bias. Last: what is small comes first in the
+// sum.
 inline __host__ __device__ std::int64_t Inputs(const Layer& layer) { return 2 * layer.classes + 1; }
+
+// How many of inputs [from, from + count) are labels: all, or all but the last.
+inline __device__ int LabelColumns(const Layer& layer, std::int64_t from, int count) {
+  return from + count < Inputs(layer) ? count : count - 1;
+}
 
 // Rows of numbers of a unit and stream: n = (z - mean) gain + shift, and for the backward pass
 // gain's factor 1 / deviation, and what the batch's own statistics give back, constant + slope (z -
@@ -49,7 +56,7 @@ enum Norm { kMean, kGain, kShift, kInverse, kConstant, kSlope, kNorms };
 struct Shared {
   double* sums;             // [streams, 2, kSlice]: of all tiles' rows
   std::int64_t* gamma_row;  // [n]; -1: no such row
-  float* weights;           // [width, kWeightPitch]; the first input is 1 and has the bias
+  float* weights;           // [width, kWeightPitch]
   float* labels;            // [streams n, width]
   float* products;          // [streams n, kSlice]; in the backward pass kGatherFloats at least
   float* partials;          // [2, 3, kPartials]
@@ -225,17 +232,17 @@ inline __device__ void ReadWeights(const Call& call, const Shared& shared, std::
   const Layer& layer = call.layer;
   const std::int64_t slice = static_cast<std::int64_t>(blockIdx.x) * kSlice;
   const int thread = static_cast<int>(threadIdx.x);
-  const int skip = from == 0;  // the bias
-  const int columns = count - skip;
+  const int columns = LabelColumns(layer, from, count);
   for (int i = thread; i < kSlice * columns; i += kThreads) {
-    const int unit = i / columns, c = i % columns + skip;
+    const int unit = i / columns, c = i % columns;
     shared.weights[c * kWeightPitch + unit] =
         slice + unit < layer.features ? layer.weight[(slice + unit) * layer.weight_stride[0] +
-                                                     (from + c - 1) * layer.weight_stride[1]]
+                                                     (from + c) * layer.weight_stride[1]]
                                       : 0.0f;
   }
-  if (skip && thread < kSlice) {
-    shared.weights[thread] = slice + thread < layer.features ? layer.bias[slice + thread] : 0.0f;
+  if (columns < count && thread < kSlice) {
+    shared.weights[columns * kWeightPitch + thread] =
+        slice + thread < layer.features ? layer.bias[slice + thread] : 0.0f;
   }
   for (int i = count * kSlice + thread; i < (count + 3) / 4 * 4 * kSlice; i += kThreads) {
     shared.weights[i / kSlice * kWeightPitch + i % kSlice] = 0.0f;
@@ -251,20 +258,21 @@ inline __device__ void ReadLabels(const Call& call, const Shared& shared, std::i
   const int thread = static_cast<int>(threadIdx.x);
   for (int half = 0; half < 2; ++half) {
     const Labels& labels = half == 0 ? batch.y : batch.guidance;
-    const std::int64_t begin = 1 + half * classes, end = begin + classes;
+    const std::int64_t begin = half * classes, end = begin + classes;
     const int low = static_cast<int>((begin > from ? begin : from) - from);
     const std::int64_t high = (end < from + count ? end : from + count) - from;
-    const int columns = high > low ? static_cast<int>(high) - low : 0;
-    for (int i = thread; i < rows * columns; i += kThreads) {
-      const int row = i / columns, c = i % columns + low;
+    const int width = high > low ? static_cast<int>(high) - low : 0;
+    for (int i = thread; i < rows * width; i += kThreads) {
+      const int row = i / width, c = i % width + low;
       shared.labels[row * call.width + c] =
           labels.data[row / n * labels.stride[0] + (first + row % n) * labels.stride[1] +
                       (from + c - begin) * labels.stride[2]];
     }
   }
+  const int columns = LabelColumns(call.layer, from, count);
   for (int row = thread; row < rows; row += kThreads) {
     float* to = shared.labels + row * call.width;
-    if (from == 0) to[0] = 1.0f;
+    if (columns < count) to[columns] = 1.0f;
     for (int c = count; c < (count + 3) / 4 * 4; ++c) to[c] = 0.0f;
   }
 }

@@ -241,7 +241,7 @@ def _conditioning_backward(
     if backend != "cpu":
         sizes = x.shape[1], y_t.shape[0] if y_t.ndim == 3 else 1, *y_t.shape[-2:]
         labels = wanted[1] or wanted[2]
-        scratch = (x.new_empty(kernels.conditioning_label_sums(*sizes)) if labels else None,)
+        scratch = (x.new_empty(kernels.conditioning_workspace(*sizes)) if labels else None,)
     kernels.conditioning_backward(
         with_unit_rows(grad),
         *_inputs(x, y_t, guidance, timesteps, *layer),

@@ -1,0 +1,87 @@
+"""What the tests of `conditioning`'s kernels share: a call in any precision, and how far it may be off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from cuda_backends import device_of
+from torch import Tensor
+
+from diffmic_fast.ops.conditioning import conditioning
+from diffmic_fast.reference.conditional_linear import ConditionalLayer
+
+# Beside float32 PyTorch's own error: a few roundings of the largest element.
+FLOOR = 1e-6
+
+
+class Case:
+    """Arguments of a call in float64, whose values float32 holds."""
+
+    def __init__(self, streams: int, batch: int, features: int, classes: int, rows: int = 9):
+        generator = torch.Generator().manual_seed(1000 * features + 10 * batch + streams)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).double()
+
+        labels = (streams, batch, classes) if streams else (batch, classes)
+        self.inputs = [draw(batch, features), draw(*labels), draw(*labels).sigmoid().float()]
+        self.inputs[2] = self.inputs[2].double()
+        self.parameters = [
+            draw(features, 2 * classes) / 2,
+            draw(features) / 2,
+            draw(rows, features),
+            draw(features),
+            draw(features),
+        ]
+        self.running = [draw(features), draw(features).square() + 0.5]
+        self.timesteps = torch.randint(0, rows, (batch,), generator=generator)
+        shape = (*labels[:-1], features)
+        self.grad = draw(*shape)
+
+    def run(
+        self, dtype: torch.dtype, backend: str, *, training: bool, timesteps: Tensor | None = None
+    ) -> list[Tensor]:
+        """h, the running statistics behind the call, and all gradients of sum(h * grad)."""
+        device = device_of(backend)
+        leaves = [v.to(device, dtype).requires_grad_() for v in (*self.inputs, *self.parameters)]
+        running = (v.to(device, dtype, copy=True) for v in self.running)
+        layer = ConditionalLayer(*leaves[3:], *running)
+        t = (self.timesteps if timesteps is None else timesteps).to(device)
+        options: dict[str, Any] = {"training": training, "momentum": 0.3, "eps": 1e-4}
+        h = conditioning(*leaves[:3], layer, t, backend=backend, **options)
+        gradients = torch.autograd.grad(h, leaves, self.grad.to(device, dtype))
+        found = [h.detach(), layer.running_mean, layer.running_var, *gradients]
+        return [value.cpu() for value in found]
+
+    def floats(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        return tuple(
+            [value.float() for value in part]
+            for part in (self.inputs, self.parameters, self.running)
+        )  # type: ignore[return-value]
+
+
+NAMES = (
+    "h", "running_mean", "running_var", "x", "y_t", "guidance", "weight", "bias", "gamma",
+    "norm_weight", "norm_bias",
+)  # fmt: skip
+
+
+def assert_as_good(found: Sequence[Tensor], other: Sequence[Tensor], exact: Sequence[Tensor]):
+    """`found` errs at most twice what `other` does, both against `exact`."""
+    for name, a, b, c in zip(NAMES, found, other, exact, strict=True):
+        scale = float(c.abs().max()) or 1.0
+        error, allowed = (float((v.double() - c).abs().max()) / scale for v in (a, b))
+        assert a.shape == c.shape and a.dtype == b.dtype, name
+        assert error <= 2 * allowed + FLOOR, f"{name}: {error:.1e}, PyTorch's {allowed:.1e}"
+
+
+def sliced(tensor: Tensor, *, rows_only: bool) -> tuple[Tensor, Tensor]:
+    """A view with these values inside a buffer of not-a-numbers, and the buffer."""
+    steps = [1 if rows_only and d == tensor.ndim - 1 else 2 for d in range(tensor.ndim)]
+    shape = [step * size + 5 for step, size in zip(steps, tensor.shape, strict=True)]
+    buffer = tensor.new_full(shape, torch.nan)
+    view = buffer[tuple(slice(3, 3 + s * n, s) for s, n in zip(steps, tensor.shape, strict=True))]
+    view.copy_(tensor)
+    return view, buffer
