@@ -8,17 +8,23 @@
 
 #include "cuda_runtime.h"
 
+struct __nv_bfloat16_raw {
+  unsigned short x;
+};
 struct __nv_bfloat16 {
   std::uint16_t bits;
+  __nv_bfloat16() = default;
+  constexpr __nv_bfloat16(__nv_bfloat16_raw raw) : bits(raw.x) {}
+  operator __nv_bfloat16_raw() const { return {bits}; }
 };
 struct alignas(4) __nv_bfloat162 {
   __nv_bfloat16 x, y;
 };
 
 EMULATED __nv_bfloat16 __float2bfloat16_rn(float value) {
-  if (std::isnan(value)) return {0x7FFF};
+  if (std::isnan(value)) return __nv_bfloat16_raw{0x7FFF};
   const auto bits = std::bit_cast<std::uint32_t>(value);
-  return {static_cast<std::uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+  return __nv_bfloat16_raw{static_cast<std::uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
 }
 EMULATED __nv_bfloat16 __float2bfloat16(float value) { return __float2bfloat16_rn(value); }
 EMULATED float __bfloat162float(__nv_bfloat16 value) {

@@ -4,16 +4,26 @@
 
 #include "cuda_runtime.h"
 
+struct __half_raw {
+  unsigned short x;
+};
 struct __half {
-  _Float16 value;
+  std::uint16_t bits;
+  __half() = default;
+  constexpr __half(__half_raw raw) : bits(raw.x) {}
+  operator __half_raw() const { return {bits}; }
 };
 struct alignas(4) __half2 {
   __half x, y;
 };
 
-EMULATED __half __float2half_rn(float value) { return {static_cast<_Float16>(value)}; }
+EMULATED __half __float2half_rn(float value) {
+  return __half_raw{std::bit_cast<std::uint16_t>(static_cast<_Float16>(value))};
+}
 EMULATED __half __float2half(float value) { return __float2half_rn(value); }
-EMULATED float __half2float(__half value) { return static_cast<float>(value.value); }
+EMULATED float __half2float(__half value) {
+  return static_cast<float>(std::bit_cast<_Float16>(value.bits));
+}
 EMULATED __half2 __floats2half2_rn(float low, float high) {
   return {__float2half_rn(low), __float2half_rn(high)};
 }
