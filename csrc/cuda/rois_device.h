@@ -17,8 +17,8 @@
 
 namespace diffmic::cuda::rois {
 
-// Kernels name the fewest blocks of a multiprocessor too: left alone, the compiler aims at more than
-// their registers fit and spills.
+// Kernels name the fewest blocks of a multiprocessor too: left alone, the compiler aims at more
+// than their registers fit and spills.
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr std::int64_t kMaxBlocks = std::numeric_limits<std::int32_t>::max();
@@ -62,10 +62,8 @@ struct Float16 {
   static constexpr Bits kPoison = 0x7E00;
   static __device__ Bits Key(Bits bits) { return FloatKey<Bits, 0x7C00>(bits); }
   static __device__ Bits OfKey(Bits key) { return FloatOfKey<Bits, kPoison>(key); }
-  static __device__ Number Widen(Bits bits) { return __half2float(__half_raw{bits}); }
-  static __device__ Bits Narrow(Number value) {
-    return static_cast<__half_raw>(__float2half_rn(value)).x;
-  }
+  static __device__ Number Widen(Bits bits) { return __half2float(BitCast<__half>(bits)); }
+  static __device__ Bits Narrow(Number value) { return BitCast<Bits>(__float2half_rn(value)); }
 };
 
 struct BFloat16 {
@@ -77,9 +75,7 @@ struct BFloat16 {
   static __device__ Number Widen(Bits bits) {
     return BitCast<float>(static_cast<std::uint32_t>(bits) << 16);
   }
-  static __device__ Bits Narrow(Number value) {
-    return static_cast<__nv_bfloat16_raw>(__float2bfloat16_rn(value)).x;
-  }
+  static __device__ Bits Narrow(Number value) { return BitCast<Bits>(__float2bfloat16_rn(value)); }
 };
 
 struct Float32 {

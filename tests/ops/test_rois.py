@@ -556,7 +556,7 @@ SEEDS = range(50)
 
 
 def emulate(seed: int) -> None:
-    _native.cuda("cuda-emulated").set_seed(seed)
+    _native.cuda("cuda-emulated").emulator.configure(seed=seed)
 
 
 @pytest.mark.parametrize("backend", [EMULATED])
