@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cuda_backends import CUDA_BACKENDS
 from torch import nn
 
 import diffmic_fast.compat as compat
@@ -23,6 +24,8 @@ from diffmic_fast.compat import (
     q_sample,
     y_0_reparam,
 )
+
+EMULATED = CUDA_BACKENDS[0]
 
 
 def namespace(classes=5, feature_dim=64, timesteps=100, arch="resnet18"):
@@ -98,8 +101,13 @@ def test_training_step_is_the_recorded_one(model, record, tables):
         )
 
 
-def test_one_pass_of_three_streams_is_the_recorded_step(model, record, tables):
+@pytest.mark.parametrize("backend", ["auto", EMULATED])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what has no such backend says so
+def test_one_pass_of_three_streams_is_the_recorded_step(
+    model, record, tables, backend, monkeypatch
+):
     """The same step as `DiffMIC.loss` does it."""
+    monkeypatch.setenv("DIFFMIC_BACKEND", backend)
     _, sqrt_alpha_bar, deviation = tables
     model.train()
     x = record["x"].requires_grad_()

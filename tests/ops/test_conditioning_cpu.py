@@ -272,7 +272,7 @@ def test_opcheck() -> None:
         case = Case(streams, 3, 5, 2)
         inputs, parameters, running = case.floats()
         leaves = [value.requires_grad_() for value in (*inputs, *parameters)]
-        call = (*leaves[:3], case.timesteps, *leaves[3:], *running, training, 0.1, 1e-5)
+        call = (*leaves[:3], case.timesteps, *leaves[3:], *running, training, 0.1, 1e-5, "cpu")
         torch.library.opcheck(torch.ops.diffmic_fast.conditioning.default, call)
         detached = [value.detach() for value in leaves]
         statistics = torch.rand(2, 2 if training else 1, 5)
@@ -281,7 +281,7 @@ def test_opcheck() -> None:
             torch.ops.diffmic_fast.conditioning_backward.default,
             (
                 case.grad.float(), *detached[:3], case.timesteps, *detached[3:], statistics,
-                training, 1e-5, wanted,
+                training, 1e-5, wanted, "cpu",
             ),
         )  # fmt: skip
 
