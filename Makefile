@@ -1,7 +1,8 @@
 # Everything a fresh machine with Python >= 3.10 and a C++ compiler needs:
 #
 #   make demo   install, train on synthetic fundus images, evaluate, predict, draw
-#   make test   build the wheel, install it, and test it from outside the sources
+#   make test   build the wheel, install it, and test it from outside the sources, the CUDA kernels
+#               in the emulator of tests/emulator
 #   make lint   ruff, clang-format, mypy
 #   make bench RUN="benchmarks rois --write"
 #               a benchmark's module and arguments, with the installed package;
@@ -15,6 +16,7 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+EMULATOR_SOURCES := $(shell find tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 # Whatever the wheel is made of: a change there builds and installs it again.
 SOURCES := $(CXX_SOURCES) $(shell find diffmic_fast -name '*.py' -o -name '*.yml') \
            csrc/build_config.h.in setup.py pyproject.toml MANIFEST.in CMakeLists.txt
@@ -29,13 +31,15 @@ demo: $(VENV)/.package
 
 test: $(VENV)/.test
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
+	emulated=$$($(BIN)/python tests/emulated_module.py) && \
 	cp -r tests pyproject.toml "$$scratch" && cd "$$scratch" && \
-	DIFFMIC_SOURCE="$(CURDIR)" $(BIN)/python -m pytest -p no:cacheprovider $(PYTEST_ARGS) tests
+	DIFFMIC_SOURCE="$(CURDIR)" DIFFMIC_EMULATED="$$emulated" $(BIN)/python -m pytest -p no:cacheprovider $(PYTEST_ARGS) tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES) tests/native/*.cpp tests/native/*.h
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES) tests/native/*.cpp tests/native/*.h \
+	  $(EMULATOR_SOURCES)
 	$(BIN)/mypy
 
 # From a folder that does not hold the sources, which have no extension and would be found first.

@@ -1,0 +1,35 @@
+// The functions that the compiler calls at loads and stores of kernels compiled with
+// -fsanitize=thread. They are the emulator's own: ThreadSanitizer's runtime is not linked.
+#include "launch_state.h"
+
+#define DIFFMIC_HOOKS(size)                                                         \
+  extern "C" void __tsan_read##size(void* address) {                                \
+    diffmic::emulator::OnAccess(address, size, false, __builtin_return_address(0)); \
+  }                                                                                 \
+  extern "C" void __tsan_write##size(void* address) {                               \
+    diffmic::emulator::OnAccess(address, size, true, __builtin_return_address(0));  \
+  }                                                                                 \
+  extern "C" void __tsan_unaligned_read##size(void* address) {                      \
+    diffmic::emulator::OnAccess(address, size, false, __builtin_return_address(0)); \
+  }                                                                                 \
+  extern "C" void __tsan_unaligned_write##size(void* address) {                     \
+    diffmic::emulator::OnAccess(address, size, true, __builtin_return_address(0));  \
+  }
+
+DIFFMIC_HOOKS(1)
+DIFFMIC_HOOKS(2)
+DIFFMIC_HOOKS(4)
+DIFFMIC_HOOKS(8)
+DIFFMIC_HOOKS(16)
+
+extern "C" void __tsan_read_range(void* address, unsigned long size) {
+  diffmic::emulator::OnAccess(address, size, false, __builtin_return_address(0));
+}
+extern "C" void __tsan_write_range(void* address, unsigned long size) {
+  diffmic::emulator::OnAccess(address, size, true, __builtin_return_address(0));
+}
+extern "C" void __tsan_func_entry(void*) {}
+extern "C" void __tsan_func_exit() {}
+extern "C" void __tsan_init() {}
+extern "C" void __tsan_vptr_read(void**) {}
+extern "C" void __tsan_vptr_update(void**, void*) {}

@@ -1,0 +1,147 @@
+"""`python -m mutation` from the folder `tests`: break the CUDA kernels one place at a time, and see the tests notice.
+
+Each mutant is compiled into an emulated module of its own and the operation's tests run on it. One that no test fails
+for is a survivor; `survivors.txt` lists those that are known, each with the reason why it changes nothing. The exit
+status is 1 where one survives that is not listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+from emulated_module import SOURCE, build
+
+from mutation.mutants import Mutant, all_mutants, sample
+
+TESTS = Path(__file__).resolve().parents[1]
+SURVIVORS = Path(__file__).with_name("survivors.txt")
+# Seconds; a mutant that waits for ever is noticed as well.
+PATIENCE = 150
+
+# The tests of an operation, by what its kernel files begin with.
+_TESTS = {
+    "conditioning": ["ops/test_conditioning_cuda.py"],
+    "denoise": ["ops/test_denoise_cuda.py"],
+    "grid_barrier": ["ops/test_denoise_cuda.py"],
+    "mmd": ["ops/test_mmd_cuda.py"],
+    "rois": ["ops/test_rois_cuda.py"],
+}
+
+
+def tests_of(mutant: Mutant) -> list[str]:
+    """The test files, below `tests`, that have to notice a mutant."""
+    for beginning, files in _TESTS.items():
+        if mutant.file.startswith(beginning):
+            return files
+    raise SystemExit(f"mutation: no tests are named for {mutant.file}")
+
+
+class Workplace:
+    """A copy of the sources and a build of the emulated module, for one mutant after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.csrc = folder / "csrc"
+        shutil.copytree(SOURCE / "csrc", self.csrc)
+        shutil.copytree(TESTS, folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        self.folder = folder
+        self.module = build(folder / "build", source=folder)
+
+    def make(self) -> bool:
+        """Build what has changed, if it compiles."""
+        try:
+            build(self.folder / "build", source=self.folder)
+        except subprocess.CalledProcessError:
+            return False
+        return True
+
+    def judge(self, mutant: Mutant) -> str:
+        """ "caught", "survived", or "not compiled"."""
+        path = self.csrc / "cuda" / mutant.file
+        text = path.read_text(encoding="utf-8")
+        lines = text.split("\n")
+        line = lines[mutant.line - 1]
+        lines[mutant.line - 1] = line.replace(mutant.before, mutant.after)
+        path.write_text("\n".join(lines), encoding="utf-8")
+        try:
+            if not self.make():
+                return "not compiled"
+            return "caught" if self.fails(tests_of(mutant)) else "survived"
+        finally:
+            path.write_text(text, encoding="utf-8")
+
+    def fails(self, tests: list[str]) -> bool:
+        """Whether those tests notice what was built."""
+        environment = {**os.environ, "DIFFMIC_EMULATED": str(self.module), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        try:
+            done = subprocess.run(
+                command, cwd=TESTS, env=environment, timeout=PATIENCE, check=False,
+                capture_output=True,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return True
+        if done.returncode == 5:
+            raise SystemExit(f"mutation: {tests} have nothing to run: {done.stdout.decode()}")
+        return done.returncode != 0
+
+
+def known_survivors() -> dict[str, str]:
+    """The committed list: a mutant's name and, in the line below it, why it is harmless."""
+    known = {}
+    lines = SURVIVORS.read_text(encoding="utf-8").splitlines() if SURVIVORS.exists() else []
+    for name, reason in itertools.pairwise(lines):
+        if name and not name.startswith(("#", " ")) and reason.startswith("    "):
+            known[name] = reason.strip()
+    return known
+
+
+def main() -> int:
+    """Run a sample, print every verdict and the count."""
+    parser = argparse.ArgumentParser(prog="python -m mutation", description=__doc__)
+    parser.add_argument("--count", type=int, default=160, help="mutants to try (default 160)")
+    parser.add_argument("--files", default="", help="only files whose names begin like this")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (default 2)")
+    options = parser.parse_args()
+    mutants = [m for m in all_mutants(SOURCE / "csrc/cuda") if m.file.startswith(options.files)]
+    known = known_survivors()
+    begin = time.monotonic()
+    verdicts: dict[str, list[Mutant]] = {"caught": [], "survived": [], "not compiled": []}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        places: Queue[Workplace] = Queue()
+        for place in pool.map(Workplace, [Path(folder, str(job)) for job in range(options.jobs)]):
+            if place.fails(sorted({file for m in mutants for file in tests_of(m)})):
+                raise SystemExit("mutation: the tests fail before anything is changed")
+            places.put(place)
+
+        def judge(mutant: Mutant) -> tuple[Mutant, str]:
+            place = places.get()
+            try:
+                return mutant, place.judge(mutant)
+            finally:
+                places.put(place)
+
+        for mutant, verdict in pool.map(judge, sample(mutants, options.count)):
+            verdicts[verdict].append(mutant)
+            remark = f" (known: {known[mutant.name]})" if mutant.name in known else ""
+            print(f"{verdict}: {mutant.name}, line {mutant.line}{remark}", flush=True)
+    caught, survived = len(verdicts["caught"]), len(verdicts["survived"])
+    new = [m for m in verdicts["survived"] if m.name not in known]
+    print(
+        f"{caught} of {caught + survived} caught, {survived} survived, {len(new)} of them not listed; "
+        f"{len(verdicts['not compiled'])} did not compile; {time.monotonic() - begin:.0f} s"
+    )
+    return 1 if new else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
