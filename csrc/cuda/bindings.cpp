@@ -5,6 +5,7 @@ namespace diffmic::cuda {
 void BindAll(pybind11::module_& m) {
   m.doc() = "Kernels for GPUs, one function an operation.";
   BindDenoise(m);
+  BindMmd(m);
 }
 
 }  // namespace diffmic::cuda

@@ -10,6 +10,7 @@
 namespace diffmic::cuda {
 
 void BindDenoise(pybind11::module_& m);
+void BindMmd(pybind11::module_& m);
 
 void BindAll(pybind11::module_& m);
 

@@ -5,8 +5,8 @@
 // every result not-a-number: weights that are negative or leave nothing to divide by, and a median
 // of 0. Results have the same bits in every run: all sums are in fixed orders.
 //
-// T is float or double. Scratch memory is an array on the device that the caller allocated; its
-// contents matter only where this is said.
+// T is float or double. Scratch memory is an array on the device that the caller allocated, with
+// any contents.
 #ifndef DIFFMIC_CUDA_MMD_H_
 #define DIFFMIC_CUDA_MMD_H_
 
@@ -65,7 +65,7 @@ void KernelMatrixBackward(const Matrix<T>& cotangent, const Matrix<T>& x, const 
                           const Kernel& kernel, T* x_gradient, T* y_gradient, double* scratch,
                           cudaStream_t stream);
 
-// Words of scratch memory, zeros, that MedianSquaredDistance needs, often none.
+// Words of scratch memory that MedianSquaredDistance needs, often none.
 std::int64_t MedianScratch(std::int64_t n, std::int64_t m, std::int64_t element_bytes);
 
 // Writes the lower median of the squared distances between different rows of x and y taken

@@ -15,12 +15,12 @@
 #ifndef DIFFMIC_CUDA_MMD_TILES_H_
 #define DIFFMIC_CUDA_MMD_TILES_H_
 
+#include <math.h>  // fma, rint and abs of every type, under both compilers
+
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <type_traits>
-#include <utility>
 
 #include "cuda/launch.h"
 #include "cuda/mmd.h"
@@ -30,6 +30,9 @@ namespace diffmic::cuda::mmd {
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kTile = 64;
+// Blocks of a multiprocessor that registers are shared out for.
+template <typename T>
+inline constexpr int kResident = sizeof(T) == 4 ? 2 : 1;
 // A float sum of more squares than this at a stretch would lose digits.
 inline constexpr int kStretch = 128;
 
@@ -205,9 +208,7 @@ class RowTiles {
 
 // A thread's pairs are rows RowOf(i) and columns ColumnOf(j) of a tile, i, j < 4: two neighbouring
 // lanes' columns are neighbours, and a warp's two rows of slopes are in different banks.
-__device__ __forceinline__ int RowOf(int i) {
-  return static_cast<int>(threadIdx.x / 16) * 4 + i;
-}
+__device__ __forceinline__ int RowOf(int i) { return static_cast<int>(threadIdx.x / 16) * 4 + i; }
 __device__ __forceinline__ int ColumnOf(int j) {
   return static_cast<int>(threadIdx.x % 16) + 16 * j;
 }
@@ -399,7 +400,7 @@ struct Gradients {
   __device__ Sum<T>* Partial(std::int64_t split, std::int64_t row) const {
     return partial + (split * rows + row) * width;
   }
-  __device__ int SplitsOf(std::int64_t row) const { return splits[row < border ? 0 : 1]; }
+  __device__ int SplitsOf(std::int64_t row) const { return row < border ? splits[0] : splits[1]; }
 
   __device__ bool Wants(const Range& range) const {
     return (range.begin < border && data[0] != nullptr) ||
@@ -488,8 +489,8 @@ class GradientSums {
     }
   }
 
-  __device__ __forceinline__ void End(const Gradients<T>& gradients, const Range& u,
-                                      std::int64_t k, int elements, bool last) const {
+  __device__ __forceinline__ void End(const Gradients<T>& gradients, const Range& u, std::int64_t k,
+                                      int elements, bool last) const {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (TileRow(i) >= u.count) continue;
@@ -537,8 +538,8 @@ __device__ void AddSplits(const Gradients<T>& gradients) {
 // Blocks that AddSplits is worth.
 inline unsigned AddSplitsBlocks(std::int64_t rows, std::int64_t width) {
   constexpr std::int64_t kBlocks = 1024;
-  return static_cast<unsigned>(std::clamp((rows * width + kThreads - 1) / kThreads,
-                                          std::int64_t{1}, kBlocks));
+  return static_cast<unsigned>(
+      std::clamp((rows * width + kThreads - 1) / kThreads, std::int64_t{1}, kBlocks));
 }
 
 }  // namespace diffmic::cuda::mmd
