@@ -11,6 +11,7 @@ namespace diffmic::cuda {
 
 void BindConditioning(pybind11::module_& m);
 void BindDenoise(pybind11::module_& m);
+void BindMmd(pybind11::module_& m);
 void BindRois(pybind11::module_& m);
 
 void BindAll(pybind11::module_& m);

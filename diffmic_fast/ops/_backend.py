@@ -24,7 +24,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "denoise": ("reference", "cpu", "cuda", "cuda-emulated"),
     "conditioning": ("reference", "cpu", "cuda", "cuda-emulated"),
     "conditional_linear": ("reference",),
-    "mmd": ("reference", "cpu"),
+    "mmd": ("reference", "cpu", "cuda", "cuda-emulated"),
     "rois": ("reference", "cpu", "cuda", "cuda-emulated"),
 }
 

@@ -1,9 +1,14 @@
 """`mmd`: maximum mean discrepancy of two row sets, for the training loss (spec, section 5).
 
-The signatures are those of `diffmic_fast.reference.mmd` and a choice of backend. The kernel gives
-the value and both gradients in one pass, so the operator returns all three, and its backward pass
-is a product with a number. Operators are defined through `torch.library.Library`, whose calls cost
-half of a `custom_op`'s: at 32 rows the call is the cost.
+The signatures are those of `diffmic_fast.reference.mmd` and a choice of backend: "reference",
+"cpu", "cuda" or, for tests, "cuda-emulated". The kernel gives the value and both gradients in one
+pass, so the operator returns all three, and its backward pass is a product with a number. Operators
+are defined through `torch.library.Library`, whose calls cost half of a `custom_op`'s: at 32 rows
+the call is the cost.
+
+The CUDA kernels never wait for the GPU, not even for a median, so they cannot raise for what only
+the GPU has seen: weights that are negative or leave no pair, and rows of which half of all pairs or
+more are equal under bandwidth="median". All results of such a call are not-a-number instead.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from torch.autograd import Function
 
 from diffmic_fast import _native
 from diffmic_fast.checks import Arguments
-from diffmic_fast.ops._backend import resolve
+from diffmic_fast.ops._backend import resolve, stream_of
 from diffmic_fast.reference import mmd as reference
 from diffmic_fast.reference.mmd import Bandwidth, Estimator
 
@@ -46,8 +51,8 @@ def mmd(
             any strides.
         y: [m, d], m >= 1 (unbiased: 2), dtype and device of `x`.
         bandwidth: b of a Gaussian kernel exp(-|u - v|^2 / (2 b^2)) in place of the default; of
-            several, the kernels' mean; "median" takes the median distance between the rows of x and
-            y together, as a constant.
+            several (at most 256 by the CUDA kernels), the kernels' mean; "median" takes the median
+            distance between the rows of x and y together, as a constant.
         estimator: "biased" takes means over all pairs, "unbiased" leaves the pairs of a row with
             itself out of the first two.
         x_weights, y_weights: [n], [m], a weight >= 0 a row: a pair weighs the product of its two.
@@ -60,7 +65,8 @@ def mmd(
 
     Raises:
         ValueError, TypeError: arguments that do not fit, named; bandwidth="median" where half of all
-            pairs of rows or more are equal.
+            pairs of rows or more are equal, and weights that leave no pair (both make the result of
+            the CUDA kernels not-a-number instead).
         RuntimeError: the backend asked for cannot serve.
     """
     _check("mmd", x, y)
@@ -77,7 +83,8 @@ def mmd(
         _check_weights("x_weights", x_weights, "x", x)
     if y_weights is not None:
         _check_weights("y_weights", y_weights, "y", y)
-    if resolve("mmd", backend, x.device) == "reference":
+    backend = resolve("mmd", backend, x.device)
+    if backend == "reference":
         return reference.mmd(
             x,
             y,
@@ -96,10 +103,11 @@ def mmd(
         x_weights,
         y_weights,
         scales,
-        _median("mmd", x, y) if bandwidth == "median" else None,
+        _median(x, y, backend) if bandwidth == "median" else None,
         unbiased,
         learns and x.requires_grad,
         learns and y.requires_grad,
+        backend,
     )[0]
 
 
@@ -120,13 +128,14 @@ def kernel_matrix(
     operation = "mmd.kernel_matrix"
     _check(operation, x, y)
     scales = _scales(operation, x, bandwidth)
-    if resolve("mmd", backend, x.device) == "reference":
+    backend = resolve("mmd", backend, x.device)
+    if backend == "reference":
         return reference.kernel_matrix(x, y, bandwidth=bandwidth)
     if x.dtype != y.dtype:
         dtype = torch.promote_types(x.dtype, y.dtype)
         x, y = x.to(dtype), y.to(dtype)
-    median = _median(operation, x, y) if bandwidth == "median" else None
-    return torch.ops.diffmic_fast.mmd_kernel_matrix.default(x, y, scales, median)
+    median = _median(x, y, backend) if bandwidth == "median" else None
+    return torch.ops.diffmic_fast.mmd_kernel_matrix.default(x, y, scales, median, backend)
 
 
 def _check(operation: str, x: Tensor, y: Tensor) -> None:
@@ -196,8 +205,8 @@ def _scales(operation: str, x: Tensor, bandwidth: Bandwidth) -> list[float]:
     return scales
 
 
-def _median(operation: str, x: Tensor, y: Tensor) -> Tensor:
-    return torch.ops.diffmic_fast.mmd_median.default(x.detach(), y.detach())
+def _median(x: Tensor, y: Tensor, backend: str) -> Tensor:
+    return torch.ops.diffmic_fast.mmd_median.default(x.detach(), y.detach(), backend)
 
 
 # ---- operators -------------------------------------------------------------------------------
@@ -205,13 +214,16 @@ def _median(operation: str, x: Tensor, y: Tensor) -> Tensor:
 _library = torch.library.Library("diffmic_fast", "FRAGMENT")
 _library.define(
     "mmd(Tensor x, Tensor y, Tensor? x_weights, Tensor? y_weights, float[] scales, "
-    "Tensor? median, bool unbiased, bool x_gradient, bool y_gradient) -> (Tensor, Tensor, Tensor)"
+    "Tensor? median, bool unbiased, bool x_gradient, bool y_gradient, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
 )
-_library.define("mmd_median(Tensor x, Tensor y) -> Tensor")
-_library.define("mmd_kernel_matrix(Tensor x, Tensor y, float[] scales, Tensor? median) -> Tensor")
+_library.define("mmd_median(Tensor x, Tensor y, str backend) -> Tensor")
+_library.define(
+    "mmd_kernel_matrix(Tensor x, Tensor y, float[] scales, Tensor? median, str backend) -> Tensor"
+)
 _library.define(
     "mmd_kernel_matrix_backward(Tensor grad, Tensor x, Tensor y, float[] scales, Tensor? median, "
-    "bool x_gradient, bool y_gradient) -> (Tensor, Tensor)"
+    "bool x_gradient, bool y_gradient, str backend) -> (Tensor, Tensor)"
 )
 
 
@@ -228,6 +240,14 @@ def _weights_of(weights: Tensor | None, rows: Tensor) -> Tensor | None:
 
 def _all_scales(scales: Sequence[float], median: Tensor | None) -> Sequence[float]:
     return scales if median is None else [reference.median_scale(float(median))]
+
+
+def _sizes(x: Tensor, y: Tensor) -> tuple[int, int, int, int]:
+    return x.shape[0], y.shape[0], x.shape[1], x.element_size()
+
+
+def _scratch(rows: Tensor, needed: int) -> Tensor:
+    return rows.new_empty(needed, dtype=torch.float64)
 
 
 def _empty_gradient(rows: Tensor, wanted: bool) -> Tensor | None:
@@ -248,22 +268,24 @@ def _mmd(
     unbiased: bool,
     x_gradient: bool,
     y_gradient: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     u, v = _readable(x), _readable(y)
+    u_weights, v_weights = _weights_of(x_weights, u), _weights_of(y_weights, v)
     value = u.new_empty(())
     u_gradient, v_gradient = _empty_gradient(u, x_gradient), _empty_gradient(v, y_gradient)
-    _native.extension().mmd(
-        u,
-        v,
-        _weights_of(x_weights, u),
-        _weights_of(y_weights, v),
-        _all_scales(scales, median),
-        unbiased,
-        value,
-        u_gradient,
-        v_gradient,
-        torch.get_num_threads(),
-    )
+    outputs = value, u_gradient, v_gradient
+    if backend == "cpu":
+        scales = _all_scales(scales, median)
+        threads = torch.get_num_threads()
+        _native.extension().mmd(u, v, u_weights, v_weights, scales, unbiased, *outputs, threads)
+    else:
+        kernels = _native.cuda(backend)
+        scratch = _scratch(u, kernels.mmd_scratch(*_sizes(u, v), x_gradient or y_gradient))
+        kernels.mmd(
+            *(u, v, u_weights, v_weights, scales, median, unbiased),
+            *(*outputs, scratch, stream_of(u)),
+        )
     return value.to(x.dtype), _given(u_gradient, x), _given(v_gradient, y)
 
 
@@ -277,6 +299,7 @@ def _fake_mmd(
     unbiased: bool,
     x_gradient: bool,
     y_gradient: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(()),
@@ -313,7 +336,7 @@ def _save_mmd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
 
 def _mmd_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 9
+        return (None,) * 10
     x, y, *gradients = ctx.saved_tensors
     found: list[Tensor | None] = []
     for needed, has, gradient in zip(ctx.needs_input_grad, ctx.has, gradients, strict=False):
@@ -323,31 +346,41 @@ def _mmd_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
                 "the value with rows that require gradients"
             )
         found.append(_once(grad * gradient, grad, x, y) if needed else None)
-    return (*found, None, None, None, None, None, None, None)
+    return (*found, None, None, None, None, None, None, None, None)
 
 
-def _mmd_median(x: Tensor, y: Tensor) -> Tensor:
-    median = _native.extension().mmd_median_squared_distance(
-        _readable(x), _readable(y), torch.get_num_threads()
-    )
-    return torch.tensor(median, dtype=torch.float64)
+def _mmd_median(x: Tensor, y: Tensor, backend: str) -> Tensor:
+    u, v = _readable(x), _readable(y)
+    if backend == "cpu":
+        found = _native.extension().mmd_median_squared_distance(u, v, torch.get_num_threads())
+        return torch.tensor(found, dtype=torch.float64)
+    kernels = _native.cuda(backend)
+    median = u.new_empty((), dtype=torch.float64)
+    needed = kernels.mmd_median_scratch(u.shape[0], v.shape[0], u.element_size())
+    scratch = u.new_empty(needed, dtype=torch.int64)
+    kernels.mmd_median_squared_distance(u, v, median, scratch, stream_of(u))
+    return median
 
 
-def _fake_mmd_median(x: Tensor, y: Tensor) -> Tensor:
+def _fake_mmd_median(x: Tensor, y: Tensor, backend: str) -> Tensor:
     return x.new_empty((), dtype=torch.float64)
 
 
-def _kernel_matrix(x: Tensor, y: Tensor, scales: Sequence[float], median: Tensor | None) -> Tensor:
+def _kernel_matrix(
+    x: Tensor, y: Tensor, scales: Sequence[float], median: Tensor | None, backend: str
+) -> Tensor:
     u, v = _readable(x), _readable(y)
     kernel = u.new_empty((u.shape[0], v.shape[0]))
-    _native.extension().mmd_kernel_matrix(
-        u, v, _all_scales(scales, median), kernel, torch.get_num_threads()
-    )
+    if backend == "cpu":
+        scales = _all_scales(scales, median)
+        _native.extension().mmd_kernel_matrix(u, v, scales, kernel, torch.get_num_threads())
+    else:
+        _native.cuda(backend).mmd_kernel_matrix(u, v, scales, median, kernel, stream_of(u))
     return kernel.to(x.dtype)
 
 
 def _fake_kernel_matrix(
-    x: Tensor, y: Tensor, scales: Sequence[float], median: Tensor | None
+    x: Tensor, y: Tensor, scales: Sequence[float], median: Tensor | None, backend: str
 ) -> Tensor:
     return x.new_empty((x.shape[0], y.shape[0]))
 
@@ -360,18 +393,23 @@ def _kernel_matrix_gradients(
     median: Tensor | None,
     x_gradient: bool,
     y_gradient: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     u, v = _readable(x), _readable(y)
     u_gradient, v_gradient = _empty_gradient(u, x_gradient), _empty_gradient(v, y_gradient)
-    _native.extension().mmd_kernel_matrix_backward(
-        _readable(grad),
-        u,
-        v,
-        _all_scales(scales, median),
-        u_gradient,
-        v_gradient,
-        torch.get_num_threads(),
-    )
+    outputs = u_gradient, v_gradient
+    if backend == "cpu":
+        scales = _all_scales(scales, median)
+        threads = torch.get_num_threads()
+        _native.extension().mmd_kernel_matrix_backward(
+            _readable(grad), u, v, scales, *outputs, threads
+        )
+    else:
+        kernels = _native.cuda(backend)
+        scratch = _scratch(u, kernels.mmd_kernel_matrix_scratch(*_sizes(u, v)))
+        kernels.mmd_kernel_matrix_backward(
+            _readable(grad), u, v, scales, median, *outputs, scratch, stream_of(u)
+        )
     return _given(u_gradient, x), _given(v_gradient, y)
 
 
@@ -383,6 +421,7 @@ def _fake_kernel_matrix_gradients(
     median: Tensor | None,
     x_gradient: bool,
     y_gradient: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     return (
         x.new_empty(x.shape if x_gradient else (0, x.shape[1])),
@@ -391,22 +430,22 @@ def _fake_kernel_matrix_gradients(
 
 
 def _save_kernel_matrix(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, y, scales, median = inputs
+    x, y, scales, median, backend = inputs
     ctx.save_for_backward(x, y, median)
-    ctx.scales = scales
+    ctx.scales, ctx.backend = scales, backend
 
 
 def _kernel_matrix_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, y, median = ctx.saved_tensors
     needed = ctx.needs_input_grad[:2]
     gradients = torch.ops.diffmic_fast.mmd_kernel_matrix_backward.default(
-        grad.detach(), x.detach(), y.detach(), ctx.scales, median, *needed
+        grad.detach(), x.detach(), y.detach(), ctx.scales, median, *needed, ctx.backend
     )
     found = [
         _once(gradient, grad, x, y) if need else None
         for need, gradient in zip(needed, gradients, strict=True)
     ]
-    return (*found, None, None)
+    return (*found, None, None, None)
 
 
 for _name, _kernel, _fake in (
@@ -416,6 +455,7 @@ for _name, _kernel, _fake in (
     ("mmd_kernel_matrix_backward", _kernel_matrix_gradients, _fake_kernel_matrix_gradients),
 ):
     _library.impl(_name, _kernel, "CPU")
+    _library.impl(_name, _kernel, "CUDA")
     torch.library.register_fake(f"diffmic_fast::{_name}", _fake, lib=_library)
 torch.library.register_autograd(
     "diffmic_fast::mmd", _mmd_backward, setup_context=_save_mmd, lib=_library

@@ -1,0 +1,321 @@
+// The discrepancy and its gradients. Pairs of all rows, those of x and behind them those of y, are
+// cut into tiles (mmd_tiles.h). Block (i, s) takes row tile i and every gridDim.y-th column tile
+// from s on: for the gradients of its rows it needs them all, and sums what no other block adds to;
+// the value is of the pairs on and above the diagonal alone, which count twice.
+//
+// Launches. Up to 64 rows in all, or 128 short ones, are one block's, which finishes its work
+// itself: one launch. Else blocks leave sums in scratch memory, and a second launch adds them up.
+//
+// Arithmetic, for an element of a pair: one subtraction and one multiply-add for the distance, the
+// same for the gradient, and some 30 operations a pair for the exponential: bound by the
+// multiply-adds. Rows are read from the second level of the cache, for a tile 64 of them: 512 bytes
+// an element of a row for 16384 operations. From memory x and y are read once and gradients written
+// once; one block reads them once from anywhere.
+//
+// Precision: distances and kernel values in T, in sums of at most 64 terms. The value adds these up
+// in double, gradients as pairs of T (high and low part).
+#include <math.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/launch.h"
+#include "cuda/mmd.h"
+#include "cuda/mmd_tiles.h"
+
+namespace diffmic::cuda::mmd {
+namespace {
+
+template <typename T>
+struct Problem {
+  Pool<T> pool;
+  Weights<T> weights[2];
+  Scales<T> scales;
+  bool unbiased;
+  Gradients<T> gradients;
+  T* value;
+  double* sums;  // [3, blocks]: of the pairs x x, x y, y y; NULL where one block does all
+};
+
+// ---- weights -----------------------------------------------------------------------------------
+
+// The weights of one side, and what its means are divided by; not-a-number where that is nothing.
+struct Share {
+  double sum;
+  double pairs;  // sum over the pairs of the estimator of the product of weights
+  int exponent;  // weights are taken times 2^-exponent
+};
+
+template <typename T, typename Combine>
+__device__ T BlockReduce(T value, Combine combine) {
+  __shared__ T of_warps[kWarps];
+  for (int apart = 16; apart > 0; apart /= 2) {
+    value = combine(value, __shfl_xor_sync(0xFFFFFFFF, value, apart));
+  }
+  __syncthreads();  // those of the time before have been read
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = of_warps[0];
+  for (int warp = 1; warp < kWarps; ++warp) value = combine(value, of_warps[warp]);
+  return value;
+}
+
+__device__ double BlockSum(double value) {
+  return BlockReduce(value, [](double a, double b) { return a + b; });
+}
+
+// For all threads of a block at once. Weights are scaled by a power of two, which loses nothing, to
+// a largest one in [1, 2): products of two stay away from the ends of T.
+template <typename T>
+__device__ Share ShareOf(const Weights<T>& weights, std::int64_t count, bool unbiased) {
+  Share share{};
+  double squares = static_cast<double>(count);
+  if (weights.data == nullptr) {
+    share.sum = static_cast<double>(count);
+  } else {
+    T most = 0;
+    for (std::int64_t i = threadIdx.x; i < count; i += kThreads) {
+      const T weight = weights.data[i * weights.stride];
+      most = weight > most ? weight : most;
+    }
+    most = BlockReduce(most, [](T a, T b) { return b > a ? b : a; });
+    share.exponent = most > 0 && isfinite(most) ? ilogb(most) : 0;
+    double positive = 0, negative = 0;  // not-a-number counts, and goes on into the result
+    squares = 0;
+    for (std::int64_t i = threadIdx.x; i < count; i += kThreads) {
+      const double weight =
+          static_cast<double>(ldexp(weights.data[i * weights.stride], -share.exponent));
+      positive += weight != 0 ? 1 : 0;
+      negative += weight < 0 ? 1 : 0;
+      share.sum += weight;
+      squares += weight * weight;
+    }
+    share.sum = BlockSum(share.sum);
+    squares = BlockSum(squares);
+    positive = BlockSum(positive);
+    negative = BlockSum(negative);
+    if (negative > 0 || positive < (unbiased ? 2 : 1)) share.sum = static_cast<double>(NAN);
+  }
+  share.pairs = share.sum * share.sum - (unbiased ? squares : 0.0);
+  return share;
+}
+
+template <typename T>
+__device__ __forceinline__ T WeightOf(const Problem<T>& p, const Share (&shares)[2],
+                                      std::int64_t row) {
+  const std::int64_t border = p.pool.count[0];
+  const auto scaled = [](const Weights<T>& weights, std::int64_t i, int exponent) {
+    return weights.data == nullptr ? T{1} : ldexp(weights.data[i * weights.stride], -exponent);
+  };
+  return row < border ? scaled(p.weights[0], row, shares[0].exponent)
+                      : scaled(p.weights[1], row - border, shares[1].exponent);
+}
+
+// ---- the value ---------------------------------------------------------------------------------
+
+// Sums over pairs, of which those within a side are counted in one order only.
+struct ValueSums {
+  double xx = 0, xy = 0, yy = 0;
+};
+
+template <typename T>
+__device__ void WriteValue(const Problem<T>& p, const Share (&shares)[2], const ValueSums& sums) {
+  // Means of k - 1: the ones of the three means cancel.
+  const double total = 2 * sums.xx / shares[0].pairs + 2 * sums.yy / shares[1].pairs -
+                       2 * sums.xy / (shares[0].sum * shares[1].sum);
+  *p.value = static_cast<T>(total / p.scales.count);
+}
+
+// ---- tiles -------------------------------------------------------------------------------------
+
+// What the slope of a pair of two weights counts in a gradient.
+template <typename T>
+struct Factors {
+  T within_x, within_y, between;
+};
+
+// Makes the distances of a tile into its part of the value, and where `slopes`, into the slopes of
+// the gradient in shared memory, factors and weights included.
+template <typename T>
+__device__ __forceinline__ void Weigh(const Problem<T>& p, const Factors<T>& factors,
+                                      const Range& u, const Range& v, const Pairs<T>& distances,
+                                      T first_scale, bool slopes, ValueSums* sums) {
+  TileMemory<T>& memory = Memory<T>();
+  const std::int64_t border = p.pool.count[0];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int row = RowOf(i);
+    const bool row_of_x = u.begin + row < border;
+    const T row_weight = memory.weights[0][row];
+    T to_x = 0, to_y = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int column = ColumnOf(j);
+      const bool column_of_x = v.begin + column < border;
+      const T weight = memory.weights[1][column];
+      const KernelSums<T> kernels = KernelsOf(p.scales, first_scale, distances[i][j]);
+      // A row with itself is at distance 0 and adds nothing.
+      const T part = v.begin + column >= u.begin + row ? weight * kernels.less_one : T{0};
+      to_x += column_of_x ? part : T{0};
+      to_y += column_of_x ? T{0} : part;
+      if (slopes) {
+        const T factor = row_of_x != column_of_x ? factors.between
+                         : row_of_x              ? factors.within_x
+                                                 : factors.within_y;
+        memory.slopes[row][column] = row_weight * weight * kernels.slope * factor;
+      }
+    }
+    const double weight = static_cast<double>(row_weight);
+    const double from_x = weight * static_cast<double>(to_x);
+    const double from_y = weight * static_cast<double>(to_y);
+    if (row_of_x) {
+      sums->xx += from_x;
+      sums->xy += from_y;
+    } else {
+      sums->yy += from_y;
+    }
+  }
+}
+
+// kShort: width <= kDepth.
+template <bool kShort, typename T>
+__global__ void __launch_bounds__(kThreads, kResident<T>) MmdKernel(Problem<T> p) {
+  __shared__ Share shares[2];
+  for (int side = 0; side < 2; ++side) {
+    const Share share = ShareOf(p.weights[side], p.pool.count[side], p.unbiased);
+    if (threadIdx.x == 0) shares[side] = share;
+  }
+  __syncthreads();
+  TileMemory<T>& memory = Memory<T>();
+  const double mean = 4.0 / p.scales.count;
+  const Factors<T> factors = {static_cast<T>(mean / shares[0].pairs),
+                              static_cast<T>(mean / shares[1].pairs),
+                              static_cast<T>(-mean / (shares[0].sum * shares[1].sum))};
+  const T first_scale = p.scales.First();
+  const std::int64_t rows = p.pool.rows();
+  const std::int64_t tile_count = (rows + kTile - 1) / kTile;
+  RowTiles<T> tiles(p.pool);
+  ValueSums sums;
+  for (std::int64_t i = blockIdx.x; i < tile_count; i += gridDim.x) {
+    const Range u = RangeOf(i * kTile, rows);
+    const bool slopes = p.gradients.Wants(u);
+    GradientSums<kShort, T> gradient;
+    for (std::int64_t j = blockIdx.y; j < tile_count; j += gridDim.y) {
+      if (j < i && !slopes) continue;
+      const Range v = RangeOf(j * kTile, rows);
+      __syncthreads();  // weights and slopes of the tile before have been read
+      if (threadIdx.x < 2 * kTile) {
+        const bool of_u = threadIdx.x < kTile;
+        const int row = static_cast<int>(threadIdx.x % kTile);
+        memory.weights[of_u ? 0 : 1][row] =
+            row < (of_u ? u.count : v.count) ? WeightOf(p, shares, (of_u ? u.begin : v.begin) + row)
+                                             : T{0};
+      }
+      __syncthreads();
+      Pairs<T> distances;
+      Distances<kShort>(tiles, u, v, distances);
+      Weigh(p, factors, u, v, distances, first_scale, slopes, &sums);
+      if (!slopes) continue;
+      __syncthreads();
+      gradient.Add(tiles, p.gradients, u, v, j < gridDim.y, j + gridDim.y >= tile_count);
+    }
+  }
+  sums = {BlockSum(sums.xx), BlockSum(sums.xy), BlockSum(sums.yy)};
+  if (threadIdx.x != 0) return;
+  if (p.sums == nullptr) {
+    WriteValue(p, shares, sums);
+  } else {
+    const std::int64_t blocks = std::int64_t{gridDim.x} * gridDim.y;
+    double* to = p.sums + std::int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
+    to[0] = sums.xx;
+    to[blocks] = sums.xy;
+    to[2 * blocks] = sums.yy;
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) FinishKernel(Problem<T> p, std::int64_t blocks) {
+  AddSplits(p.gradients);
+  if (blockIdx.x != 0) return;
+  const Share shares[2] = {ShareOf(p.weights[0], p.pool.count[0], p.unbiased),
+                           ShareOf(p.weights[1], p.pool.count[1], p.unbiased)};
+  ValueSums sums;
+  for (std::int64_t i = threadIdx.x; i < blocks; i += kThreads) {
+    sums.xx += p.sums[i];
+    sums.xy += p.sums[blocks + i];
+    sums.yy += p.sums[2 * blocks + i];
+  }
+  sums = {BlockSum(sums.xx), BlockSum(sums.xy), BlockSum(sums.yy)};
+  if (threadIdx.x == 0) WriteValue(p, shares, sums);
+}
+
+// ---- launches ----------------------------------------------------------------------------------
+
+struct Plan {
+  std::int64_t blocks;  // of row tiles
+  unsigned splits;
+  bool one;  // block does all
+};
+
+template <typename T>
+Plan PlanOf(std::int64_t rows, std::int64_t width) {
+  const std::int64_t tiles = TilesOf(rows);
+  if (tiles == 1 || (tiles == 2 && width <= kDepth<T>)) return {1, 1, true};
+  return {tiles, Splits(tiles, tiles), false};
+}
+
+template <typename T>
+std::int64_t Scratch(std::int64_t rows, std::int64_t width, bool gradients) {
+  const Plan plan = PlanOf<T>(rows, width);
+  if (plan.one) return 0;
+  std::int64_t doubles = 3 * plan.blocks * plan.splits;
+  if (gradients) doubles += PartialBytes<T>(plan.splits, plan.blocks, rows, width) / 8;
+  return doubles;
+}
+
+}  // namespace
+
+std::int64_t MmdScratch(std::int64_t n, std::int64_t m, std::int64_t width,
+                        std::int64_t element_bytes, bool gradients) {
+  return element_bytes == 4 ? Scratch<float>(n + m, width, gradients)
+                            : Scratch<double>(n + m, width, gradients);
+}
+
+template <typename T>
+void Mmd(const Matrix<T>& x, const Matrix<T>& y, const Weights<T>& x_weights,
+         const Weights<T>& y_weights, const Kernel& kernel, bool unbiased, T* value, T* x_gradient,
+         T* y_gradient, double* scratch, cudaStream_t stream) {
+  constexpr char kOperation[] = "mmd";
+  const std::int64_t rows = x.count + y.count, width = x.width;
+  const Plan plan = PlanOf<T>(rows, width);
+  const int splits = static_cast<int>(plan.splits);
+  const std::int64_t blocks = plan.blocks * splits;
+  double* const sums = plan.one ? nullptr : scratch;
+  auto* const partial = plan.one ? nullptr : reinterpret_cast<Sum<T>*>(scratch + 3 * blocks);
+  const Problem<T> problem{
+      Pool<T>(x, y),
+      {x_weights, y_weights},
+      Scales<T>(kernel),
+      unbiased,
+      {{x_gradient, y_gradient}, {splits, splits}, x.count, rows, width, partial},
+      value,
+      sums};
+  Launch(kOperation, width <= kDepth<T> ? MmdKernel<true, T> : MmdKernel<false, T>,
+         {dim3(static_cast<unsigned>(plan.blocks), plan.splits), dim3(kThreads),
+          sizeof(TileMemory<T>), stream},
+         problem);
+  if (plan.one) return;
+  const bool adds = splits > 1 && (x_gradient != nullptr || y_gradient != nullptr);
+  Launch(kOperation, FinishKernel<T>,
+         {dim3(adds ? AddSplitsBlocks(rows, width) : 1), dim3(kThreads), 0, stream}, problem,
+         blocks);
+}
+
+#define DIFFMIC_INSTANTIATE(T)                                                                   \
+  template void Mmd<T>(const Matrix<T>&, const Matrix<T>&, const Weights<T>&, const Weights<T>&, \
+                       const Kernel&, bool, T*, T*, T*, double*, cudaStream_t);
+DIFFMIC_INSTANTIATE(float)
+DIFFMIC_INSTANTIATE(double)
+#undef DIFFMIC_INSTANTIATE
+
+}  // namespace diffmic::cuda::mmd

@@ -1,0 +1,547 @@
+// What the kernels of mmd share: tiles of pairs of rows.
+//
+// A block of 256 threads takes 64 x 64 pairs of rows (u, v) at a time. Of both sets of rows 64 and
+// of their elements kDepth are in shared memory; a thread sums the squares of 4 x 4 pairs in
+// registers, from 16 bytes of each row at a time: 8 loads for 4 x 32 operations. What becomes of
+// the distances depends on the kernel. For gradients it is the slopes of all pairs, in shared
+// memory, and the same threads then take 2 x 4 elements of gradients each, kDepth of a row by eight
+// lanes, and walk over the 64 rows v: 6 loads for 64 operations.
+//
+// Rows lie 16 bytes times an odd number apart in shared memory, so that eight of them at the same
+// element are in different banks.
+//
+// Distances are sums of squares of differences, never |u|^2 + |v|^2 - 2uv: they are as exact for
+// rows close to each other and far from the origin as for any others, and 0 for equal rows.
+#ifndef DIFFMIC_CUDA_MMD_TILES_H_
+#define DIFFMIC_CUDA_MMD_TILES_H_
+
+#include <math.h>  // fma, rint and abs of every type, under both compilers
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cuda/launch.h"
+#include "cuda/mmd.h"
+
+namespace diffmic::cuda::mmd {
+
+inline constexpr int kThreads = 256;
+inline constexpr int kWarps = kThreads / 32;
+inline constexpr int kTile = 64;
+// Blocks of a multiprocessor that registers are shared out for.
+template <typename T>
+inline constexpr int kResident = sizeof(T) == 4 ? 2 : 1;
+// A float sum of more squares than this at a stretch would lose digits.
+inline constexpr int kStretch = 128;
+
+template <typename T>
+inline constexpr int kVector = 16 / sizeof(T);
+template <typename T>
+inline constexpr int kDepth = 8 * kVector<T>;
+template <typename T>
+inline constexpr int kRowStride = kDepth<T> + kVector<T>;
+template <typename T>
+inline constexpr int kSlopeStride = kTile + kVector<T>;
+
+template <typename T>
+struct alignas(16) TileMemory {
+  T rows[2][kTile][kRowStride<T>];
+  T slopes[kTile][kSlopeStride<T>];
+  T weights[2][kTile];
+};
+
+template <typename T>
+__device__ __forceinline__ TileMemory<T>& Memory() {
+  return *reinterpret_cast<TileMemory<T>*>(dynamic_shared);
+}
+
+inline std::int64_t TilesOf(std::int64_t rows) { return (rows + kTile - 1) / kTile; }
+
+// The rows of x and behind them those of y, as if they were one array.
+template <typename T>
+struct Pool {
+  Pool(const Matrix<T>& x, const Matrix<T>& y)
+      : data{x.data, y.data},
+        count{x.count, y.count},
+        stride{{x.stride[0], x.stride[1]}, {y.stride[0], y.stride[1]}},
+        width(x.width),
+        vectors{InVectors(x), InVectors(y)} {}
+
+  // Whether the rows begin at multiples of 16 bytes and can be read so.
+  static bool InVectors(const Matrix<T>& rows) {
+    return rows.stride[1] == 1 && rows.stride[0] % kVector<T> == 0 &&
+           reinterpret_cast<std::uintptr_t>(rows.data) % 16 == 0;
+  }
+
+  __device__ std::int64_t rows() const { return count[0] + count[1]; }
+
+  const T* data[2];
+  std::int64_t count[2];
+  std::int64_t stride[2][2];
+  std::int64_t width;
+  bool vectors[2];
+};
+
+// Rows of a pool, at most kTile.
+struct Range {
+  std::int64_t begin;
+  int count;
+};
+
+__device__ __forceinline__ Range RangeOf(std::int64_t begin, std::int64_t end) {
+  return {begin, static_cast<int>(min(end - begin, std::int64_t{kTile}))};
+}
+
+__device__ __forceinline__ void LoadVector(const float* from, float (&to)[4]) {
+  const float4 value = *reinterpret_cast<const float4*>(from);
+  to[0] = value.x, to[1] = value.y, to[2] = value.z, to[3] = value.w;
+}
+__device__ __forceinline__ void LoadVector(const double* from, double (&to)[2]) {
+  const double2 value = *reinterpret_cast<const double2*>(from);
+  to[0] = value.x, to[1] = value.y;
+}
+
+// ---- rows in shared memory ---------------------------------------------------------------------
+
+// Elements [k, k + kDepth) of two ranges of rows in shared memory, with zeros up to whole vectors
+// and whole tiles. What is there already is not read again: few rows are read once.
+template <typename T>
+class RowTiles {
+ public:
+  using Row = T[kRowStride<T>];
+
+  __device__ explicit RowTiles(const Pool<T>& pool)
+      : pool_(pool), first_{Memory<T>().rows[0]}, second_{Memory<T>().rows[1]} {}
+
+  // For all threads of the block at once.
+  __device__ void Hold(const Range& u, const Range& v, std::int64_t k) {
+    if (second_.Has(u, k)) {
+      const Slot other = first_;
+      first_ = second_;
+      second_ = other;
+    }
+    same_ = u.begin == v.begin;
+    const bool reads_u = !first_.Has(u, k), reads_v = !same_ && !second_.Has(v, k);
+    if (!reads_u && !reads_v) return;
+    __syncthreads();  // what was held has been read
+    if (reads_u) Read(u, k, &first_);
+    if (reads_v) Read(v, k, &second_);
+    __syncthreads();
+  }
+
+  __device__ const Row* u() const { return first_.rows; }
+  __device__ const Row* v() const { return same_ ? first_.rows : second_.rows; }
+
+  __device__ const Pool<T>& pool() const { return pool_; }
+
+  // Elements held of each row that are not zeros for filling up, and with them.
+  __device__ int Elements(std::int64_t k) const {
+    return static_cast<int>(min(pool_.width - k, std::int64_t{kDepth<T>}));
+  }
+  __device__ int Depth(std::int64_t k) const {
+    return (Elements(k) + kVector<T> - 1) / kVector<T> * kVector<T>;
+  }
+
+ private:
+  struct Slot {
+    Row* rows;
+    std::int64_t begin = -1, k = -1;
+
+    __device__ bool Has(const Range& range, std::int64_t at) const {
+      return begin == range.begin && k == at;
+    }
+  };
+
+  __device__ void Read(const Range& range, std::int64_t k, Slot* slot) {
+    const std::int64_t end = range.begin + range.count, border = pool_.count[0];
+    if (range.begin < border) ReadSide(0, range.begin, min(end, border), k, slot->rows);
+    if (end > border) {
+      const std::int64_t begin = max(range.begin, border);
+      ReadSide(1, begin - border, end - border, k, slot->rows + (begin - range.begin));
+    }
+    const int elements = Elements(k), depth = Depth(k);
+    if (elements < depth || range.count < kTile) {
+      for (int i = threadIdx.x; i < kTile * depth; i += kThreads) {
+        const int row = i / depth, element = i % depth;
+        if (row >= range.count || element >= elements) slot->rows[row][element] = 0;
+      }
+    }
+    slot->begin = range.begin;
+    slot->k = k;
+  }
+
+  // Neighbouring lanes read neighbouring elements, also from row to row where rows are short.
+  __device__ void ReadSide(int side, std::int64_t begin, std::int64_t end, std::int64_t k,
+                           Row* to) const {
+    const std::int64_t across = pool_.stride[side][0], along = pool_.stride[side][1];
+    const T* from = pool_.data[side] + begin * across + k * along;
+    const int rows = static_cast<int>(end - begin), elements = Elements(k);
+    if (pool_.vectors[side] && elements % kVector<T> == 0) {
+      const int vectors = elements / kVector<T>;
+      for (int i = threadIdx.x; i < rows * vectors; i += kThreads) {
+        const int row = i / vectors, element = i % vectors * kVector<T>;
+        using Vector = std::conditional_t<sizeof(T) == 4, float4, double2>;
+        *reinterpret_cast<Vector*>(&to[row][element]) =
+            *reinterpret_cast<const Vector*>(from + row * across + element);
+      }
+    } else if (abs(along) <= abs(across)) {
+      for (int i = threadIdx.x; i < rows * elements; i += kThreads) {
+        const int row = i / elements, element = i % elements;
+        to[row][element] = from[row * across + element * along];
+      }
+    } else {
+      for (int i = threadIdx.x; i < rows * elements; i += kThreads) {
+        const int row = i % rows, element = i / rows;
+        to[row][element] = from[row * across + element * along];
+      }
+    }
+  }
+
+  const Pool<T>& pool_;
+  Slot first_, second_;
+  bool same_ = false;
+};
+
+// ---- pairs of rows in registers ----------------------------------------------------------------
+
+// A thread's pairs are rows RowOf(i) and columns ColumnOf(j) of a tile, i, j < 4: two neighbouring
+// lanes' columns are neighbours, and a warp's two rows of slopes are in different banks.
+__device__ __forceinline__ int RowOf(int i) { return static_cast<int>(threadIdx.x / 16) * 4 + i; }
+__device__ __forceinline__ int ColumnOf(int j) {
+  return static_cast<int>(threadIdx.x % 16) + 16 * j;
+}
+
+template <typename T>
+using Pairs = T[4][4];
+
+// The squared distances of the thread's pairs, in the order and with the roundings of the CPU.
+// kShort: width <= kDepth.
+template <bool kShort, typename T>
+__device__ __forceinline__ void Distances(RowTiles<T>& tiles, const Range& u, const Range& v,
+                                          Pairs<T>& distances) {
+  Pairs<T> stretch = {};
+  if constexpr (!kShort) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) distances[i / 4][i % 4] = 0;
+  }
+  for (std::int64_t k = 0; k < tiles.pool().width; k += kDepth<T>) {
+    tiles.Hold(u, v, k);
+    const int depth = tiles.Depth(k);
+    for (int at = 0; at < depth; at += kVector<T>) {
+      T rows[4][kVector<T>];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) LoadVector(&tiles.u()[RowOf(i)][at], rows[i]);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        T column[kVector<T>];
+        LoadVector(&tiles.v()[ColumnOf(j)][at], column);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+          for (int e = 0; e < kVector<T>; ++e) {
+            const T difference = column[e] - rows[i][e];
+            stretch[i][j] = fma(difference, difference, stretch[i][j]);
+          }
+        }
+      }
+    }
+    if constexpr (!kShort) {
+      if ((k + kDepth<T>) % kStretch == 0 || k + kDepth<T> >= tiles.pool().width) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+          distances[i / 4][i % 4] += stretch[i / 4][i % 4];
+          stretch[i / 4][i % 4] = 0;
+        }
+      }
+    }
+    if constexpr (kShort) break;
+  }
+  if constexpr (kShort) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) distances[i / 4][i % 4] = stretch[i / 4][i % 4];
+  }
+}
+
+// ---- kernel values -----------------------------------------------------------------------------
+
+template <typename T>
+struct Scales {
+  explicit Scales(const Kernel& kernel)
+      : median(kernel.median),
+        count(median != nullptr ? 1 : static_cast<int>(kernel.scales.size())) {
+    for (std::size_t i = 0; i < kernel.scales.size(); ++i) {
+      values[i] = static_cast<T>(kernel.scales[i]);
+    }
+  }
+
+  __device__ T First() const {
+    if (median == nullptr) return values[0];
+    const double square = *median;
+    return static_cast<T>(square == 0 ? static_cast<double>(NAN) : 1 / (2 * square));
+  }
+
+  const double* median;
+  int count;
+  T values[kMaxScales] = {};
+};
+
+template <typename T>
+struct Exponential;
+
+template <>
+struct Exponential<float> {
+  using Bits = std::int32_t;
+  static constexpr float kLimit = 87.0f;
+  static constexpr float kLn2High = 0.693359375f;
+  static constexpr float kLn2Low = -2.12194440e-4f;
+  static constexpr int kMantissa = 23;
+  static constexpr Bits kBias = 127;
+  static constexpr int kDegree = 7;
+};
+
+template <>
+struct Exponential<double> {
+  using Bits = std::int64_t;
+  static constexpr double kLimit = 708.0;
+  static constexpr double kLn2High = 6.93147180369123816490e-01;
+  static constexpr double kLn2Low = 1.90821492927058770002e-10;
+  static constexpr int kMantissa = 52;
+  static constexpr Bits kBias = 1023;
+  static constexpr int kDegree = 13;
+};
+
+template <typename T>
+__host__ __device__ constexpr T InverseFactorial(int n) {
+  double product = 1;
+  for (int i = 2; i <= n; ++i) product *= i;
+  return static_cast<T>(1 / product);
+}
+
+template <typename T>
+struct KernelSums {
+  T less_one = 0;  // sum over scales c of exp(-c D) - 1
+  T value = 0;     // of exp(-c D)
+  T slope = 0;     // of c exp(-c D)
+
+  // The exponential is expm1: -z = n ln 2 + r, |r| <= ln(2) / 2, a Taylor polynomial p of
+  // expm1(r), and exp(-z) - 1 = 2^n p + (2^n - 1), whose last term is exact. Sums for a
+  // discrepancy are of exp(-z) - 1: the ones cancel, and with them would go most of its digits.
+  // Not-a-number stays one: every comparison with it is false.
+  __device__ __forceinline__ void Add(T distance, T scale) {
+    using E = Exponential<T>;
+    constexpr T kLog2E = static_cast<T>(1.44269504088896340736);
+    const T z = distance * scale;
+    const T bounded = z > E::kLimit ? E::kLimit : z;
+    const T n = rint(-bounded * kLog2E);
+    const T r = fma(-n, E::kLn2Low, fma(-n, E::kLn2High, -bounded));
+    T part = InverseFactorial<T>(E::kDegree);
+#pragma unroll
+    for (int i = E::kDegree - 1; i > 1; --i) part = fma(part, r, InverseFactorial<T>(i));
+    part = fma(part, r * r, r);
+    // A conversion of not-a-number gives some integer; `part` is not-a-number then.
+    const typename E::Bits bits = (static_cast<typename E::Bits>(n) + E::kBias) << E::kMantissa;
+    T power;
+    std::memcpy(&power, &bits, sizeof power);
+    const T kernel = z > E::kLimit ? T{0} : fma(power, part, power);
+    less_one += fma(power, part, power - T{1});
+    value += kernel;
+    slope += kernel * scale;
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ KernelSums<T> KernelsOf(const Scales<T>& scales, T first, T distance) {
+  KernelSums<T> sums;
+  sums.Add(distance, first);
+  for (int s = 1; s < scales.count; ++s) sums.Add(distance, scales.values[s]);
+  return sums;
+}
+
+// ---- gradients ---------------------------------------------------------------------------------
+
+// What rounding takes from `high` goes into `low`, so that thousands of tiles add up as if in twice
+// the digits.
+template <typename T>
+struct Sum {
+  T high = 0, low = 0;
+
+  __device__ __forceinline__ void Add(T part) {
+    const T after = high + part;
+    const T added = after - high;
+    low += (high - (after - added)) + (part - added);
+    high = after;
+  }
+};
+
+// How the columns of a launch are shared out: row tile i by blocks (i, 0), (i, 1), ..., each of
+// which takes every gridDim.y-th column tile. By the sizes alone, never by the device.
+inline unsigned Splits(std::int64_t row_tiles, std::int64_t column_tiles) {
+  constexpr std::int64_t kBlocks = 512;    // some four for every multiprocessor of a large GPU
+  constexpr std::int64_t kMostSplits = 8;  // each of which needs memory for its sums
+  const std::int64_t wanted = (kBlocks + row_tiles - 1) / row_tiles;
+  return static_cast<unsigned>(std::min({wanted, column_tiles, kMostSplits}));
+}
+
+// Where gradients go.
+template <typename T>
+struct Gradients {
+  T* data[2];           // compact; NULL where not wanted
+  int splits[2];        // blocks that share a row of that side
+  std::int64_t border;  // pool rows below it are of x
+  std::int64_t rows, width;
+  Sum<T>* partial;  // [splits, rows, width], of sums that more than one tile or block adds to
+
+  __device__ T* Row(std::int64_t row) const {
+    if (row < border) return data[0] == nullptr ? nullptr : data[0] + row * width;
+    return data[1] == nullptr ? nullptr : data[1] + (row - border) * width;
+  }
+  __device__ Sum<T>* Partial(std::int64_t split, std::int64_t row) const {
+    return partial + (split * rows + row) * width;
+  }
+  __device__ int SplitsOf(std::int64_t row) const { return row < border ? splits[0] : splits[1]; }
+
+  __device__ bool Wants(const Range& range) const {
+    return (range.begin < border && data[0] != nullptr) ||
+           (range.begin + range.count > border && data[1] != nullptr);
+  }
+};
+
+template <typename T>
+std::int64_t PartialBytes(std::int64_t splits, std::int64_t column_tiles, std::int64_t rows,
+                          std::int64_t width) {
+  const bool kept = width <= kDepth<T>;  // in registers, from tile to tile
+  if (splits == 1 && (kept || column_tiles == 1)) return 0;
+  return splits * rows * width * static_cast<std::int64_t>(sizeof(Sum<T>));
+}
+
+// The sums of slope * (v - u) over v, of one tile of rows u. kShort: width <= kDepth, and the sums
+// stay in registers from tile to tile.
+template <bool kShort, typename T>
+class GradientSums {
+ public:
+  // For all threads of the block at once, when the slopes are in shared memory.
+  __device__ void Add(RowTiles<T>& tiles, const Gradients<T>& gradients, const Range& u,
+                      const Range& v, bool first, bool last) {
+    const int element = static_cast<int>(threadIdx.x % 8) * kVector<T>;
+    // From the end on, where the distances have left their last elements in shared memory.
+    for (std::int64_t k = (tiles.pool().width - 1) / kDepth<T> * kDepth<T>; k >= 0;
+         k -= kDepth<T>) {
+      tiles.Hold(u, v, k);
+      const int elements = tiles.Elements(k) - element;
+      if (elements > 0) {
+        if constexpr (!kShort) Begin(gradients, u, k + element, elements, first);
+        AddTile(tiles, element, v.count);
+        if (!kShort || last) End(gradients, u, k + element, elements, last);
+      }
+      if constexpr (kShort) break;
+    }
+  }
+
+ private:
+  static constexpr int kRows = 2;
+
+  static __device__ __forceinline__ int TileRow(int i) {
+    return static_cast<int>(threadIdx.x / 32 * 8 + threadIdx.x % 32 / 8) + 4 * i;
+  }
+
+  __device__ __forceinline__ void AddTile(const RowTiles<T>& tiles, int element, int columns) {
+    constexpr int kWidth = kVector<T>;
+    T own[kRows][kWidth], part[kRows][kWidth] = {};
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) LoadVector(&tiles.u()[TileRow(i)][element], own[i]);
+    for (int c = 0; c < columns; c += kWidth) {
+      T slopes[kRows][kWidth];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) LoadVector(&Memory<T>().slopes[TileRow(i)][c], slopes[i]);
+#pragma unroll
+      for (int s = 0; s < kWidth; ++s) {
+        T other[kWidth];
+        LoadVector(&tiles.v()[c + s][element], other);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+          for (int e = 0; e < kWidth; ++e) {
+            part[i][e] = fma(slopes[i][s], other[e] - own[i][e], part[i][e]);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int e = 0; e < kWidth; ++e) sums_[i][e].Add(part[i][e]);
+    }
+  }
+
+  __device__ __forceinline__ void Begin(const Gradients<T>& gradients, const Range& u,
+                                        std::int64_t k, int elements, bool first) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const std::int64_t row = u.begin + TileRow(i);
+      const bool known = !first && TileRow(i) < u.count && gradients.Row(row) != nullptr;
+      const Sum<T>* from = known ? gradients.Partial(blockIdx.y, row) + k : nullptr;
+#pragma unroll
+      for (int e = 0; e < kVector<T>; ++e) {
+        sums_[i][e] = known && e < elements ? from[e] : Sum<T>{};
+      }
+    }
+  }
+
+  __device__ __forceinline__ void End(const Gradients<T>& gradients, const Range& u, std::int64_t k,
+                                      int elements, bool last) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (TileRow(i) >= u.count) continue;
+      const std::int64_t row = u.begin + TileRow(i);
+      T* const result = gradients.Row(row);
+      if (result == nullptr) continue;
+      const bool all = last && gradients.SplitsOf(row) == 1;
+      Sum<T>* const to = all ? nullptr : gradients.Partial(blockIdx.y, row) + k;
+#pragma unroll
+      for (int e = 0; e < kVector<T>; ++e) {
+        if (e >= elements) continue;
+        if (all) {
+          result[k + e] = sums_[i][e].high + sums_[i][e].low;
+        } else {
+          to[e] = sums_[i][e];
+        }
+      }
+    }
+  }
+
+  Sum<T> sums_[kRows][kVector<T>];
+};
+
+// Adds up what the splits have left, in their order. By all threads of a launch.
+template <typename T>
+__device__ void AddSplits(const Gradients<T>& gradients) {
+  const std::int64_t count = gradients.rows * gradients.width;
+  const std::int64_t threads = std::int64_t{gridDim.x} * kThreads;
+  for (std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count;
+       i += threads) {
+    const std::int64_t row = i / gradients.width, k = i % gradients.width;
+    T* const result = gradients.Row(row);
+    const int splits = gradients.SplitsOf(row);
+    if (result == nullptr || splits == 1) continue;
+    Sum<T> sum;
+    for (int split = 0; split < splits; ++split) {
+      const Sum<T> part = gradients.Partial(split, row)[k];
+      sum.Add(part.high);
+      sum.low += part.low;
+    }
+    result[k] = sum.high + sum.low;
+  }
+}
+
+// Blocks that AddSplits is worth.
+inline unsigned AddSplitsBlocks(std::int64_t rows, std::int64_t width) {
+  constexpr std::int64_t kBlocks = 1024;
+  return static_cast<unsigned>(
+      std::clamp((rows * width + kThreads - 1) / kThreads, std::int64_t{1}, kBlocks));
+}
+
+}  // namespace diffmic::cuda::mmd
+
+#endif  // DIFFMIC_CUDA_MMD_TILES_H_
