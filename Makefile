@@ -3,6 +3,8 @@
 #   make demo   install, train on synthetic fundus images, evaluate, predict, draw
 #   make test   build the wheel, install it, and test it from outside the sources, the CUDA kernels
 #               in the emulator of tests/emulator
+#   make gpu    on a machine with an NVIDIA GPU and nvcc: build for that GPU, test everything there, the
+#               kernels under compute-sanitizer where it is installed, and write the table of timings
 #   make lint   ruff, clang-format, mypy
 #   make bench RUN="benchmarks rois --write"
 #               a benchmark's module and arguments, with the installed package;
@@ -23,7 +25,7 @@ SOURCES := $(CXX_SOURCES) $(shell find diffmic_fast -name '*.py' -o -name '*.yml
 
 RUN ?= benchmarks rois
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test gpu lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.package
@@ -34,6 +36,25 @@ test: $(VENV)/.test
 	emulated=$$($(BIN)/python tests/emulated_module.py) && \
 	cp -r tests pyproject.toml "$$scratch" && cd "$$scratch" && \
 	DIFFMIC_SOURCE="$(CURDIR)" DIFFMIC_EMULATED="$$emulated" $(BIN)/python -m pytest -p no:cacheprovider $(PYTEST_ARGS) tests
+
+# compute-sanitizer sees every access of a kernel; racecheck sees those of shared memory.
+SANITIZED := tests/ops -k "cuda and not emulated and not compile and not opcheck"
+
+gpu:
+	@command -v nvidia-smi >/dev/null || { echo "make gpu: there is no nvidia-smi, so no GPU"; exit 1; }
+	rm -f $(VENV)/.package
+	DIFFMIC_CUDA=on TORCH_CUDA_ARCH_LIST="$$(nvidia-smi --query-gpu=compute_cap \
+	  --format=csv,noheader | sort -u | paste -sd ';')" $(MAKE) test
+	$(BIN)/python -m diffmic_fast info
+	@if command -v compute-sanitizer >/dev/null; then \
+	  scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
+	  cp -r tests pyproject.toml "$$scratch" && cd "$$scratch" && \
+	  for tool in memcheck racecheck synccheck initcheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 \
+	      $(BIN)/python -m pytest -p no:cacheprovider $(SANITIZED) || exit 1; \
+	  done; \
+	else echo "make gpu: compute-sanitizer is not installed, the kernels were not run under it"; fi
+	$(MAKE) bench RUN="benchmarks gpu --write"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
