@@ -119,6 +119,9 @@ T* AsScratch(const TensorView& view, const char* operation, DType type, std::int
     throw py::value_error(
         Text(operation, ": scratch must have ", needed, " elements, got ", view.numel()));
   }
+  if (reinterpret_cast<std::uintptr_t>(view.data()) % 16 != 0) {
+    throw py::value_error(Text(operation, ": scratch must begin at a multiple of 16 bytes"));
+  }
   return static_cast<T*>(view.mutable_data());
 }
 

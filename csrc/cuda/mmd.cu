@@ -264,13 +264,22 @@ Plan PlanOf(std::int64_t rows, std::int64_t width) {
   return {tiles, Splits(tiles, tiles), false};
 }
 
+// Doubles of scratch memory: the blocks' sums for gradients, and behind them those for the value.
+struct ScratchSizes {
+  std::int64_t gradients, value;
+};
+
+template <typename T>
+ScratchSizes ScratchOf(const Plan& plan, std::int64_t rows, std::int64_t width, bool gradients) {
+  if (plan.one) return {0, 0};
+  return {gradients ? PartialBytes<T>(plan.splits, plan.blocks, rows, width) / 8 : 0,
+          3 * plan.blocks * plan.splits};
+}
+
 template <typename T>
 std::int64_t Scratch(std::int64_t rows, std::int64_t width, bool gradients) {
-  const Plan plan = PlanOf<T>(rows, width);
-  if (plan.one) return 0;
-  std::int64_t doubles = 3 * plan.blocks * plan.splits;
-  if (gradients) doubles += PartialBytes<T>(plan.splits, plan.blocks, rows, width) / 8;
-  return doubles;
+  const ScratchSizes sizes = ScratchOf<T>(PlanOf<T>(rows, width), rows, width, gradients);
+  return sizes.gradients + sizes.value;
 }
 
 }  // namespace
@@ -290,25 +299,30 @@ void Mmd(const Matrix<T>& x, const Matrix<T>& y, const Weights<T>& x_weights,
   const Plan plan = PlanOf<T>(rows, width);
   const int splits = static_cast<int>(plan.splits);
   const std::int64_t blocks = plan.blocks * splits;
-  double* const sums = plan.one ? nullptr : scratch;
-  auto* const partial = plan.one ? nullptr : reinterpret_cast<Sum<T>*>(scratch + 3 * blocks);
-  const Problem<T> problem{
-      Pool<T>(x, y),
-      {x_weights, y_weights},
-      Scales<T>(kernel),
-      unbiased,
-      {{x_gradient, y_gradient}, {splits, splits}, x.count, rows, width, partial},
-      value,
-      sums};
+  const bool gradients = x_gradient != nullptr || y_gradient != nullptr;
+  double* const sums =
+      plan.one ? nullptr : scratch + ScratchOf<T>(plan, rows, width, gradients).gradients;
+  const Problem<T> problem{Pool<T>(x, y),
+                           {x_weights, y_weights},
+                           Scales<T>(kernel),
+                           unbiased,
+                           {{x_gradient, y_gradient},
+                            {splits, splits},
+                            x.count,
+                            rows,
+                            width,
+                            reinterpret_cast<Sum<T>*>(scratch)},
+                           value,
+                           sums};
   Launch(kOperation, width <= kDepth<T> ? MmdKernel<true, T> : MmdKernel<false, T>,
          {dim3(static_cast<unsigned>(plan.blocks), plan.splits), dim3(kThreads),
           sizeof(TileMemory<T>), stream},
          problem);
   if (plan.one) return;
-  const bool adds = splits > 1 && (x_gradient != nullptr || y_gradient != nullptr);
-  Launch(kOperation, FinishKernel<T>,
-         {dim3(adds ? AddSplitsBlocks(rows, width) : 1), dim3(kThreads), 0, stream}, problem,
-         blocks);
+  Launch(
+      kOperation, FinishKernel<T>,
+      {dim3(gradients && splits > 1 ? AddSplitsBlocks(rows, width) : 1), dim3(kThreads), 0, stream},
+      problem, blocks);
 }
 
 #define DIFFMIC_INSTANTIATE(T)                                                                   \

@@ -364,7 +364,7 @@ __device__ __forceinline__ KernelSums<T> KernelsOf(const Scales<T>& scales, T fi
 // What rounding takes from `high` goes into `low`, so that thousands of tiles add up as if in twice
 // the digits.
 template <typename T>
-struct Sum {
+struct alignas(2 * sizeof(T)) Sum {
   T high = 0, low = 0;
 
   __device__ __forceinline__ void Add(T part) {

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from cuda_backends import CUDA_BACKENDS
+from mmd_cases import BANDWIDTHS, TOLERANCE, assert_close, in_a_buffer, rows, value_and_gradients
 from torch import Tensor
 
 from diffmic_fast import _native
@@ -17,41 +18,11 @@ from diffmic_fast.reference import mmd as reference
 
 _C = _native.extension()
 ISAS = _C.mmd_instruction_sets()
-BACKENDS = ["reference", "cpu"]
-BANDWIDTHS: list[Any] = [None, 0.7, [0.5, 1.0, 3.0], "median"]
+BACKENDS = ["reference", "cpu", CUDA_BACKENDS[0]]
 SHAPES = [
     *((1, 1, 1), (3, 7, 2), (32, 32, 5), (129, 1, 7), (97, 131, 33), (100, 140, 129)),
     *((385, 300, 3), (490, 300, 10), (101, 50, 230)),  # 9 and 10 blocks of 96, 5 of 48
 ]
-
-# Kernel values: a few roundings of the distance and one of the exponential. Means and gradients:
-# sums of those, compared with the size of what is summed, for the sums of x and y cancel.
-TOLERANCE = {torch.float32: 6e-7, torch.float64: 2e-15}
-
-
-def rows(n: int, d: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(1000 * n + d + seed)
-    return torch.randn(n, d, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def in_a_buffer(tensor: Tensor, kind: str) -> Tensor:
-    """The same values behind other strides; what lies around them would be noticed."""
-    n, d = tensor.shape
-    if kind == "transposed":
-        view = tensor.new_full((d + 2, n + 3), torch.nan)[1:-1, 2:-1].T
-    elif kind == "slice":
-        view = tensor.new_full((n + 3, d + 3), torch.nan)[1:-2, 2:-1]
-    elif kind == "spread":
-        view = tensor.new_full((2 * n, 3 * d), torch.nan)[1::2, ::3]
-    else:
-        return tensor.contiguous()
-    return view.copy_(tensor)
-
-
-def value_and_gradients(call: Callable[..., Tensor], x: Tensor, y: Tensor, **options: Any) -> Any:
-    x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
-    value = call(x, y, **options)
-    return value.detach(), *torch.autograd.grad(value, (x, y))
 
 
 def run_kernel(
@@ -60,16 +31,6 @@ def run_kernel(
     value, gradients = x.new_empty(()), [r.new_full(r.shape, torch.nan) for r in (x, y)]
     _C.mmd(x, y, None, None, scales, unbiased, value, *gradients, **options)
     return value, *gradients
-
-
-def assert_close(found: Any, expected: Any, dtype: torch.dtype, bandwidth: Any = None) -> None:
-    """Value and gradients of `found`, in dtype, near those of the float64 definition."""
-    # A slope is at most 1 / bandwidth.
-    widths = [bandwidth] if isinstance(bandwidth, float) else bandwidth
-    steepest = 1 / min(widths) if isinstance(widths, list) else 1.0
-    for i, (got, want) in enumerate(zip(found, expected, strict=True)):
-        scale = 1.0 if i == 0 else steepest * 4 / len(want)
-        assert float((got.double() - want).abs().max()) <= 4 * TOLERANCE[dtype] * scale
 
 
 # ---- the recorded numbers, and the definition ------------------------------------------------
@@ -359,16 +320,17 @@ print(1024 * (kilobytes("VmHWM") - before), float(value.detach()))
 # ---- autograd and the compiler ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("bandwidth", [None, [0.5, 2.0]])
-def test_gradcheck(bandwidth: Any) -> None:
+def test_gradcheck(bandwidth: Any, backend: str) -> None:
     x, y = rows(4, 3).requires_grad_(), rows(5, 3, seed=1).requires_grad_()
     for estimator in ("biased", "unbiased"):
         assert torch.autograd.gradcheck(
-            lambda a, b, e=estimator: mmd(a, b, bandwidth=bandwidth, estimator=e, backend="cpu"),
+            lambda a, b, e=estimator: mmd(a, b, bandwidth=bandwidth, estimator=e, backend=backend),
             (x, y),
         )
     assert torch.autograd.gradcheck(
-        lambda a, b: kernel_matrix(a, b, bandwidth=bandwidth, backend="cpu"), (x, y)
+        lambda a, b: kernel_matrix(a, b, bandwidth=bandwidth, backend=backend), (x, y)
     )
 
 
@@ -396,7 +358,8 @@ def test_second_derivatives_are_an_error() -> None:
             gradient.sum().backward()
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_opcheck(backend: str) -> None:
     x, y = rows(6, 3).requires_grad_(), rows(5, 3, seed=1).requires_grad_()
     weights = torch.ones(6, dtype=torch.float64)
     ops = torch.ops.diffmic_fast
@@ -406,21 +369,22 @@ def test_opcheck() -> None:
         (x, y.detach(), weights, None, [0.5, 1.0], None, True, True, False),
         (x.detach(), y.detach(), None, None, [], median, True, False, False),
     ):
-        torch.library.opcheck(ops.mmd.default, call)
-    torch.library.opcheck(ops.mmd_median.default, (x.detach(), y.detach()))
-    torch.library.opcheck(ops.mmd_kernel_matrix.default, (x, y, [0.5], None))
+        torch.library.opcheck(ops.mmd.default, (*call, backend))
+    torch.library.opcheck(ops.mmd_median.default, (x.detach(), y.detach(), backend))
+    torch.library.opcheck(ops.mmd_kernel_matrix.default, (x, y, [0.5], None, backend))
     grad = rows(6, 5)
     torch.library.opcheck(
         ops.mmd_kernel_matrix_backward.default,
-        (grad, x.detach(), y.detach(), [0.5], None, True, False),
+        (grad, x.detach(), y.detach(), [0.5], None, True, False, backend),
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("bandwidth", [None, "median"])
-def test_compiles_as_one_graph(bandwidth: Any) -> None:
+def test_compiles_as_one_graph(bandwidth: Any, backend: str) -> None:
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        value = mmd(x * 2, y, bandwidth=bandwidth, backend="cpu")
-        return value.sin() + kernel_matrix(x, y, bandwidth=bandwidth, backend="cpu").mean()
+        value = mmd(x * 2, y, bandwidth=bandwidth, backend=backend)
+        return value.sin() + kernel_matrix(x, y, bandwidth=bandwidth, backend=backend).mean()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     for n, m in ((4, 6), (7, 5)):
@@ -453,16 +417,18 @@ def test_bad_arguments_are_named(backend: str) -> None:
     bad(ValueError, "bandwidth must not be empty", x, x, bandwidth=[])
     bad(ValueError, "bandwidth must be 'median', .* got 'mean'", x, x, bandwidth="mean")
     bad(TypeError, "bandwidth must be of numbers, got '1'", x, x, bandwidth=["1"])
-    bad(ValueError, "bandwidth='median' needs rows that differ", x, x, bandwidth="median")
     bad(ValueError, r"x_weights must be \[4\].* got \(3,\)", x, x, x_weights=torch.ones(3))
     bad(TypeError, "y_weights must be floating", x, x, y_weights=torch.ones(4).long())
     bad(TypeError, "y_weights must be a torch.Tensor", x, x, y_weights=[1, 1, 1, 1])
+    needing = torch.ones(4, requires_grad=True)
+    bad(ValueError, "x_weights must not require gradients", x, x, x_weights=needing)
+    if backend not in ("reference", "cpu"):
+        return  # what only a GPU has seen: test_mmd_cuda.py
+    bad(ValueError, "bandwidth='median' needs rows that differ", x, x, bandwidth="median")
     bad(ValueError, "y_weights must not be negative", x, x, y_weights=torch.tensor([1.0, 1, 1, -1]))
     bad(ValueError, "x_weights .* one of them must be more", x, x, x_weights=torch.zeros(4))
     one = torch.tensor([0.0, 1, 0, 0])
     bad(ValueError, "two of them must be more", x, x, x_weights=one, estimator="unbiased")
-    needing = torch.ones(4, requires_grad=True)
-    bad(ValueError, "x_weights must not require gradients", x, x, x_weights=needing)
 
 
 def test_bad_backends_and_instruction_sets() -> None:
