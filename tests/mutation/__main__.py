@@ -25,8 +25,8 @@ from mutation.mutants import Mutant, all_mutants, sample
 
 TESTS = Path(__file__).resolve().parents[1]
 SURVIVORS = Path(__file__).with_name("survivors.txt")
-# Seconds; a mutant that waits for ever is noticed as well.
-PATIENCE = 150
+# A mutant that takes so many times as long as the tests did is taken for one that never ends.
+PATIENCE = 4
 
 # The tests of an operation, by what its kernel files begin with.
 _TESTS = {
@@ -55,6 +55,7 @@ class Workplace:
         shutil.copytree(TESTS, folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         self.folder = folder
         self.module = build(folder / "build", source=folder)
+        self.patience = 3600.0  # seconds
 
     def make(self) -> bool:
         """Build what has changed, if it compiles."""
@@ -86,7 +87,7 @@ class Workplace:
                    *tests]  # fmt: skip
         try:
             done = subprocess.run(
-                command, cwd=TESTS, env=environment, timeout=PATIENCE, check=False,
+                command, cwd=TESTS, env=environment, timeout=self.patience, check=False,
                 capture_output=True,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
@@ -120,8 +121,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         places: Queue[Workplace] = Queue()
         for place in pool.map(Workplace, [Path(folder, str(job)) for job in range(options.jobs)]):
+            started = time.monotonic()
             if place.fails(sorted({file for m in mutants for file in tests_of(m)})):
                 raise SystemExit("mutation: the tests fail before anything is changed")
+            place.patience = PATIENCE * (time.monotonic() - started)
             places.put(place)
 
         def judge(mutant: Mutant) -> tuple[Mutant, str]:
