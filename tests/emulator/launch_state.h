@@ -14,6 +14,8 @@
 
 namespace diffmic::emulator {
 
+inline constexpr std::size_t kStack = 128 * 1024;  // of a thread
+
 using Clock = std::uint32_t;
 
 // What a thread knows to have happened before: of its own block's threads up to which of their
@@ -91,6 +93,7 @@ struct Launch {
   std::vector<std::string> faults;
   std::size_t more_faults = 0;
   bool aborted = false;
+  long idle_spins = 0;  // turns of spinning threads since the last progress of any thread
 };
 
 // The library code that kernels use is compiled once, with the hooks in it, and the emulator uses
@@ -112,8 +115,13 @@ extern Thread* running;  // NULL outside of threads
 std::mt19937& Random();
 
 // scheduler.cpp
+unsigned Draw(std::size_t count);  // a number below `count`
+void MakeReady(Thread& thread);
 void Yield();
 [[noreturn]] void AbortThread();  // ends the launch: what the thread is about to do cannot be done
+
+// threads.cpp
+void ReleaseBlock(Block& block);  // from its barrier
 
 // report.cpp
 std::string NameOf(const void* function);
@@ -135,6 +143,8 @@ void SwapSharedShadow(Block* from, Block* to);
 void BeginShadow();
 void EndShadow();
 void OnAccess(void* address, std::size_t size, bool write, const void* place);
+void OnIndex(long index, const char* array, const void* place);  // past the array's end
+void OnMisaligned(void* address, const char* type, const void* place);
 void OnAtomic(void* address, std::size_t size, const void* place);
 void OnCopyIssued(const Copy& copy, const void* place);
 void OnCopyDelivered(const Copy& copy);

@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <map>
 #include <set>
+#include <vector>
 
 #include "launch_state.h"
 
@@ -14,61 +15,77 @@ namespace {
 
 constexpr std::size_t kMostFaults = 20;
 
-struct Line {
-  std::string function, place;
+// Functions and lines of an address, the innermost inlined function first.
+struct Frame {
+  std::string function, file, line;
 };
 
-// What addr2line says about an address of this module, asked once each. Of the functions that were
-// inlined there, the first that is the kernel's own: not one of the headers that stand in for
-// CUDA's.
-const Line& LineOf(const void* address) {
-  static std::map<const void*, Line> known;
-  const auto found = known.find(address);
-  if (found != known.end()) return found->second;
-  Line& line = known[address];
-  line = {"a kernel", "an unknown place"};
+std::string Trimmed(const char* text) {
+  std::string line(text);
+  while (!line.empty() && line.back() == '\n') line.pop_back();
+  return line.substr(0, line.find(" (discriminator"));
+}
+
+// What addr2line says about an address of this module, asked once each.
+const std::vector<Frame>& FramesOf(const void* address) {
+  static std::map<const void*, std::vector<Frame>> known;
+  const auto [found, is_new] = known.try_emplace(address);
+  std::vector<Frame>& frames = found->second;
   Dl_info info;
-  if (address == nullptr || dladdr(address, &info) == 0) return line;
+  if (!is_new || address == nullptr || dladdr(address, &info) == 0) return frames;
   std::array<char, 4096> buffer{};
   const auto offset = static_cast<std::size_t>(static_cast<const char*>(address) -
                                                static_cast<const char*>(info.dli_fbase));
-  std::snprintf(buffer.data(), buffer.size(), "addr2line -f -i -C -e '%s' %#zx 2>/dev/null",
+  std::snprintf(buffer.data(), buffer.size(), "addr2line -i -f -C -e '%s' %#zx 2>/dev/null",
                 info.dli_fname, offset);
   FILE* pipe = popen(buffer.data(), "r");
-  if (pipe == nullptr) return line;
-  const auto read = [&] {
-    std::string text;
-    if (std::fgets(buffer.data(), buffer.size(), pipe) != nullptr) text = buffer.data();
-    while (!text.empty() && text.back() == '\n') text.pop_back();
-    return text;
-  };
-  for (std::string function = read(); !function.empty(); function = read()) {
-    const std::string place = read();
-    if (function[0] == '?' || place.empty() || place[0] == '?') break;
-    line = {function, std::filesystem::path(place.substr(0, place.find(" (discr"))).filename()};
-    if (place.find("emulator/include/") == std::string::npos) break;
+  if (pipe == nullptr) return frames;
+  while (std::fgets(buffer.data(), buffer.size(), pipe) != nullptr) {
+    Frame frame{Trimmed(buffer.data()), "", ""};
+    if (std::fgets(buffer.data(), buffer.size(), pipe) == nullptr) break;
+    const std::string place = Trimmed(buffer.data());
+    const std::size_t colon = place.rfind(':');
+    if (frame.function[0] == '?' || colon == std::string::npos) continue;
+    frame.file = place.substr(0, colon);
+    frame.line = place.substr(colon + 1);
+    frames.push_back(frame);
   }
   pclose(pipe);
-  return line;
+  return frames;
 }
 
 }  // namespace
 
-// "void diffmic::cuda::rois::(anonymous namespace)::Windows<float>(...)" becomes "Windows".
+// "void diffmic::cuda::rois::(anonymous namespace)::Windows<4>(float*)" becomes "Windows<4>".
 std::string NameOf(const void* function) {
-  std::string name = LineOf(function).function;
-  const std::string hidden = "(anonymous namespace)";
+  const auto& frames = FramesOf(function);
+  if (frames.empty()) return "a kernel";
+  std::string name = frames.back().function;
+  const std::string hidden = "(anonymous namespace)::";
   for (auto at = name.find(hidden); at != std::string::npos; at = name.find(hidden)) {
     name.erase(at, hidden.size());
   }
-  name = name.substr(0, name.find_first_of("<("));
-  const auto last = name.find_last_of(": ");
-  return last == std::string::npos ? name : name.substr(last + 1);
+  std::size_t begin = 0;
+  int depth = 0;
+  for (std::size_t i = 0; i < name.size(); ++i) {
+    if (name[i] == '<') ++depth;
+    if (name[i] == '>') --depth;
+    if (depth > 0) continue;
+    if (name[i] == '(') return name.substr(begin, i - begin);
+    if (name[i] == ':' || name[i] == ' ') begin = i + 1;
+  }
+  return name.substr(begin);
 }
 
+// The line of a kernel that is meant, where CUDA's functions are inlined into it.
 std::string PlaceOf(const void* address) {
-  // A return address is behind the call, whose line is meant.
-  return LineOf(static_cast<const char*>(address) - 1).place;
+  // A return address is behind the call.
+  const auto& frames = FramesOf(static_cast<const char*>(address) - 1);
+  for (const Frame& frame : frames) {
+    if (frame.file.find("emulator/include/") != std::string::npos) continue;
+    return std::filesystem::path(frame.file).filename().string() + ":" + frame.line;
+  }
+  return "an unknown place";
 }
 
 std::string InWords(const Thread& thread) {

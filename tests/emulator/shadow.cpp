@@ -17,7 +17,6 @@ extern thread_local unsigned char dynamic_shared[];
 namespace diffmic::emulator {
 namespace {
 
-constexpr std::size_t kStack = 128 * 1024;  // scheduler.cpp
 constexpr std::size_t kMostShared = 232448;
 
 struct Entry {
@@ -348,6 +347,20 @@ void OnAccess(void* pointer, std::size_t size, bool write, const void* place) {
     CountAccess(pointer, size, write, InShared(address), false, place);
   }
   if (config.preempt > 0 && Random()() % static_cast<unsigned>(config.preempt) == 0) Yield();
+}
+
+void OnIndex(long index, const char* array, const void* place) {
+  if (!in_kernel) return;
+  const OwnAccount own;
+  Impossible("an index out of bounds", place,
+             ", " + std::to_string(index) + " in " + std::string(array));
+}
+
+void OnMisaligned(void* address, const char* type, const void* place) {
+  if (!in_kernel) return;
+  const OwnAccount own;
+  Impossible("a misaligned access", place,
+             " to " + std::string(type) + Near(reinterpret_cast<std::uintptr_t>(address)));
 }
 
 void OnAtomic(void* pointer, std::size_t size, const void* place) {

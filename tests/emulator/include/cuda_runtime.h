@@ -236,6 +236,11 @@ EMULATED int __ffs(int a) { return a == 0 ? 0 : std::countr_zero(static_cast<uns
 EMULATED int __ffsll(long long a) {
   return a == 0 ? 0 : std::countr_zero(static_cast<unsigned long long>(a)) + 1;
 }
+EMULATED unsigned __brev(unsigned a) {
+  unsigned reversed = 0;
+  for (int bit = 0; bit < 32; ++bit) reversed |= (a >> bit & 1) << (31 - bit);
+  return reversed;
+}
 EMULATED unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(std::uint64_t{a} * b >> 32);
 }

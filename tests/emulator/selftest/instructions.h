@@ -1,0 +1,23 @@
+// Single instructions, to be held against what CUDA's documents say of them.
+#ifndef DIFFMIC_EMULATOR_SELFTEST_INSTRUCTIONS_H_
+#define DIFFMIC_EMULATOR_SELFTEST_INSTRUCTIONS_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cuda/launch.h"
+
+namespace diffmic::selftest {
+
+struct Instruction {
+  std::string name;
+  void (*function)(const std::uint32_t* in, std::uint32_t* out, int count);
+  cuda::LaunchShape shape;
+};
+
+std::vector<Instruction> Instructions();
+
+}  // namespace diffmic::selftest
+
+#endif  // DIFFMIC_EMULATOR_SELFTEST_INSTRUCTIONS_H_

@@ -1,0 +1,151 @@
+// What a thread of a kernel does besides its loads and stores: it waits for others, exchanges
+// numbers with its warp, copies asynchronously.
+#include <cstring>
+
+#include "fibers.h"
+#include "launch_state.h"
+
+namespace diffmic::emulator {
+namespace {
+
+void Wait(Waits what, const char* name, const void* place) {
+  running->waits = what;
+  running->waits_for = name;
+  running->place = place;
+  SwitchBack();
+}
+
+}  // namespace
+
+void ReleaseBlock(Block& block) {
+  block.arrived = 0;
+  block.barrier_place = nullptr;
+  JoinBlock(block);
+  for (Thread& thread : block.threads) {
+    if (thread.waits == Waits::kBlock) MakeReady(thread);
+  }
+}
+
+unsigned Lane() { return running->id % 32; }
+
+void BlockBarrier() {
+  const OwnAccount own;
+  const void* place = __builtin_return_address(0);
+  Block& block = *running->block;
+  CountBarrier();
+  if (block.barrier_place != nullptr && block.barrier_place != place) {
+    Report("threads of a block meet at different barriers", place,
+           ", the others at " + PlaceOf(block.barrier_place));
+  }
+  block.barrier_place = place;
+  ++block.arrived;
+  if (block.alive < block.threads.size()) {
+    Report("a barrier that a thread of the block has left without", place, "");
+  }
+  if (block.arrived == block.alive) {
+    running->waits = Waits::kBlock;
+    launch->idle_spins = 0;
+    ReleaseBlock(block);
+    SwitchBack();
+    return;
+  }
+  Wait(Waits::kBlock, "the barrier of its block", place);
+}
+
+void WarpBarrier(std::uint32_t mask) {
+  Exchange(mask, "__syncwarp", nullptr, 0, __builtin_return_address(0));
+}
+
+const unsigned char* Exchange(std::uint32_t mask, const char* operation, const void* value,
+                              std::size_t size, const void* place) {
+  const OwnAccount own;
+  Thread& self = *running;
+  Block& block = *self.block;
+  const unsigned warp = self.id / 32;
+  const unsigned lane = Lane();
+  if ((mask >> lane & 1) == 0) {
+    Report("a lane is not in the mask that it exchanges with", place, "");
+    AbortThread();
+  }
+  auto& pending = block.meetings[warp];
+  Meeting* meeting = nullptr;
+  for (auto& other : pending) {
+    if (other->mask == mask && std::strcmp(other->operation, operation) == 0 &&
+        other->size == size) {
+      meeting = other.get();
+    } else if ((other->mask >> lane & 1) != 0 && (other->arrived & mask) != 0) {
+      // Lanes there wait for this one, which is about to wait for one of them.
+      Report("lanes of a warp meet at different exchanges", place,
+             std::string(", ") + operation + ", the others at " + other->operation + " at " +
+                 PlaceOf(other->place));
+      AbortThread();
+    }
+  }
+  if (meeting == nullptr) {
+    pending.push_back(std::make_unique<Meeting>());
+    meeting = pending.back().get();
+    meeting->mask = mask;
+    meeting->operation = operation;
+    meeting->place = place;
+    meeting->size = size;
+    // Lanes outside of the mask give nothing that could be meant.
+    std::memset(meeting->values, 0xFF, sizeof meeting->values);
+  }
+  if (size > 0) std::memcpy(meeting->values + kSlot * lane, value, size);
+  meeting->arrived |= 1u << lane;
+  unsigned char* results = block.results.data() + std::size_t{self.id} * 32 * kSlot;
+  if (meeting->arrived != mask) {
+    Wait(Waits::kWarp, operation, place);
+    return results;
+  }
+  if (std::strcmp(operation, "__syncwarp") == 0) JoinWarp(block, warp, mask);
+  for (unsigned other = 0; other < 32; ++other) {
+    if ((mask >> other & 1) == 0) continue;
+    Thread& thread = block.threads[warp * 32 + other];
+    if (size > 0) {
+      std::memcpy(block.results.data() + std::size_t{thread.id} * 32 * kSlot, meeting->values,
+                  sizeof meeting->values);
+    }
+    if (&thread != &self) MakeReady(thread);
+  }
+  std::erase_if(pending, [&](const auto& each) { return each.get() == meeting; });
+  if (Draw(4) == 0) Yield();
+  return results;
+}
+
+void SpinPause() {
+  const OwnAccount own;
+  running->spinning = true;
+  running->place = __builtin_return_address(0);
+  ++launch->idle_spins;
+  Yield();
+}
+
+void CopyAsync(void* shared, const void* global, std::size_t size) {
+  const OwnAccount own;
+  const Copy copy{static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global),
+                  size};
+  OnCopyIssued(copy, __builtin_return_address(0));
+  std::memset(shared, 0xFF, size);  // until it is waited for, nothing is there
+  running->open.push_back(copy);
+}
+
+void CommitCopies() {
+  const OwnAccount own;
+  running->groups.push_back(std::move(running->open));
+  running->open.clear();
+}
+
+void WaitCopies(unsigned left) {
+  const OwnAccount own;
+  auto& groups = running->groups;
+  while (groups.size() > left) {
+    for (const Copy& copy : groups.front()) {
+      OnCopyDelivered(copy);
+      std::memcpy(copy.to, copy.from, copy.size);
+    }
+    groups.pop_front();
+  }
+}
+
+}  // namespace diffmic::emulator

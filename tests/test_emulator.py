@@ -1,0 +1,381 @@
+"""The emulator of CUDA kernels proves itself: every fault it names is caught, and nothing else is.
+
+The kernels are `tests/emulator/selftest`. Each stands there right once and wrong in some ways; a wrong one has to be
+caught under every one of 20 schedules and a right one to give the right numbers under all of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from emulated_module import SOURCE, build
+from torch import Tensor
+
+SEEDS = range(20)
+
+# What a report has to say, by (kernel, fault).
+REPORTS = {
+    ("product", "no barrier behind writes"): r"race.* on shared memory",
+    ("product", "no barrier behind reads"): r"race.* on shared memory",
+    ("turn warp", "no warp barrier"): r"race.* on shared memory",
+    ("turn block", "warp barrier for a block"): r"race.* on shared memory",
+    ("broadcast", "no barrier behind reads"): r"race.* on shared memory",
+    ("meet", "early exit"): r"a barrier that a thread of the block has left without",
+    ("meet", "two barriers"): r"threads of a block meet at different barriers",
+    ("add one", "read past the end"): r"a read out of bounds.*byte 256 of in, which has 256",
+    ("add one", "read before the begin"): r"a read out of bounds.*byte -4 of in, which has 256",
+    ("add one", "read elsewhere"): r"a read out of bounds",
+    ("add one", "write past the end"): r"a write out of bounds.*byte 256 of out, which has 256",
+    ("add one", "write to an input"): r"a write to an input.*thread \(7, 0, 0\).*byte 28 of in",
+    ("copy vectors", "misaligned read"): r"a misaligned access.*thread \(2, 0, 0\) to .*float4",
+    ("copy vectors", "misaligned write"): r"a misaligned access.*thread \(2, 0, 0\) to .*float4",
+    ("through dynamic", "past the end"): r"out of bounds of dynamic shared memory.*byte 256 of 256",
+    ("through dynamic", "unwritten"): r"shared memory is read that nothing was written to",
+    ("through static", "past the end"): r"an index out of bounds.*thread \(63, 0, 0\).*64",
+    ("through static", "past a row"): r"an index out of bounds.*thread \(7, 0, 0\).*8",
+    ("workspace", "unwritten"): r"global memory is read that nothing was written to",
+    ("own shared", "of another block"): r"shared memory is read that nothing was written to.*",
+    ("pipeline", "wait too short"): r"touched while an asynchronous copy writes it",
+    ("pipeline", "no commit"): r"touched while an asynchronous copy writes it",
+    ("pipeline", "reads before the wait"): r"touched while an asynchronous copy writes it",
+    ("pipeline", "no barrier behind the wait"): r"race|asynchronous copy writes it",
+    ("pipeline", "no barrier behind reads"): r"race",
+    ("pipeline", "copy at exit"): r"an asynchronous copy was never waited for",
+    ("pipeline", "open copy at exit"): r"an asynchronous copy was never committed",
+    ("pipeline", "misaligned"): r"a misaligned access.*thread \(17, 0, 0\) of 16 bytes",
+    ("pipeline", "past the end"): r"reads out of bounds",
+    ("pipeline", "store under way"): r"touched while an asynchronous copy writes it",
+    ("swap", "no barrier"): r"race.* on global memory",
+    ("swap", "no release"): r"race.* on global memory",
+    ("swap", "no acquire"): r"race.* on global memory",
+    ("swap", "no barrier before it counts"): r"race.* on global memory",
+    ("swap", "no barrier behind the wait"): r"race.* on global memory",
+    ("swap", "nobody counts"): r"deadlock.*(\n.*)*waits for another block",
+    ("swap", "not cooperative"): r"deadlock.*(\n.*)*waits for another block",
+    ("last sums", "no fence"): r"race.* on global memory",
+    ("count all", "plain sum"): r"race.* on global memory",
+    ("parts", "overlap"): r"two writes race.* on global memory",
+    ("neighbours", "no barrier"): r"race.* on global memory",
+    ("sum halves", "lane not in its mask"): r"a lane is not in the mask",
+    ("sum halves", "lane does not come"): r"deadlock.*(\n.*)*waits for __shfl_xor_sync",
+    ("sum halves", "another operation"): r"lanes of a warp meet at different exchanges",
+    ("sum halves", "another mask"): r"lanes of a warp meet at different exchanges",
+    ("sum shared", "exchange for a barrier"): r"a read races a write.* on shared memory",
+}
+
+
+def _product(x: Tensor) -> Tensor:
+    return (x.view(16, 16) @ x.view(16, 16)).flatten()
+
+
+def _pipeline(x: Tensor) -> Tensor:
+    stages = x.view(torch.bfloat16).float().view(-1, 2, 16, 16)
+    return sum(a @ b.T for a, b in stages).flatten()  # type: ignore[union-attr]
+
+
+def _rounds(x: Tensor) -> Tensor:
+    for _ in range(3):
+        x = x + x.roll(-16)
+    return x
+
+
+# What a right kernel makes of its input.
+RESULTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "product": _product,
+    "turn warp": lambda x: x.view(2, 32).flip(1).flatten(),
+    "turn block": lambda x: x.flip(0),
+    "meet": lambda x: x + 1,
+    "broadcast": lambda x: (x[0] + x[1]).expand(256),
+    "add one": lambda x: x + 1,
+    "copy vectors": lambda x: x,
+    "through dynamic": lambda x: x.flip(0),
+    "through static": lambda x: x.flip(0),
+    "workspace": lambda x: x + 1,
+    "own shared": lambda x: x[:32].repeat(2),
+    "pipeline": _pipeline,
+    "swap": lambda x: 2 * x.roll(-16),
+    "rounds": _rounds,
+    "last sums": lambda x: x.flip(0),
+    "count all": torch.ones_like,
+    "parts": lambda x: x,
+    "neighbours": lambda x: x.view(4, 16).roll(-1, 1).flatten(),
+    "sum halves": lambda x: x.view(4, 16).sum(1, keepdim=True).expand(4, 16).flatten(),
+    "sum shared": lambda x: x.view(2, 32).sum(1, keepdim=True).expand(2, 32).flatten(),
+}
+
+
+@pytest.fixture(scope="module")
+def selftest() -> ModuleType:
+    """The module of the emulator's own kernels, built here."""
+    if not (SOURCE / "tests/emulator/CMakeLists.txt").exists():
+        pytest.skip("the sources are not here: DIFFMIC_SOURCE does not name them")
+    if shutil.which("c++") is None:
+        pytest.skip("there is no C++ compiler")
+    path = build(SOURCE / "build/emulated", "_selftest")
+    spec = importlib.util.spec_from_file_location("_selftest", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def settings(selftest: ModuleType) -> Iterator[None]:
+    """Each test begins with the same settings."""
+    selftest.emulator.configure(seed=1, preempt=24, mode="checked", multiprocessors=4)
+    selftest.emulator.reset_counters()
+    yield
+
+
+def numbers(kernel: str) -> Tensor:
+    """The input: small whole numbers, so that every order of additions gives the same sum."""
+    generator = torch.Generator().manual_seed(len(kernel))
+    if kernel == "pipeline":  # three stages of two matrices
+        words = torch.randint(-4, 5, (3 * 512,), generator=generator).to(torch.bfloat16)
+        return words.view(torch.float32)
+    count = {"product": 256, "broadcast": 256}.get(kernel, 64)
+    return torch.randint(-9, 10, (count,), generator=generator).float()
+
+
+def run(selftest: ModuleType, kernel: str, fault: str) -> Tensor:
+    """The output of a case, which begins as NaN."""
+    x = numbers(kernel)
+    out = torch.full((256 if kernel == "pipeline" else len(x),), float("nan"))
+    workspace = torch.empty(16 + 64, dtype=torch.int32)
+    before = x.clone()
+    selftest.run(kernel, fault, x, out, workspace)
+    assert torch.equal(x.view(torch.int32), before.view(torch.int32))
+    return out
+
+
+def test_every_case_is_judged(selftest: ModuleType) -> None:
+    cases = set(selftest.cases())
+    assert {case for case in cases if case[1]} == set(REPORTS)
+    assert {kernel for kernel, fault in cases if not fault} == set(RESULTS)
+
+
+@pytest.mark.parametrize("kernel", RESULTS)
+@pytest.mark.parametrize("mode", ["plain", "checked", "counted"])
+def test_a_right_kernel_is_never_blamed(selftest: ModuleType, kernel: str, mode: str) -> None:
+    expected = RESULTS[kernel](numbers(kernel))
+    for seed in SEEDS:
+        selftest.emulator.configure(seed=seed, mode=mode, preempt=(0, 1, 5, 24)[seed % 4])
+        assert torch.equal(run(selftest, kernel, ""), expected), seed
+
+
+@pytest.mark.parametrize(("kernel", "fault"), REPORTS)
+def test_a_fault_is_caught_under_every_schedule(
+    selftest: ModuleType, kernel: str, fault: str
+) -> None:
+    for seed in SEEDS:
+        selftest.emulator.configure(seed=seed, preempt=(0, 1, 5, 24)[seed % 4])
+        with pytest.raises(selftest.EmulatorFault, match=REPORTS[kernel, fault]):
+            run(selftest, kernel, fault)
+    # It leaves nothing behind.
+    assert torch.equal(run(selftest, kernel, ""), RESULTS[kernel](numbers(kernel)))
+
+
+def test_a_report_names_kernel_line_block_and_thread(selftest: ModuleType) -> None:
+    with pytest.raises(selftest.EmulatorFault) as caught:
+        run(selftest, "add one", "write to an input")
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("AddOne<") and lines[0].endswith(">:")
+    source = (SOURCE / "tests/emulator/selftest/bounds.cu").read_text().splitlines()
+    line = 1 + next(i for i, text in enumerate(source) if "const_cast<float*>(in)[i] =" in text)
+    assert lines[1] == (
+        f"  a write to an input at bounds.cu:{line}, block (0, 0, 0) thread (7, 0, 0)"
+        ", byte 28 of in, which has 256"
+    )
+    assert len(lines) == 2
+
+
+def test_a_seed_is_a_schedule(selftest: ModuleType) -> None:
+    def report(seed: int) -> str:
+        selftest.emulator.configure(seed=seed)
+        with pytest.raises(selftest.EmulatorFault) as caught:
+            run(selftest, "product", "no barrier behind writes")
+        return str(caught.value)
+
+    assert report(3) == report(3)
+    assert len({report(seed) for seed in SEEDS}) > 5
+
+
+def test_a_launch_that_no_gpu_takes(selftest: ModuleType) -> None:
+    selftest.emulator.configure(multiprocessors=1, shared_per_block=128)
+    try:
+        with pytest.raises(selftest.EmulatorFault, match="256 bytes of shared memory"):
+            run(selftest, "turn block", "")
+    finally:
+        selftest.emulator.configure(shared_per_block=227 * 1024)
+    with pytest.raises(ValueError, match="mode must be plain, checked or counted, got fast"):
+        selftest.emulator.configure(mode="fast")
+    with pytest.raises(ValueError, match="not positive"):
+        selftest.emulator.configure(multiprocessors=0)
+    selftest.emulator.configure(multiprocessors=4)
+
+
+# ---- single instructions -------------------------------------------------------------------------
+
+
+def instruction(selftest: ModuleType, name: str, words: Tensor, count: int) -> Tensor:
+    """What an instruction's kernel makes of int32 words: `count` of them, zero before."""
+    out = torch.zeros(count, dtype=torch.int32)
+    selftest.instruction(name, words.contiguous().view(torch.int32).flatten(), out)
+    return out
+
+
+def random_words(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(-(2**31), 2**31, (count,), generator=generator).to(torch.int32)
+
+
+def test_mma_has_the_fragments_of_the_ptx_manual(selftest: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b, d = (
+        torch.randint(-8, 9, shape, generator=generator).float() for shape in ((16, 16), (16, 8), (16, 8))
+    )  # fmt: skip
+    words = torch.empty(32, 10, dtype=torch.int32)
+    expected = torch.empty(32, 4)
+    for lane in range(32):
+        group, pair = lane // 4, lane % 4
+        for i in range(4):  # "row = groupID for a0, a1, a4, a5, + 8 else; col = 2 threadID + (i & 1), + 8 for i >= 4"
+            row, column = group + 8 * (i % 2), 2 * pair + 8 * (i // 2)
+            words[lane, i] = a[row, column : column + 2].bfloat16().view(torch.int32)
+            words[lane, 6 + i] = d[group + 8 * (i // 2), 2 * pair + i % 2].view(torch.int32)
+            expected[lane, i] = (a @ b + d)[group + 8 * (i // 2), 2 * pair + i % 2]
+        for i in range(2):
+            row = 2 * pair + 8 * i
+            words[lane, 4 + i] = b[row : row + 2, group].contiguous().bfloat16().view(torch.int32)
+    found = instruction(selftest, "mma", words, 128).view(torch.float32).view(32, 4)
+    assert torch.equal(found, expected)
+
+
+def test_load_matrices_gives_every_lane_two_numbers_a_matrix(selftest: ModuleType) -> None:
+    matrices = torch.arange(4 * 64, dtype=torch.int16).view(4, 8, 8)
+    found = instruction(selftest, "load matrices", matrices, 128).view(torch.int16).view(32, 4, 2)
+    for lane in range(32):
+        column = 2 * (lane % 4)
+        assert torch.equal(found[lane], matrices[:, lane // 4, column : column + 2])
+
+
+def test_shuffles(selftest: ModuleType) -> None:
+    words = torch.arange(100, 132, dtype=torch.int32)
+    found = instruction(selftest, "shuffles", words, 320).view(10, 32)
+    lane = torch.arange(32)
+    sources = [
+        torch.full((32,), 5),
+        lane // 8 * 8 + 5,
+        lane ^ 9,
+        lane,  # 8 away is outside of the section of 8
+        torch.where(lane + 3 < 32, lane + 3, lane),
+        torch.where(lane % 16 + 3 < 16, lane + 3, lane),
+        torch.where(lane >= 2, lane - 2, lane),
+        torch.where(lane % 4 >= 2, lane - 2, lane),
+    ]
+    for row, source in zip(found, sources, strict=False):
+        assert row.tolist() == words[source].tolist()
+    assert found[8].tolist() == (2 * words[lane ^ 1] + 1).tolist()
+    down = torch.where(lane < 31, lane + 1, lane)
+    assert found[9].tolist() == (words[down] ^ down).tolist()
+
+
+def test_votes_and_reductions(selftest: ModuleType) -> None:
+    words = torch.randint(0, 100, (32,), generator=torch.Generator().manual_seed(5)).int()
+    found = instruction(selftest, "votes", words, 224).view(7, 32).tolist()
+    lanes = {parity: range(parity, 32, 2) for parity in (0, 1)}
+    bits = [(1 << lane) * (int(words[lane]) % 3 == 0) for lane in range(32)]
+    signed = lambda word: word - (word >> 31 << 32)  # noqa: E731
+    for lane in range(32):
+        mates = lanes[lane % 2]
+        assert [row[lane] for row in found] == [
+            signed(sum(bits)),
+            signed(sum(bits[mate] for mate in mates)),
+            int(6 in mates),
+            lane % 2,
+            int(words.sum()),
+            min(int(words[mate]) for mate in mates),
+            max(int(words[mate]) for mate in mates),
+        ]
+
+
+def test_half_types_round_as_torch_does(selftest: ModuleType) -> None:
+    values = random_words(5000).view(torch.float32)
+    special = torch.tensor([0.0, -0.0, 1.0 + 2**-8, 1.0 + 3 * 2**-8, 65519.0, 65520.0, 1e-8, 3e38])
+    values = torch.cat([values[values.isfinite()], special, torch.tensor([float("inf")])])
+    found = instruction(selftest, "halves", values, 2 * len(values)).view(torch.float32).view(2, -1)
+    assert torch.equal(found[0], values.bfloat16().float())
+    assert torch.equal(found[1], values.half().float())
+
+
+def test_functions_of_bits(selftest: ModuleType) -> None:
+    words = torch.cat([random_words(100), torch.tensor([0, 1, -1, 1 << 30], dtype=torch.int32)])
+    found = instruction(selftest, "bits", words, 5 * len(words)).numpy().view(np.uint32)
+    for word, row in zip(words.numpy().view(np.uint32).tolist(), found.reshape(5, -1).T, strict=True):
+        assert row.tolist() == [
+            word.bit_count(),
+            32 - word.bit_length(),
+            (word & -word).bit_length(),
+            word * 0x9E3779B9 >> 32,
+            int(f"{word:032b}"[::-1], 2),
+        ]
+
+
+def test_atomics(selftest: ModuleType) -> None:
+    values = torch.arange(64, dtype=torch.int32) % 7
+    for seed in SEEDS:
+        selftest.emulator.configure(seed=seed)
+        found = instruction(selftest, "atomics", torch.arange(64, dtype=torch.int32), 8)
+        assert found[:6].tolist() == [4 * int(values.sum()), 6, 0, 0x7F, 0, 36]
+        assert int(found[6:].view(torch.int64)) == 256 << 31
+
+
+# ---- counters ------------------------------------------------------------------------------------
+
+
+def traffic(selftest: ModuleType, name: str, words: int, out: int) -> dict[str, int]:
+    """The counters of one launch."""
+    selftest.emulator.configure(mode="counted")
+    selftest.emulator.reset_counters()
+    instruction(selftest, name, random_words(words), out)
+    (counted,) = selftest.emulator.counters().values()
+    return counted
+
+
+def test_traffic_of_global_memory(selftest: ModuleType) -> None:
+    for name, words, loads in (
+        ("move words", 32, (128, 128, 128)),
+        ("move every eighth", 256, (128, 1024, 1024)),
+        ("move vectors", 128, (512, 512, 512)),
+    ):
+        counted = traffic(selftest, name, words, words)
+        stored = 512 if name == "move vectors" else 128
+        names = ("load_bytes", "load_sector_bytes", "load_unique_bytes")
+        # torch aligns to 64 bytes, so that sectors begin where arrays do.
+        assert tuple(counted[key] for key in names) == loads, name
+        assert counted["store_bytes"] == counted["store_sector_bytes"] == stored, name
+        assert counted["launches"] == 1 and counted["shared_wavefronts"] == 0
+
+
+def test_traffic_of_shared_memory(selftest: ModuleType) -> None:
+    conflicts = traffic(selftest, "transpose", 1024, 1024)
+    assert conflicts["shared_ideal"] == 32 + 32
+    assert conflicts["shared_wavefronts"] == 32 + 32 * 32
+    padded = traffic(selftest, "transpose padded", 1024, 1024)
+    assert padded["shared_wavefronts"] == padded["shared_ideal"] == 64
+    assert padded["barriers"] == 1
+    assert padded["load_sector_bytes"] == padded["store_sector_bytes"] == 4096
+
+
+def test_traffic_of_copies_and_matrix_instructions(selftest: ModuleType) -> None:
+    counted = traffic(selftest, "move copies", 128, 128)
+    assert counted["copy_bytes"] == counted["load_bytes"] == counted["load_sector_bytes"] == 512
+    assert counted["shared_wavefronts"] == counted["shared_ideal"] == 4 + 4
+    assert traffic(selftest, "mma", 320, 128)["matrix_instructions"] == 1
+    assert traffic(selftest, "load matrices", 128, 128)["shared_wavefronts"] == 4 + 4
+    assert traffic(selftest, "shuffles", 32, 320)["shuffles"] == 10
