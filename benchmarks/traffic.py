@@ -1,12 +1,12 @@
 """`python -m benchmarks.traffic [--write]`: what the CUDA kernels move, counted in the emulator.
 
-Each operation runs once in `tests/emulator`, which groups the accesses of a warp as a GPU does. Beside the least that
-the operation has to move, its inputs once and its outputs once, stand the bytes of the 32-byte sectors that a launch
-touches, each counted once: what memory has to deliver where the second-level cache holds what blocks share; and those of
-all requests of all warps, each time anew: what that cache has to deliver where no first-level cache helps.
+Each operation runs once in `tests/emulator`, which groups the accesses of a warp as a GPU does. Beside the least
+that the operation has to move, its inputs once and its outputs once, stand the bytes of the 32-byte sectors that a launch
+touches, each counted once: what memory has to deliver where the second-level cache holds what blocks share; and those
+of all requests of all warps, each time anew: what that cache has to deliver where no first-level cache helps.
 
-`denoise` is counted at a small F and extrapolated to the published one by the formula that `denoise_bytes` is, which the
-count confirms within 1 %. Predicted times are least times: bytes over the published bandwidth, or operations over the
+`denoise` is counted at a small F and extrapolated to the published one by the formula that `denoise_bytes` is, which
+the count confirms within 1 %. Predicted times are least times: bytes over the published bandwidth, or operations over the
 published rate, whichever is longer. They are no measurements.
 
 Needs DIFFMIC_EMULATED (tests/emulator/README.md).
@@ -123,6 +123,7 @@ def denoise_bytes(features: int, classes: int, rows: int, blocks: int) -> dict[s
         "BatchNorm, folded": 3 * f * 16,
         "activations, written and read": 2 * 2 * rows * f * 2,
         "parts of eps, written and read": 2 * rows * classes * blocks * 4,
+        "prior, guidance, state and result": 4 * rows * classes * 4,
     }
 
 
@@ -241,7 +242,8 @@ def main() -> None:
     for count in found:
         table.add_row(
             count.title, f"{count.least:,}", f"{count.touched:,}",
-            f"{count.touched / count.least:.3f}", f"{count.requested:,}", f"{100 * count.conflicts:.1f} %", *(f"{count.predicted[name]:.2f}" for name in DEVICES),
+            f"{count.touched / count.least:.3f}", f"{count.requested:,}",
+            f"{100 * count.conflicts:.1f} %", *(f"{count.predicted[name]:.2f}" for name in DEVICES),
         )  # fmt: skip
     Console(width=170).print(table)
     if options.write:
