@@ -49,6 +49,7 @@ struct alignas(16) TileMemory {
   T rows[2][kTile][kRowStride<T>];
   T slopes[kTile][kSlopeStride<T>];
   T weights[2][kTile];
+  double sums[3][kThreads];  // each thread's own
 };
 
 template <typename T>
@@ -96,11 +97,11 @@ __device__ __forceinline__ Range RangeOf(std::int64_t begin, std::int64_t end) {
 // 16 bytes at once, from or to a multiple of 16.
 template <typename T>
 __device__ __forceinline__ void LoadVector(const T* from, T (&to)[kVector<T>]) {
-  std::memcpy(to, __builtin_assume_aligned(from, 16), 16);
+  std::memcpy(to, __builtin_assume_aligned(static_cast<const void*>(from), 16), 16);
 }
 template <typename T>
 __device__ __forceinline__ void StoreVector(const T (&from)[kVector<T>], T* to) {
-  std::memcpy(__builtin_assume_aligned(to, 16), from, 16);
+  std::memcpy(__builtin_assume_aligned(static_cast<void*>(to), 16), from, 16);
 }
 
 // ---- rows in shared memory ---------------------------------------------------------------------
