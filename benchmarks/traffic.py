@@ -1,13 +1,14 @@
 """`python -m benchmarks.traffic [--write]`: what the CUDA kernels move, counted in the emulator.
 
-Each operation runs once in `tests/emulator`, which groups the accesses of a warp as a GPU does. Beside the least
-that the operation has to move, its inputs once and its outputs once, stand the bytes of the 32-byte sectors that a launch
-touches, each counted once: what memory has to deliver where the second-level cache holds what blocks share; and those
-of all requests of all warps, each time anew: what that cache has to deliver where no first-level cache helps.
+Each operation runs once in `tests/emulator`, which groups the accesses of a warp as a GPU does. Beside the
+least that the operation has to move, its inputs once and its outputs once, stand the bytes of the 32-byte
+sectors that a launch touches, each counted once: what memory has to deliver where the second-level cache
+holds what blocks share; and those of all requests of all warps, each time anew: what that cache has to
+deliver where no first-level cache helps.
 
-`denoise` is counted at a small F and extrapolated to the published one by the formula that `denoise_bytes` is, which
-the count confirms within 1 %. Predicted times are least times: bytes over the published bandwidth, or operations over the
-published rate, whichever is longer. They are no measurements.
+`denoise` is counted at a small F and extrapolated to the published one by the formula that `denoise_bytes`
+is, which the count confirms within 1 %. Predicted times are least times: bytes over the published bandwidth,
+or operations over the published rate, whichever is longer. They are no measurements.
 
 Needs DIFFMIC_EMULATED (tests/emulator/README.md).
 """
