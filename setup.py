@@ -277,7 +277,8 @@ class BuildExtension(build_ext):
             if subprocess.run(command, check=False).returncode != 0:
                 raise SystemExit(
                     "diffmic_fast: compiling the extension failed; the compiler's messages are "
-                    "above. It needs C++20 (GCC 10, Clang 12 or newer); CXX names another compiler"
+                    "above. It needs C++20 (GCC 10, Clang 12 or newer; CXX names another compiler); "
+                    "DIFFMIC_CUDA=off builds without CUDA"
                 )
         built = json.loads((folder / "build.json").read_text(encoding="utf-8"))
         write_record(target.parent / "_build.json", built)

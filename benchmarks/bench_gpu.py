@@ -33,6 +33,8 @@ def setups(
     device: str = "cuda", rows: tuple[int, ...] = ROWS, steps: int = STEPS
 ) -> Iterator[Setup]:
     """Steps one after the other, over rows; then the steps of one row by windows."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("benchmarks gpu: PyTorch finds no GPU here")
     for count in rows:
         yield _over_rows(device, count, steps)
     peers: dict[str, Maker] = {}

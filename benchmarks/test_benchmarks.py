@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import NAMES
 from benchmarks.harness import Maker
@@ -18,6 +19,8 @@ from benchmarks.harness import Maker
 
 def _peers() -> Iterator[Any]:
     for name in NAMES:
+        if name == "gpu" and not torch.cuda.is_available():
+            continue
         for setup in importlib.import_module(f"benchmarks.bench_{name}").setups():
             for peer, make in setup.peers.items():
                 yield pytest.param(setup.title, make, id=f"{setup.title}: {peer}")
