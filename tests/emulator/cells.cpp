@@ -12,15 +12,22 @@ std::string OtherInWords(const Entry& entry) {
          " at " + PlaceOf(entry.Place());
 }
 
-// A fault where nothing orders the entry before the running thread.
-void CheckAgainst(const Entry& entry, std::uint8_t mask, bool atomic, bool shared, const char* kind,
-                  const void* place) {
-  if ((entry.mask & mask) == 0 || (atomic && entry.atomic)) return;
-  if (entry.pending) kind = "memory is touched while an asynchronous copy writes it";
-  if (!entry.pending && HappenedBefore(entry.who >> 10, entry.who & 1023, entry.clock)) return;
-  if (!IsNews(kind, place)) return;
-  Report(kind, place,
-         std::string(" on ") + (shared ? "shared" : "global") + " memory" + OtherInWords(entry));
+// A fault where nothing orders one of the entries before the running thread.
+void CheckAgainst(const Cell& cell, Entry Cell::Pair::* which, std::uint8_t mask, bool atomic,
+                  bool shared, const char* kind, const void* place) {
+  for (const Cell::Pair& pair : cell.pairs) {
+    const Entry& entry = pair.*which;
+    if ((entry.mask & mask) == 0 || (atomic && entry.atomic)) continue;
+    const char* what = kind;
+    if (entry.pending) {
+      what = "memory is touched while an asynchronous copy writes it";
+    } else if (HappenedBefore(entry.who >> 10, entry.who & 1023, entry.clock)) {
+      continue;
+    }
+    if (!IsNews(what, place)) continue;
+    Report(what, place,
+           std::string(" on ") + (shared ? "shared" : "global") + " memory" + OtherInWords(entry));
+  }
 }
 
 // 0: of other blocks, 1: of one block, 2: of one warp.
@@ -32,10 +39,11 @@ int Closeness(const Entry& a, const Entry& b) {
 // Enters an access. Where there is no room the entry that is closest to it has to go: whoever comes
 // unordered later is so to what remains as well, since it may be ordered to a warp or a block, but
 // not to several.
-void Put(Entry (&entries)[4], const Entry& entry) {
+void Put(Cell& cell, Entry Cell::Pair::* which, const Entry& entry) {
   Entry* closest = nullptr;
   int most = -1;
-  for (Entry& old : entries) {
+  for (Cell::Pair& pair : cell.pairs) {
+    Entry& old = pair.*which;
     const bool same = old.who == entry.who && old.atomic == entry.atomic && !old.pending;
     if (same && old.clock == entry.clock && old.mask != 0) {
       old.mask |= entry.mask;
@@ -43,9 +51,11 @@ void Put(Entry (&entries)[4], const Entry& entry) {
       return;
     }
     if (old.mask == 0) {
-      if (most < 4) closest = &old;
-      most = 4;
-    } else if (most < 3) {
+      // What is behind it may be of this thread too, where a write has emptied part of the cell.
+      closest = &old;
+      break;
+    }
+    if (most < 3) {
       const bool covered = (old.mask & ~entry.mask) == 0;
       const bool known =
           covered && (same || HappenedBefore(old.who >> 10, old.who & 1023, old.clock));
@@ -74,22 +84,29 @@ Entry MakeEntry(const void* place, std::uint8_t mask, bool atomic, bool pending)
 }
 
 void Touch(Cell& cell, std::uint8_t mask, bool write, bool atomic, bool shared, const void* place) {
-  for (const Entry& entry : cell.writes) {
-    CheckAgainst(entry, mask, atomic, shared, write ? "two writes race" : "a read races a write",
-                 place);
+  if ((cell.writers & mask) != 0) {
+    CheckAgainst(cell, &Cell::Pair::write, mask, atomic, shared,
+                 write ? "two writes race" : "a read races a write", place);
   }
   const Entry entry = MakeEntry(place, mask, atomic, false);
   if (!write) {
-    Put(cell.reads, entry);
+    cell.readers |= mask;
+    Put(cell, &Cell::Pair::read, entry);
     return;
   }
-  for (Entry& read : cell.reads) {
-    CheckAgainst(read, mask, atomic, shared, "a write races a read", place);
-    read.mask &= static_cast<std::uint8_t>(~mask);
+  if ((cell.readers & mask) != 0) {
+    CheckAgainst(cell, &Cell::Pair::read, mask, atomic, shared, "a write races a read", place);
   }
-  for (Entry& old : cell.writes) old.mask &= static_cast<std::uint8_t>(~mask);
-  Put(cell.writes, entry);
+  if (((cell.readers | cell.writers) & mask) != 0) {
+    for (Cell::Pair& pair : cell.pairs) {
+      pair.write.mask &= static_cast<std::uint8_t>(~mask);
+      pair.read.mask &= static_cast<std::uint8_t>(~mask);
+    }
+  }
+  cell.readers &= static_cast<std::uint8_t>(~mask);
+  cell.writers |= mask;
   cell.written |= mask;
+  Put(cell, &Cell::Pair::write, entry);
 }
 
 }  // namespace diffmic::emulator

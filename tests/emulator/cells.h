@@ -29,8 +29,12 @@ Entry MakeEntry(const void* place, std::uint8_t mask, bool atomic, bool pending)
 
 // As many entries as bytes, since each may be another thread's.
 struct Cell {
-  Entry writes[4], reads[4];
-  std::uint8_t written = 0;  // at all, a bit a byte
+  struct Pair {
+    Entry write, read;
+  };
+  std::uint8_t written = 0;               // at all, a bit a byte
+  std::uint8_t writers = 0, readers = 0;  // bytes that entries may be there for
+  Pair pairs[4];
 };
 
 // Checks an access against those before it, and enters it.

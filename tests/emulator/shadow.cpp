@@ -213,8 +213,8 @@ void OnCopyIssued(const Copy& copy, const void* place) {
   }
   EachCell(to, copy.size, [&](std::uintptr_t at, std::uint8_t mask) {
     Cell& cell = shared_shadow->At(at);
-    std::fill(std::begin(cell.writes), std::end(cell.writes), Entry{});
-    cell.writes[0] = MakeEntry(place, mask, false, true);
+    for (Cell::Pair& pair : cell.pairs) pair.write = {};
+    cell.pairs[0].write = MakeEntry(place, mask, false, true);
   });
   if (config.mode == Mode::kCounted) {
     CountAccess(copy.from, copy.size, false, false, true, place);
@@ -226,9 +226,9 @@ void OnCopyDelivered(const Copy& copy) {
   if (config.mode == Mode::kPlain) return;
   const auto to = reinterpret_cast<std::uintptr_t>(copy.to);
   const auto from = reinterpret_cast<std::uintptr_t>(copy.from);
-  const void* place = shared_shadow->At(to).writes[0].Place();
+  const void* place = shared_shadow->At(to).pairs[0].write.Place();
   EachCell(to, copy.size, [&](std::uintptr_t at, std::uint8_t mask) {
-    shared_shadow->At(at).writes[0] = MakeEntry(place, mask, false, false);
+    shared_shadow->At(at).pairs[0].write = MakeEntry(place, mask, false, false);
   });
   Enter(from, copy.size, false, false, place);
 }
