@@ -128,21 +128,27 @@ __device__ void WriteValue(const Problem<T>& p, const Share (&shares)[2], const 
 
 // ---- tiles -------------------------------------------------------------------------------------
 
-// What the slope of a pair of two weights counts in a gradient.
+// What the slope of a pair of two weights counts in a gradient, and the first scale.
 template <typename T>
 struct Factors {
   T within_x, within_y, between;
+  T scale;
 };
 
 // Makes the distances of a tile into its part of the value, and where `slopes`, into the slopes of
-// the gradient in shared memory, factors and weights included.
+// the gradient in shared memory, factors and weights included. A thread's distances wait in shared
+// memory, where its slopes will be: exponentials of 16 pairs at once take too many registers.
 template <typename T>
 __device__ __forceinline__ void Weigh(const Problem<T>& p, const Factors<T>& factors,
                                       const Range& u, const Range& v, const Pairs<T>& distances,
-                                      T first_scale, bool slopes, ValueSums* sums) {
+                                      bool slopes) {
   TileMemory<T>& memory = Memory<T>();
   const std::int64_t border = p.pool.count[0];
 #pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    memory.slopes[RowOf(i / 4)][ColumnOf(i % 4)] = distances[i / 4][i % 4];
+  }
+#pragma unroll 1
   for (int i = 0; i < 4; ++i) {
     const int row = RowOf(i);
     const bool row_of_x = u.begin + row < border;
@@ -153,7 +159,7 @@ __device__ __forceinline__ void Weigh(const Problem<T>& p, const Factors<T>& fac
       const int column = ColumnOf(j);
       const bool column_of_x = v.begin + column < border;
       const T weight = memory.weights[1][column];
-      const KernelSums<T> kernels = KernelsOf(p.scales, first_scale, distances[i][j]);
+      const KernelSums<T> kernels = KernelsOf(p.scales, factors.scale, memory.slopes[row][column]);
       // A row with itself is at distance 0 and adds nothing.
       const T part = v.begin + column >= u.begin + row ? weight * kernels.less_one : T{0};
       to_x += column_of_x ? part : T{0};
@@ -169,10 +175,10 @@ __device__ __forceinline__ void Weigh(const Problem<T>& p, const Factors<T>& fac
     const double from_x = weight * static_cast<double>(to_x);
     const double from_y = weight * static_cast<double>(to_y);
     if (row_of_x) {
-      sums->xx += from_x;
-      sums->xy += from_y;
+      memory.sums[0][threadIdx.x] += from_x;
+      memory.sums[1][threadIdx.x] += from_y;
     } else {
-      sums->yy += from_y;
+      memory.sums[2][threadIdx.x] += from_y;
     }
   }
 }
@@ -187,22 +193,24 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) MmdKernel(Problem<T> p
   }
   __syncthreads();
   TileMemory<T>& memory = Memory<T>();
-  const double mean = 4.0 / p.scales.count;
-  const Factors<T> factors = {static_cast<T>(mean / shares[0].pairs),
-                              static_cast<T>(mean / shares[1].pairs),
-                              static_cast<T>(-mean / (shares[0].sum * shares[1].sum))};
-  const T first_scale = p.scales.First();
+  // In shared memory for want of registers.
+  __shared__ Factors<T> factors;
+  if (threadIdx.x == 0) {
+    const double mean = 4.0 / p.scales.count;
+    factors = {static_cast<T>(mean / shares[0].pairs), static_cast<T>(mean / shares[1].pairs),
+               static_cast<T>(-mean / (shares[0].sum * shares[1].sum)), p.scales.First()};
+  }
   const std::int64_t rows = p.pool.rows();
-  const std::int64_t tile_count = (rows + kTile - 1) / kTile;
+  const auto tile_count = static_cast<unsigned>((rows + kTile - 1) / kTile);
   RowTiles<T> tiles(p.pool);
-  ValueSums sums;
-  for (std::int64_t i = blockIdx.x; i < tile_count; i += gridDim.x) {
-    const Range u = RangeOf(i * kTile, rows);
+  for (int kind = 0; kind < 3; ++kind) memory.sums[kind][threadIdx.x] = 0;
+  for (unsigned i = blockIdx.x; i < tile_count; i += gridDim.x) {
+    const Range u = RangeOf(std::int64_t{i} * kTile, rows);
     const bool slopes = p.gradients.Wants(u);
     GradientSums<kShort, T> gradient;
-    for (std::int64_t j = blockIdx.y; j < tile_count; j += gridDim.y) {
+    for (unsigned j = blockIdx.y; j < tile_count; j += gridDim.y) {
       if (j < i && !slopes) continue;
-      const Range v = RangeOf(j * kTile, rows);
+      const Range v = RangeOf(std::int64_t{j} * kTile, rows);
       __syncthreads();  // weights and slopes of the tile before have been read
       if (threadIdx.x < 2 * kTile) {
         const bool of_u = threadIdx.x < kTile;
@@ -214,13 +222,15 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) MmdKernel(Problem<T> p
       __syncthreads();
       Pairs<T> distances;
       Distances<kShort>(tiles, u, v, distances);
-      Weigh(p, factors, u, v, distances, first_scale, slopes, &sums);
+      Weigh(p, factors, u, v, distances, slopes);
       if (!slopes) continue;
       __syncthreads();
       gradient.Add(tiles, p.gradients, u, v, j < gridDim.y, j + gridDim.y >= tile_count);
     }
   }
-  sums = {BlockSum(sums.xx), BlockSum(sums.xy), BlockSum(sums.yy)};
+  const ValueSums sums = {BlockSum(memory.sums[0][threadIdx.x]),
+                          BlockSum(memory.sums[1][threadIdx.x]),
+                          BlockSum(memory.sums[2][threadIdx.x])};
   if (threadIdx.x != 0) return;
   if (p.sums == nullptr) {
     WriteValue(p, shares, sums);

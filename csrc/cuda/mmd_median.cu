@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cuda/launch.h"
 #include "cuda/mmd.h"
@@ -169,7 +170,7 @@ __device__ __forceinline__ unsigned* SharedCounts() {
 
 // All passes, by one block.
 template <bool kShort, typename T>
-__global__ void __launch_bounds__(kThreads, kResident<T>) MedianKernel(Problem<T> p) {
+__global__ void __launch_bounds__(kThreads, 1) MedianKernel(Problem<T> p) {
   RowTiles<T> tiles(p.pool);
   Known known = AtFirst(p.pool);
   for (int pass = 0; pass < kPasses<T>; ++pass) {

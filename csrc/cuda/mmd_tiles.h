@@ -20,7 +20,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "cuda/launch.h"
 #include "cuda/mmd.h"
@@ -50,6 +49,7 @@ struct alignas(16) TileMemory {
   T rows[2][kTile][kRowStride<T>];
   T slopes[kTile][kSlopeStride<T>];
   T weights[2][kTile];
+  double sums[3][kThreads];  // each thread's own
 };
 
 template <typename T>
@@ -94,13 +94,14 @@ __device__ __forceinline__ Range RangeOf(std::int64_t begin, std::int64_t end) {
   return {begin, static_cast<int>(min(end - begin, std::int64_t{kTile}))};
 }
 
-__device__ __forceinline__ void LoadVector(const float* from, float (&to)[4]) {
-  const float4 value = *reinterpret_cast<const float4*>(from);
-  to[0] = value.x, to[1] = value.y, to[2] = value.z, to[3] = value.w;
+// 16 bytes at once, from or to a multiple of 16.
+template <typename T>
+__device__ __forceinline__ void LoadVector(const T* from, T (&to)[kVector<T>]) {
+  std::memcpy(to, __builtin_assume_aligned(static_cast<const void*>(from), 16), 16);
 }
-__device__ __forceinline__ void LoadVector(const double* from, double (&to)[2]) {
-  const double2 value = *reinterpret_cast<const double2*>(from);
-  to[0] = value.x, to[1] = value.y;
+template <typename T>
+__device__ __forceinline__ void StoreVector(const T (&from)[kVector<T>], T* to) {
+  std::memcpy(__builtin_assume_aligned(static_cast<void*>(to), 16), from, 16);
 }
 
 // ---- rows in shared memory ---------------------------------------------------------------------
@@ -182,9 +183,9 @@ class RowTiles {
       const int vectors = elements / kVector<T>;
       for (int i = threadIdx.x; i < rows * vectors; i += kThreads) {
         const int row = i / vectors, element = i % vectors * kVector<T>;
-        using Vector = std::conditional_t<sizeof(T) == 4, float4, double2>;
-        *reinterpret_cast<Vector*>(&to[row][element]) =
-            *reinterpret_cast<const Vector*>(from + row * across + element);
+        T vector[kVector<T>];
+        LoadVector(from + row * across + element, vector);
+        StoreVector(vector, &to[row][element]);
       }
     } else if (abs(along) <= abs(across)) {
       for (int i = threadIdx.x; i < rows * elements; i += kThreads) {
@@ -433,9 +434,16 @@ class GradientSums {
       if (elements > 0) {
         if constexpr (!kShort) Begin(gradients, u, k + element, elements, first);
         AddTile(tiles, element, v.count);
-        if (!kShort || last) End(gradients, u, k + element, elements, last);
+        if constexpr (!kShort) End(gradients, u, k + element, elements, last);
       }
-      if constexpr (kShort) break;
+      if constexpr (kShort) {
+        if (last && gradients.SplitsOf(u.begin) == 1) {
+          WriteRows(gradients, u);
+        } else if (last && elements > 0) {
+          End(gradients, u, k + element, elements, last);
+        }
+        break;
+      }
     }
   }
 
@@ -475,6 +483,26 @@ class GradientSums {
     }
   }
 
+  // Through shared memory, so that neighbouring lanes write neighbouring elements.
+  __device__ __forceinline__ void WriteRows(const Gradients<T>& gradients, const Range& u) const {
+    auto& results = Memory<T>().slopes;
+    const int element = static_cast<int>(threadIdx.x % 8) * kVector<T>;
+    __syncthreads();  // slopes have been read
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      T total[kVector<T>];
+#pragma unroll
+      for (int e = 0; e < kVector<T>; ++e) total[e] = sums_[i][e].high + sums_[i][e].low;
+      StoreVector(total, &results[TileRow(i)][element]);
+    }
+    __syncthreads();
+    const int width = static_cast<int>(gradients.width);
+    for (int i = threadIdx.x; i < u.count * width; i += kThreads) {
+      T* const result = gradients.Row(u.begin + i / width);
+      if (result != nullptr) result[i % width] = results[i / width][i % width];
+    }
+  }
+
   __device__ __forceinline__ void Begin(const Gradients<T>& gradients, const Range& u,
                                         std::int64_t k, int elements, bool first) {
 #pragma unroll
@@ -497,16 +525,24 @@ class GradientSums {
       const std::int64_t row = u.begin + TileRow(i);
       T* const result = gradients.Row(row);
       if (result == nullptr) continue;
-      const bool all = last && gradients.SplitsOf(row) == 1;
-      Sum<T>* const to = all ? nullptr : gradients.Partial(blockIdx.y, row) + k;
+      if (last && gradients.SplitsOf(row) == 1) {
+        T total[kVector<T>];
+#pragma unroll
+        for (int e = 0; e < kVector<T>; ++e) total[e] = sums_[i][e].high + sums_[i][e].low;
+        if (elements >= kVector<T> && reinterpret_cast<std::uintptr_t>(result + k) % 16 == 0) {
+          StoreVector(total, result + k);
+          continue;
+        }
+#pragma unroll
+        for (int e = 0; e < kVector<T>; ++e) {
+          if (e < elements) result[k + e] = total[e];
+        }
+        continue;
+      }
+      Sum<T>* const to = gradients.Partial(blockIdx.y, row) + k;
 #pragma unroll
       for (int e = 0; e < kVector<T>; ++e) {
-        if (e >= elements) continue;
-        if (all) {
-          result[k + e] = sums_[i][e].high + sums_[i][e].low;
-        } else {
-          to[e] = sums_[i][e];
-        }
+        if (e < elements) to[e] = sums_[i][e];
       }
     }
   }
