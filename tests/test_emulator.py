@@ -143,12 +143,19 @@ def numbers(kernel: str) -> Tensor:
     return torch.randint(-9, 10, (count,), generator=generator).float()
 
 
+def apart(x: Tensor) -> Tensor:
+    """A copy that no other array lies next to: past its end is nothing of a kernel's."""
+    around = x.new_zeros(len(x) + 8192)
+    around[4096:-4096] = x
+    return around[4096:-4096]
+
+
 def run(selftest: ModuleType, kernel: str, fault: str) -> Tensor:
     """The output of a case, which begins as NaN."""
-    x = numbers(kernel)
-    out = torch.full((256 if kernel == "pipeline" else len(x),), float("nan"))
-    workspace = torch.empty(16 + 64, dtype=torch.int32)
-    before = x.clone()
+    before = numbers(kernel)
+    x = apart(before)
+    out = apart(torch.full((256 if kernel == "pipeline" else len(x),), float("nan")))
+    workspace = apart(torch.empty(16 + 64, dtype=torch.int32))
     selftest.run(kernel, fault, x, out, workspace)
     assert torch.equal(x.view(torch.int32), before.view(torch.int32))
     return out
@@ -244,9 +251,9 @@ def test_mma_has_the_fragments_of_the_ptx_manual(selftest: ModuleType) -> None:
     expected = torch.empty(32, 4)
     for lane in range(32):
         group, pair = lane // 4, lane % 4
-        for i in range(
-            4
-        ):  # "row = groupID for a0, a1, a4, a5, + 8 else; col = 2 threadID + (i & 1), + 8 for i >= 4"
+        # The manual: row = groupID for a0, a1, a4, a5, groupID + 8 for the others;
+        # column = 2 threadID_in_group + (i & 1), 8 more for a4 and behind.
+        for i in range(4):
             row, column = group + 8 * (i % 2), 2 * pair + 8 * (i // 2)
             words[lane, i] = a[row, column : column + 2].bfloat16().view(torch.int32)
             words[lane, 6 + i] = d[group + 8 * (i // 2), 2 * pair + i % 2].view(torch.int32)
@@ -318,9 +325,8 @@ def test_half_types_round_as_torch_does(selftest: ModuleType) -> None:
 def test_functions_of_bits(selftest: ModuleType) -> None:
     words = torch.cat([random_words(100), torch.tensor([0, 1, -1, 1 << 30], dtype=torch.int32)])
     found = instruction(selftest, "bits", words, 5 * len(words)).numpy().view(np.uint32)
-    for word, row in zip(
-        words.numpy().view(np.uint32).tolist(), found.reshape(5, -1).T, strict=True
-    ):
+    unsigned = words.numpy().view(np.uint32).tolist()
+    for word, row in zip(unsigned, found.reshape(5, -1).T, strict=True):
         assert row.tolist() == [
             word.bit_count(),
             32 - word.bit_length(),

@@ -50,9 +50,10 @@ unsigned Lane();
 void BlockBarrier();
 void WarpBarrier(std::uint32_t mask);
 
-// All lanes of `mask` come with `size` bytes at `value`, for the same `operation`; returns 32 slots
-// of kSlot bytes, one a lane, until the thread's next call. `place` is where in the kernel.
-inline constexpr std::size_t kSlot = 64;
+// All lanes of `mask` come with `size` bytes at `value`, at most kMostExchanged, for the same
+// `operation`; returns 32 times `size` bytes, one slot a lane, until the thread's next call.
+// `place` is where in the kernel.
+inline constexpr std::size_t kMostExchanged = 64;
 const unsigned char* Exchange(std::uint32_t mask, const char* operation, const void* value,
                               std::size_t size, const void* place);
 

@@ -2,8 +2,9 @@
 // have nothing to order.
 #include <cstring>
 
+#include "buffers.h"
 #include "cuda_runtime.h"
-#include "launch_state.h"
+#include "emulator.h"
 
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;

@@ -68,7 +68,7 @@ struct Meeting {
   const void* place = nullptr;
   std::uint32_t arrived = 0;
   std::size_t size = 0;
-  unsigned char values[32 * kSlot];
+  unsigned char values[32 * kMostExchanged];
 };
 
 struct Block {
@@ -93,7 +93,8 @@ struct Launch {
   std::vector<std::string> faults;
   std::size_t more_faults = 0;
   bool aborted = false;
-  long idle_spins = 0;  // turns of spinning threads since the last progress of any thread
+  int until_preempt = 0;  // accesses
+  long idle_spins = 0;    // turns of spinning threads since the last progress of any thread
 };
 
 // The library code that kernels use is compiled once, with the hooks in it, and the emulator uses
@@ -127,7 +128,9 @@ void ReleaseBlock(Block& block);  // from its barrier
 std::string NameOf(const void* function);
 std::string PlaceOf(const void* address);  // "denoise_kernel.h:120"
 std::string InWords(const Thread& thread);
-// Adds a fault of the running thread at `place`. Only the first of each kind and place are kept.
+// Adds a fault of the running thread at `place`. Only the first of each kind and place is kept: ask
+// for news where `rest` is costly.
+bool IsNews(const char* kind, const void* place);
 void Report(const char* kind, const void* place, const std::string& rest);
 
 // shadow.cpp
@@ -148,7 +151,6 @@ void OnMisaligned(void* address, const char* type, const void* place);
 void OnAtomic(void* address, std::size_t size, const void* place);
 void OnCopyIssued(const Copy& copy, const void* place);
 void OnCopyDelivered(const Copy& copy);
-void MarkWritten(const void* address, std::size_t size);  // by the host
 
 // ordering.cpp
 bool HappenedBefore(unsigned block, unsigned thread, Clock clock);

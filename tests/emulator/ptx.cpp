@@ -30,7 +30,7 @@ void MmaBf16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b
       emulator::Exchange(0xFFFFFFFFu, "mma.sync", &own, sizeof own, __builtin_return_address(0));
   Operands of[32];
   for (int lane = 0; lane < 32; ++lane) {
-    std::memcpy(&of[lane], slots + emulator::kSlot * lane, sizeof own);
+    std::memcpy(&of[lane], slots + sizeof own * static_cast<std::size_t>(lane), sizeof own);
   }
   const int group = static_cast<int>(emulator::Lane()) / 4;
   const int pair = static_cast<int>(emulator::Lane()) % 4;
@@ -54,7 +54,7 @@ void LoadMatrices(std::uint32_t (&r)[4], const void* shared) {
       emulator::Exchange(0xFFFFFFFFu, "ldmatrix.sync", row, sizeof row, place);
   const unsigned lane = emulator::Lane();
   for (unsigned i = 0; i < 4; ++i) {
-    std::memcpy(&r[i], slots + emulator::kSlot * (8 * i + lane / 4) + 4 * (lane % 4), 4);
+    std::memcpy(&r[i], slots + sizeof row * (8 * i + lane / 4) + 4 * (lane % 4), 4);
   }
 }
 

@@ -96,12 +96,20 @@ std::string InWords(const Thread& thread) {
   return "block " + triple(thread.block->index) + " thread " + triple(thread.index);
 }
 
-void Report(const char* kind, const void* place, const std::string& rest) {
-  static std::set<std::pair<std::string, const void*>> told;
-  static const Launch* told_of = nullptr;
+namespace {
+std::set<std::pair<std::string, const void*>> told;
+const Launch* told_of = nullptr;
+}  // namespace
+
+bool IsNews(const char* kind, const void* place) {
   if (launch->faults.empty() || told_of != launch) told.clear();
   told_of = launch;
-  if (!told.insert({kind, place}).second) return;
+  return !told.contains({kind, place});
+}
+
+void Report(const char* kind, const void* place, const std::string& rest) {
+  if (!IsNews(kind, place)) return;
+  told.insert({kind, place});
   if (launch->faults.size() >= kMostFaults) {
     ++launch->more_faults;
     return;

@@ -66,7 +66,7 @@ void SetUp(Block& block, unsigned number) {
   block.index[2] = number / grid.x / grid.y;
   block.alive = count;
   block.meetings.resize((count + 31) / 32);
-  block.results.assign(count * 32 * kSlot, 0);
+  block.results.assign(count * 32 * kMostExchanged, 0);
   auto view = std::make_shared<View>();
   view->threads.assign(count, 0);
   block.threads.resize(count);

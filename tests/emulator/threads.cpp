@@ -89,11 +89,14 @@ const unsigned char* Exchange(std::uint32_t mask, const char* operation, const v
     meeting->place = place;
     meeting->size = size;
     // Lanes outside of the mask give nothing that could be meant.
-    std::memset(meeting->values, 0xFF, sizeof meeting->values);
+    std::memset(meeting->values, 0xFF, 32 * size);
   }
-  if (size > 0) std::memcpy(meeting->values + kSlot * lane, value, size);
+  if (size > 0) std::memcpy(meeting->values + size * lane, value, size);
   meeting->arrived |= 1u << lane;
-  unsigned char* results = block.results.data() + std::size_t{self.id} * 32 * kSlot;
+  const auto results_of = [&](unsigned id) {
+    return block.results.data() + std::size_t{id} * 32 * kMostExchanged;
+  };
+  unsigned char* results = results_of(self.id);
   if (meeting->arrived != mask) {
     Wait(Waits::kWarp, operation, place);
     return results;
@@ -102,10 +105,7 @@ const unsigned char* Exchange(std::uint32_t mask, const char* operation, const v
   for (unsigned other = 0; other < 32; ++other) {
     if ((mask >> other & 1) == 0) continue;
     Thread& thread = block.threads[warp * 32 + other];
-    if (size > 0) {
-      std::memcpy(block.results.data() + std::size_t{thread.id} * 32 * kSlot, meeting->values,
-                  sizeof meeting->values);
-    }
+    if (size > 0) std::memcpy(results_of(thread.id), meeting->values, 32 * size);
     if (&thread != &self) MakeReady(thread);
   }
   std::erase_if(pending, [&](const auto& each) { return each.get() == meeting; });

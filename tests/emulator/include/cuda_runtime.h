@@ -88,12 +88,12 @@ namespace diffmic::emulator {
 // Each lane's value of what `mask` exchanges; of a lane outside `mask` it is undefined.
 template <typename T>
 EMULATED_EXCHANGE T FromLane(std::uint32_t mask, const char* operation, T value, unsigned lane) {
-  static_assert(sizeof(T) <= kSlot && std::is_trivially_copyable_v<T>);
+  static_assert(sizeof(T) <= kMostExchanged && std::is_trivially_copyable_v<T>);
   T result;
   Count(Event::kShuffle);
   std::memcpy(&result,
               Exchange(mask, operation, &value, sizeof value, __builtin_return_address(0)) +
-                  kSlot * (lane & 31),
+                  sizeof value * (lane & 31),
               sizeof result);
   return result;
 }
@@ -108,7 +108,7 @@ EMULATED_EXCHANGE T Reduce(std::uint32_t mask, const char* operation, T value, F
   for (unsigned lane = 0; lane < 32; ++lane) {
     if ((mask >> lane & 1) == 0) continue;
     T other;
-    std::memcpy(&other, slots + kSlot * lane, sizeof other);
+    std::memcpy(&other, slots + sizeof other * lane, sizeof other);
     result = first ? other : fold(result, other);
     first = false;
   }
