@@ -74,6 +74,27 @@ def exact(inputs, weights, steps: StepTable, noise: Tensor) -> Tensor:
     )  # fmt: skip
 
 
+def to_bfloat16(t: Tensor) -> Tensor:
+    return t.float().bfloat16().double()
+
+
+def one_rounded_step(inputs, weights, steps: StepTable, noise: Tensor, rounded) -> Tensor:
+    """The definition's chain of one step in float64, `rounded` applied to what the hidden layers multiply."""
+    x, prior, guidance = (t.double() for t in inputs)
+    w, t = as_double(weights), steps.timesteps
+    y = prior + noise[0].double()
+    h = x * reference.conditional_linear(
+        torch.cat((y, guidance), dim=1), w.conditioning, t, eps=w.eps[0]
+    )
+    for layer, eps in zip(w.hidden, w.eps[1:], strict=True):
+        layer = layer._replace(weight=rounded(layer.weight))
+        h = reference.conditional_linear(rounded(h), layer, t, eps=eps)
+    noise_found = h @ w.output_weight.T + w.output_bias
+    s, q = float(steps.sqrt_alpha_bar[0]), float(steps.sqrt_one_minus_alpha_bar[0])
+    y0 = (y - (1 - s) * prior - q * noise_found) / s
+    return steps.y0_weight[0] * y0 + steps.y_weight[0] * y + steps.prior_weight[0] * prior
+
+
 def status(key: str) -> int:
     with open("/proc/self/status", encoding="ascii") as file:
         lines = dict(line.split(":", 1) for line in file)

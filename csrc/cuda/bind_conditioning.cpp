@@ -27,8 +27,6 @@ constexpr char kOperation[] = "conditioning";
 
 using Shape = std::initializer_list<std::int64_t>;
 
-cudaStream_t AsStream(std::uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
-
 // What both passes read, checked, and every array of a call kept alive.
 class Inputs {
  public:

@@ -193,8 +193,7 @@ void Denoise(py::handle features_array, py::handle prior_array, py::handle guida
       arrays.Written<unsigned char>(workspace_array, "workspace", DType::kUInt8,
                                     {static_cast<std::int64_t>(shape.workspace_bytes)});
   if (rows == 0) return;
-  denoise::Run run(weights, steps, chain, shape, options, workspace,
-                   reinterpret_cast<cudaStream_t>(stream));
+  denoise::Run run(weights, steps, chain, shape, options, workspace, AsStream(stream));
   for (bool more = true; more;) {
     std::int64_t done = 0;
     {

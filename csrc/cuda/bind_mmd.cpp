@@ -17,8 +17,6 @@ namespace py = pybind11;
 namespace diffmic::cuda {
 namespace {
 
-cudaStream_t AsStream(std::uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
-
 // The rows x [n, d] and y [m, d] of an operation.
 struct Rows {
   Rows(py::handle x_array, py::handle y_array, const char* operation)

@@ -20,8 +20,6 @@ namespace {
 using rois::Size;
 using SizePair = std::pair<std::int64_t, std::int64_t>;
 
-cudaStream_t AsStream(std::uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
-
 rois::Type TypeOf(const TensorView& view) {
   switch (view.dtype()) {
     case DType::kUInt8:

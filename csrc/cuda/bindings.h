@@ -5,9 +5,16 @@
 #ifndef DIFFMIC_CUDA_BINDINGS_H_
 #define DIFFMIC_CUDA_BINDINGS_H_
 
+#include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+
 namespace diffmic::cuda {
+
+inline cudaStream_t AsStream(std::uintptr_t stream) {
+  return reinterpret_cast<cudaStream_t>(stream);
+}
 
 void BindConditioning(pybind11::module_& m);
 void BindDenoise(pybind11::module_& m);

@@ -11,6 +11,7 @@
 
 #include "cuda/conditioning.h"
 #include "cuda/launch.h"
+#include "cuda/softplus.h"
 
 namespace diffmic::cuda::conditioning {
 
@@ -182,17 +183,6 @@ struct Position {
     Write(to, q);
   }
 };
-
-// ---- softplus
-
-// exp(-|n|), of which softplus and its slope are made without overflow.
-inline __device__ float Decay(float n) { return expf(-fabsf(n)); }
-// ln(1 + exp(n)). Beyond 20, where PyTorch returns n, the second term is below n's rounding.
-inline __device__ float Softplus(float n, float decay) { return fmaxf(n, 0.0f) + log1pf(decay); }
-// 1 / (1 + exp(-n)); not-a-number through the decay.
-inline __device__ float Sigmoid(float n, float decay) {
-  return (n > 0.0f ? 1.0f : decay) / (1.0f + decay);
-}
 
 // ---- sums over rows
 

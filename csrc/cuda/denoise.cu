@@ -23,7 +23,8 @@ constexpr char kOperation[] = "denoise";
 constexpr std::int64_t kMostLabels = 512;
 
 template <class Product>
-__global__ void __launch_bounds__(kThreads, 1) Chains(const __grid_constant__ KernelArguments a) {
+__global__ void __launch_bounds__(kThreads, 1)
+    ChainsKernel(const __grid_constant__ KernelArguments a) {
   Block<Product>(a).Main();
 }
 
@@ -33,20 +34,18 @@ template <template <int> class Product>
 Kernel KernelOf(int row_tiles) {
   switch (row_tiles) {
     case 1:
-      return Chains<Product<1>>;
+      return ChainsKernel<Product<1>>;
     case 2:
-      return Chains<Product<2>>;
+      return ChainsKernel<Product<2>>;
     default:
-      return Chains<Product<4>>;
+      return ChainsKernel<Product<4>>;
   }
 }
 
 Kernel KernelOf(int row_tiles, Precision precision) {
   if (precision == Precision::kFloat32) return KernelOf<Float32Product>(row_tiles);
-  return row_tiles == 8 ? Chains<BFloat16Product<8>> : KernelOf<BFloat16Product>(row_tiles);
+  return row_tiles == 8 ? ChainsKernel<BFloat16Product<8>> : KernelOf<BFloat16Product>(row_tiles);
 }
-
-int Ahead(int row_tiles) { return row_tiles < 8 ? 4 : 2; }
 
 std::int64_t Aligned(std::int64_t bytes) { return (bytes + 255) / 256 * 256; }
 

@@ -17,9 +17,7 @@
 // stream needs no barrier but its own waits. Activations come from L2: rows * F * 2 or 4 bytes a
 // product and block.
 //
-// Windows: rows may be several steps of one chain (csrc/cpu/denoise_window.cpp tells the method).
-// The walk through a window is repeated by every block from the same numbers, so all of them slide
-// it alike without a word.
+// Windows: rows may be several steps of one chain (denoise_chains.h).
 //
 // Sums are in one order: a warp's eighth of the depth, the eighths, the tiles of a block, the
 // blocks. A row's bits depend on the number of blocks, which is the device's, not on other rows.
@@ -28,169 +26,25 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
 
+#include "cuda/denoise_arguments.h"
+#include "cuda/denoise_chains.h"
 #include "cuda/denoise_layout.h"
+#include "cuda/denoise_stream.h"
 #include "cuda/grid_barrier.h"
 #include "cuda/launch.h"
 #include "cuda/ptx.h"
-#include "philox.h"
+#include "cuda/softplus.h"
 
 namespace diffmic::cuda::denoise {
-
-struct KernelArguments {
-  int features, classes, unit_tiles, stages, pass_tiles, slots, resident;
-  const uint4* packed;
-  const float4* affine;  // [3][16 unit_tiles]: gain, bias, offset (denoise_pack.cu)
-  Weights weights;
-
-  Steps steps;
-  Chain chain;  // of all rows; the launch serves those from first_row on
-  std::int64_t first_row;
-  int chains, window;
-  float tolerance;
-  bool fresh;  // the chains begin with this launch
-  int sweeps;
-
-  // Kept from launch to launch: where each chain stands, and its window's states.
-  int* begin;     // [chains]
-  float* states;  // [chains * window, C]
-
-  unsigned char* activations[2];  // h1 and h2
-  float* parts;                   // [chains * window * C, blocks]
-  std::uint32_t* counter;         // zero
-};
-
-// The numbers of a launch's rows that each block keeps for itself, in shared memory. Row r is step
-// r % window of the window of chain r / window.
-struct BlockState {
-  float* y;         // [rows, C], what eps is evaluated at
-  float* eps;       // [rows, C]
-  float* walked;    // [chains, window + 1, C]
-  float* noise;     // [chains, 2 window, C]: of step i in place i % (2 window)
-  float* prior;     // [chains, C]
-  float* guidance;  // [chains, C]
-  int* begin;       // [chains]: the first step that is not settled
-  int* advance;     // [chains]: steps settled by the last evaluation
-  int* timestep;    // [rows]
-};
-
-__host__ __device__ inline std::size_t BlockStateBytes(int chains, int window, int classes) {
-  const std::size_t rows = static_cast<std::size_t>(chains) * window;
-  const std::size_t vectors = 4 * rows + 3 * static_cast<std::size_t>(chains) + rows;
-  return (vectors * classes + 2 * static_cast<std::size_t>(chains) + rows) * 4;
-}
-
-__device__ inline BlockState CarveState(void* memory, int chains, int window, int classes) {
-  const int rows = chains * window;
-  BlockState state;
-  state.y = static_cast<float*>(memory);
-  state.eps = state.y + rows * classes;
-  state.walked = state.eps + rows * classes;
-  state.noise = state.walked + (rows + chains) * classes;
-  state.prior = state.noise + 2 * rows * classes;
-  state.guidance = state.prior + chains * classes;
-  state.begin = reinterpret_cast<int*>(state.guidance + chains * classes);
-  state.advance = state.begin + chains;
-  state.timestep = state.advance + chains;
-  return state;
-}
-
-// The copies of a warp's weights into its slots, a stage at a time in the order of use, step after
-// step. Stages [0, resident) of a step keep their slots; the others take turns with the rest.
-class WeightStream {
- public:
-  __device__ WeightStream(const KernelArguments& a, uint4* slots, int first_tile, int tiles,
-                          int warp, int lane)
-      : a_(a),
-        slots_(slots + lane),
-        first_tile_(first_tile),
-        tiles_(tiles),
-        warp_(warp),
-        lane_(lane) {
-    passes_ = (tiles + a.pass_tiles - 1) / a.pass_tiles;
-    step_stages_ = 2 * passes_ * a.stages;
-    left_ = (step_stages_ - min(a.resident, step_stages_)) * a.sweeps;
-  }
-
-  __device__ int passes() const { return passes_; }
-  __device__ int PassTiles(int pass) const {
-    return min(a_.pass_tiles, tiles_ - pass * a_.pass_tiles);
-  }
-
-  // Fills all slots.
-  __device__ void Begin() {
-    for (int stage = 0; stage < min(a_.resident, step_stages_); ++stage) Copy(stage);
-    for (int slot = a_.resident; slot < a_.slots; ++slot) CopyNext();
-    CommitCopies();
-  }
-
-  // The slot of the stage whose turn it is.
-  __device__ const uint4* Stage() const {
-    return Slot(use_ < a_.resident ? use_ : a_.resident + use_slot_);
-  }
-
-  // Done with that stage: its slot is for the next copy, unless it is to stay.
-  __device__ void Release() {
-    if (use_ >= a_.resident) {
-      CopyNext();
-      if (++use_slot_ == a_.slots - a_.resident) use_slot_ = 0;
-    }
-    if (++use_ == step_stages_) use_ = 0;
-  }
-
- private:
-  __device__ uint4* Slot(int slot) const {
-    return slots_ + static_cast<std::int64_t>(slot) * a_.pass_tiles * kStagePieces * kPiece;
-  }
-
-  // A stage that is not resident, after the one before.
-  __device__ void CopyNext() {
-    if (left_ == 0) return;
-    --left_;
-    CopyTo(a_.resident + copy_slot_, a_.resident + copy_);
-    if (++copy_slot_ == a_.slots - a_.resident) copy_slot_ = 0;
-    if (++copy_ == step_stages_ - a_.resident) copy_ = 0;
-  }
-
-  __device__ void Copy(int stage) { CopyTo(stage, stage); }
-
-  __device__ void CopyTo(int slot, int stage) {
-    const int product = stage / (passes_ * a_.stages);
-    const int rest = stage - product * passes_ * a_.stages;
-    const int pass = rest / a_.stages;
-    uint4* to = Slot(slot);
-    for (int i = 0; i < PassTiles(pass); ++i) {
-      const int tile = first_tile_ + pass * a_.pass_tiles + i;
-      const uint4* from =
-          a_.packed +
-          (PieceIndex(a_.unit_tiles, a_.stages, product, tile, warp_, rest - pass * a_.stages) *
-           kPiece) +
-          lane_;
-#pragma unroll
-      for (int piece = 0; piece < kStagePieces; ++piece) {
-        CopyAsync16(to + (i * kStagePieces + piece) * kPiece, from + piece * kPiece);
-      }
-    }
-  }
-
-  const KernelArguments& a_;
-  uint4* slots_;
-  int first_tile_, tiles_, warp_, lane_;
-  int passes_, step_stages_, left_;
-  int use_ = 0, use_slot_ = 0, copy_ = 0, copy_slot_ = 0;
-};
-
-__device__ __forceinline__ float Softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
 // Everything a block does; the kernel is its Main.
 template <class Product>
 class Block {
  public:
   static constexpr int kRowTiles = Product::kRows;
-  // Stages of activations under way: deeper needs more memory and hides more of L2's latency.
-  static constexpr int kAhead = kRowTiles < 8 ? 4 : 2;
+  static constexpr int kAhead = Ahead(kRowTiles);
   static constexpr int kActivationRing = kAhead * kWarps * kRowTiles * kActivationBytes;
   static constexpr int kSums = kWarps * kRowTiles * kTileUnits * kTileRows;  // of a tile
   static_assert(2 * kSums * 4 <= kActivationRing);
@@ -199,25 +53,22 @@ class Block {
       : a_(a),
         warp_(static_cast<int>(threadIdx.x) / 32),
         lane_(static_cast<int>(threadIdx.x) % 32),
-        rows_(a.chains * a.window),
         first_tile_(TileOf(blockIdx.x)),
         tiles_(TileOf(blockIdx.x + 1) - first_tile_),
         barrier_(a.counter),
         ring_(dynamic_shared),
         slots_(reinterpret_cast<uint4*>(dynamic_shared + kActivationRing) +
                std::int64_t{warp_} * a.slots * a.pass_tiles * kStagePieces * kPiece),
-        state_(CarveState(
-            dynamic_shared + kActivationRing +
-                std::int64_t{kWarps} * a.slots * a.pass_tiles * kStagePieces * kPiece * 16,
-            a.chains, a.window, a.classes)),
+        chains_(a, dynamic_shared + kActivationRing +
+                       std::int64_t{kWarps} * a.slots * a.pass_tiles * kStagePieces * kPiece * 16),
         stream_(a, slots_, first_tile_, tiles_, warp_, lane_) {}
 
   __device__ void Main() {
     stream_.Begin();
-    Load();
+    chains_.Load();
     for (int sweep = 0; sweep < a_.sweeps; ++sweep) {
-      if (Finished()) break;
-      PlaceRows();
+      if (chains_.Finished()) break;
+      chains_.PlaceRows();
       Condition();
       barrier_.Sync();
       Multiply(0);
@@ -226,144 +77,18 @@ class Block {
       Multiply(1);
       TellEps();
       barrier_.Arrive();
-      DrawNoise();
+      chains_.DrawNoise();
       barrier_.Wait();
       AddEps();
-      Walk();
+      chains_.Walk();
     }
-    Save();
+    chains_.Save();
     WaitCopies<0>();
   }
 
  private:
   __device__ int TileOf(unsigned block) const {
     return static_cast<int>(std::int64_t{a_.unit_tiles} * block / gridDim.x);
-  }
-  __device__ int Count() const { return static_cast<int>(a_.steps.count); }
-  __device__ int Windows() const { return 2 * a_.window; }
-
-  // ---- state ---------------------------------------------------------------------------------
-
-  __device__ void Load() {
-    const int classes = a_.classes;
-    for (int i = threadIdx.x; i < a_.chains * classes; i += kThreads) {
-      const std::int64_t from = a_.first_row * classes + i;
-      state_.prior[i] = a_.chain.prior[from];
-      state_.guidance[i] = a_.chain.guidance[from];
-    }
-    for (int chain = threadIdx.x; chain < a_.chains; chain += kThreads) {
-      state_.begin[chain] = a_.fresh ? 0 : a_.begin[chain];
-      state_.advance[chain] = Windows();  // no noise is there yet
-    }
-    if (!a_.fresh) {
-      for (int i = threadIdx.x; i < rows_ * classes; i += kThreads) state_.y[i] = a_.states[i];
-    }
-    __syncthreads();
-    if (a_.fresh) BeginChains();
-    DrawNoise();
-    __syncthreads();
-    for (int chain = threadIdx.x; chain < a_.chains; chain += kThreads) state_.advance[chain] = 0;
-    __syncthreads();
-  }
-
-  // Every state of the first window is guessed to be the chain's beginning.
-  __device__ void BeginChains() {
-    const int quads = (a_.classes + 3) / 4;
-    for (int i = threadIdx.x; i < a_.chains * quads; i += kThreads) {
-      const int chain = i / quads;
-      const int quad = i % quads;
-      const philox::Normals noise = Draw(chain, 0, quad);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int c = 4 * quad + k;
-        if (c >= a_.classes) continue;
-        const float y = __fadd_rn(state_.prior[chain * a_.classes + c], noise.z[k]);
-        for (int step = 0; step < a_.window; ++step) GuessOf(chain, step)[c] = y;
-        Tell(chain, 0, c, y);
-      }
-    }
-  }
-
-  // A settled state: `moment` steps are done.
-  __device__ void Tell(int chain, int moment, int c, float y) const {
-    if (blockIdx.x != 0) return;
-    const std::int64_t row = a_.first_row + chain;
-    if (a_.chain.trajectory != nullptr) {
-      a_.chain.trajectory[(moment * a_.chain.rows + row) * a_.classes + c] = y;
-    }
-    if (moment == Count()) a_.chain.out[row * a_.classes + c] = y;
-  }
-
-  __device__ bool Finished() const {
-    for (int chain = 0; chain < a_.chains; ++chain) {
-      if (state_.begin[chain] < Count()) return false;
-    }
-    return true;
-  }
-
-  // The timestep of every row. Rows beyond a chain's end repeat its last step, for nobody.
-  __device__ void PlaceRows() {
-    for (int row = threadIdx.x; row < rows_; row += kThreads) {
-      const int step = min(state_.begin[row / a_.window] + row % a_.window, Count() - 1);
-      state_.timestep[row] = static_cast<int>(a_.steps.timesteps[step]);
-    }
-    __syncthreads();
-  }
-
-  __device__ void Save() {
-    if (blockIdx.x != 0) return;
-    for (int i = threadIdx.x; i < rows_ * a_.classes; i += kThreads) a_.states[i] = state_.y[i];
-    for (int chain = threadIdx.x; chain < a_.chains; chain += kThreads) {
-      a_.begin[chain] = state_.begin[chain];
-    }
-  }
-
-  // ---- noise ---------------------------------------------------------------------------------
-
-  // Four classes of the noise of a moment: 0 makes the beginning, i is z of step i - 1.
-  __device__ philox::Normals Draw(int chain, int moment, int quad) const {
-    const std::int64_t row = a_.first_row + chain;
-    if (a_.chain.noise != nullptr) {
-      const float* from = a_.chain.noise + (moment * a_.chain.rows + row) * a_.classes;
-      philox::Normals given;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        given.z[k] = 4 * quad + k < a_.classes ? from[4 * quad + k] : 0.0f;
-      }
-      return given;
-    }
-    const auto timestep =
-        static_cast<std::uint32_t>(moment == 0 ? a_.steps.start : a_.steps.timesteps[moment - 1]);
-    return philox::Normal(a_.chain.seed, static_cast<std::uint64_t>(a_.chain.images[row]),
-                          static_cast<std::uint32_t>(a_.chain.samples[row]), timestep,
-                          static_cast<std::uint32_t>(quad));
-  }
-
-  // The noise of the steps that came into reach with the last advance: up to two windows ahead.
-  __device__ void DrawNoise() {
-    const int quads = (a_.classes + 3) / 4;
-    for (int i = threadIdx.x; i < a_.chains * Windows() * quads; i += kThreads) {
-      const int chain = i / (Windows() * quads);
-      const int ahead = i / quads % Windows();
-      const int step = state_.begin[chain] + ahead;
-      if (ahead < Windows() - state_.advance[chain] || step >= Count()) continue;
-      if (!(Coefficient(6, step) > 0.0f)) continue;  // a step without noise draws none
-      const int quad = i % quads;
-      const philox::Normals noise = Draw(chain, step + 1, quad);
-      float* to = NoiseOf(chain, step) + 4 * quad;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        if (4 * quad + k < a_.classes) to[k] = noise.z[k];
-      }
-    }
-  }
-
-  __device__ float* NoiseOf(int chain, int step) const {
-    return state_.noise + (chain * Windows() + step % Windows()) * a_.classes;
-  }
-
-  __device__ float Coefficient(int column, int step) const {
-    return a_.steps.table[column * a_.steps.count + step];
   }
 
   // ---- layers --------------------------------------------------------------------------------
@@ -372,7 +97,7 @@ class Block {
   __device__ float Activate(int layer, int unit, int row, float sum) const {
     const Layer& weights = a_.weights.layers[layer];
     const float4 affine = a_.affine[layer * a_.unit_tiles * kTileUnits + unit];
-    const float gamma = weights.gamma[state_.timestep[row] * weights.gamma_stride + unit];
+    const float gamma = weights.gamma[chains_.timestep(row) * weights.gamma_stride + unit];
     return Softplus(fmaf(gamma * affine.x, sum + affine.y, affine.z));
   }
 
@@ -384,11 +109,11 @@ class Block {
       const int j = item % kRowTiles;
       const int row = j * kTileRows + lane_ / 4;
       float h[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-      if (row < rows_) {
+      if (row < chains_.rows()) {
         const int chain = row / a_.window;
         const float* x = a_.chain.features + (a_.first_row + chain) * a_.chain.features_stride;
-        const float* y = state_.y + row * classes;
-        const float* guidance = state_.guidance + chain * classes;
+        const float* y = chains_.y(row);
+        const float* guidance = chains_.guidance(row);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int unit = tile * kTileUnits + LaneUnit(lane_, i);
@@ -465,7 +190,7 @@ class Block {
       float sum = 0.0f;
 #pragma unroll
       for (int warp = 0; warp < kWarps; ++warp) sum += from[warp * (kSums / kWarps)];
-      if (row < rows_ && tile * kTileUnits + unit < a_.features) {
+      if (row < chains_.rows() && tile * kTileUnits + unit < a_.features) {
         h[i] = Activate(product + 1, tile * kTileUnits + unit, row, sum);
       }
     }
@@ -479,7 +204,8 @@ class Block {
   // ---- the last product ----------------------------------------------------------------------
 
   __device__ void ClearEps() {
-    for (int i = threadIdx.x; i < rows_ * a_.classes; i += kThreads) state_.eps[i] = 0.0f;
+    for (int i = threadIdx.x; i < chains_.rows() * a_.classes; i += kThreads)
+      chains_.eps()[i] = 0.0f;
     __syncthreads();
   }
 
@@ -497,20 +223,20 @@ class Block {
       }
       part += __shfl_xor_sync(0xFFFFFFFFu, part, 1);
       part += __shfl_xor_sync(0xFFFFFFFFu, part, 2);
-      if (lane_ % 4 == 0 && row < rows_) state_.eps[row * a_.classes + c] += part;
+      if (lane_ % 4 == 0 && row < chains_.rows()) chains_.eps()[row * a_.classes + c] += part;
     }
   }
 
   __device__ void TellEps() {
     __syncthreads();
-    for (int i = threadIdx.x; i < rows_ * a_.classes; i += kThreads) {
-      a_.parts[std::int64_t{i} * gridDim.x + blockIdx.x] = state_.eps[i];
+    for (int i = threadIdx.x; i < chains_.rows() * a_.classes; i += kThreads) {
+      a_.parts[std::int64_t{i} * gridDim.x + blockIdx.x] = chains_.eps()[i];
     }
   }
 
   // eps of all rows, from all blocks, by each.
   __device__ void AddEps() {
-    for (int i = warp_; i < rows_ * a_.classes; i += kWarps) {
+    for (int i = warp_; i < chains_.rows() * a_.classes; i += kWarps) {
       const float* parts = a_.parts + std::int64_t{i} * gridDim.x;
       float sum = 0.0f;
       for (unsigned block = lane_; block < gridDim.x; block += 32) {
@@ -518,100 +244,17 @@ class Block {
       }
 #pragma unroll
       for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, other);
-      if (lane_ == 0) state_.eps[i] = sum + a_.weights.output_bias[i % a_.classes];
+      if (lane_ == 0) chains_.eps()[i] = sum + a_.weights.output_bias[i % a_.classes];
     }
     __syncthreads();
-  }
-
-  // ---- steps ---------------------------------------------------------------------------------
-
-  // One step of one class, each operation rounded on its own, in the definition's order.
-  __device__ float Move(int chain, int step, int c, float eps, float y) const {
-    const float s = Coefficient(0, step);
-    const float prior = state_.prior[chain * a_.classes + c];
-    const float rest = __fsub_rn(y, __fmul_rn(__fsub_rn(1.0f, s), prior));
-    const float y0 =
-        __fmul_rn(__fdiv_rn(1.0f, s), __fsub_rn(rest, __fmul_rn(eps, Coefficient(1, step))));
-    const float mean = __fadd_rn(
-        __fadd_rn(__fmul_rn(Coefficient(2, step), y0), __fmul_rn(Coefficient(3, step), y)),
-        __fmul_rn(Coefficient(4, step), prior));
-    const float moved = __fadd_rn(mean, __fmul_rn(Coefficient(5, step), eps));
-    const float sigma = Coefficient(6, step);
-    if (!(sigma > 0.0f)) return moved;
-    return __fadd_rn(moved, __fmul_rn(sigma, NoiseOf(chain, step)[c]));
-  }
-
-  __device__ bool Same(float a, float b) const {
-    if (__float_as_uint(a) == __float_as_uint(b)) return true;
-    return a_.tolerance > 0.0f && fabsf(a - b) <= a_.tolerance;
-  }
-
-  // From the first state of each window, which is the chain's own, through the window with the eps
-  // that were evaluated at its guesses. As far as the states come to are those guesses, they are
-  // the chain's own too. A thread walks one class of a chain.
-  __device__ void Walk() {
-    const int classes = a_.classes;
-    const int all = a_.chains * classes;
-    for (int chain = threadIdx.x; chain < a_.chains; chain += kThreads) {
-      state_.advance[chain] = Length(chain);
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < all; i += kThreads) {
-      const int chain = i / classes;
-      const int c = i % classes;
-      const int length = Length(chain);
-      int own = length;
-      float y = length > 0 ? GuessOf(chain, 0)[c] : 0.0f;
-      for (int k = 0; k < length; ++k) {
-        if (k > 0 && own == length && !Same(y, GuessOf(chain, k)[c])) own = k;
-        y = Move(chain, state_.begin[chain] + k, c, EpsOf(chain, k)[c], y);
-        WalkedOf(chain, k + 1)[c] = y;
-      }
-      if (own < length) atomicMin(&state_.advance[chain], own);  // all classes have to agree
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < all; i += kThreads) Slide(i / classes, i % classes);
-    __syncthreads();
-    for (int chain = threadIdx.x; chain < a_.chains; chain += kThreads) {
-      state_.begin[chain] += state_.advance[chain];
-    }
-    __syncthreads();
-  }
-
-  // Moves a chain's window past what is settled. States beyond those come to are guessed as if eps
-  // stayed what it was at the last of them.
-  __device__ void Slide(int chain, int c) {
-    const int begin = state_.begin[chain];
-    const int length = Length(chain);
-    const int advance = state_.advance[chain];
-    for (int k = 1; k <= advance; ++k) Tell(chain, begin + k, c, WalkedOf(chain, k)[c]);
-    float y = 0.0f;
-    for (int k = 0; k < a_.window && begin + advance + k < Count(); ++k) {
-      y = advance + k <= length
-              ? WalkedOf(chain, advance + k)[c]
-              : Move(chain, begin + advance + k - 1, c, EpsOf(chain, length - 1)[c], y);
-      GuessOf(chain, k)[c] = y;
-    }
-  }
-
-  // Steps that are in the window.
-  __device__ int Length(int chain) const { return min(a_.window, Count() - state_.begin[chain]); }
-  __device__ float* GuessOf(int chain, int k) const {
-    return state_.y + (chain * a_.window + k) * a_.classes;
-  }
-  __device__ float* EpsOf(int chain, int k) const {
-    return state_.eps + (chain * a_.window + k) * a_.classes;
-  }
-  __device__ float* WalkedOf(int chain, int k) const {
-    return state_.walked + (chain * (a_.window + 1) + k) * a_.classes;
   }
 
   const KernelArguments& a_;
-  int warp_, lane_, rows_, first_tile_, tiles_;
+  int warp_, lane_, first_tile_, tiles_;
   GridBarrier barrier_;
   unsigned char* ring_;
   uint4* slots_;
-  BlockState state_;
+  Chains chains_;
   WeightStream stream_;
 };
 

@@ -38,6 +38,9 @@ __host__ __device__ constexpr int Stages(std::int64_t features, Precision precis
   return static_cast<int>((features + depth - 1) / depth);
 }
 
+// Stages of activations under way: deeper needs more memory and hides more of L2's latency.
+__host__ __device__ constexpr int Ahead(int row_tiles) { return row_tiles < 8 ? 4 : 2; }
+
 // The packed weights are pieces of 32 x 16 bytes in the order [product][tile][warp][stage][piece].
 __host__ __device__ constexpr std::int64_t PieceIndex(int unit_tiles, int stages, int product,
                                                       int tile, int warp, int stage) {

@@ -21,7 +21,10 @@
 
 #include "cuda/launch.h"
 #include "cuda/mmd.h"
+#include "cuda/mmd_gradients.h"
 #include "cuda/mmd_tiles.h"
+#include "cuda/mmd_values.h"
+#include "cuda/reduce.h"
 
 namespace diffmic::cuda::mmd {
 namespace {
@@ -46,22 +49,8 @@ struct Share {
   int exponent;  // weights are taken times 2^-exponent
 };
 
-template <typename T, typename Combine>
-__device__ T BlockReduce(T value, Combine combine) {
-  __shared__ T of_warps[kWarps];
-  for (int apart = 16; apart > 0; apart /= 2) {
-    value = combine(value, __shfl_xor_sync(0xFFFFFFFF, value, apart));
-  }
-  __syncthreads();  // those of the time before have been read
-  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = of_warps[0];
-  for (int warp = 1; warp < kWarps; ++warp) value = combine(value, of_warps[warp]);
-  return value;
-}
-
 __device__ double BlockSum(double value) {
-  return BlockReduce(value, [](double a, double b) { return a + b; });
+  return BlockReduce<kWarps>(value, [](double a, double b) { return a + b; });
 }
 
 // For all threads of a block at once. Weights are scaled by a power of two, which loses nothing, to
@@ -78,7 +67,7 @@ __device__ Share ShareOf(const Weights<T>& weights, std::int64_t count, bool unb
       const T weight = weights.data[i * weights.stride];
       most = weight > most ? weight : most;
     }
-    most = BlockReduce(most, [](T a, T b) { return b > a ? b : a; });
+    most = BlockReduce<kWarps>(most, [](T a, T b) { return b > a ? b : a; });
     share.exponent = most > 0 && isfinite(most) ? ilogb(most) : 0;
     double positive = 0, negative = 0;  // not-a-number counts, and goes on into the result
     squares = 0;

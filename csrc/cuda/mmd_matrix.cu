@@ -13,7 +13,9 @@
 
 #include "cuda/launch.h"
 #include "cuda/mmd.h"
+#include "cuda/mmd_gradients.h"
 #include "cuda/mmd_tiles.h"
+#include "cuda/mmd_values.h"
 
 namespace diffmic::cuda::mmd {
 namespace {

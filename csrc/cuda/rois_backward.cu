@@ -54,9 +54,6 @@ template <typename Format>
 __global__ void __launch_bounds__(kThreads, 3) CutCropsBackwardKernel(BackwardProblem p) {
   using Bits = typename Format::Bits;
   using Number = typename Format::Number;
-  __shared__ Bits keys[kWarps];
-  __shared__ std::uint64_t counts[kWarps];
-  __shared__ Number sums[kWarps];
   const Cut& cut = p.cut;
   const std::int64_t pixels = p.images.height * p.images.width;
   const std::int64_t area = cut.size.height * cut.size.width;
@@ -98,14 +95,14 @@ __global__ void __launch_bounds__(kThreads, 3) CutCropsBackwardKernel(BackwardPr
       }
     }
     const auto add = [](auto a, auto b) { return a + b; };
-    fill = BlockReduce(fill, sums, add);
+    fill = BlockReduce<kWarps>(fill, add);
 
     const Bits* plane = static_cast<const Bits*>(p.images.data) + image * p.images.stride[0] +
                         channel * p.images.stride[1];
     Least<Bits> least{kHighest<Bits>, 0};
     VisitPixels(plane, p.lines, [&](Bits bits) { least.Add(Format::Key(bits), 1); });
-    const Bits key = BlockReduce(least.key, keys, Lesser<Bits>);
-    least = {key, BlockReduce(least.key == key ? least.count : 0, counts, add)};
+    const Bits key = BlockReduce<kWarps>(least.key, Lesser<Bits>);
+    least = {key, BlockReduce<kWarps>(least.key == key ? least.count : 0, add)};
 
     if (gridDim.y > 1) {
       std::uint64_t* row = p.scratch + index * (1 + 3 * gridDim.y);

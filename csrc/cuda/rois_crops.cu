@@ -86,7 +86,6 @@ __device__ __forceinline__ void WriteCrops(const CutProblem& p, const Bits* plan
 template <typename Format, int kStep>
 __global__ void __launch_bounds__(kThreads, 3) CutCropsKernel(CutProblem p) {
   using Bits = typename Format::Bits;
-  __shared__ Bits keys[kWarps];
   const std::int64_t area = p.cut.size.height * p.cut.size.width;
   const std::int64_t thread = std::int64_t{blockIdx.y} * kThreads + threadIdx.x;
   const std::int64_t threads = std::int64_t{gridDim.y} * kThreads;
@@ -109,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, 3) CutCropsKernel(CutProblem p) {
 
     Bits key = kHighest<Bits>;
     VisitPixels(plane, p.lines, [&](Bits bits) { key = Lesser(key, Format::Key(bits)); });
-    key = BlockReduce(key, keys, Lesser<Bits>);
+    key = BlockReduce<kWarps>(key, Lesser<Bits>);
     if (gridDim.y > 1) {
       std::uint64_t* row = p.scratch + index * (1 + gridDim.y);
       if (threadIdx.x == 0) row[1 + blockIdx.y] = key;

@@ -1,4 +1,4 @@
-// What the kernels of rois share: pixels as their bits, reductions of a block, where a crop lies in
+// What the kernels of rois share: pixels as their bits, where a crop lies in
 // its image, and the meeting of the blocks of one plane.
 #ifndef DIFFMIC_CUDA_ROIS_DEVICE_H_
 #define DIFFMIC_CUDA_ROIS_DEVICE_H_
@@ -13,6 +13,7 @@
 #include <limits>
 
 #include "cuda/ptx.h"
+#include "cuda/reduce.h"
 #include "cuda/rois.h"
 
 namespace diffmic::cuda::rois {
@@ -106,28 +107,6 @@ __device__ __forceinline__ T Lesser(T a, T b) {
   return b < a ? b : a;
 }
 
-// ---- reductions --------------------------------------------------------------------------------
-
-template <typename T, typename Combine>
-__device__ __forceinline__ T WarpReduce(T value, Combine combine) {
-  for (int apart = 16; apart > 0; apart /= 2) {
-    value = combine(value, __shfl_xor_sync(0xFFFFFFFF, value, apart));
-  }
-  return value;
-}
-
-// The value of all threads of the block, combined in the same order always.
-template <typename T, typename Combine>
-__device__ __forceinline__ T BlockReduce(T value, T (&per_warp)[kWarps], Combine combine) {
-  value = WarpReduce(value, combine);
-  if (threadIdx.x % 32 == 0) per_warp[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = per_warp[0];
-  for (int warp = 1; warp < kWarps; ++warp) value = combine(value, per_warp[warp]);
-  __syncthreads();  // per_warp may be written again
-  return value;
-}
-
 // ---- crops and planes --------------------------------------------------------------------------
 
 // The pixels [begin, begin + length) of an image side that a crop covers.
@@ -162,13 +141,12 @@ __device__ __forceinline__ Place PlaceOf(const Maps& images, const Cut& cut, std
 
 // Whether a crop of the image leaves it, told to all threads of the block.
 __device__ inline bool AnyLeaves(const Maps& images, const Cut& cut, std::int64_t image) {
-  __shared__ int flags[kWarps];
   int leaves = 0;
   for (std::int64_t k = threadIdx.x; k < cut.count; k += kThreads) {
     const Place place = PlaceOf(images, cut, image, k);
     leaves |= place.above > 0 || place.margin > 0;
   }
-  return BlockReduce(leaves, flags, [](int a, int b) { return a | b; }) != 0;
+  return BlockReduce<kWarps>(leaves, [](int a, int b) { return a | b; }) != 0;
 }
 
 // A plane as lines along its shorter stride, so that neighbouring lanes read neighbouring pixels.

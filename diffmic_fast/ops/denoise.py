@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,8 +134,7 @@ def denoise(
             sample_ids=sample_ids,
             trajectory=trajectory,
         )
-    run = _denoise if progress is None else partial(_run, progress=progress)
-    states: Tensor = run(
+    call = _Call(
         features,
         prior,
         guidance,
@@ -155,7 +154,7 @@ def denoise(
         tolerance,
         name,
     )
-    return states
+    return _denoise(*call) if progress is None else _run(call, progress)
 
 
 # The packed weights of a model live and die with its first hidden weight.
@@ -265,132 +264,120 @@ def _flat(weights: DenoiserWeights) -> list[Tensor]:
     ]
 
 
-def _run(
-    features: Tensor,
-    prior: Tensor,
-    guidance: Tensor,
-    weights: Sequence[Tensor],
-    eps: Sequence[float],
-    steps: Sequence[Tensor],
-    start: int,
-    noise: Tensor | None,
-    seed: int,
-    image_ids: Tensor | None,
-    sample_ids: Tensor | None,
-    trajectory: bool,
-    precision: str,
-    instructions: str,
-    window: int,
-    tolerance: float,
-    backend: str,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    rows = features.shape[0]
-    if backend != "cpu":
-        return _run_cuda(
-            features, prior, guidance, weights, eps, steps, start, noise, seed, image_ids,
-            sample_ids, trajectory, precision, window, tolerance, backend, progress,
-        )  # fmt: skip
-    if image_ids is None:
-        image_ids = torch.arange(rows)
-    if sample_ids is None:
-        sample_ids = torch.zeros(rows, dtype=torch.int64)
-    out = prior.new_empty(prior.shape)
-    states = prior.new_empty((len(steps[0]) + 1, *prior.shape)) if trajectory else None
-    parts = [with_unit_rows(part) for part in weights]
-    _native.extension().denoise(
-        with_unit_rows(features),
-        compact(prior),
-        compact(guidance),
+class _Call(NamedTuple):
+    """The operator's arguments."""
+
+    features: Tensor
+    prior: Tensor
+    guidance: Tensor
+    weights: Sequence[Tensor]
+    eps: Sequence[float]
+    steps: Sequence[Tensor]
+    start: int
+    noise: Tensor | None
+    seed: int
+    image_ids: Tensor | None
+    sample_ids: Tensor | None
+    trajectory: bool
+    precision: str
+    instructions: str
+    window: int
+    tolerance: float
+    backend: str
+
+
+def _run(call: _Call, progress: Callable[[int, int], None] | None = None) -> Tensor:
+    rows = call.features.shape[0]
+    images = torch.arange(rows) if call.image_ids is None else call.image_ids
+    samples = torch.zeros(rows, dtype=torch.int64) if call.sample_ids is None else call.sample_ids
+    out = call.prior.new_empty(call.prior.shape)
+    states = None
+    if call.trajectory:
+        states = call.prior.new_empty((len(call.steps[0]) + 1, *call.prior.shape))
+    parts = [with_unit_rows(part) for part in call.weights]
+    inputs = (
+        with_unit_rows(call.features),
+        compact(call.prior),
+        compact(call.guidance),
         [parts[i : i + 7] for i in (0, 7, 14)],
-        eps,
+        call.eps,
         parts[21],
         parts[22],
-        [compact(column) for column in steps],
-        start,
-        None if noise is None else compact(noise),
-        seed,
-        image_ids.contiguous(),
-        sample_ids.contiguous(),
+    )
+    noise = None if call.noise is None else compact(call.noise)
+    if call.backend != "cpu":
+        _launch(call, inputs, noise, images, samples, out, states, progress)
+        return out if states is None else states
+    _native.extension().denoise(
+        *inputs,
+        [compact(column) for column in call.steps],
+        call.start,
+        noise,
+        call.seed,
+        images.contiguous(),
+        samples.contiguous(),
         out,
         states,
-        precision,
-        instructions,
+        call.precision,
+        call.instructions,
         torch.get_num_threads(),
         progress,
-        window,
-        _cache(weights),
-        tolerance,
+        call.window,
+        _cache(call.weights),
+        call.tolerance,
     )
     return out if states is None else states
 
 
-def _run_cuda(
-    features: Tensor,
-    prior: Tensor,
-    guidance: Tensor,
-    weights: Sequence[Tensor],
-    eps: Sequence[float],
-    steps: Sequence[Tensor],
-    start: int,
+def _launch(
+    call: _Call,
+    inputs: tuple[Any, ...],
     noise: Tensor | None,
-    seed: int,
-    image_ids: Tensor | None,
-    sample_ids: Tensor | None,
-    trajectory: bool,
-    precision: str,
-    window: int,
-    tolerance: float,
-    backend: str,
+    images: Tensor,
+    samples: Tensor,
+    out: Tensor,
+    states: Tensor | None,
     progress: Callable[[int, int], None] | None,
-) -> Tensor:
-    rows, device = features.shape[0], features.device
+) -> None:
+    """`_run` on a GPU. What the kernels cannot say of numbers in its memory is said here."""
     if noise is None:
-        image_ids = torch.arange(rows) if image_ids is None else image_ids
-        sample_ids = torch.zeros(rows, dtype=torch.int64) if sample_ids is None else sample_ids
-        if rows and not 0 <= int(sample_ids.min()) <= int(sample_ids.max()) <= _MOST_SAMPLE:
+        if len(samples) and not 0 <= int(samples.min()) <= int(samples.max()) <= _MOST_SAMPLE:
             raise ValueError(f"denoise: sample_ids must be in [0, {_MOST_SAMPLE}]")
-        image_ids, sample_ids = (ids.to(device).contiguous() for ids in (image_ids, sample_ids))
-    elif len(steps[0]) and float(steps[-1][-1]) != 0.0:
+    elif len(call.steps[0]) and float(call.steps[-1][-1]) != 0.0:
         # noise[0] makes the beginning and noise[i] is z of step i - 1: there is none for the last.
         raise ValueError(
             "denoise: with noise, the last step must take none: its sigma is "
-            f"{float(steps[-1][-1])}"
+            f"{float(call.steps[-1][-1])}"
         )
-    module = _native.cuda(backend)
-    count = len(steps[0])
-    out = prior.new_empty(prior.shape)
-    states = prior.new_empty((count + 1, *prior.shape)) if trajectory else None
-    parts = [with_unit_rows(part) for part in weights]
+    module, device = _native.cuda(call.backend), call.features.device
     scratch = module.denoise_workspace(
-        features.shape[1], prior.shape[1], rows, count, window, precision, device.index or 0
+        call.features.shape[1],
+        call.prior.shape[1],
+        call.features.shape[0],
+        len(call.steps[0]),
+        call.window,
+        call.precision,
+        device.index or 0,
     )
     module.denoise(
-        with_unit_rows(features),
-        compact(prior),
-        compact(guidance),
-        [parts[i : i + 7] for i in (0, 7, 14)],
-        eps,
-        parts[21],
-        parts[22],
-        steps[0].to(device).contiguous(),
-        torch.stack(list(steps[1:])).to(device),
-        start,
-        None if noise is None else compact(noise),
-        seed % 2**64,
-        image_ids,
-        sample_ids,
+        *inputs,
+        call.steps[0].to(device).contiguous(),
+        torch.stack(list(call.steps[1:])).to(device),
+        call.start,
+        noise,
+        call.seed % 2**64,
+        images.to(device).contiguous(),
+        samples.to(device).contiguous(),
         out,
         states,
-        precision,
-        window,
-        tolerance,
+        call.precision,
+        call.window,
+        call.tolerance,
         _READINGS_A_LAUNCH,
         torch.empty(scratch, dtype=torch.uint8, device=device),
         progress,
-        stream_of(features),
+        stream_of(call.features),
     )
-    return out if states is None else states
 
 
 @torch.library.custom_op("diffmic_fast::denoise", mutates_args=())
@@ -413,10 +400,11 @@ def _denoise(
     tolerance: float,
     backend: str,
 ) -> Tensor:
-    return _run(
+    call = _Call(
         features, prior, guidance, weights, eps, steps, start, noise, seed, image_ids, sample_ids,
         trajectory, precision, instructions, window, tolerance, backend,
     )  # fmt: skip
+    return _run(call)
 
 
 @_denoise.register_fake

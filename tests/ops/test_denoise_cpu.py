@@ -19,8 +19,10 @@ from denoise_cases import (
     exact,
     make_inputs,
     make_weights,
+    one_rounded_step,
     peak,
     reset_peak,
+    to_bfloat16,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,10 +67,6 @@ def test_states_are_those_of_the_definition(data: st.DataObject) -> None:
     assert float((found - expected).abs().max()) <= allowed
 
 
-def to_bfloat16(t: Tensor) -> Tensor:
-    return t.float().bfloat16().double()
-
-
 def to_bytes(t: Tensor) -> Tensor:
     """Each row as whole numbers times the 127th part of its largest, in the kernels' float32."""
     t = t.float()
@@ -87,19 +85,7 @@ def test_weights_and_activations_are_rounded_and_nothing_else(
     weights, inputs = make_weights(features, classes), make_inputs(rows, features, classes)
     steps = make_steps(SCHEDULE, "ddpm_truncated", 1)
     noise = torch.randn(1, rows, classes, generator=torch.Generator().manual_seed(1))
-    x, prior, guidance = (t.double() for t in inputs)
-    w, t = as_double(weights), steps.timesteps
-    y = prior + noise[0].double()
-    h = x * reference.conditional_linear(
-        torch.cat((y, guidance), dim=1), w.conditioning, t, eps=w.eps[0]
-    )
-    for layer, eps in zip(w.hidden, w.eps[1:], strict=True):
-        layer = layer._replace(weight=rounded(layer.weight))
-        h = reference.conditional_linear(rounded(h), layer, t, eps=eps)
-    noise_found = h @ w.output_weight.T + w.output_bias
-    s, q = float(steps.sqrt_alpha_bar[0]), float(steps.sqrt_one_minus_alpha_bar[0])
-    y0 = (y - (1 - s) * prior - q * noise_found) / s
-    expected = steps.y0_weight[0] * y0 + steps.y_weight[0] * y + steps.prior_weight[0] * prior
+    expected = one_rounded_step(inputs, weights, steps, noise, rounded)
     with torch.no_grad():
         found = denoise(
             *inputs, weights, steps, noise=noise, backend="cpu", precision=precision,

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_backends import CUDA_BACKENDS, device_of, schedule, seeds
-from denoise_cases import SCHEDULE, T, as_double, exact, make_inputs, make_weights
+from denoise_cases import (
+    SCHEDULE,
+    T,
+    as_double,
+    exact,
+    make_inputs,
+    make_weights,
+    one_rounded_step,
+    to_bfloat16,
+)
 from torch import Tensor
 
 from diffmic_fast import _native
@@ -83,10 +92,6 @@ def test_states_are_those_of_the_definition(backend, rows, features, classes, sa
     assert float((found.cpu() - expected).abs().max()) <= allowed
 
 
-def rounded(t: Tensor) -> Tensor:
-    return t.float().bfloat16().double()
-
-
 @pytest.mark.parametrize(("rows", "features"), [(9, 300), (40, 70), (1, 129)])
 def test_weights_and_activations_are_rounded_and_nothing_else(backend, rows, features) -> None:
     """Against float64 with the same roundings at the same places."""
@@ -94,19 +99,7 @@ def test_weights_and_activations_are_rounded_and_nothing_else(backend, rows, fea
     weights, inputs = make_weights(features, classes), make_inputs(rows, features, classes)
     steps = make_steps(SCHEDULE, "ddpm_truncated", 1)
     noise = torch.randn(1, rows, classes, generator=torch.Generator().manual_seed(1))
-    x, prior, guidance = (t.double() for t in inputs)
-    w, t = as_double(weights), steps.timesteps
-    y = prior + noise[0].double()
-    h = x * reference.conditional_linear(
-        torch.cat((y, guidance), dim=1), w.conditioning, t, eps=w.eps[0]
-    )
-    for layer, eps in zip(w.hidden, w.eps[1:], strict=True):
-        layer = layer._replace(weight=rounded(layer.weight))
-        h = reference.conditional_linear(rounded(h), layer, t, eps=eps)
-    eps = h @ w.output_weight.T + w.output_bias
-    s, q = float(steps.sqrt_alpha_bar[0]), float(steps.sqrt_one_minus_alpha_bar[0])
-    y0 = (y - (1 - s) * prior - q * eps) / s
-    expected = steps.y0_weight[0] * y0 + steps.y_weight[0] * y + steps.prior_weight[0] * prior
+    expected = one_rounded_step(inputs, weights, steps, noise, to_bfloat16)
     there, inputs = case(backend, rows, features, classes)
     noise = noise.to(inputs[0].device)
     found = denoise(*inputs, there, steps, noise=noise, backend=backend, precision="bf16").cpu()
