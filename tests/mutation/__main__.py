@@ -35,8 +35,10 @@ _TESTS = {
     "conditioning": ["ops/test_conditioning_cuda.py"],
     "denoise": ["ops/test_denoise_cuda.py"],
     "grid_barrier": ["ops/test_denoise_cuda.py"],
-    "mmd": ["ops/test_mmd_cuda.py"],
-    "rois": ["ops/test_rois.py"],
+    "mmd": ["ops/test_mmd_cuda.py", "ops/test_mmd.py"],
+    "reduce": ["ops/test_mmd_cuda.py", "ops/test_rois_cuda.py"],
+    "softplus": ["ops/test_conditioning_cuda.py", "ops/test_denoise_cuda.py"],
+    "rois": ["ops/test_rois_cuda.py", "ops/test_rois.py"],
 }
 
 

@@ -8,8 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cuda_backends import CUDA_BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rois_cases import (
+    INT64,
+    NOT_FINITE,
+    PIXELS,
+    SALIENCY,
+    STRIDES,
+    assert_same_bits,
+    not_finite_saliency,
+    origins_around,
+    random_images,
+    strided,
+)
 from torch import Tensor
 
 from diffmic_fast import _native
@@ -18,54 +31,9 @@ from diffmic_fast.reference import rois as reference
 
 _C = _native.extension()
 
-EMULATED = pytest.param(
-    "cuda-emulated",
-    marks=pytest.mark.skipif(
-        bool(_native.attempt_emulated()[1]), reason=_native.attempt_emulated()[1]
-    ),
-)
+EMULATED = CUDA_BACKENDS[0]
 KERNELS = ["cpu", EMULATED]
 BACKENDS = ["reference", "cpu", EMULATED]
-
-PIXELS = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8]
-SALIENCY = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-INT64 = torch.iinfo(torch.int64)
-
-
-def assert_same_bits(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    assert found.is_contiguous()
-    assert torch.equal(found.view(torch.uint8), expected.contiguous().view(torch.uint8))
-
-
-def random_images(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    if dtype == torch.uint8:
-        return torch.randint(3, 256, shape, generator=generator, dtype=torch.uint8)
-    return torch.randn(shape, generator=generator).to(dtype)
-
-
-def strided(tensor: Tensor, kind: str) -> Tensor:
-    """The same values behind other strides; gaps are filled with a value that would be noticed."""
-    sentinel = 1 if tensor.dtype == torch.uint8 else -1e4
-    if kind == "contiguous":
-        return tensor.contiguous()
-    if kind == "channels_last":
-        return tensor.contiguous(memory_format=torch.channels_last)
-    if kind == "transposed":
-        return tensor.transpose(2, 3).contiguous().transpose(2, 3)
-    if kind == "slice":  # of a larger buffer, at an odd start
-        larger = tensor.new_full([size + 3 for size in tensor.shape], sentinel)
-        view = larger[1:-2, 2:-1, 3:, 1:-2]
-    else:  # every second element of a larger buffer
-        larger = tensor.new_full([2 * size for size in tensor.shape], sentinel)
-        view = larger[::2, 1::2, ::2, 1::2]
-    view.copy_(tensor)
-    return view
-
-
-STRIDES = ["contiguous", "channels_last", "transposed", "slice", "spread"]
-
 
 # ---- the recorded numbers --------------------------------------------------------------------
 
@@ -154,19 +122,6 @@ def test_half_subnormals_are_widened_exactly(backend: str) -> None:
     assert torch.equal(ops.choose_windows(saliency, (2, 2), 4, backend=backend), expected)
 
 
-NOT_FINITE = [
-    (dtype, value) for dtype in SALIENCY for value in (torch.nan, torch.inf, -torch.inf)
-] + [(torch.float64, 1e300), (torch.float32, 3.4e38)]  # or beyond float32, or with such a range
-
-
-def not_finite_saliency(dtype: torch.dtype, value: float) -> Tensor:
-    """Images 17 and 31 of 40 have it."""
-    saliency = torch.zeros(40, 2, 3, 3, dtype=dtype)
-    saliency[[17, 31], 1, 2, 2] = value
-    saliency[[17, 31], 1, 0, 0] = -min(abs(value), 3.4e38) if dtype == torch.float32 else 0
-    return saliency
-
-
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize(("dtype", "value"), NOT_FINITE)
 def test_saliency_that_is_not_finite_names_its_image(
@@ -174,25 +129,6 @@ def test_saliency_that_is_not_finite_names_its_image(
 ) -> None:
     with pytest.raises(ValueError, match=r"^rois\.choose_windows: saliency of image 17 is not fin"):
         ops.choose_windows(not_finite_saliency(dtype, value), (1, 1), 2, backend=backend)
-
-
-@pytest.mark.parametrize("backend", [EMULATED])
-@pytest.mark.parametrize(("dtype", "value"), NOT_FINITE)
-def test_saliency_that_is_not_finite_marks_its_image_on_a_gpu(
-    backend: str, dtype: torch.dtype, value: float
-) -> None:
-    saliency = not_finite_saliency(dtype, value)[15:19]
-    good = [0, 1, 3]
-    for pixels in (torch.float32, torch.bfloat16, torch.uint8):
-        images = random_images((4, 3, 6, 6), pixels)
-        found = ops.rois(saliency, images, (2, 2), 2, backend=backend)
-        assert (found.cells[2] == -1).all() and (found.origins[2] == -1).all()
-        marked = found.crops[2]
-        assert (marked.isnan() if pixels.is_floating_point else marked == 0).all()
-        expected = reference.rois(saliency[good], images[good], (2, 2), 2)
-        for of_good, wanted in zip(found, expected, strict=True):
-            assert torch.equal(of_good[good], wanted)
-    assert torch.equal(ops.choose_windows(saliency, (1, 1), 2, backend=backend), found.cells)
 
 
 def test_windows_do_not_depend_on_threads() -> None:
@@ -208,14 +144,6 @@ def test_windows_do_not_depend_on_threads() -> None:
 
 
 # ---- cut_crops -------------------------------------------------------------------------------
-
-
-def origins_around(batch: int, count: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """Origins inside, across every edge, and far outside."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(-height - 9, 2 * height + 9, (batch, count, 1), generator=generator)
-    columns = torch.randint(-width - 9, 2 * width + 9, (batch, count, 1), generator=generator)
-    return torch.cat([rows, columns], dim=2)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -532,88 +460,6 @@ def test_gradient_is_that_of_the_reference(backend: str, channels: Any, kind: st
         (reference.cut_crops(images, origins, (4, 5), channels) * weight).sum(), images
     )[0]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("backend", [EMULATED])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_gradient_of_every_dtype(backend: str, dtype: torch.dtype) -> None:
-    """Sums are of float32 and rounded once: half types err by one rounding of result and share."""
-    images = torch.randint(0, 4, (2, 3, 30, 41)).to(dtype).requires_grad_()
-    origins = origins_around(2, 5, 30, 41)
-    weight = torch.randn(2, 5, 3, 9, 8).to(dtype)
-    crops = ops.cut_crops(images, origins, (9, 8), "all", backend=backend)
-    found = torch.autograd.grad(crops, images, weight)[0]
-    exact = images.detach().double().requires_grad_()
-    crops64 = reference.cut_crops(exact, origins, (9, 8), "all")
-    expected = torch.autograd.grad(crops64, exact, weight.double())[0]
-    error = 2 * torch.finfo(dtype).eps
-    torch.testing.assert_close(found.double(), expected, rtol=error, atol=10 * error)
-
-
-# ---- the schedule of a GPU -------------------------------------------------------------------
-
-SEEDS = range(50)
-
-
-def emulate(seed: int) -> None:
-    _native.cuda("cuda-emulated").emulator.configure(seed=seed)
-
-
-@pytest.mark.parametrize("backend", [EMULATED])
-@pytest.mark.parametrize(
-    ("side", "dtype"),
-    [(40, torch.float32), (72, torch.float64)],  # one block a plane, and two that meet
-)
-def test_any_schedule_gives_the_same_bits(backend: str, side: int, dtype: torch.dtype) -> None:
-    saliency = random_images((2, 3, 7, 7), torch.float32)
-    images = random_images((2, 1, side, side), dtype)
-    origins = torch.tensor([[[-3, 5], [side - 8, side - 8]], [[4, 4], [-20, 0]]])
-    grad = random_images((2, 2, 1, 16, 16), dtype)
-    expected = reference.rois(saliency, images, (16, 16), 3, "all")
-    expected_crops = reference.cut_crops(images, origins, (16, 16), "all")
-    backward = torch.ops.diffmic_fast.cut_crops_backward.default
-    first = None
-    for seed in SEEDS:
-        emulate(seed)
-        found = ops.rois(saliency, images, (16, 16), 3, "all", backend=backend)
-        assert torch.equal(found.cells, expected.cells)
-        assert_same_bits(found.crops, expected.crops)
-        crops = ops.cut_crops(images, origins, (16, 16), "all", backend=backend)
-        assert_same_bits(crops, expected_crops)
-        images_grad = backward(grad, images, origins, [16, 16], "all", backend)
-        first = images_grad if first is None else first
-        assert_same_bits(images_grad, first)
-    cpu = backward(grad, images, origins, [16, 16], "all", "cpu")
-    torch.testing.assert_close(first, cpu, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("backend", [EMULATED])
-def test_maps_beyond_shared_memory(backend: str) -> None:
-    saliency = random_images((2, 9, 56, 61), torch.float32)
-    assert _native.cuda(backend).choose_windows_scratch(2, (56, 61), (3, 2)) > 0
-    expected = reference.choose_windows(saliency, (3, 2), 4)
-    assert torch.equal(ops.choose_windows(saliency, (3, 2), 4, backend=backend), expected)
-
-
-@pytest.mark.parametrize("backend", [EMULATED])
-@pytest.mark.parametrize("dtype", PIXELS)
-def test_planes_of_several_blocks(backend: str, dtype: torch.dtype) -> None:
-    images = random_images((2, 2, 250, 263), dtype)
-    assert _native.cuda(backend).cut_crops_scratch(images, 3, (16, 16), False, False) > 0
-    origins = torch.tensor([[[-3, 5], [240, 250], [9, 16]], [[4, 4], [20, 0], [7, 7]]])
-    for view in (images, strided(images, "slice"), strided(images, "transposed")):
-        found = ops.cut_crops(view, origins, (16, 16), "all", backend=backend)
-        assert_same_bits(found, reference.cut_crops(images, origins, (16, 16), "all"))
-
-
-@pytest.mark.parametrize("backend", [EMULATED])
-def test_scratch_memory_that_is_too_small(backend: str) -> None:
-    images = torch.zeros(1, 1, 200, 200)
-    crops = torch.empty(1, 1, 1, 4, 4)
-    with pytest.raises(ValueError, match=r"^rois\.cut_crops: scratch must have 6 elements, got 5$"):
-        _native.cuda(backend).cut_crops(
-            images, CORNERS[:1, :1], False, crops, torch.zeros(5, dtype=torch.int64), 0
-        )
 
 
 def test_compiles_as_one_graph_for_any_batch() -> None:
