@@ -211,7 +211,7 @@ def _weight(file: Path) -> int:
 
 
 def plain_name(demangled: str) -> str:
-    """ "denoise::Chains<BFloat16Product<4>>" of the demangled name of a kernel."""
+    """ "denoise::ChainsKernel<BFloat16Product<4>>" of the demangled name of a kernel."""
     name = demangled.replace("(anonymous namespace)::", "").removeprefix("void ")
     depth = 0
     for place, letter in enumerate(name):  # the parameters start where no template is open

@@ -20,13 +20,11 @@
 // What is kept for the backward pass: mean and variance, [2, S, F] floats.
 //
 // Arithmetic, S = 3, B = 32, C = 5, F = 6144, an element being one of the S B F = 590 000:
-//   forward: x, the rows of gamma, W, h1 and eight arrays of F once each, 4.5 MB; the labels, 3.8
-//   KB,
-//     by each of 192 blocks, from the second-level cache: 0.7 MB. 60 operations an element.
+//   forward: x, the rows of gamma, W, h1 and eight arrays of F once each, 4.5 MB; the labels,
+//     3.8 KB, by each of 192 blocks, from the second-level cache: 0.7 MB. 60 operations an element.
 //   backward: these, the gradient of h1, and what is written, 6.2 MB; gradients of labels
 //     another 0.7 MB each way, inside the second-level cache. 110 operations an element.
-// At 3.35 TB/s that is 1.4 and 1.9 us; softplus and the products take as long on 132 processors, so
-// that neither bounds alone and a launch costs more than both. Larger batches are bound by memory.
+// At 3.35 TB/s that is 1.4 and 1.9 us, less than a launch costs. Larger batches are bound by memory.
 #ifndef DIFFMIC_CUDA_CONDITIONING_H_
 #define DIFFMIC_CUDA_CONDITIONING_H_
 
