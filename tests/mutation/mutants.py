@@ -70,6 +70,8 @@ _LEFT_ALONE = re.compile(
     r"^(//|#|\*|using |template|namespace|struct |class |static_assert|constexpr|inline constexpr|"
     r"throw |Check\(|\}|public:|private:|LaunchShape|shape\.|launch\.|__launch_bounds__|"
     r"__global__|__device__|__host__|for \(\w+& |"
+    # Parameters that are arrays, and the order of a class's members, in the launchers.
+    r"const [\w:]+ \(&\w+\)\[|splits\(Splits\(|"
     # Declarations without a value.
     r"(const |unsigned |std::|static )*[\w:<>]+\*? [\w *]+(\[\w*\])*(, [\w *]+(\[\w*\])*)*;)"
 )

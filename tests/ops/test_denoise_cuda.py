@@ -92,6 +92,18 @@ def test_states_are_those_of_the_definition(backend, rows, features, classes, sa
     assert float((found.cpu() - expected).abs().max()) <= allowed
 
 
+def test_depth_that_fills_every_place_under_way(backend) -> None:
+    """So many features that all stages of activations are in use at once, the last warp's too."""
+    rows, features, classes = 2, 515, 3
+    weights, inputs = make_weights(features, classes), make_inputs(rows, features, classes)
+    steps = make_steps(SCHEDULE, "ddpm_truncated", 1)
+    noise = torch.randn(1, rows, classes, generator=torch.Generator().manual_seed(1))
+    expected = exact(inputs, weights, steps, noise)[-1]
+    there, inputs = case(backend, rows, features, classes)
+    found = denoise(*inputs, there, steps, noise=noise.to(inputs[0].device), backend=backend)
+    assert float((found.cpu() - expected).abs().max()) < 1e-5
+
+
 @pytest.mark.parametrize(("rows", "features"), [(9, 300), (40, 70), (1, 129)])
 def test_weights_and_activations_are_rounded_and_nothing_else(backend, rows, features) -> None:
     """Against float64 with the same roundings at the same places."""
