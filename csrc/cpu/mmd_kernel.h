@@ -7,47 +7,20 @@
 // rows close to each other and far from the origin as for any others, and 0 for equal rows. The
 // subtraction is one instruction more for a multiply-add, on many processors in a unit of its own.
 //
-// The exponential is expm1: -z = n ln 2 + r, |r| <= ln(2) / 2, a Taylor polynomial p of expm1(r),
-// and exp(-z) - 1 = 2^n p + (2^n - 1), whose last term is exact. exp(-z) is off by less than
-// 3e-7 of itself (float; double 1e-15) where it is normal, and 0 below that. Sums are of
-// exp(-z) - 1: the ones cancel in a discrepancy, and with them would go most of its digits.
+// The exponential is that of exponential.h, off by less than 3e-7 of itself (float; double 1e-15)
+// where it is normal, and 0 below that. Sums are of exp(-z) - 1: the ones cancel in a discrepancy,
+// and with them would go most of its digits.
 #include <cstdint>
 
 #include "cpu/mmd_tiles.h"
+#include "exponential.h"
 
 namespace diffmic::cpu::mmd::DIFFMIC_MMD_NAMESPACE {
 namespace {
 
 template <typename T>
-struct Constants;
-
-template <>
-struct Constants<float> {
-  using Bits = std::int32_t;
-  static constexpr float kLimit = 87.0f;
-  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr float kLn2High = 0.693359375f;
-  static constexpr float kLn2Low = -2.12194440e-4f;
-  static constexpr int kMantissa = 23;
-  static constexpr Bits kBias = 127;
-  static constexpr int kDegree = 7;
-};
-
-template <>
-struct Constants<double> {
-  using Bits = std::int64_t;
-  static constexpr double kLimit = 708.0;
-  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr double kLn2High = 6.93147180369123816490e-01;
-  static constexpr double kLn2Low = 1.90821492927058770002e-10;
-  static constexpr int kMantissa = 52;
-  static constexpr Bits kBias = 1023;
-  static constexpr int kDegree = 13;
-};
-
-template <typename T>
 struct Loops {
-  using C = Constants<T>;
+  using C = Exponential<T>;
   using Bits = typename C::Bits;
   using Vector [[gnu::vector_size(DIFFMIC_MMD_BYTES)]] = T;
   using BitVector [[gnu::vector_size(DIFFMIC_MMD_BYTES)]] = Bits;
@@ -55,6 +28,8 @@ struct Loops {
   static constexpr std::int64_t kPanel = 2 * kWidth;  // columns side by side in registers
   static constexpr std::int64_t kBlockRows = 6;       // rows of a register block of distances
   static constexpr std::int64_t kSlopeRows = 4;       // and of gradients
+  static constexpr T kRound =
+      T{3} * (Bits{1} << (C::kMantissa - 1));  // adding it rounds to an integer
   static_assert(kTileColumns % kPanel == 0);
   static_assert(kTileRows % kBlockRows == 0 && kTileRows % kSlopeRows == 0);
 
@@ -136,8 +111,8 @@ struct Loops {
   static void Split(Vector z, Vector* power, Vector* part) {
     constexpr T kLog2E = static_cast<T>(1.44269504088896340736);
     const Vector bounded = z > C::kLimit ? Vector{} + C::kLimit : z;
-    const Vector shifted = C::kRound - bounded * kLog2E;
-    const Vector n = shifted - C::kRound;
+    const Vector shifted = kRound - bounded * kLog2E;
+    const Vector n = shifted - kRound;
     const Vector r = (-bounded - n * C::kLn2High) - n * C::kLn2Low;
     BitVector bits;
     __builtin_memcpy(&bits, &shifted, sizeof bits);

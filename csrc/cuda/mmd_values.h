@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "cuda/mmd.h"
+#include "exponential.h"
 
 namespace diffmic::cuda::mmd {
 
@@ -34,31 +35,6 @@ struct Scales {
 };
 
 template <typename T>
-struct Exponential;
-
-template <>
-struct Exponential<float> {
-  using Bits = std::int32_t;
-  static constexpr float kLimit = 87.0f;
-  static constexpr float kLn2High = 0.693359375f;
-  static constexpr float kLn2Low = -2.12194440e-4f;
-  static constexpr int kMantissa = 23;
-  static constexpr Bits kBias = 127;
-  static constexpr int kDegree = 7;
-};
-
-template <>
-struct Exponential<double> {
-  using Bits = std::int64_t;
-  static constexpr double kLimit = 708.0;
-  static constexpr double kLn2High = 6.93147180369123816490e-01;
-  static constexpr double kLn2Low = 1.90821492927058770002e-10;
-  static constexpr int kMantissa = 52;
-  static constexpr Bits kBias = 1023;
-  static constexpr int kDegree = 13;
-};
-
-template <typename T>
 __host__ __device__ constexpr T InverseFactorial(int n) {
   double product = 1;
   for (int i = 2; i <= n; ++i) product *= i;
@@ -71,10 +47,9 @@ struct KernelSums {
   T value = 0;     // of exp(-c D)
   T slope = 0;     // of c exp(-c D)
 
-  // The exponential is expm1: -z = n ln 2 + r, |r| <= ln(2) / 2, a Taylor polynomial p of
-  // expm1(r), and exp(-z) - 1 = 2^n p + (2^n - 1), whose last term is exact. Sums for a
-  // discrepancy are of exp(-z) - 1: the ones cancel, and with them would go most of its digits.
-  // Not-a-number stays one: every comparison with it is false.
+  // By expm1 (exponential.h): sums for a discrepancy are of exp(-z) - 1, for the ones cancel, and
+  // with them would go most of its digits. Not-a-number stays one: every comparison with it is
+  // false.
   __device__ __forceinline__ void Add(T distance, T scale) {
     using E = Exponential<T>;
     constexpr T kLog2E = static_cast<T>(1.44269504088896340736);
