@@ -180,7 +180,6 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) MmdKernel(Problem<T> p
     const Share share = ShareOf(p.weights[side], p.pool.count[side], p.unbiased);
     if (threadIdx.x == 0) shares[side] = share;
   }
-  __syncthreads();
   TileMemory<T>& memory = Memory<T>();
   // In shared memory for want of registers.
   __shared__ Factors<T> factors;

@@ -80,7 +80,8 @@ __device__ Known AtFirst(const Pool<T>& pool) {
 
 // Counts the digits of the pass, of the block's tiles, in shared memory.
 template <bool kShort, typename T>
-__device__ void CountDigits(RowTiles<T>& tiles, int pass, Count known_prefix, unsigned* counts) {
+__device__ void CountDigits(RowTiles<T>& tiles, int pass, Count known_prefix,
+                            unsigned (&counts)[kCounts]) {
   for (int i = threadIdx.x; i < kCounts; i += kThreads) counts[i] = 0;
   __syncthreads();
   const int begin = DigitBegin<T>(pass), end = DigitEnd<T>(pass);
@@ -164,9 +165,8 @@ __device__ void Write(const Known& known, double* median) {
 }
 
 template <typename T>
-__device__ __forceinline__ unsigned* SharedCounts() {
-  return reinterpret_cast<MedianMemory<T>*>(dynamic_shared)->counts;
-}
+__device__ __forceinline__ unsigned (&SharedCounts())
+    [kCounts] { return reinterpret_cast<MedianMemory<T>*>(dynamic_shared)->counts; }
 
 // All passes, by one block.
 template <bool kShort, typename T>
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) PassKernel(Problem<T> 
   Scratch& own = p.scratch[pass];
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) own.known = known;
   RowTiles<T> tiles(p.pool);
-  unsigned* counts = SharedCounts<T>();
+  auto& counts = SharedCounts<T>();
   CountDigits<kShort>(tiles, pass, known.prefix, counts);
   for (int i = threadIdx.x; i < kCounts; i += kThreads) {
     if (counts[i] > 0) atomicAdd(&own.counts[i], Count{counts[i]});

@@ -119,9 +119,7 @@ __global__ void __launch_bounds__(kThreads, 3) CutCropsBackwardKernel(BackwardPr
         least.Add(static_cast<Bits>(of[0]), of[1]);
         fill += static_cast<Number>(BitCast<double>(of[2]));
       }
-    } else {
-      __syncthreads();  // the pixels' own gradients are written
-    }
+    }  // of the plane's only block all threads have met since its pixels' own gradients
     if (fill == 0) continue;
     // No pixel equals a minimum that is not-a-number: all of the plane becomes that.
     const bool nan = least.key == 0;

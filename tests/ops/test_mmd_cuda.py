@@ -11,6 +11,7 @@ from mmd_cases import BANDWIDTHS, TOLERANCE, assert_close, in_a_buffer, rows, va
 from torch import Tensor
 
 from diffmic_fast import _native
+from diffmic_fast.ops import mmd as operations
 from diffmic_fast.ops.mmd import kernel_matrix, mmd
 from diffmic_fast.reference import mmd as reference
 
@@ -77,6 +78,25 @@ def test_kernel_matrix_and_its_gradients(
         assert float((got.cpu().double() - want).abs().max()) <= 10 * error * float(
             want.abs().max()
         )
+
+
+@pytest.mark.parametrize("d", [2, 34])
+def test_blocks_that_take_one_tile_after_another(d: int, backend: str) -> None:
+    """Nine and more tiles of 64 columns, which at most eight blocks share."""
+    x, y = rows(3, d, torch.float32), rows(574, d, torch.float32, seed=1)
+    weight = rows(3, 574, torch.float32, seed=2)
+
+    def both(module: Any, x: Tensor, y: Tensor, weight: Tensor, **how: str) -> list[Tensor]:
+        x = x.clone().requires_grad_()
+        value = module.mmd(x, y, bandwidth=d**0.5, **how)
+        kernel = (module.kernel_matrix(x, y, bandwidth=d**0.5, **how) * weight).sum()
+        gradients = [torch.autograd.grad(result, x)[0] for result in (value, kernel)]
+        return [value.detach(), *gradients]
+
+    expected = both(reference, x.double(), y.double(), weight.double())
+    found = both(operations, *on(backend, x, y, weight), backend=backend)
+    for got, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.cpu().double(), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("which", ["x", "y", "neither"])
