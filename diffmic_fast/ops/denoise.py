@@ -380,55 +380,23 @@ def _launch(
     )
 
 
-@torch.library.custom_op("diffmic_fast::denoise", mutates_args=())
-def _denoise(
-    features: Tensor,
-    prior: Tensor,
-    guidance: Tensor,
-    weights: Sequence[Tensor],
-    eps: Sequence[float],
-    steps: Sequence[Tensor],
-    start: int,
-    noise: Tensor | None,
-    seed: int,
-    image_ids: Tensor | None,
-    sample_ids: Tensor | None,
-    trajectory: bool,
-    precision: str,
-    instructions: str,
-    window: int,
-    tolerance: float,
-    backend: str,
-) -> Tensor:
-    call = _Call(
-        features, prior, guidance, weights, eps, steps, start, noise, seed, image_ids, sample_ids,
-        trajectory, precision, instructions, window, tolerance, backend,
-    )  # fmt: skip
-    return _run(call)
+# The fields of _Call, in their order.
+@torch.library.custom_op(
+    "diffmic_fast::denoise",
+    mutates_args=(),
+    schema="(Tensor features, Tensor prior, Tensor guidance, Tensor[] weights, float[] eps, Tensor[] steps, "
+    "SymInt start, Tensor? noise, SymInt seed, Tensor? image_ids, Tensor? sample_ids, bool trajectory, "
+    "str precision, str instructions, SymInt window, float tolerance, str backend) -> Tensor",
+)
+def _denoise(*call: Any) -> Tensor:
+    return _run(_Call(*call))
 
 
 @_denoise.register_fake
-def _(
-    features: Tensor,
-    prior: Tensor,
-    guidance: Tensor,
-    weights: Sequence[Tensor],
-    eps: Sequence[float],
-    steps: Sequence[Tensor],
-    start: int,
-    noise: Tensor | None,
-    seed: int,
-    image_ids: Tensor | None,
-    sample_ids: Tensor | None,
-    trajectory: bool,
-    precision: str,
-    instructions: str,
-    window: int,
-    tolerance: float,
-    backend: str,
-) -> Tensor:
-    shape = (steps[0].shape[0] + 1, *prior.shape) if trajectory else prior.shape
-    return prior.new_empty(shape)
+def _(*arguments: Any) -> Tensor:
+    call = _Call(*arguments)
+    shape = call.prior.shape
+    return call.prior.new_empty((len(call.steps[0]) + 1, *shape) if call.trajectory else shape)
 
 
 def _check_weights(args: Arguments, weights: DenoiserWeights, steps: StepTable) -> None:
