@@ -55,17 +55,20 @@ _RULES: tuple[tuple[str, str, str], ...] = (
     ("bound", r"(?<=[\w)\]] )>=(?= [\w(-])", ">"),
     ("bound", r"(?<=[\w)\]] )>(?= [\w(-])", ">="),
     ("off by one", r" \+ 1(?=[;)\],<])", " + 2"),
-    ("off by one", r" - 1(?=[;)\],<])", ""),
+    ("off by one", r" - 1(?=[;)\],<])(?!\) / )", ""),
+    # Without its last part. (One part too many is only work for nothing.)
+    ("rounded down", r"\(([\w.]+) \+ (\w+) - 1\) / \2", r"\1 / \2"),
     ("index", r"\[(?=[\w(])([^\[\]]+)\](?! *\{)", r"[(\1) + 1]"),
     ("stride", r"(\b[\w.]*stride\w*)", r"(\1 + 1)"),
     ("lane", r"\b(lane_?)\b(?= [*/%&+])", r"(\1 + 1)"),
     ("sign", r"(?<=[\w)\]]) \+ (?=[\w(])", " - "),
-    ("sign", r"(?<=[\w)\]]) - (?=[\w(])", " + "),
+    ("sign", r"(?<=[\w)\]]) - (?=[\w(])(?!1\) / )", " + "),
     ("operands", r"([\w.\[\]]+) / ([\w.\[\]]+)", r"\2 / \1"),
     ("operands", r"\bselect\((\w+), (\w+), (\w+)\)", r"select(\1, \3, \2)"),
     ("min and max", r"\bmin\(", "max("),
     ("min and max", r"\bmax\(", "min("),
-    ("constant", r"\b(\d+\.\d*)f\b", r"(\1f + 1.0f)"),
+    # Zeros that fill up are multiplied with others or left out: no matter.
+    ("constant", r"(?<!: )(?<!\{)(?<!, )\b(\d+\.\d*)f\b", r"(\1f + 1.0f)"),
     ("condition", r"\bif \((?!constexpr)(.+)\) (?=[\w{+-])", r"if (!(\1)) "),
 )
 # Lines that are no part of what runs on the device, or that cannot compile when changed.
@@ -74,7 +77,7 @@ _LEFT_ALONE = re.compile(
     r"throw |Check\(|\}|public:|private:|LaunchShape|shape\.|launch\.|__launch_bounds__|"
     r"__global__|__device__|__host__|for \(\w+& |"
     # Declarations without a value.
-    r"(const |unsigned |std::|static )*[\w:<>]+\*? [\w *]+(\[\w*\])*(, [\w *]+(\[\w*\])*)*;)"
+    r"(const |unsigned |std::|static )*[\w:<>]+\*? [\w *]+(\[[\w<>]*\])*(, [\w *]+(\[[\w<>]*\])*)*;)"
 )
 
 
