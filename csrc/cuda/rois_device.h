@@ -1,5 +1,5 @@
-// What the kernels of rois share: pixels as their bits, where a crop lies in
-// its image, and the meeting of the blocks of one plane.
+// What the kernels of rois share: pixels as their bits, where a crop lies in its image, and the
+// meeting of the blocks of one plane.
 #ifndef DIFFMIC_CUDA_ROIS_DEVICE_H_
 #define DIFFMIC_CUDA_ROIS_DEVICE_H_
 

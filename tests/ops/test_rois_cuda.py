@@ -120,6 +120,21 @@ def test_planes_of_several_blocks(backend: str, dtype: torch.dtype) -> None:
         assert_same_bits(found, reference.cut_crops(images, origins, (16, 16), "all"))
 
 
+def test_gradient_of_planes_of_several_blocks(backend: str) -> None:
+    """What leaves the image goes to the minimum's pixels, which each block has counted in its part."""
+    images = torch.randint(0, 4, (2, 2, 72, 75)).double().requires_grad_()
+    scratch = _native.cuda(backend).cut_crops_scratch(
+        images.detach().to(device_of(backend)), 3, (16, 16), False, True
+    )
+    assert scratch > 0
+    origins = torch.tensor([[[-3, 5], [64, 70], [9, 16]], [[4, 4], [-20, 0], [7, 66]]])
+    weight = torch.randn(2, 3, 2, 16, 16, dtype=torch.float64)
+    crops = cut_crops(backend, images, origins, (16, 16), "all")
+    expected = reference.cut_crops(images, origins, (16, 16), "all")
+    found, wanted = (torch.autograd.grad(each, images, weight)[0] for each in (crops, expected))
+    torch.testing.assert_close(found, wanted)
+
+
 def test_scratch_memory_that_is_too_small(backend: str) -> None:
     device = device_of(backend)
     images = torch.zeros(1, 1, 200, 200, device=device)
