@@ -24,7 +24,8 @@
 //     3.8 KB, by each of 192 blocks, from the second-level cache: 0.7 MB. 60 operations an element.
 //   backward: these, the gradient of h1, and what is written, 6.2 MB; gradients of labels
 //     another 0.7 MB each way, inside the second-level cache. 110 operations an element.
-// At 3.35 TB/s that is 1.4 and 1.9 us, less than a launch costs. Larger batches are bound by memory.
+// At 3.35 TB/s that is 1.4 and 1.9 us, less than a launch costs. Larger batches are bound by
+// memory.
 #ifndef DIFFMIC_CUDA_CONDITIONING_H_
 #define DIFFMIC_CUDA_CONDITIONING_H_
 
