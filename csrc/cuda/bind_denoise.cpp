@@ -78,7 +78,8 @@ class Arrays {
 denoise::Precision ReadPrecision(const std::string& name) {
   if (name == "fp32") return denoise::Precision::kFloat32;
   if (name == "bf16") return denoise::Precision::kBFloat16;
-  throw py::value_error(Text(kOperation, ": precision must be fp32 or bf16, got ", name));
+  if (name == "fp8") return denoise::Precision::kFloat8;
+  throw py::value_error(Text(kOperation, ": precision must be fp32, bf16 or fp8, got ", name));
 }
 
 void CheckSizes(std::int64_t features, std::int64_t classes) {

@@ -44,6 +44,9 @@ Kernel KernelOf(int row_tiles) {
 
 Kernel KernelOf(int row_tiles, Precision precision) {
   if (precision == Precision::kFloat32) return KernelOf<Float32Product>(row_tiles);
+  if (precision == Precision::kFloat8) {
+    return row_tiles == 8 ? ChainsKernel<Float8Product<8>> : KernelOf<Float8Product>(row_tiles);
+  }
   return row_tiles == 8 ? ChainsKernel<BFloat16Product<8>> : KernelOf<BFloat16Product>(row_tiles);
 }
 
@@ -61,7 +64,7 @@ struct Workspace {
       end += Aligned(bytes);
       return begin;
     };
-    packed = take(PieceIndex(tiles, stages, 2, 0, 0, 0) * kPiece * 16);
+    packed = take(StageIndex(tiles, stages, 2, 0, 0, 0) * StagePieces(precision) * kPiece * 16);
     affine = take(std::int64_t{3} * tiles * kTileUnits * 16);
     parts = take(rows * classes * shape.blocks * 4);
     states = take(rows * classes * 4);
@@ -88,7 +91,7 @@ int Attribute(cudaDeviceAttr which) {
 
 Shape Plan(std::int64_t features, std::int64_t classes, std::int64_t rows, std::int64_t steps,
            std::int64_t window, Precision precision) {
-  const std::int64_t most_tiles = precision == Precision::kBFloat16 ? 8 : 4;
+  const std::int64_t most_tiles = precision == Precision::kFloat32 ? 4 : 8;
   const std::int64_t most_rows =
       std::min(most_tiles * kTileRows, std::max<std::int64_t>(kMostLabels / classes, 1));
   Shape shape{};
@@ -113,7 +116,7 @@ Shape Plan(std::int64_t features, std::int64_t classes, std::int64_t rows, std::
   for (shape.pass_tiles = std::min(block_tiles, kMostPassTiles); shape.pass_tiles > 0;
        --shape.pass_tiles) {
     const std::int64_t stage_bytes =
-        std::int64_t{kWarps} * shape.pass_tiles * kStagePieces * kPiece * 16;
+        std::int64_t{kWarps} * shape.pass_tiles * StagePieces(precision) * kPiece * 16;
     const int passes = (block_tiles + shape.pass_tiles - 1) / shape.pass_tiles;
     const int step_stages = 2 * passes * stages;
     shape.slots = static_cast<int>(std::min<std::int64_t>(memory / stage_bytes, step_stages));

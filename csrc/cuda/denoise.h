@@ -10,7 +10,9 @@
 
 namespace diffmic::cuda::denoise {
 
-enum class Precision { kFloat32, kBFloat16 };
+// Of the two hidden products: weights and activations in float32; both in bfloat16; weights in
+// float8 (e4m3, with one scale a unit) and activations in bfloat16. Sums are float32 always.
+enum class Precision { kFloat32, kBFloat16, kFloat8 };
 
 // A conditional layer as the model holds it; strides in elements, rows of unit stride.
 struct Layer {

@@ -13,7 +13,7 @@ namespace diffmic::cuda::denoise {
 struct KernelArguments {
   int features, classes, unit_tiles, stages, pass_tiles, slots, resident;
   const uint4* packed;
-  const float4* affine;  // [3][16 unit_tiles]: gain, bias, offset (denoise_pack.cu)
+  const float4* affine;  // [3][16 unit_tiles]: gain, bias, offset, scale (denoise_pack.cu)
   Weights weights;
 
   Steps steps;

@@ -58,9 +58,10 @@ class Block {
         barrier_(a.counter),
         ring_(dynamic_shared),
         slots_(reinterpret_cast<uint4*>(dynamic_shared + kActivationRing) +
-               std::int64_t{warp_} * a.slots * a.pass_tiles * kStagePieces * kPiece),
-        chains_(a, dynamic_shared + kActivationRing +
-                       std::int64_t{kWarps} * a.slots * a.pass_tiles * kStagePieces * kPiece * 16),
+               std::int64_t{warp_} * a.slots * a.pass_tiles * Product::kPieces * kPiece),
+        chains_(a,
+                dynamic_shared + kActivationRing +
+                    std::int64_t{kWarps} * a.slots * a.pass_tiles * Product::kPieces * kPiece * 16),
         stream_(a, slots_, first_tile_, tiles_, warp_, lane_) {}
 
   __device__ void Main() {
@@ -93,12 +94,13 @@ class Block {
 
   // ---- layers --------------------------------------------------------------------------------
 
-  // softplus of the conditional layer around `sum`; gain, bias and offset hold BatchNorm.
+  // softplus of the conditional layer around `sum`; gain, bias, offset and scale hold BatchNorm
+  // and what the weights were divided by.
   __device__ float Activate(int layer, int unit, int row, float sum) const {
     const Layer& weights = a_.weights.layers[layer];
     const float4 affine = a_.affine[layer * a_.unit_tiles * kTileUnits + unit];
     const float gamma = weights.gamma[chains_.timestep(row) * weights.gamma_stride + unit];
-    return Softplus(fmaf(gamma * affine.x, sum + affine.y, affine.z));
+    return Softplus(fmaf(gamma * affine.x, fmaf(sum, affine.w, affine.y), affine.z));
   }
 
   // h1 of the block's tiles. A warp makes 16 units of 8 rows at a time, four a lane.
@@ -255,7 +257,7 @@ class Block {
   unsigned char* ring_;
   uint4* slots_;
   Chains chains_;
-  WeightStream stream_;
+  WeightStream<Product::kPieces> stream_;
 };
 
 }  // namespace diffmic::cuda::denoise

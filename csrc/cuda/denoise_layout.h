@@ -2,10 +2,10 @@
 // the partial sums of a block.
 //
 // A product computes units (rows of the weight) of 16, a tile, over batch rows of 8. Its depth is
-// split among the 8 warps of a block, and a warp walks its part in stages of 1024 bytes of weights
-// a tile: 32 columns of bfloat16 or 16 of float32. In a stage every lane owns 2 x 16 bytes of a
-// tile, which it copies to shared memory itself and reads back itself, so that weights need no
-// barrier.
+// split among the 8 warps of a block, and a warp walks its part in stages: 16 columns of float32
+// or 32 of the narrower types, 1024 bytes of weights a tile or, of float8, 512. In a stage every
+// lane owns two pieces of 16 bytes of a tile, or one, which it copies to shared memory itself and
+// reads back itself, so that weights need no barrier.
 #ifndef DIFFMIC_CUDA_DENOISE_LAYOUT_H_
 #define DIFFMIC_CUDA_DENOISE_LAYOUT_H_
 
@@ -23,11 +23,14 @@ inline constexpr int kTileUnits = 16;
 inline constexpr int kTileRows = 8;
 inline constexpr int kMostPassTiles = 4;
 inline constexpr int kPiece = 32;             // 16 bytes a lane: what a warp copies at once
-inline constexpr int kStagePieces = 2;        // of weights, a tile
 inline constexpr int kActivationBytes = 512;  // of a stage, 8 rows
 
 __host__ __device__ constexpr int StageDepth(Precision precision) {
-  return precision == Precision::kBFloat16 ? 32 : 16;
+  return precision == Precision::kFloat32 ? 16 : 32;
+}
+// Pieces of a tile's weights in a stage.
+__host__ __device__ constexpr int StagePieces(Precision precision) {
+  return precision == Precision::kFloat8 ? 1 : 2;
 }
 __host__ __device__ constexpr int UnitTiles(std::int64_t features) {
   return static_cast<int>((features + kTileUnits - 1) / kTileUnits);
@@ -42,10 +45,9 @@ __host__ __device__ constexpr int Stages(std::int64_t features, Precision precis
 __host__ __device__ constexpr int Ahead(int row_tiles) { return row_tiles < 8 ? 4 : 2; }
 
 // The packed weights are pieces of 32 x 16 bytes in the order [product][tile][warp][stage][piece].
-__host__ __device__ constexpr std::int64_t PieceIndex(int unit_tiles, int stages, int product,
+__host__ __device__ constexpr std::int64_t StageIndex(int unit_tiles, int stages, int product,
                                                       int tile, int warp, int stage) {
-  return (((std::int64_t{product} * unit_tiles + tile) * kWarps + warp) * stages + stage) *
-         kStagePieces;
+  return ((std::int64_t{product} * unit_tiles + tile) * kWarps + warp) * stages + stage;
 }
 
 // The sums of a tile over 8 rows, by one warp: 16 units of 8 rows each, in this order. It is chosen

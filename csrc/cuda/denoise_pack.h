@@ -9,9 +9,10 @@
 
 namespace diffmic::cuda::denoise {
 
-// Writes both hidden weights to `packed` (denoise_layout.h), and gain, bias and offset of every
-// unit of the three layers to `affine` [3, 16 UnitTiles]: a layer is then
-//   softplus(gamma_t gain (sum + bias) + offset).
+// Writes both hidden weights to `packed` (denoise_layout.h), and gain, bias, offset and scale of
+// every unit of the three layers to `affine` [3, 16 UnitTiles]: a layer is then
+//   softplus(gamma_t gain (sum scale + bias) + offset)
+// where scale is 1 but for float8.
 void PackWeights(const Weights& weights, Precision precision, uint4* packed, float4* affine,
                  cudaStream_t stream);
 

@@ -13,11 +13,59 @@
 
 namespace diffmic::cuda::denoise {
 
-// bfloat16 weights and activations, float32 sums, by the tensor cores: the weights are the operand
-// of 16 rows, so that as few as 8 batch rows fill an instruction.
-template <int kRowTiles>
-struct BFloat16Product {
-  static constexpr Precision kPrecision = Precision::kBFloat16;
+// A tile's weights of a stage as two operands of MmaBf16, from this lane's 16 bytes of the tile's
+// first piece.
+struct BFloat16Weights {
+  static constexpr int kPieces = StagePieces(Precision::kBFloat16);
+
+  __device__ static void Read(const uint4* weights, std::uint32_t (&a)[2][4]) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const uint4 words = weights[k * kPiece];
+      a[k][0] = words.x;
+      a[k][1] = words.y;
+      a[k][2] = words.z;
+      a[k][3] = words.w;
+    }
+  }
+};
+
+// e4m3 as bfloat16, exactly. Its bits, sign, 4 of exponent, 3 of mantissa, in the same places of a
+// bfloat16 are the number times 2^-120, the subnormal ones too: the exponents' biases are 7 and
+// 127. A word holds two pairs, one in its even bytes, one in its odd ones. (Both of its
+// not-a-numbers would come out as 480: packing makes none.)
+struct Float8Weights {
+  static constexpr int kPieces = StagePieces(Precision::kFloat8);
+
+  __device__ static void Read(const uint4* weights, std::uint32_t (&a)[2][4]) {
+    const uint4 words = *weights;
+    Widen(words.x, a[0][0], a[0][1]);
+    Widen(words.y, a[0][2], a[0][3]);
+    Widen(words.z, a[1][0], a[1][1]);
+    Widen(words.w, a[1][2], a[1][3]);
+  }
+
+ private:
+  __device__ static void Widen(std::uint32_t word, std::uint32_t& even, std::uint32_t& odd) {
+    constexpr std::uint32_t kSigns = 0x80008000u, kNumbers = 0x07F007F0u;
+    even = Times120(((word << 8) & kSigns) | ((word << 4) & kNumbers));
+    odd = Times120((word & kSigns) | ((word >> 4) & kNumbers));
+  }
+
+  // Both bfloat16 of a word times 2^120.
+  __device__ static std::uint32_t Times120(std::uint32_t pair) {
+    constexpr std::uint32_t kFactors = 0x7B807B80u;
+    const __nv_bfloat162 product = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&pair),
+                                           *reinterpret_cast<const __nv_bfloat162*>(&kFactors));
+    return *reinterpret_cast<const std::uint32_t*>(&product);
+  }
+};
+
+// bfloat16 activations, float32 sums, by the tensor cores: the weights are the operand of 16 rows,
+// so that as few as 8 batch rows fill an instruction.
+template <class Weights, int kRowTiles>
+struct TensorProduct {
+  static constexpr int kPieces = Weights::kPieces;
   static constexpr bool kReadsOthersCopies = false;  // a lane reads what it has copied itself
   static constexpr int kRows = kRowTiles;
 
@@ -35,23 +83,15 @@ struct BFloat16Product {
   // other by row tile.
   __device__ void Multiply(const uint4* weights, const unsigned char* activations, int tiles,
                            int lane) {
-    std::uint32_t a[kMostPassTiles][kStagePieces][4];
+    std::uint32_t a[kMostPassTiles][2][4];
 #pragma unroll
     for (int i = 0; i < kMostPassTiles; ++i) {
-      if (i >= tiles) continue;
-#pragma unroll
-      for (int piece = 0; piece < kStagePieces; ++piece) {
-        const uint4 words = weights[(i * kStagePieces + piece) * kPiece];
-        a[i][piece][0] = words.x;
-        a[i][piece][1] = words.y;
-        a[i][piece][2] = words.z;
-        a[i][piece][3] = words.w;
-      }
+      if (i < tiles) Weights::Read(weights + i * kPieces * kPiece, a[i]);
     }
 #pragma unroll
     for (int j = 0; j < kRowTiles; ++j) {
       const uint4 words = reinterpret_cast<const uint4*>(activations + j * kActivationBytes)[lane];
-      const std::uint32_t b[kStagePieces][2] = {{words.x, words.y}, {words.z, words.w}};
+      const std::uint32_t b[2][2] = {{words.x, words.y}, {words.z, words.w}};
 #pragma unroll
       for (int i = 0; i < kMostPassTiles; ++i) {
         if (i >= tiles) continue;
@@ -94,11 +134,16 @@ struct BFloat16Product {
   }
 };
 
+template <int kRowTiles>
+using BFloat16Product = TensorProduct<BFloat16Weights, kRowTiles>;
+template <int kRowTiles>
+using Float8Product = TensorProduct<Float8Weights, kRowTiles>;
+
 // float32 throughout, one rounding a multiply-add. Lane 2u + half owns unit u and half of a stage's
 // columns, for all rows; the halves are added at the end.
 template <int kRowTiles>
 struct Float32Product {
-  static constexpr Precision kPrecision = Precision::kFloat32;
+  static constexpr int kPieces = StagePieces(Precision::kFloat32);
   static constexpr bool kReadsOthersCopies = true;  // activations of all lanes of the warp
   static constexpr int kRows = kRowTiles;
 
@@ -117,12 +162,12 @@ struct Float32Product {
     // Activations are [column][row]; all lanes of a half read the same 16 bytes at once.
     const auto* rows = reinterpret_cast<const float4*>(activations) + (lane & 1) * 8 * 2;
 #pragma unroll
-    for (int piece = 0; piece < kStagePieces; ++piece) {
+    for (int piece = 0; piece < kPieces; ++piece) {
       float w[kMostPassTiles][4];
 #pragma unroll
       for (int i = 0; i < kMostPassTiles; ++i) {
         if (i >= tiles) continue;
-        const uint4 words = weights[(i * kStagePieces + piece) * kPiece];
+        const uint4 words = weights[(i * kPieces + piece) * kPiece];
         w[i][0] = __uint_as_float(words.x);
         w[i][1] = __uint_as_float(words.y);
         w[i][2] = __uint_as_float(words.z);

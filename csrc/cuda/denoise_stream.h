@@ -16,6 +16,8 @@
 
 namespace diffmic::cuda::denoise {
 
+// kPieces: StagePieces of the weights.
+template <int kPieces>
 class WeightStream {
  public:
   __device__ WeightStream(const KernelArguments& a, uint4* slots, int first_tile, int tiles,
@@ -61,7 +63,7 @@ class WeightStream {
 
  private:
   __device__ uint4* Slot(int slot) const {
-    return slots_ + static_cast<std::int64_t>(slot) * a_.pass_tiles * kStagePieces * kPiece;
+    return slots_ + static_cast<std::int64_t>(slot) * a_.pass_tiles * kPieces * kPiece;
   }
 
   // A stage that is not resident, after the one before.
@@ -82,12 +84,12 @@ class WeightStream {
       const int tile = first_tile_ + pass * a_.pass_tiles + i;
       const uint4* from =
           a_.packed +
-          (PieceIndex(a_.unit_tiles, a_.stages, product, tile, warp_, rest - pass * a_.stages) *
-           kPiece) +
+          StageIndex(a_.unit_tiles, a_.stages, product, tile, warp_, rest - pass * a_.stages) *
+              kPieces * kPiece +
           lane_;
 #pragma unroll
-      for (int piece = 0; piece < kStagePieces; ++piece) {
-        CopyAsync16(to + (i * kStagePieces + piece) * kPiece, from + piece * kPiece);
+      for (int piece = 0; piece < kPieces; ++piece) {
+        CopyAsync16(to + (i * kPieces + piece) * kPiece, from + piece * kPiece);
       }
     }
   }

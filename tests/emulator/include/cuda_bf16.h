@@ -33,5 +33,12 @@ EMULATED float __bfloat162float(__nv_bfloat16 value) {
 EMULATED __nv_bfloat162 __floats2bfloat162_rn(float low, float high) {
   return {__float2bfloat16_rn(low), __float2bfloat16_rn(high)};
 }
+// A product of two bfloat16 is exact in float.
+EMULATED __nv_bfloat16 __hmul(__nv_bfloat16 a, __nv_bfloat16 b) {
+  return __float2bfloat16_rn(__bfloat162float(a) * __bfloat162float(b));
+}
+EMULATED __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {__hmul(a.x, b.x), __hmul(a.y, b.y)};
+}
 
 #endif  // DIFFMIC_EMULATOR_CUDA_BF16_H_

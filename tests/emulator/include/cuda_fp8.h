@@ -1,0 +1,30 @@
+// Stands in for CUDA's header of this name: the conversion of a float to e4m3, to nearest even.
+#ifndef DIFFMIC_EMULATOR_CUDA_FP8_H_
+#define DIFFMIC_EMULATOR_CUDA_FP8_H_
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "cuda_runtime.h"
+
+using __nv_fp8_storage_t = std::uint8_t;
+enum __nv_saturation_t { __NV_SATFINITE };
+enum __nv_fp8_interpretation_t { __NV_E4M3 };
+
+// What is beyond 448 becomes 448 in size; not-a-number stays it.
+EMULATED __nv_fp8_storage_t __nv_cvt_float_to_fp8(float value, __nv_saturation_t,
+                                                  __nv_fp8_interpretation_t) {
+  const auto sign = static_cast<std::uint8_t>(std::signbit(value) ? 0x80 : 0);
+  if (std::isnan(value)) return sign | 0x7F;
+  const float size = std::min(std::fabs(value), 448.0f);
+  // Numbers are multiples of 2^-9 below 2^-6, and have four binary digits from there on.
+  int exponent = 0;
+  std::frexp(size, &exponent);
+  exponent = std::max(exponent, -5);
+  const auto digits = static_cast<int>(std::nearbyint(std::ldexp(size, 4 - exponent)));
+  // The leading digit, where it is there, and a 16 that rounding made carry into the exponent.
+  return static_cast<std::uint8_t>(sign | (((exponent + 5) << 3) + digits));
+}
+
+#endif  // DIFFMIC_EMULATOR_CUDA_FP8_H_
