@@ -32,6 +32,7 @@ struct PackArguments {
 };
 
 constexpr float kLargestFloat8 = 448.0f;
+constexpr float kLargestFloat = 3.40282347e38f;
 
 __device__ float At(const Matrix& weight, std::int64_t features, std::int64_t unit,
                     std::int64_t column) {
@@ -54,7 +55,7 @@ __device__ std::uint32_t Quarter(const Matrix& weight, std::int64_t features, st
   for (int i = 0; i < 4; ++i) {
     const float number = At(weight, features, unit + i % 2 * 8, column + i / 2);
     // A unit that is not finite has a scale that is not-a-number, which alone shall tell of it.
-    const float scaled = isnan(scale[i % 2]) ? 0.0f : __fdiv_rn(number, scale[i % 2]);
+    const float scaled = scale[i % 2] > 0.0f ? __fdiv_rn(number, scale[i % 2]) : 0.0f;
     const std::uint32_t bits = __nv_cvt_float_to_fp8(scaled, __NV_SATFINITE, __NV_E4M3);
     word |= bits << (8 * i);
   }
@@ -134,7 +135,7 @@ __global__ void ScaleUnits(const Matrix first, const Matrix second, std::int64_t
   bool finite = true;
   for (std::int64_t column = threadIdx.x % 32; column < features; column += 32) {
     const float number = At(weight, features, unit, column);
-    finite = finite && isfinite(number);
+    finite = finite && fabsf(number) <= kLargestFloat;
     largest = fmaxf(largest, fabsf(number));
   }
   largest = WarpReduce(largest, [](float a, float b) { return fmaxf(a, b); });
