@@ -21,7 +21,7 @@ from diffmic_fast import _native
 from diffmic_fast.diffusion import make_schedule, make_steps
 from diffmic_fast.models import ConditionalModel
 from diffmic_fast.models.encoders import ImageEncoder
-from diffmic_fast.ops.denoise import PRECISIONS, denoise
+from diffmic_fast.ops.denoise import PRECISIONS_OF, denoise
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.reference.denoise import DenoiserWeights, StepTable, chain, predict_noise
 
@@ -32,6 +32,7 @@ STEPS = (10, 30, 100, 300, T)
 TOLERANCE = 1e-5  # of states, where windows of steps may have one
 _LARGEST_PUBLISHED = 32  # rows; an encoder pass a step
 _READ, _MULTIPLY = "limit: reading the weights", "limit: multiply-adds"
+PRECISIONS = PRECISIONS_OF["cpu"]
 _BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a hidden weight
 # A size a compilation; more than this many, and torch.compile would quietly stop compiling.
 torch._dynamo.config.recompile_limit = 4 * len(ROWS)

@@ -24,7 +24,7 @@ from diffmic_fast.reference.denoise import DenoiserWeights, StepTable, chain, pr
 
 ROWS = (1, 8, 32, 64)
 STEPS = 100
-PRECISIONS = {"fp32": 4, "bf16": 2}  # bytes of a hidden weight
+PRECISIONS = {"fp32": 4, "bf16": 2, "fp8": 1}  # bytes of a hidden weight
 _READ, _MULTIPLY = "limit: reading the weights", "limit: multiply-adds, bf16"
 _SIDE = 4096  # of the matrices whose product is timed
 
@@ -52,12 +52,13 @@ def _over_rows(device: str, rows: int, steps: int) -> Setup:
         _READ: partial(_read, device, steps),
         "published way, one step": partial(_published_step, device, rows),
     }
-    limits = {"fp32": {_READ: 1.0}, "bf16": {_READ: 0.5}}
+    limits = {"fp32": {_READ: 1.0}, "bf16": {_READ: 0.5}, "fp8": {_READ: 0.25}}
     if device == "cuda":
         peers["hoisted, compiled"] = partial(_compiled, device, rows, steps)
         peers["hoisted, CUDA graph"] = partial(_graphed, device, rows, steps)
         peers[_MULTIPLY] = partial(_multiply, device)
-        limits["bf16"][_MULTIPLY] = 2 * FEATURES**2 * rows * steps / _SIDE**3
+        for name in ("bf16", "fp8"):  # whose products are the same
+            limits[name][_MULTIPLY] = 2 * FEATURES**2 * rows * steps / _SIDE**3
     return Setup(
         f"chain, {steps} steps, {rows} rows, F = {FEATURES}, on {device}",
         peers,

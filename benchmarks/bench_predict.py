@@ -21,9 +21,10 @@ from benchmarks.harness import Maker, Setup
 from diffmic_fast import DiffMIC, DiffMICConfig
 from diffmic_fast.diffusion import make_steps
 from diffmic_fast.models import inference
-from diffmic_fast.ops.denoise import PRECISIONS, denoise
+from diffmic_fast.ops.denoise import PRECISIONS_OF, denoise
 
 IMAGES, SIDE, STEPS = 32, 224, 60
+PRECISIONS = PRECISIONS_OF["cpu"]
 _PUBLISHED = "published way"
 _PARTS = (f"{_PUBLISHED}, one guidance pass", f"{_PUBLISHED}, one step")
 

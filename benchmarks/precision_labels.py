@@ -25,7 +25,7 @@ from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.models import DiffMIC
 from diffmic_fast.models.inference import bfloat16_obstacle
-from diffmic_fast.ops.denoise import PRECISIONS
+from diffmic_fast.ops.denoise import PRECISIONS_OF
 from diffmic_fast.training.checkpoint import NAME, load_model, read_checkpoint
 from diffmic_fast.training.config import RunConfig
 from diffmic_fast.training.evaluate import Method
@@ -87,7 +87,7 @@ def agreements(
     samples: int = 1,
     seed: int = 0,
     batch_size: int = 32,
-    precisions: tuple[str, ...] = PRECISIONS,
+    precisions: tuple[str, ...] = PRECISIONS_OF["cpu"],
 ) -> list[Agreement]:
     """Every precision but the first, which is float32, against it, on the same noise."""
     rows: dict[str, list[Tensor]] = {precision: [] for precision in precisions}

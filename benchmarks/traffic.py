@@ -106,18 +106,21 @@ def _count(title: str, least: int, kernels: dict[str, dict[str, int]]) -> Count:
 # ---- denoise -----------------------------------------------------------------------------------
 
 
-def denoise_bytes(features: int, classes: int, rows: int, blocks: int) -> dict[str, int]:
-    """Bytes of a step in bfloat16, each counted once a step whatever reads it again from a cache.
+def denoise_bytes(
+    features: int, classes: int, rows: int, blocks: int, precision: str = "bf16"
+) -> dict[str, int]:
+    """Bytes of a step, each counted once a step whatever reads it again from a cache.
 
     Args:
         features: F, a multiple of 256.
         classes: C.
         rows: M, one of 8, 16, 32, 64.
         blocks: of the launch.
+        precision: bf16, or fp8, whose activations are bfloat16 too.
     """
     f = features
     return {
-        "hidden weights": 2 * f * f * 2,
+        "hidden weights": 2 * f * f * (1 if precision == "fp8" else 2),
         "first and last weights": f * 2 * classes * 4 + classes * f * 4,
         "features": rows * f * 4,
         "gamma of the timestep": 3 * f * 4,
@@ -145,14 +148,16 @@ def _weights(features: int, classes: int) -> DenoiserWeights:
     )
 
 
-def denoise_step(features: int, classes: int, rows: int, blocks: int) -> dict[str, dict[str, int]]:
+def denoise_step(
+    features: int, classes: int, rows: int, blocks: int, precision: str = "bf16"
+) -> dict[str, dict[str, int]]:
     """Counters of a chain of one step."""
     weights, inputs = _weights(features, classes), torch.randn(rows, features)
     labels = torch.rand(rows, classes)
     steps = make_steps(make_schedule("linear", T), "ddim", 1)
     return counted(
-        lambda: denoise(inputs, labels, labels, weights, steps, backend=BACKEND, precision="bf16",
-                        window=1),
+        lambda: denoise(inputs, labels, labels, weights, steps, backend=BACKEND,
+                        precision=precision, window=1),
         multiprocessors=blocks,
     )  # fmt: skip
 

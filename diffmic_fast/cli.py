@@ -68,9 +68,9 @@ def _model_options() -> argparse.ArgumentParser:
     options.add_argument("--samples", type=_positive, help="chains an image (default: config's)")
     options.add_argument("--seed", type=int, help="seed of the noise (default: config's)")
     options.add_argument(
-        "--precision", choices=("fp32", "bf16", "int8"), default="fp32",
-        help="of the chain; bf16 of the convolutions too, where the device has such instructions "
-        "(default: fp32)",
+        "--precision", choices=("fp32", "bf16", "fp8", "int8"), default="fp32",
+        help="of the chain: int8 on a CPU, fp8 on a GPU, the others on both; bf16 of the convolutions too, "
+        "where the device has such instructions (default: fp32)",
     )  # fmt: skip
     options.add_argument(
         "--compile", action="store_true",
@@ -349,6 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(error: Exception) -> int:
     """Print an error that a user can act on as one line; others keep their traceback."""
+    from diffmic_fast.ops._backend import BackendError
     from diffmic_fast.training.interruption import Interrupted
     from diffmic_fast.training.trainer import TrainingError
 
@@ -358,7 +359,7 @@ def _report(error: Exception) -> int:
     if isinstance(error, (TrainingError, FloatingPointError)):
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
-    if isinstance(error, (ValueError, TypeError, OSError)):
+    if isinstance(error, (BackendError, ValueError, TypeError, OSError)):
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
     raise error

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from diffmic_fast import _native
 from diffmic_fast.diffusion import make_schedule
+from diffmic_fast.ops.denoise import PRECISIONS_OF
 from diffmic_fast.reference import denoise as reference
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.reference.denoise import DenoiserWeights, StepTable
 
 INSTRUCTIONS = _native.extension().denoise_instructions()
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = PRECISIONS_OF["cpu"]
 T = 40
 SCHEDULE = make_schedule("linear", T, 1e-3, 0.1)
 
@@ -78,8 +79,11 @@ def to_bfloat16(t: Tensor) -> Tensor:
     return t.float().bfloat16().double()
 
 
-def one_rounded_step(inputs, weights, steps: StepTable, noise: Tensor, rounded) -> Tensor:
-    """The definition's chain of one step in float64, `rounded` applied to what the hidden layers multiply."""
+def one_rounded_step(
+    inputs, weights, steps: StepTable, noise: Tensor, rounded, rounded_weight=None
+) -> Tensor:
+    """The definition's chain of one step in float64, `rounded` applied to what the hidden layers multiply, and to the
+    weights `rounded_weight` where it is given."""
     x, prior, guidance = (t.double() for t in inputs)
     w, t = as_double(weights), steps.timesteps
     y = prior + noise[0].double()
@@ -87,7 +91,7 @@ def one_rounded_step(inputs, weights, steps: StepTable, noise: Tensor, rounded) 
         torch.cat((y, guidance), dim=1), w.conditioning, t, eps=w.eps[0]
     )
     for layer, eps in zip(w.hidden, w.eps[1:], strict=True):
-        layer = layer._replace(weight=rounded(layer.weight))
+        layer = layer._replace(weight=(rounded_weight or rounded)(layer.weight))
         h = reference.conditional_linear(rounded(h), layer, t, eps=eps)
     noise_found = h @ w.output_weight.T + w.output_bias
     s, q = float(steps.sqrt_alpha_bar[0]), float(steps.sqrt_one_minus_alpha_bar[0])

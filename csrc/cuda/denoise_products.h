@@ -63,9 +63,9 @@ struct Float8Weights {
 
 // bfloat16 activations, float32 sums, by the tensor cores: the weights are the operand of 16 rows,
 // so that as few as 8 batch rows fill an instruction.
-template <class Weights, int kRowTiles>
+template <class Format, int kRowTiles>
 struct TensorProduct {
-  static constexpr int kPieces = Weights::kPieces;
+  static constexpr int kPieces = Format::kPieces;
   static constexpr bool kReadsOthersCopies = false;  // a lane reads what it has copied itself
   static constexpr int kRows = kRowTiles;
 
@@ -86,7 +86,7 @@ struct TensorProduct {
     std::uint32_t a[kMostPassTiles][2][4];
 #pragma unroll
     for (int i = 0; i < kMostPassTiles; ++i) {
-      if (i < tiles) Weights::Read(weights + i * kPieces * kPiece, a[i]);
+      if (i < tiles) Format::Read(weights + i * kPieces * kPiece, a[i]);
     }
 #pragma unroll
     for (int j = 0; j < kRowTiles; ++j) {

@@ -19,6 +19,7 @@ from diffmic_fast.models.encoders import evaluation_mode
 from diffmic_fast.models.guidance import DCG, GuidanceDetail
 from diffmic_fast.models.image_ids import image_ids
 from diffmic_fast.models.inference import inference
+from diffmic_fast.ops._backend import BackendError
 from diffmic_fast.ops.denoise import PRECISIONS, StepTable, denoise
 from diffmic_fast.ops.mmd import mmd
 from diffmic_fast.reference.denoise import chain
@@ -267,7 +268,7 @@ class DiffMIC(nn.Module):
 
         Raises:
             ValueError, TypeError: arguments that do not fit, named; images that are not finite, by their index.
-            RuntimeError: a precision other than "fp32" cannot be served here; says why.
+            BackendError: a precision other than "fp32" cannot be served here; says why.
             FloatingPointError: the model's result for an image is not finite.
         """
         images = self._check_images("DiffMIC.predict", images)
@@ -360,7 +361,7 @@ class DiffMIC(nn.Module):
                 precision=precision,
             )
         if precision != "fp32":
-            raise RuntimeError(
+            raise BackendError(
                 f"DiffMIC.predict: precision={precision!r} cannot be served: a layer of the denoiser was replaced or "
                 "carries a hook, so the chain runs through the layers themselves"
             )

@@ -18,6 +18,11 @@ import torch
 
 from diffmic_fast import _native
 
+
+class BackendError(RuntimeError):
+    """What was asked for by name, a backend or a precision, cannot serve here; the message says why."""
+
+
 BACKENDS = ("reference", "cpu", "cuda", "triton", "cuda-emulated")
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
@@ -45,7 +50,7 @@ def resolve(operation: str, backend: str, device: torch.device) -> str:
 
     Raises:
         ValueError: the name is none of these.
-        RuntimeError: the backend was asked for by name and cannot serve; says why.
+        BackendError: the backend was asked for by name and cannot serve; says why.
     """
     name, remark = decide(operation, backend, device)
     if remark and remark not in _said:
@@ -149,7 +154,7 @@ def _slower(operation: str, reason: str) -> str:
 def _require(operation: str, backend: str, device: torch.device, *, asked_by: str) -> None:
     reason = unavailable(operation, backend, device)
     if reason:
-        raise RuntimeError(f"{operation}: {asked_by} cannot serve: {reason}")
+        raise BackendError(f"{operation}: {asked_by} cannot serve: {reason}")
 
 
 def _check_name(operation: str, backend: str, argument: str) -> None:

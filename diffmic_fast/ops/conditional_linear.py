@@ -38,7 +38,7 @@ def conditional_linear(
 
     Raises:
         ValueError, TypeError: arguments that do not fit, named.
-        RuntimeError: the backend asked for cannot serve.
+        BackendError: the backend asked for cannot serve; a RuntimeError.
     """
     args = Arguments("conditional_linear")
     args.floating("h", h, "B in", "S B in")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffmic_fast import _native
 from diffmic_fast.checks import Arguments
-from diffmic_fast.ops._backend import asked_by_name, resolve, stream_of
+from diffmic_fast.ops._backend import BackendError, asked_by_name, resolve, stream_of
 from diffmic_fast.ops._layout import compact, with_unit_rows
 from diffmic_fast.ops.conditional_linear import check_layer
 from diffmic_fast.reference import conditioning as reference
@@ -53,7 +53,7 @@ def conditioning(
 
     Raises:
         ValueError, TypeError: arguments that do not fit, named.
-        RuntimeError: the backend asked for cannot serve.
+        BackendError: the backend asked for cannot serve; a RuntimeError.
     """
     args = Arguments("conditioning")
     args.floating("x", x, "B out")
@@ -83,7 +83,7 @@ def _choose(backend: str, tensors: Sequence[Tensor]) -> str:
     if name == "reference" or all(tensor.dtype == torch.float32 for tensor in tensors):
         return name
     if asked_by_name("conditioning", backend):
-        raise RuntimeError(
+        raise BackendError(
             f"conditioning: the backend {name} cannot serve: it takes float32 tensors, got "
             + ", ".join(sorted({str(tensor.dtype) for tensor in tensors}))
         )

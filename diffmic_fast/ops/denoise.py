@@ -13,13 +13,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from diffmic_fast import _native
 from diffmic_fast.checks import Arguments
-from diffmic_fast.ops._backend import asked_by_name, resolve, stream_of
+from diffmic_fast.ops._backend import BackendError, asked_by_name, resolve, stream_of
 from diffmic_fast.ops._layout import compact, with_unit_rows
 from diffmic_fast.ops.conditional_linear import check_layer
 from diffmic_fast.reference import denoise as reference
 from diffmic_fast.reference.denoise import DenoiserWeights, StepTable
 
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = ("fp32", "bf16", "fp8", "int8")
+# What each backend has of them.
+PRECISIONS_OF = {
+    "reference": ("fp32",),
+    "cpu": ("fp32", "bf16", "int8"),
+    "cuda": ("fp32", "bf16", "fp8"),
+    "cuda-emulated": ("fp32", "bf16", "fp8"),
+}
 
 # More rows keep the processor busy by themselves; a shorter chain is over before its window has grown.
 _FEW_ROWS, _MANY_STEPS = 4, 50
@@ -33,7 +40,7 @@ _READINGS_A_LAUNCH = 64
 _MOST_CUDA_FEATURES, _MOST_CUDA_CLASSES = 65536, 512
 _MOST_SAMPLE = 2**32 - 1
 
-__all__ = ["PRECISIONS", "DenoiserWeights", "StepTable", "denoise"]
+__all__ = ["PRECISIONS", "PRECISIONS_OF", "DenoiserWeights", "StepTable", "denoise"]
 
 
 def denoise(
@@ -74,10 +81,12 @@ def denoise(
         image_ids, sample_ids: [M] int64, the row's image and sample (default 0 … M-1, and 0).
         trajectory: return every state instead of the last.
         precision: "fp32" (IEEE float32 throughout); "bf16": weights and activations of the two hidden layers in
-            bfloat16, sums and everything else in float32; or "int8": they are whole numbers in [-127, 127] times a
-            step, the 127th part of the largest of a unit's weights or of a row's activations, everything else in
-            float32. What a rounding changes in labels and probabilities: `python -m benchmarks.precision_labels`.
-            The backend "cpu" has them all, "cuda" the first two, "reference" the first.
+            bfloat16, sums and everything else in float32; "fp8", backend "cuda": the same with weights in float8
+            (e4m3) times a step, the 448th part of the largest of a unit's weights; a unit with a weight that is not
+            finite is not-a-number whole; or "int8", backend "cpu": weights and activations are whole numbers in
+            [-127, 127] times a step, the 127th part of the largest of a unit's weights or of a row's activations,
+            everything else in float32. `PRECISIONS_OF` lists what each backend has. What a rounding changes in labels
+            and probabilities: `python -m benchmarks.precision_labels`.
         backend: a backend's name, or "auto", which takes the reference where a gradient is wanted or a tensor is not
             float32, and on a GPU beyond 512 classes or 65536 features.
         instructions: the instruction set of the backend "cpu" ("avx512_bf16", "avx512", "avx2", "portable"), or "auto"
@@ -91,10 +100,10 @@ def denoise(
         tolerance: how far a state of a chain may still move, from one reading of the weights to the next, when the
             steps of a window are taken as settled; backends "cpu" and "cuda". More than 0, it gives up the bits of the
             sequential chain, and that a row does not depend on the number of rows, for fewer readings: y_0 then
-            differs from the sequential chain's by about the tolerance in "fp32", and in "bf16", where a rounding may
-            tip over, by up to 1e-4 (measured: 9e-5 over 1000 steps at 1e-5); "int8" takes none. The window is then
-            taken as it is, up to 192 rows of a reading (default: what makes 16 rows of the chains, 8 in "bf16", on a
-            GPU 32, if there are enough steps).
+            differs from the sequential chain's by about the tolerance in "fp32", and in "bf16" and "fp8", where a
+            rounding may tip over, by up to 1e-4 (measured in "bf16": 9e-5 over 1000 steps at 1e-5); "int8" takes none.
+            The window is then taken as it is, up to 192 rows of a reading (default: what makes 16 rows of the chains,
+            8 in "bf16", on a GPU 32, if there are enough steps).
         progress: called with (steps done, steps in all) every tenth of a second or so; blocks of 192 rows go through
             the chain one after the other (on a GPU, of up to 64), and their steps are counted together. Backends
             "cpu" and "cuda", where a call without it returns before the chain is done, and one with it does not. An
@@ -105,7 +114,7 @@ def denoise(
 
     Raises:
         ValueError, TypeError: arguments that do not fit, named.
-        RuntimeError: the backend asked for cannot serve.
+        BackendError: the backend or the precision asked for cannot serve; a RuntimeError.
     """
     args = Arguments("denoise")
     args.floating("features", features, "M F")
@@ -220,20 +229,20 @@ def _choose(
     if name != "reference":
         reason = _unserved(name, [t for t in (*inputs, *_flat(weights)) if t is not None])
         if reason and asked_by_name("denoise", backend):
-            raise RuntimeError(f"denoise: the backend {name} cannot serve: {reason}")
+            raise BackendError(f"denoise: the backend {name} cannot serve: {reason}")
         if reason:
             name = "reference"
-    if precision not in _PRECISIONS_OF.get(name, ("fp32",)) or (
-        instructions != "auto" and name != "cpu"
-    ):
-        raise RuntimeError(
-            f"denoise: precision={precision!r}, instructions={instructions!r} need the backend cpu, "
-            f"and this call is served by {name}{': ' + reason if reason else ''}"
+    served_by = f"this call is served by {name}{': ' + reason if reason else ''}"
+    if precision not in PRECISIONS_OF[name]:
+        having = ", ".join(each for each, some in PRECISIONS_OF.items() if precision in some)
+        raise BackendError(
+            f"denoise: precision={precision!r} needs a backend that has it ({having}), and {served_by}"
+        )
+    if instructions != "auto" and name != "cpu":
+        raise BackendError(
+            f"denoise: instructions={instructions!r} need the backend cpu, and {served_by}"
         )
     return name
-
-
-_PRECISIONS_OF = {"cpu": PRECISIONS, "cuda": ("fp32", "bf16"), "cuda-emulated": ("fp32", "bf16")}
 
 
 def _unserved(backend: str, tensors: list[Tensor]) -> str:

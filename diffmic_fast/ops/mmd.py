@@ -67,7 +67,7 @@ def mmd(
         ValueError, TypeError: arguments that do not fit, named; bandwidth="median" where half of all
             pairs of rows or more are equal, and weights that leave no pair (both make the result of
             the CUDA kernels not-a-number instead).
-        RuntimeError: the backend asked for cannot serve.
+        BackendError: the backend asked for cannot serve; a RuntimeError.
     """
     _check("mmd", x, y)
     scales = _scales("mmd", x, bandwidth)
@@ -123,7 +123,7 @@ def kernel_matrix(
         [n, m] of that dtype, differentiable in both; twice only by the reference.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as in `mmd`.
+        ValueError, TypeError, BackendError: as in `mmd`.
     """
     operation = "mmd.kernel_matrix"
     _check(operation, x, y)

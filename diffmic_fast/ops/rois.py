@@ -47,7 +47,7 @@ def choose_windows(
     Raises:
         ValueError, TypeError: arguments that do not fit, named; saliency that is not finite, with
             the image's number (the CUDA kernels give that image cells of -1 instead).
-        RuntimeError: the backend asked for cannot serve.
+        BackendError: the backend asked for cannot serve; a RuntimeError.
     """
     operation = "rois.choose_windows"
     Arguments(operation).tensor("saliency", saliency, "B C h w")
@@ -81,7 +81,7 @@ def cut_crops(
 
     Raises:
         ValueError, TypeError: arguments that do not fit, named.
-        RuntimeError: the backend asked for cannot serve.
+        BackendError: the backend asked for cannot serve; a RuntimeError.
     """
     operation = "rois.cut_crops"
     args = Arguments(operation)
@@ -116,7 +116,7 @@ def rois(
     Raises:
         ValueError, TypeError: arguments that do not fit, named; saliency that is not finite, with
             the image's number (the CUDA kernels mark that image's results instead).
-        RuntimeError: the backend asked for cannot serve.
+        BackendError: the backend asked for cannot serve; a RuntimeError.
     """
     args = Arguments("rois")
     args.tensor("saliency", saliency, "B C h w")

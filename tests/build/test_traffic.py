@@ -30,12 +30,13 @@ def traffic() -> Iterator[Any]:
         sys.path.remove(str(SOURCE))
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
 @pytest.mark.parametrize(("features", "rows", "blocks"), [(256, 8, 4), (512, 32, 8), (256, 64, 4)])
-def test_denoise_reads_its_weights_once_a_step(traffic, features, rows, blocks) -> None:
+def test_denoise_reads_its_weights_once_a_step(traffic, features, rows, blocks, precision) -> None:
     classes = 5
-    kernels = traffic.denoise_step(features, classes, rows, blocks)
+    kernels = traffic.denoise_step(features, classes, rows, blocks, precision)
     (found,) = (kernel for name, kernel in kernels.items() if name.startswith("Chains"))
-    formula = traffic.denoise_bytes(features, classes, rows, blocks)
+    formula = traffic.denoise_bytes(features, classes, rows, blocks, precision)
     activations = 2 * rows * features * 2  # of both products, bfloat16
     assert found["copy_bytes"] == formula["hidden weights"] + blocks * activations
     touched = found["load_unique_bytes"] + found["store_unique_bytes"]

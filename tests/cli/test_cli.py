@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffmic_fast.cli import main
+from diffmic_fast.cli import main, make_parser
+from diffmic_fast.ops.denoise import PRECISIONS
 
 CONFIG = """
 seed: 3
@@ -158,6 +159,19 @@ def test_bad_input_is_one_clear_line(work, tmp_path, capsys):
     (bad / "cut.png").write_bytes(broken.read_bytes()[:300])
     (tmp_path / "bad" / "light" / "1.png").write_bytes(broken.read_bytes())
     one_error(capsys, ["evaluate", run, "--set", f"data.test_table={tmp_path / 'bad'}"], "cut.png")
+
+
+def test_a_precision_that_is_not_served_here_is_one_clear_line(work, capsys):
+    one_error(capsys, ["predict", str(work / "run"), str(work / "images/test/light"),
+                       "--device", "cpu", "--precision", "fp8"],
+              "precision='fp8' needs a backend that has it (cuda, cuda-emulated)", "served by")  # fmt: skip
+
+
+def test_precisions_are_those_of_the_chain():
+    commands = next(a for a in make_parser()._actions if isinstance(a.choices, dict)).choices
+    for name in ("predict", "evaluate"):
+        (option,) = (a for a in commands[name]._actions if "--precision" in a.option_strings)
+        assert option.choices == PRECISIONS
 
 
 def test_debug_shows_the_traceback(work):

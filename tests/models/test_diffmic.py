@@ -127,7 +127,9 @@ def test_precision_of_the_chain(model, images):
     coarse = model.predict(images, precision="bf16", **arguments).samples
     assert not torch.equal(coarse, plain)
     torch.testing.assert_close(coarse, plain, rtol=0.1, atol=0.1)
-    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, int8, got 'int4'"):
+    with pytest.raises(
+        ValueError, match="precision must be one of fp32, bf16, fp8, int8, got 'int4'"
+    ):
         model.predict(images, precision="int4", **arguments)
     handle = model.denoiser.lin2.register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match=r"precision='bf16' cannot be served.*hook"):

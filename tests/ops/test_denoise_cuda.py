@@ -20,7 +20,7 @@ from torch import Tensor
 from diffmic_fast import _native
 from diffmic_fast.diffusion import make_steps
 from diffmic_fast.ops import denoise as ops
-from diffmic_fast.ops.denoise import denoise
+from diffmic_fast.ops.denoise import PRECISIONS_OF, denoise
 from diffmic_fast.reference import denoise as reference
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.reference.denoise import DenoiserWeights
@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = PRECISIONS_OF["cuda"]
 SAMPLERS = [("ddpm", None, 0.0), ("ddpm_truncated", 5, 0.0), ("ddim", 6, 0.5)]
 
 
@@ -104,21 +104,65 @@ def test_depth_that_fills_every_place_under_way(backend) -> None:
     assert float((found.cpu() - expected).abs().max()) < 1e-5
 
 
+def to_float8(weight: Tensor) -> Tensor:
+    """What the weights of each unit become: e4m3 times the 448th part of the largest."""
+    scale = weight.float().abs().amax(dim=1, keepdim=True) / 448
+    scale[scale == 0] = 1.0
+    return (weight.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()
+
+
+@pytest.mark.parametrize(("precision", "of_weights"), [("bf16", to_bfloat16), ("fp8", to_float8)])
 @pytest.mark.parametrize(("rows", "features"), [(9, 300), (40, 70), (1, 129)])
-def test_weights_and_activations_are_rounded_and_nothing_else(backend, rows, features) -> None:
+def test_weights_and_activations_are_rounded_and_nothing_else(
+    backend, rows, features, precision, of_weights
+) -> None:
     """Against float64 with the same roundings at the same places."""
     classes = 5
     weights, inputs = make_weights(features, classes), make_inputs(rows, features, classes)
     steps = make_steps(SCHEDULE, "ddpm_truncated", 1)
     noise = torch.randn(1, rows, classes, generator=torch.Generator().manual_seed(1))
-    expected = one_rounded_step(inputs, weights, steps, noise, to_bfloat16)
+    expected = one_rounded_step(inputs, weights, steps, noise, to_bfloat16, of_weights)
     there, inputs = case(backend, rows, features, classes)
     noise = noise.to(inputs[0].device)
-    found = denoise(*inputs, there, steps, noise=noise, backend=backend, precision="bf16").cpu()
+    found = denoise(*inputs, there, steps, noise=noise, backend=backend, precision=precision).cpu()
     plain = denoise(*inputs, there, steps, noise=noise, backend=backend).cpu()
     error = (found - expected).square().mean().sqrt()
     assert float((plain - expected).square().mean().sqrt()) > 5 * float(error)
     assert float(error) < 1e-4
+
+
+def test_float8_of_every_magnitude(backend) -> None:
+    """Weights that are subnormal in e4m3 or vanish in it, units of zeros and of tiny numbers."""
+    rows, features, classes = 9, 70, 4
+    weights, inputs = case(backend, rows, features, classes)
+    for seed, layer in enumerate(weights.hidden):
+        g = torch.Generator().manual_seed(seed)
+        layer.weight.mul_(
+            2.0 ** -torch.randint(0, 21, (features, features), generator=g).to(layer.weight.device)
+        )
+        layer.weight[3] = 0.0
+        layer.weight[5].mul_(1e-40)
+        layer.weight[16].mul_(1e20)
+        layer.norm_weight[16] *= 1e-20
+    steps = make_steps(SCHEDULE, "ddpm_truncated", 1)
+    noise = torch.randn(1, rows, classes, generator=torch.Generator().manual_seed(1))
+    there = tuple(t.cpu() for t in inputs)
+    expected = one_rounded_step(
+        there, to(torch.device("cpu"), weights), steps, noise, to_bfloat16, to_float8
+    )
+    found = denoise(
+        *inputs, weights, steps, noise=noise.to(inputs[0].device), backend=backend, precision="fp8"
+    )
+    assert float((found.cpu() - expected).square().mean().sqrt()) < 1e-4
+
+
+@pytest.mark.parametrize("broken", [float("inf"), -float("inf"), float("nan")])
+def test_float8_of_a_weight_that_is_not_finite(backend, broken) -> None:
+    """Every row and class shows it."""
+    weights, inputs = case(backend, 3, 20, 4)
+    weights.hidden[1].weight[17, 18] = broken
+    steps = make_steps(SCHEDULE, "ddim", 2)
+    assert denoise(*inputs, weights, steps, backend=backend, precision="fp8").isnan().all()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -159,20 +203,21 @@ def test_every_schedule_gives_the_same_bits(backend, precision) -> None:
     assert all(torch.equal(each, found[0]) for each in found)
     expected = reference.denoise(*inputs, weights, steps, seed=1)
     torch.testing.assert_close(
-        found[0], expected, rtol=0, atol=1e-4 if precision == "fp32" else 2e-2
+        found[0], expected, rtol=0, atol={"fp32": 1e-4, "bf16": 2e-2, "fp8": 0.1}[precision]
     )
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_windows_keep_the_bits(backend, sampler, rows) -> None:
+def test_windows_keep_the_bits(backend, sampler, rows, precision) -> None:
     weights, inputs = case(backend, rows, 40, 3)
     steps = make_steps(SCHEDULE, *sampler)
 
     def run(window: int, tolerance: float = 0.0) -> Tensor:
         return denoise(
             *inputs, weights, steps, seed=7, backend=backend, window=window, tolerance=tolerance,
-            trajectory=True,
+            trajectory=True, precision=precision,
         )  # fmt: skip
 
     one_by_one = run(1)
@@ -238,7 +283,10 @@ def test_progress_is_told_and_stops_the_chain(backend, monkeypatch) -> None:
 def test_what_the_kernel_does_not_take_is_said(backend) -> None:
     weights, inputs = case(backend, 2, 20, 3)
     steps = make_steps(SCHEDULE, "ddim", 2)
-    with pytest.raises(RuntimeError, match=r"precision='int8'.*served by " + backend):
+    with pytest.raises(
+        RuntimeError,
+        match=r"precision='int8' needs a backend that has it \(cpu\).*served by " + backend,
+    ):
         denoise(*inputs, weights, steps, backend=backend, precision="int8")
     with pytest.raises(RuntimeError, match="instructions='avx2'"):
         denoise(*inputs, weights, steps, backend=backend, instructions="avx2")
@@ -262,5 +310,5 @@ def test_the_extension_checks_what_it_is_given(backend) -> None:
     module = _native.cuda(backend)
     with pytest.raises(ValueError, match="features must be 1 to 65536 and classes 1 to 512"):
         module.denoise_workspace(0, 3, 1, 1, 1, "fp32", 0)
-    with pytest.raises(ValueError, match="precision must be fp32 or bf16, got fp16"):
+    with pytest.raises(ValueError, match="precision must be fp32, bf16 or fp8, got fp16"):
         module.denoise_workspace(20, 3, 1, 1, 1, "fp16", 0)

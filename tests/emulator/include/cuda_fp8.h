@@ -19,9 +19,7 @@ EMULATED __nv_fp8_storage_t __nv_cvt_float_to_fp8(float value, __nv_saturation_t
   if (std::isnan(value)) return sign | 0x7F;
   const float size = std::min(std::fabs(value), 448.0f);
   // Numbers are multiples of 2^-9 below 2^-6, and have four binary digits from there on.
-  int exponent = 0;
-  std::frexp(size, &exponent);
-  exponent = std::max(exponent, -5);
+  const int exponent = size < 0x1p-6f ? -5 : std::ilogb(size) + 1;
   const auto digits = static_cast<int>(std::nearbyint(std::ldexp(size, 4 - exponent)));
   // The leading digit, where it is there, and a 16 that rounding made carry into the exponent.
   return static_cast<std::uint8_t>(sign | (((exponent + 5) << 3) + digits));
