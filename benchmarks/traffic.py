@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.harness import RESULTS
 from diffmic_fast import _native
 from diffmic_fast.diffusion import make_schedule, make_steps
-from diffmic_fast.ops.conditioning import conditioning
+from diffmic_fast.ops.conditioning import conditioning, noised_conditioning
 from diffmic_fast.ops.denoise import denoise
 from diffmic_fast.ops.mmd import mmd
 from diffmic_fast.ops.rois import choose_windows, cut_crops
@@ -197,7 +197,7 @@ def _conditioning() -> Iterator[Count]:
         torch.randn(features, 2 * classes), torch.randn(features), torch.rand(T + 1, features),
         *(torch.rand(features) for _ in range(4)),
     )  # fmt: skip
-    timesteps = torch.arange(rows) % (T + 1)
+    timesteps = torch.arange(rows) % T
     for training in (False, True):
         kernels = counted(
             lambda training=training: conditioning(
@@ -209,6 +209,15 @@ def _conditioning() -> Iterator[Count]:
         least = _bytes(x, labels, guidance, *used, timesteps) + outputs
         way = "training" if training else "eval"
         yield _count(f"conditioning, {way}, S = 3, B = {rows}, F = {features}", least, kernels)
+    # The last is the training's: noise and noisy labels are written and not read.
+    y_0, tables = labels[0].clone(), (torch.rand(T), torch.rand(T))
+    kernels = counted(
+        lambda: noised_conditioning(
+            x, y_0, guidance, layer, timesteps, *tables, training=True, backend=BACKEND
+        )
+    )
+    least += _bytes(2 * y_0, *tables)
+    yield _count(f"conditioning, noise made, S = 3, B = {rows}, F = {features}", least, kernels)
 
 
 def _mmd() -> Iterator[Count]:

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "bind_noising.h"
 #include "bindings.h"
 #include "cpu/conditioning.h"
 #include "tensor_view.h"
@@ -177,7 +178,8 @@ void Forward(py::handle x, py::handle y_t, py::handle guidance, py::handle times
              const py::sequence& layer, py::handle running_mean_array, py::handle running_var_array,
              bool training, double momentum, double eps, py::handle statistics_array,
              py::handle updated_mean_array, py::handle updated_var_array, py::handle out_array,
-             int threads, const std::string& isa) {
+             py::handle noising_arrays, int threads, const std::string& isa) {
+  const NoisingArrays noising(kOperation, noising_arrays, y_t, x, guidance, Place::kHost);
   const Inputs in(x, y_t, guidance, timesteps, layer, eps, training);
   const auto running_mean = Compact(running_mean_array, "running_mean", {in.features});
   const auto running_var = Compact(running_var_array, "running_var", {in.features});
@@ -196,8 +198,8 @@ void Forward(py::handle x, py::handle y_t, py::handle guidance, py::handle times
       Optional(updated, updated_mean_array, "updated_mean", {in.features}),
       Optional(updated, updated_var_array, "updated_var", {in.features}), momentum};
   const py::gil_scoped_release release;
-  kernel::Forward(in.layer, in.batch, running, options, statistics.mutable_data_as<float>(),
-                  out.mutable_data_as<float>());
+  kernel::Forward(in.layer, in.batch, noising.noising(), running, options,
+                  statistics.mutable_data_as<float>(), out.mutable_data_as<float>());
 }
 
 void Backward(py::handle grad_array, py::handle x, py::handle y_t, py::handle guidance,
@@ -246,10 +248,13 @@ void BindConditioning(py::module_& m) {
   m.def("conditioning", &Forward, arg("x"), arg("y_t"), arg("guidance"), arg("timesteps"),
         arg("layer"), arg("running_mean"), arg("running_var"), arg("training"), arg("momentum"),
         arg("eps"), arg("statistics"), arg("updated_mean"), arg("updated_var"), arg("out"),
-        arg("threads") = 1, arg("isa") = "auto",
+        arg("noising") = py::none(), arg("threads") = 1, arg("isa") = "auto",
         "Write x * softplus(BN(gamma_t * (W [y_t ; guidance] + b))) into out, what normalised into "
         "statistics [2, S or 1, F], and in training the running statistics that follow into "
-        "updated_mean and updated_var. layer: weight, bias, gamma, norm_weight, norm_bias.");
+        "updated_mean and updated_var. layer: weight, bias, gamma, norm_weight, norm_bias. "
+        "noising, where y_t is to be made and written: y_0, sqrt_alpha_bar, "
+        "sqrt_one_minus_alpha_bar, noise or None, seed, image_ids, sample_ids, and for noise that "
+        "is None the memory of what is drawn.");
   m.def("conditioning_backward", &Backward, arg("grad"), arg("x"), arg("y_t"), arg("guidance"),
         arg("timesteps"), arg("layer"), arg("statistics"), arg("training"), arg("eps"),
         arg("gradients"), arg("threads") = 1, arg("isa") = "auto",

@@ -57,6 +57,25 @@ def make_inputs(rows: int, features: int, classes: int, seed: int = 0) -> tuple[
     return wide[:, 1:-2], labels[0], labels[1]
 
 
+def weights_on(device: torch.device, weights: DenoiserWeights) -> DenoiserWeights:
+    """The weights there, each in memory as strided as before."""
+
+    def move(t: Tensor) -> Tensor:
+        if t.ndim < 2 or t.device == device:
+            return t.to(device)
+        wide = torch.full((t.shape[0], t.shape[1] + 3), float("nan"), device=device)
+        wide[:, 1:-2] = t
+        return wide[:, 1:-2]
+
+    layers = [
+        ConditionalLayer(*map(move, layer)) for layer in (weights.conditioning, *weights.hidden)
+    ]
+    return DenoiserWeights(
+        layers[0], (layers[1], layers[2]), move(weights.output_weight), move(weights.output_bias),
+        weights.eps,
+    )  # fmt: skip
+
+
 def as_double(weights: DenoiserWeights) -> DenoiserWeights:
     return DenoiserWeights(
         ConditionalLayer(*(t.double() for t in weights.conditioning)),

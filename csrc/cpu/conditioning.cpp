@@ -62,6 +62,27 @@ class Prepared {
   std::vector<float*> gamma_gradient_;
 };
 
+void MakeLabels(const Layer& layer, const Batch& batch, const Noising& noising) {
+  const std::int64_t classes = layer.classes;
+  for (std::int64_t b = 0; b < batch.rows; ++b) {
+    const Mixture mixture = MixtureOf(noising, batch.timesteps[b * batch.timestep_stride]);
+    const float* y_0 = noising.y_0 + b * noising.y_0_stride[0];
+    for (std::int64_t block = 0; 4 * block < classes; ++block) {
+      const philox::Normals noise = NoiseOf(noising, b, block, classes);
+      for (std::int64_t c = 4 * block; c < std::min(4 * block + 4, classes); ++c) {
+        const float z = noise.z[c % 4];
+        if (noising.drawn != nullptr) noising.drawn[b * classes + c] = z;
+        for (std::int64_t s = 0; s < batch.streams; ++s) {
+          const auto& stride = batch.guidance.stride;
+          const float prior = batch.guidance.data[s * stride[0] + b * stride[1] + c * stride[2]];
+          noising.y[(s * batch.rows + b) * classes + c] =
+              NoisyLabel(mixture, y_0[c * noising.y_0_stride[1]], prior, z);
+        }
+      }
+    }
+  }
+}
+
 // A thread's scratch, begun at a line of the cache.
 class Scratch {
  public:
@@ -123,8 +144,9 @@ void WriteLabels(const Call& call, std::int64_t shares, const float* sums,
 
 std::int64_t StatisticsStreams(const Batch& batch) { return batch.training ? batch.streams : 1; }
 
-void Forward(const Layer& layer, const Batch& batch, const Running& running, const Options& options,
-             float* statistics, float* out) {
+void Forward(const Layer& layer, const Batch& batch, const Noising& noising, const Running& running,
+             const Options& options, float* statistics, float* out) {
+  if (noising.y_0 != nullptr) MakeLabels(layer, batch, noising);
   const Prepared prepared(layer, batch, nullptr);
   const Call& call = prepared.call();
   const Shares shares(layer.features);

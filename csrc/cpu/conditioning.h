@@ -32,6 +32,8 @@
 #include <string>
 #include <vector>
 
+#include "noising.h"
+
 namespace diffmic::cpu::conditioning {
 
 struct Kernels;
@@ -88,9 +90,10 @@ struct Options {
   int threads;
 };
 
-// out [S, B, F] and statistics, compact.
-void Forward(const Layer& layer, const Batch& batch, const Running& running, const Options& options,
-             float* statistics, float* out);
+// out [S, B, F] and statistics, compact. With a noising the labels batch.y are made first, from the
+// guidance as prior, into memory that noising.y and batch.y both are.
+void Forward(const Layer& layer, const Batch& batch, const Noising& noising, const Running& running,
+             const Options& options, float* statistics, float* out);
 
 // Gradients, compact, or NULL where not wanted. That of gamma holds zeros before.
 struct Gradients {

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "bind_noising.h"
 #include "cuda/bindings.h"
 #include "cuda/conditioning.h"
 #include "cuda/error.h"
@@ -175,7 +176,8 @@ void Forward(py::handle x, py::handle y_t, py::handle guidance, py::handle times
              const py::sequence& layer, py::handle running_mean, py::handle running_var,
              bool training, double momentum, double eps, py::handle statistics_array,
              py::handle updated_mean, py::handle updated_var, py::handle out_array,
-             std::uintptr_t stream) {
+             py::handle noising_arrays, std::uintptr_t stream) {
+  const NoisingArrays noising(kOperation, noising_arrays, y_t, x, guidance, Place::kDevice);
   Inputs in(x, y_t, guidance, timesteps, layer, eps, training);
   if (training == updated_mean.is_none() || training == updated_var.is_none()) {
     throw py::value_error(
@@ -191,7 +193,8 @@ void Forward(py::handle x, py::handle y_t, py::handle guidance, py::handle times
       in.Written(statistics_array, "statistics", {2, kernel::StatisticsStreams(in.batch), f});
   const py::gil_scoped_release release;
   const DeviceGuard guard(kOperation, in.device());
-  kernel::Forward(in.layer, in.batch, running, statistics, out, AsStream(stream));
+  kernel::Forward(in.layer, in.batch, noising.noising(), running, statistics, out,
+                  AsStream(stream));
 }
 
 void Backward(py::handle grad_array, py::handle x, py::handle y_t, py::handle guidance,
@@ -238,11 +241,12 @@ void BindConditioning(py::module_& m) {
   m.def("conditioning", &Forward, arg("x"), arg("y_t"), arg("guidance"), arg("timesteps"),
         arg("layer"), arg("running_mean"), arg("running_var"), arg("training"), arg("momentum"),
         arg("eps"), arg("statistics"), arg("updated_mean"), arg("updated_var"), arg("out"),
-        arg("stream"),
+        arg("noising"), arg("stream"),
         "Write x * softplus(BN(gamma_t * (W [y_t ; guidance] + b))) into out, what normalised into "
         "statistics [2, S or 1, F], and in training the running statistics that follow into "
-        "updated_mean and updated_var. layer: weight, bias, gamma, norm_weight, norm_bias. A "
-        "timestep that gamma does not have makes its row not-a-number.");
+        "updated_mean and updated_var. layer: weight, bias, gamma, norm_weight, norm_bias. "
+        "noising: as in the CPU's. A timestep that gamma or the schedule does not have, or a "
+        "sample beyond 32 bits, makes its row not-a-number.");
   m.def("conditioning_workspace", &kernel::LabelSums, arg("features"), arg("streams"), arg("rows"),
         arg("classes"),
         "Elements of workspace, float32 scratch memory that conditioning_backward needs where the "

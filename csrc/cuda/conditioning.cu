@@ -158,8 +158,9 @@ __device__ void Activate(const Call& call, const Position<kVector>& place, const
 }
 
 // A block: slice blockIdx.x, tiles blockIdx.y, blockIdx.y + gridDim.y, ... With kMoments it has all
-// tiles; with both, all rows are one.
-template <bool kVector, bool kMoments, bool kActivate>
+// tiles; with kActivate too, all rows are one. kNoised is a kernel of its own for its registers,
+// which would cost the others resident warps.
+template <bool kVector, bool kMoments, bool kActivate, bool kNoised>
 __global__ void __launch_bounds__(kThreads, 2)
     ForwardKernel(const Call call, const Running running, const Statistics statistics, float* out) {
   const Position<kVector> place(call.layer);
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (std::int64_t first = begin; first < call.batch.rows; first += step) {
     const std::int64_t left = call.batch.rows - first;
     const int n = static_cast<int>(left < call.tile_rows ? left : call.tile_rows);
-    Products(call, place, shared, first, n, first == begin);
+    Products<kVector, kNoised>(call, place, shared, first, n, first == begin);
     Scale(call, place, shared, n);
     if constexpr (kMoments) Moments(call, place, shared, first, n);
     if constexpr (kMoments && kActivate) {
@@ -204,19 +205,23 @@ void Start(const Call& call, const Running& running, const Statistics& statistic
            unsigned tiles, cudaStream_t stream) {
   const LaunchShape shape{
       {Slices(call.layer), tiles, 1}, {kThreads, 1, 1}, Bytes(call, call.tile_rows, false), stream};
-  const auto kernel = AllAligned(call, out) ? ForwardKernel<true, kMoments, kActivate>
-                                            : ForwardKernel<false, kMoments, kActivate>;
+  const bool aligned = AllAligned(call, out);
+  const auto kernel = call.noising.y_0 == nullptr
+                          ? (aligned ? ForwardKernel<true, kMoments, kActivate, false>
+                                     : ForwardKernel<false, kMoments, kActivate, false>)
+                          : (aligned ? ForwardKernel<true, kMoments, kActivate, true>
+                                     : ForwardKernel<false, kMoments, kActivate, true>);
   Launch(kOperation, kernel, shape, call, running, statistics, out);
 }
 
 }  // namespace
 
-void Forward(const Layer& layer, const Batch& batch, const Running& running, float* statistics,
-             float* out, cudaStream_t stream) {
+void Forward(const Layer& layer, const Batch& batch, const Noising& noising, const Running& running,
+             float* statistics, float* out, cudaStream_t stream) {
   Running behind = running;  // each launch goes on from the running statistics of the one before
   float* const variances = statistics + StatisticsStreams(batch) * layer.features;
   for (std::int64_t first = 0; first < batch.streams; first += kStreams) {
-    Call call = Prepare(layer, batch, first);
+    Call call = Prepare(layer, batch, noising, first);
     const std::int64_t stride = batch.training ? layer.features : 0;
     const Statistics part{statistics + first * stride, variances + first * stride, stride};
     float* const to = out + first * batch.rows * layer.features;
@@ -230,6 +235,7 @@ void Forward(const Layer& layer, const Batch& batch, const Running& running, flo
       behind.mean = running.updated_mean;
       behind.variance = running.updated_variance;
       if (batch.rows <= call.tile_rows) continue;
+      call.noising = Noising{};  // that kernel has made the labels
     }
     call.tile_rows = std::min(TileRows(call, false), kOwnTileRows);
     const std::int64_t tiles = (batch.rows + call.tile_rows - 1) / call.tile_rows;

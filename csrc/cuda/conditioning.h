@@ -14,6 +14,9 @@
 //             mode); else the block goes through its tiles twice, first for the sums over rows
 //             that the batch statistics give back. Gradients of labels are sums over all units:
 //             each block leaves its own in `label_sums`, and a second kernel adds them up.
+// Noisy labels may be made here too (noising.h): by each block for its own use, and by those of the
+// first slice to be kept. It is one more float64 Philox and Box-Muller a block for what else were a
+// launch or several, and a trip to memory.
 // All sums have one order, whatever the alignment and the device: results have the same bits in
 // each run, and in eval mode a row has them in any batch.
 //
@@ -32,6 +35,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+
+#include "noising.h"
 
 namespace diffmic::cuda::conditioning {
 
@@ -84,9 +89,10 @@ inline std::int64_t StatisticsStreams(const Batch& batch) {
   return batch.training ? batch.streams : 1;
 }
 
-// out [S, B, F] and statistics, compact.
-void Forward(const Layer& layer, const Batch& batch, const Running& running, float* statistics,
-             float* out, cudaStream_t stream);
+// out [S, B, F] and statistics, compact. With a noising the labels batch.y are made from the
+// guidance as prior, into memory that noising.y and batch.y both are.
+void Forward(const Layer& layer, const Batch& batch, const Noising& noising, const Running& running,
+             float* statistics, float* out, cudaStream_t stream);
 
 // Gradients, compact, or NULL where not wanted. That of gamma holds zeros before.
 struct Gradients {

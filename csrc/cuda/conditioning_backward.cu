@@ -292,7 +292,7 @@ __device__ void Contract(const Call& call, const Descent& descent, const Shared&
     if (inputs > kInputs) {  // else all are there since Products
       __syncthreads();
       ReadWeights(call, shared, from, count);
-      ReadLabels(call, shared, first, n, from, count);
+      ReadLabels<false>(call, shared, first, n, from, count);
       __syncthreads();
     }
     if (weights) AddWeightGradient(call, descent.to, shared, rows, from, count, add);
@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (std::int64_t first = 0; first == 0 || first < batch.rows; first += call.tile_rows) {
       const std::int64_t left = batch.rows - first;
       const int n = static_cast<int>(left < call.tile_rows ? left : call.tile_rows);
-      Products(call, place, shared, first, n, fresh);
+      Products<kVector, false>(call, place, shared, first, n, fresh);
       fresh = false;
       Descend(call, descent, place, shared, first, n, last != descent.twice);
       if (sum) AddSums(call, place, shared, n);
@@ -397,7 +397,7 @@ void Backward(const Layer& layer, const Batch& batch, const float* grad,
   const bool scaled = labels || gradients.weight != nullptr || gradients.bias != nullptr ||
                       gradients.gamma != nullptr;
   for (std::int64_t first = 0; first < batch.streams; first += kStreams) {
-    Call call = Prepare(layer, batch, first);
+    Call call = Prepare(layer, batch, Noising{}, first);
     call.tile_rows = TileRows(call, true);
     const std::int64_t stride = batch.training ? layer.features : 0;
     const std::int64_t label_offset = first * batch.rows * layer.classes;

@@ -34,6 +34,7 @@ inline constexpr std::size_t kSharedBytes = 99 * 1024;
 struct Call {
   Layer layer;
   Batch batch;
+  Noising noising;
   int tile_rows;  // rows in shared memory at a time
   int width;      // labels of a row there, a multiple of 4
   bool add;       // not the first launch of a call: sums over the streams add to what is there
@@ -249,31 +250,63 @@ inline __device__ void ReadWeights(const Call& call, const Shared& shared, std::
   }
 }
 
-// The same inputs of rows [first, first + n) of all streams.
-inline __device__ void ReadLabels(const Call& call, const Shared& shared, std::int64_t first, int n,
+// The noisy labels [from, from + count) of rows [first, first + n) of all streams; `from` is a
+// multiple of 4. A thread makes the noise of four classes and what it is for in every stream.
+inline __device__ void MakeLabels(const Call& call, const Shared& shared, std::int64_t first, int n,
                                   std::int64_t from, int count) {
+  const Batch& batch = call.batch;
+  const Noising& noising = call.noising;
+  const std::int64_t classes = call.layer.classes;
+  const int width = static_cast<int>(classes < from + count ? classes - from : count);
+  const int blocks = width > 0 ? (width + 3) / 4 : 0;
+  for (int i = static_cast<int>(threadIdx.x); i < n * blocks; i += kThreads) {
+    const int b = i / blocks, block = i % blocks;
+    const std::int64_t row = first + b;
+    const Mixture mixture = MixtureOf(noising, batch.timesteps[row * batch.timestep_stride]);
+    const philox::Normals noise = NoiseOf(noising, row, from / 4 + block, classes);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int c = 4 * block + k;
+      if (c >= width) break;
+      const float y_0 =
+          noising.y_0[row * noising.y_0_stride[0] + (from + c) * noising.y_0_stride[1]];
+      const std::int64_t at = row * classes + from + c;
+      if (blockIdx.x == 0 && noising.drawn != nullptr) noising.drawn[at] = noise.z[k];
+      for (int s = 0; s < static_cast<int>(batch.streams); ++s) {
+        const Labels& prior = batch.guidance;
+        const float y = NoisyLabel(
+            mixture, y_0,
+            prior.data[s * prior.stride[0] + row * prior.stride[1] + (from + c) * prior.stride[2]],
+            noise.z[k]);
+        shared.labels[(s * n + b) * call.width + c] = y;
+        if (blockIdx.x == 0) noising.y[s * batch.rows * classes + at] = y;
+      }
+    }
+  }
+}
+
+// The same inputs of rows [first, first + n) of all streams. kNoised: the noisy labels are made.
+template <bool kNoised>
+__device__ void ReadLabels(const Call& call, const Shared& shared, std::int64_t first, int n,
+                           std::int64_t from, int count) {
   const Batch& batch = call.batch;
   const std::int64_t classes = call.layer.classes;
   const int rows = static_cast<int>(batch.streams) * n;
-  const int thread = static_cast<int>(threadIdx.x);
-  for (int half = 0; half < 2; ++half) {
-    const Labels& labels = half == 0 ? batch.y : batch.guidance;
-    const std::int64_t begin = half * classes, end = begin + classes;
-    const int low = static_cast<int>((begin > from ? begin : from) - from);
-    const std::int64_t high = (end < from + count ? end : from + count) - from;
-    const int width = high > low ? static_cast<int>(high) - low : 0;
-    for (int i = thread; i < rows * width; i += kThreads) {
-      const int row = i / width, c = i % width + low;
-      shared.labels[row * call.width + c] =
-          labels.data[row / n * labels.stride[0] + (first + row % n) * labels.stride[1] +
-                      (from + c - begin) * labels.stride[2]];
-    }
-  }
   const int columns = LabelColumns(call.layer, from, count);
-  for (int row = thread; row < rows; row += kThreads) {
-    float* to = shared.labels + row * call.width;
-    if (columns < count) to[columns] = 1.0f;
-    for (int c = count; c < (count + 3) / 4 * 4; ++c) to[c] = 0.0f;
+  const int width = (count + 3) / 4 * 4;
+  if constexpr (kNoised) MakeLabels(call, shared, first, n, from, count);
+  // What is no label is written in its turn, so that a warp's writes lie side by side.
+  for (int i = static_cast<int>(threadIdx.x); i < rows * width; i += kThreads) {
+    const int row = i / width, c = i % width;
+    float value = c == columns && columns < count ? 1.0f : 0.0f;
+    if (c < columns) {
+      const bool noisy = from + c < classes;
+      if (kNoised && noisy) continue;
+      const Labels& labels = noisy ? batch.y : batch.guidance;
+      value = labels.data[row / n * labels.stride[0] + (first + row % n) * labels.stride[1] +
+                          (from + c - (noisy ? 0 : classes)) * labels.stride[2]];
+    }
+    shared.labels[row * call.width + c] = value;
   }
 }
 
@@ -282,7 +315,7 @@ inline __device__ void ReadLabels(const Call& call, const Shared& shared, std::i
 // products = W l + bias of the tile's rows, the inputs added up in their order. Begins and ends
 // with what the tile before it has left in shared memory out of use; other threads' rows are not
 // read.
-template <bool kVector>
+template <bool kVector, bool kNoised>
 __device__ void Products(const Call& call, const Position<kVector>& place, const Shared& shared,
                          std::int64_t first, int n, bool fresh) {
   constexpr int kTogether = 3;  // streams that a weight is read for at a time
@@ -293,7 +326,7 @@ __device__ void Products(const Call& call, const Position<kVector>& place, const
     __syncthreads();
     if (from == 0) ReadTimesteps(call, shared, first, n);
     if (fresh || inputs > kInputs) ReadWeights(call, shared, from, count);
-    ReadLabels(call, shared, first, n, from, count);
+    ReadLabels<kNoised>(call, shared, first, n, from, count);
     __syncthreads();
     for (int b = place.row; b < n; b += kRowLanes) {
       for (int s = 0; s < streams; s += kTogether) {
@@ -372,8 +405,10 @@ inline std::size_t Bytes(const Call& call, int rows, bool backward) {
 }
 
 // A launch for streams [stream, stream + kStreams) of a call.
-inline Call Prepare(const Layer& layer, const Batch& batch, std::int64_t stream) {
-  Call call{layer, batch, 0, 0, stream > 0};
+inline Call Prepare(const Layer& layer, const Batch& batch, const Noising& noising,
+                    std::int64_t stream) {
+  Call call{layer, batch, noising, 0, 0, stream > 0};
+  if (noising.y_0 != nullptr) call.noising.y += stream * batch.rows * layer.classes;
   call.batch.streams = std::min<std::int64_t>(batch.streams - stream, kStreams);
   call.batch.y.data += stream * batch.y.stride[0];
   call.batch.guidance.data += stream * batch.guidance.stride[0];

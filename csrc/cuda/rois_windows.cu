@@ -28,9 +28,15 @@ struct Choice {
   float* scratch;  // the maps of each block, where they are not in shared memory
 };
 
+// A row of the map takes so many floats that windows which follow each other begin in banks that
+// do: as many as there are windows in it, but for whole rounds of the 32 banks.
+__host__ __device__ inline std::int64_t Pitch(Size map, Size window) {
+  return map.width + (32 - (window.width - 1) % 32) % 32;
+}
+
 // The map, the classes at work, and the mean of every window.
 __host__ __device__ inline std::int64_t ChoiceFloats(Size map, Size window) {
-  return (1 + kWarps) * map.height * map.width +
+  return map.height * (Pitch(map, window) + kWarps * map.width) +
          (map.height - window.height + 1) * (map.width - window.width + 1);
 }
 
@@ -58,6 +64,7 @@ __device__ bool AddClasses(const Choice& p, std::int64_t image, float* map, floa
   const auto* planes =
       static_cast<const typename Format::Bits*>(p.saliency.data) + image * p.saliency.stride[0];
   const std::int64_t cells = p.saliency.height * p.saliency.width;
+  const std::int64_t pitch = Pitch({p.saliency.height, p.saliency.width}, p.window);
   const int warp = threadIdx.x / 32;
   bool finite = true;
   for (std::int64_t base = 0; base < p.saliency.depth; base += kWarps) {
@@ -85,13 +92,16 @@ __device__ bool AddClasses(const Choice& p, std::int64_t image, float* map, floa
     for (int c = 0; c < classes; ++c) {
       finite = finite && fabsf(extents[c]) < kInfinity;
     }
-    for (std::int64_t cell = threadIdx.x; cell < cells; cell += kThreads) {
-      float total = base == 0 ? 0.0f : map[cell];
+    // Over what lies between the rows too, for the banks' sake.
+    for (std::int64_t i = threadIdx.x; i < p.saliency.height * pitch; i += kThreads) {
+      if (i % pitch >= p.saliency.width) continue;
+      const std::int64_t cell = i / pitch * p.saliency.width + i % pitch;
+      float total = base == 0 ? 0.0f : map[i];
       for (int c = 0; c < classes; ++c) {
         // A class whose saliency is constant counts nothing.
         if (extents[c] > 0) total += (staged[c * cells + cell] - lows[c]) / extents[c];
       }
-      map[cell] = total;
+      map[i] = total;
     }
     __syncthreads();  // the next classes take the place of these
   }
@@ -111,8 +121,8 @@ __device__ __forceinline__ Window Better(Window a, Window b) {
 __device__ void ChooseGreedily(const Choice& p, std::int64_t image, float* map, float* means) {
   __shared__ float best_mean[kWarps];
   __shared__ std::int64_t best_index[kWarps];
-  const std::int64_t width = p.saliency.width;
-  const std::int64_t columns = width - p.window.width + 1;
+  const std::int64_t pitch = Pitch({p.saliency.height, p.saliency.width}, p.window);
+  const std::int64_t columns = p.saliency.width - p.window.width + 1;
   const std::int64_t windows = (p.saliency.height - p.window.height + 1) * columns;
   const std::int64_t area = p.window.height * p.window.width;
   std::int64_t chosen_row = 0;
@@ -129,7 +139,7 @@ __device__ void ChooseGreedily(const Choice& p, std::int64_t image, float* map, 
         float total = 0;
         for (std::int64_t i = 0; i < p.window.height; ++i) {
           for (std::int64_t j = 0; j < p.window.width; ++j) {
-            total += map[(row + i) * width + column + j];
+            total += map[(row + i) * pitch + column + j];
           }
         }
         means[index] = total / static_cast<float>(area);
@@ -152,7 +162,7 @@ __device__ void ChooseGreedily(const Choice& p, std::int64_t image, float* map, 
     chosen_column = best.index % columns;
     if (threadIdx.x == 0) WriteCell(p, image, k, chosen_row, chosen_column);
     for (std::int64_t i = threadIdx.x; i < area; i += kThreads) {
-      map[(chosen_row + i / p.window.width) * width + chosen_column + i % p.window.width] = 0;
+      map[(chosen_row + i / p.window.width) * pitch + chosen_column + i % p.window.width] = 0;
     }
     __syncthreads();  // the window is empty, and the bests may be written again
   }
@@ -176,8 +186,9 @@ __global__ void __launch_bounds__(kThreads, 4) ChooseKernel(Choice p) {
         p.next.meeting[(image * p.next.depth + c) * p.next.meeting_words] = 0;
       }
     }
-    if (AddClasses<Format>(p, image, map, map + cells)) {
-      ChooseGreedily(p, image, map, map + (1 + kWarps) * cells);
+    float* const staged = map + size.height * Pitch(size, p.window);
+    if (AddClasses<Format>(p, image, map, staged)) {
+      ChooseGreedily(p, image, map, staged + kWarps * cells);
     } else {
       for (std::int64_t k = threadIdx.x; k < p.count; k += kThreads) WriteCell(p, image, k, -1, -1);
     }

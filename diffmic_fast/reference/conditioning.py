@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from diffmic_fast.reference import philox
 from diffmic_fast.reference.conditional_linear import ConditionalLayer, conditional_linear
 
 
@@ -36,3 +39,60 @@ def conditioning(
     return x * conditional_linear(
         label, layer, timesteps, training=training, momentum=momentum, eps=eps
     )
+
+
+class NoisedConditioning(NamedTuple):
+    """What `noised_conditioning` makes.
+
+    Attributes:
+        h: [B, F] or [S, B, F], the layer's output.
+        y_t: [B, C] or [S, B, C], the noisy labels that went into it.
+        noise: [B, C], what they were made with.
+    """
+
+    h: Tensor
+    y_t: Tensor
+    noise: Tensor
+
+
+def noised_conditioning(
+    x: Tensor,
+    y_0: Tensor,
+    guidance: Tensor,
+    layer: ConditionalLayer,
+    timesteps: Tensor,
+    sqrt_alpha_bar: Tensor,
+    sqrt_one_minus_alpha_bar: Tensor,
+    *,
+    noise: Tensor | None = None,
+    seed: int = 0,
+    image_ids: Tensor | None = None,
+    sample_ids: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> NoisedConditioning:
+    """`conditioning` of y_t = a y_0 + (1 - a) guidance + d noise, a and d the two tables at the row's timestep.
+
+    Args:
+        x, layer, timesteps, training, momentum, eps: as in `conditioning`; timesteps in [0, T).
+        y_0: [B, C] label vectors, shared by the streams.
+        guidance: [B, C] or [S, B, C], prior mean of the noisy labels and guidance of the layer.
+        sqrt_alpha_bar, sqrt_one_minus_alpha_bar: [T], the schedule's.
+        noise: [B, C], shared by the streams; without it Philox's, addressed by (seed, image, sample, timestep 0).
+        seed, image_ids, sample_ids: see `philox.normal`; by default images are 0 … B-1 and samples 0.
+    """
+    rows, classes = y_0.shape
+    if noise is None:
+        if image_ids is None:
+            image_ids = torch.arange(rows, device=x.device)
+        if sample_ids is None:
+            sample_ids = torch.zeros_like(image_ids)
+        start = torch.zeros(1, dtype=torch.int64)
+        noise = philox.normal(seed, image_ids, sample_ids, start, classes)[0].to(y_0)
+    a, d = (table[timesteps][:, None] for table in (sqrt_alpha_bar, sqrt_one_minus_alpha_bar))
+    y_t = a * y_0 + (1.0 - a) * guidance + d * noise
+    h = conditioning(
+        x, y_t, guidance, layer, timesteps, training=training, momentum=momentum, eps=eps
+    )
+    return NoisedConditioning(h, y_t, noise)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -55,3 +57,14 @@ def test_all_else_of_a_published_step_is_little(traffic) -> None:
 def test_operations_touch_little_more_than_they_must(traffic) -> None:
     for count in [*traffic._conditioning(), *traffic._rois(), next(traffic._mmd())]:
         assert count.touched <= 1.05 * count.least, count.title
+        assert count.conflicts <= 0.02, count.title
+
+
+def test_counts_are_those_of_the_committed_table(traffic) -> None:
+    """What is read again, a barrier more: nothing that changes no number goes unseen."""
+    table = json.loads((traffic.RESULTS / "traffic.json").read_text())
+    found = [dataclasses.asdict(count) for count in traffic.counts()]
+    for here, there in zip(found, table, strict=True):
+        for count in (here, there):  # their names are the compiler's
+            count["kernels"] = list(count["kernels"].values())
+        assert here == there, f"{here['title']}: see python -m benchmarks.traffic --write"

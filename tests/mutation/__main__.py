@@ -26,13 +26,15 @@ from mutation.mutants import Mutant, all_mutants, sample
 TESTS = Path(__file__).resolve().parents[1]
 SURVIVORS = Path(__file__).with_name("survivors.txt")
 # Not those of 50 seeds, which take long and find nothing that one schedule under all checks does not.
-_SELECTED = "cuda-emulated and not schedule"
+_SELECTED = "(cuda-emulated or counts_are) and not schedule"
+# What a mutant moves besides.
+_COUNTS = "build/test_traffic.py"
 # A mutant whose tests take so many times as long as those of all operations did is taken for one that never ends.
 PATIENCE = 2
 
 # The tests of an operation, by what its kernel files begin with.
 _TESTS = {
-    "conditioning": ["ops/test_conditioning_cuda.py"],
+    "conditioning": ["ops/test_conditioning_cuda.py", "ops/test_noised_conditioning.py"],
     "denoise": ["ops/test_denoise_cuda.py"],
     "grid_barrier": ["ops/test_denoise_cuda.py"],
     "mmd": ["ops/test_mmd_cuda.py", "ops/test_mmd.py"],
@@ -46,7 +48,7 @@ def tests_of(mutant: Mutant) -> list[str]:
     """The test files, below `tests`, that have to notice a mutant."""
     for beginning, files in _TESTS.items():
         if mutant.file.startswith(beginning):
-            return files
+            return [*files, _COUNTS]
     raise SystemExit(f"mutation: no tests are named for {mutant.file}")
 
 
@@ -115,6 +117,13 @@ def main() -> int:
     """Run a sample, print every verdict and the count."""
     parser = argparse.ArgumentParser(prog="python -m mutation", description=__doc__)
     parser.add_argument("--count", type=int, default=160, help="mutants to try (default 160)")
+    parser.add_argument(
+        "--every", type=int, default=1, help="only every so-manieth of them (default 1: all)"
+    )
+    parser.add_argument(
+        "--patience", type=float,
+        help="seconds after which tests have failed (default: twice what they take unchanged)",
+    )  # fmt: skip
     parser.add_argument("--files", default="", help="only files whose names begin like this")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (default 2)")
     options = parser.parse_args()
@@ -124,7 +133,7 @@ def main() -> int:
     verdicts: dict[str, list[Mutant]] = {"caught": [], "survived": [], "not compiled": []}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         places: Queue[Workplace] = Queue()
-        patience = 0.0
+        patience = options.patience or 0.0
         for place in pool.map(Workplace, [Path(folder, str(job)) for job in range(options.jobs)]):
             if patience == 0.0:
                 started = time.monotonic()
@@ -141,7 +150,8 @@ def main() -> int:
             finally:
                 places.put(place)
 
-        for mutant, verdict in pool.map(judge, sample(mutants, options.count)):
+        chosen = sample(mutants, options.count)[:: options.every]
+        for mutant, verdict in pool.map(judge, chosen):
             verdicts[verdict].append(mutant)
             remark = f" (known: {known[mutant.name]})" if mutant.name in known else ""
             print(f"{verdict}: {mutant.name}, line {mutant.line}{remark}", flush=True)

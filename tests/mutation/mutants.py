@@ -119,10 +119,13 @@ def sample(mutants: list[Mutant], count: int) -> list[Mutant]:
     chosen: list[Mutant] = []
     turn = 0
     while len(chosen) < min(count, len(mutants)):
-        for group in groups.values():
+        left = count - len(chosen)
+        having = [group for group in groups.values() if turn < len(group)]
+        if len(having) > left:
+            having = [having[i * len(having) // left] for i in range(left)]
+        for group in having:
             # From the middle outwards would favour neither head nor tail: steps of the golden section.
-            if turn < len(group) and len(chosen) < count:
-                order = sorted(range(len(group)), key=lambda i: (i * 0.618034) % 1.0)
-                chosen.append(group[order[turn]])
+            order = sorted(range(len(group)), key=lambda i: (i * 0.618034) % 1.0)
+            chosen.append(group[order[turn]])
         turn += 1
     return chosen

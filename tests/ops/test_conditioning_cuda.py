@@ -46,7 +46,7 @@ def kernel(
     statistics = make(2, streams if training else 1, features)
     updated = [make(features) if training else None for _ in range(2)]
     arguments = (x, y, guidance, timesteps, list(parameters))
-    module.conditioning(*arguments, *running, training, 0.3, 1e-4, statistics, *updated, h, 0)
+    module.conditioning(*arguments, *running, training, 0.3, 1e-4, statistics, *updated, h, None, 0)
     gradients = [make(*v.shape) for v in (*inputs, *parameters)]
     gradients[5].zero_()
     workspace = make(module.conditioning_workspace(features, streams, x.shape[0], y.shape[-1]))
@@ -404,7 +404,7 @@ def test_bad_arguments_of_the_module(backend: str) -> None:
     module = _native.cuda(backend)
     with pytest.raises(ValueError, match="out must not share memory with x"):
         module.conditioning(x, y[0], guidance[0], t, parameters, *running, False, 0.3, 1e-4,
-                            make(2, 1, 5), None, None, x, 0)  # fmt: skip
+                            make(2, 1, 5), None, None, x, None, 0)  # fmt: skip
     gradients = [None, make(2, 4, 3), *[None] * 6]
     with pytest.raises(ValueError, match="workspace must be there for the gradients of y_t"):
         module.conditioning_backward(grad, *inputs, t, parameters, make(2, 2, 5), True, 1e-4,

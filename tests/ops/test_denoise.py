@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_backends import CUDA_BACKENDS, device_of
+from denoise_cases import weights_on
 
 from diffmic_fast.diffusion import make_schedule, make_steps
 from diffmic_fast.ops.denoise import denoise
@@ -19,14 +21,18 @@ def test_recorded_noise_and_estimate(record, features, weights):
     torch.testing.assert_close(y_0, record["eval/y0_reparam"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu", *CUDA_BACKENDS])
 @pytest.mark.parametrize("count", [60, 100])
-def test_recorded_chain(record, features, weights, schedule, count):
+def test_recorded_chain(record, features, weights, schedule, count, backend):
+    device = device_of(backend)
     steps = make_steps(schedule, "ddpm_truncated", count)
-    arguments = (features, record["y_hat"], record["y_hat"], weights, steps)
-    states = denoise(*arguments, noise=record[f"loop/{count}/z"], trajectory=True)
-    kept = states[record[f"loop/{count}/kept"]]
+    prior = record["y_hat"].to(device)
+    arguments = (features.to(device), prior, prior, weights_on(device, weights), steps)
+    noise = record[f"loop/{count}/z"].to(device)
+    states = denoise(*arguments, noise=noise, trajectory=True, backend=backend)
+    kept = states.cpu()[record[f"loop/{count}/kept"]]
     torch.testing.assert_close(kept, record[f"loop/{count}/trajectory"], rtol=0, atol=1e-3)
-    last = denoise(*arguments, noise=record[f"loop/{count}/z"])
+    last = denoise(*arguments, noise=noise, backend=backend)
     assert torch.equal(last, states[-1]) and states.shape == (count + 1, 8, 5)
 
 

@@ -14,6 +14,7 @@ from denoise_cases import (
     make_weights,
     one_rounded_step,
     to_bfloat16,
+    weights_on,
 )
 from torch import Tensor
 
@@ -22,8 +23,6 @@ from diffmic_fast.diffusion import make_steps
 from diffmic_fast.ops import denoise as ops
 from diffmic_fast.ops.denoise import PRECISIONS_OF, denoise
 from diffmic_fast.reference import denoise as reference
-from diffmic_fast.reference.conditional_linear import ConditionalLayer
-from diffmic_fast.reference.denoise import DenoiserWeights
 
 pytestmark = [
     pytest.mark.parametrize("backend", CUDA_BACKENDS),
@@ -40,29 +39,10 @@ def _no_gradients():
         yield
 
 
-def to(device: torch.device, weights: DenoiserWeights) -> DenoiserWeights:
-    """The weights there, each in memory as strided as before."""
-
-    def move(t: Tensor) -> Tensor:
-        if t.ndim < 2 or t.device == device:
-            return t.to(device)
-        wide = torch.full((t.shape[0], t.shape[1] + 3), float("nan"), device=device)
-        wide[:, 1:-2] = t
-        return wide[:, 1:-2]
-
-    layers = [
-        ConditionalLayer(*map(move, layer)) for layer in (weights.conditioning, *weights.hidden)
-    ]
-    return DenoiserWeights(
-        layers[0], (layers[1], layers[2]), move(weights.output_weight), move(weights.output_bias),
-        weights.eps,
-    )  # fmt: skip
-
-
 def case(backend: str, rows: int, features: int, classes: int, seed: int = 0):
     device = device_of(backend)
     inputs = tuple(t.to(device) for t in make_inputs(rows, features, classes, seed))
-    return to(device, make_weights(features, classes, seed)), inputs
+    return weights_on(device, make_weights(features, classes, seed)), inputs
 
 
 @pytest.mark.parametrize(
@@ -148,7 +128,7 @@ def test_float8_of_every_magnitude(backend) -> None:
     noise = torch.randn(1, rows, classes, generator=torch.Generator().manual_seed(1))
     there = tuple(t.cpu() for t in inputs)
     expected = one_rounded_step(
-        there, to(torch.device("cpu"), weights), steps, noise, to_bfloat16, to_float8
+        there, weights_on(torch.device("cpu"), weights), steps, noise, to_bfloat16, to_float8
     )
     found = denoise(
         *inputs, weights, steps, noise=noise.to(inputs[0].device), backend=backend, precision="fp8"
