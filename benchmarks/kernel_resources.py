@@ -178,6 +178,16 @@ def sources() -> list[Path]:
     return [file for file in files if "__global__" in file.read_text(encoding="utf-8")]
 
 
+def _nvcc(file: Path, architecture: int) -> list[str]:
+    return ["nvcc", *_FLAGS, f"-I{SOURCE / 'csrc'}", f"-arch=sm_{architecture}", str(file)]
+
+
+def compile_ptx(file: Path, architecture: int, target: Path) -> Path:
+    """The PTX of a file; returns `target`."""
+    _run([*_nvcc(file, architecture), "-ptx", "-o", str(target)])
+    return target
+
+
 def compile_all(
     files: Sequence[Path], architectures: Sequence[int], folder: Path, *, ptx: bool, jobs: int
 ) -> dict[tuple[int, str], Path]:
@@ -186,11 +196,9 @@ def compile_all(
     def compile_one(job: tuple[int, Path]) -> tuple[tuple[int, str], Path]:
         architecture, file = job
         target = folder / f"{file.stem}.sm_{architecture}.cubin"
-        include = f"-I{SOURCE / 'csrc'}"
-        common = ["nvcc", *_FLAGS, include, f"-arch=sm_{architecture}", str(file)]
-        _run([*common, "-cubin", "-o", str(target)])
+        _run([*_nvcc(file, architecture), "-cubin", "-o", str(target)])
         if ptx:
-            _run([*common, "-ptx", "-o", str(target.with_suffix(".ptx"))])
+            compile_ptx(file, architecture, target.with_suffix(".ptx"))
         return (architecture, file.stem), target
 
     # The longest first, so that none is left alone at the end.
