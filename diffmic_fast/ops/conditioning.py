@@ -113,7 +113,7 @@ def noised_conditioning(
         noise: [B, C] floating, shared by the streams. Without it, Philox noise addressed by (seed, image, sample,
             timestep 0): the same bits from every backend.
         seed: 64-bit key of that noise.
-        image_ids, sample_ids: [B] int64, the row's image and sample (default 0 … B-1, and 0).
+        image_ids, sample_ids: [B] int64, the row's image and sample (default 0 … B-1, and 0); samples in [0, 2**32).
 
     Returns:
         h of `conditioning`; y_t, shape of `guidance`; noise [B, C]. h is differentiable in x, y_0, guidance, noise and

@@ -241,10 +241,10 @@ def test_bad_arguments_are_named(backend: str) -> None:
     device = device_of(backend)
     with pytest.raises(ValueError, match=r"timesteps must be in \[0, 7\], got 8 … 8"):
         call(backend, case, timesteps=torch.tensor([ROWS - 1]))
-    with pytest.raises(ValueError, match=r"noise must be \[B=4, C=3\], got \(4, 2\)"):
-        call(backend, case, noise=torch.zeros(4, 2, device=device))
     with pytest.raises(ValueError, match=r"sample_ids must be in \[0, 4294967295\], got -1"):
         call(backend, case, sample_ids=torch.full((4,), -1, device=device))
+    with pytest.raises(ValueError, match=r"noise must be \[B=4, C=3\], got \(4, 2\)"):
+        call(backend, case, noise=torch.zeros(4, 2, device=device))
     with pytest.raises(TypeError, match="image_ids"):
         call(backend, case, image_ids=torch.zeros(4, device=device))
 
