@@ -1,8 +1,8 @@
 """The command line: train, evaluate, predict, info, demo.
 
 Exit status: 0 done; 1 failed (training broke off, no image was readable); 2 the command, the
-configuration or a file is not as it should be; 3 predictions were written, but some images were
-unreadable; 130 and 143 stopped by Ctrl-C and SIGTERM.
+configuration, a file or the installation is not as it should be; 3 predictions were written, but
+some images were unreadable; 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
@@ -311,6 +311,9 @@ _COMMANDS = {
     "demo": _demo,
 }
 
+# How to go on with the training that a signal has stopped.
+_GO_ON = {"train": "go on with --resume", "demo": "go on with the same command"}
+
 
 def _one_line(
     message: Warning | str,
@@ -344,17 +347,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        return _report(error)
+        return _report(error, args.command)
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, command: str) -> int:
     """Print an error that a user can act on as one line; others keep their traceback."""
+    # First: the imports below need torch too.
+    if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+        print(
+            f"error: torch is not installed for {sys.executable}; install it (pip install torch), "
+            "or all that diffmic-fast needs (pip install . in the folder of its sources)",
+            file=sys.stderr,
+        )
+        return EXIT_USAGE
     from diffmic_fast.ops._backend import BackendError
     from diffmic_fast.training.interruption import Interrupted
     from diffmic_fast.training.trainer import TrainingError
 
     if isinstance(error, Interrupted):
-        print(str(error), file=sys.stderr)
+        print(f"{error}, {_GO_ON[command]}", file=sys.stderr)
         return 128 + error.signum
     if isinstance(error, (TrainingError, FloatingPointError)):
         print(f"error: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from diffmic_fast.data.config import AugmentationConfig
-from diffmic_fast.data.decode import UnreadableImageError, list_images, load_image
+from diffmic_fast.data.decode import IMAGE_SUFFIXES, UnreadableImageError, list_images, load_image
 from diffmic_fast.data.transforms import evaluation_transform
 from diffmic_fast.models import DiffMIC, Prediction
 from diffmic_fast.training.checkpoint import atomic_file
@@ -46,15 +46,18 @@ class Predictions:
 def collect_files(inputs: Sequence[str | Path]) -> list[Path]:
     """Files as given, and folders' images by ending (all levels, sorted); each file once.
 
-    A path that is not there stays in the list and is reported as unreadable when it is its turn.
-    Raises ValueError for a folder without images and for an empty list.
+    A path that is not there stays in the list if it ends like an image, and is reported as
+    unreadable when it is its turn. Raises ValueError for any other path that is not there, for a
+    folder without images and for an empty list.
     """
     files: dict[Path, None] = {}
     for entry in map(Path, inputs):
         if entry.is_dir():
             files.update(dict.fromkeys(list_images(entry, recursive=True)))
-        else:
+        elif entry.suffix.lower() in IMAGE_SUFFIXES or entry.exists():
             files[entry] = None
+        else:
+            raise ValueError(f"predict: there is no folder or file {entry}")
     if not files:
         raise ValueError("predict: no files were given")
     return list(files)

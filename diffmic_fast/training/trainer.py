@@ -240,7 +240,7 @@ class Trainer:
                 raise Interrupted(
                     interrupted.signum,
                     f"interrupted in epoch {self.epoch + 1} of {self.epochs}, after "
-                    f"{self.position} steps of it; saved {self.path}, go on with --resume",
+                    f"{self.position} steps of it; saved {self.path}",
                 ) from None
             finally:
                 self.progress.stop()

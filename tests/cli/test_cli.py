@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from PIL import Image
 
 from diffmic_fast.cli import main, make_parser
 from diffmic_fast.ops.denoise import PRECISIONS
+
+SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[2])
 
 CONFIG = """
 seed: 3
@@ -145,6 +149,7 @@ def test_bad_input_is_one_clear_line(work, tmp_path, capsys):
     one_error(capsys, ["evaluate", run, "--sampler", "ddim:500"], "steps from 1 to 10")
     one_error(capsys, ["evaluate", run, "--split", "validation"], "validation")
     one_error(capsys, ["predict", run, str(tmp_path / "empty")], "there is no image file in")
+    one_error(capsys, ["predict", run, str(tmp_path / "gone")], "no folder", str(tmp_path / "gone"))
     one_error(capsys, ["predict", run, "x.png", "--out", "p.xls"], ".csv or .json")
     one_error(
         capsys,
@@ -223,3 +228,34 @@ def test_info_names_the_package_version(capsys):
 
     assert main(["info"]) == 0
     assert diffmic_fast.__version__ in capsys.readouterr().out
+
+
+def test_without_torch_info_is_one_line_that_says_how_to_install_it():
+    code = """if True:
+        import runpy, sys
+        sys.modules["torch"] = None  # an import of it fails
+        sys.argv = ["diffmic_fast", "info"]
+        runpy.run_module("diffmic_fast", run_name="__main__")
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: torch is not installed for ")
+    assert "pip install torch" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not (SOURCE / "README.md").is_file(), reason="no source tree: DIFFMIC_SOURCE")
+def test_the_first_training_command_of_the_readme_needs_no_data(tmp_path, monkeypatch):
+    """It runs in an empty folder, here on a smaller model and fewer images."""
+    monkeypatch.chdir(tmp_path)
+    readme = (SOURCE / "README.md").read_text(encoding="utf-8").splitlines()
+    command = next(line for line in readme if line.startswith("diffmic-fast train "))
+    argv = shlex.split(command, comments=True)[1:]
+    for change in (
+        "data.synthetic_size=32", "data.synthetic_per_class=2", "model.image_size=32",
+        "model.timesteps=10", "model.feature_dim=16", "model.encoder=test_resnet",
+        "model.guidance_trunk=test_resnet", "model.crop_size=16", "training.epochs=1",
+        "training.guidance_epochs=0", "training.batch_size=4", "training.tensorboard=false",
+    ):  # fmt: skip
+        argv += ["--set", change]
+    assert main(argv) == 0
+    assert Path(argv[argv.index("--out") + 1], "ckpt.pth").is_file()

@@ -1,10 +1,15 @@
 """The demonstration, made small."""
 
 import csv
+import functools
+import os
+import signal
 
 import pytest
 from PIL import Image
 
+from diffmic_fast.cli import main
+from diffmic_fast.training import demo
 from diffmic_fast.training.demo import run_demo
 
 SMALL = """
@@ -36,3 +41,22 @@ def test_demo_makes_everything_it_names(preset, tmp_path, capsys):
     again = run_demo(tmp_path / "out", preset=preset, device="cpu", quiet=True)
     assert again == paths
     assert capsys.readouterr().out == ""
+
+
+def test_a_stopped_demo_goes_on_with_the_same_command(preset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "run_demo", functools.partial(run_demo, preset=preset))
+    command = ["demo", "--out", str(tmp_path / "out"), "--device", "cpu"]
+
+    def strike(epoch, step):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "Trainer", functools.partial(demo.Trainer, on_step=strike))
+        assert main(command) == 128 + signal.SIGTERM
+    err = capsys.readouterr().err
+    assert "interrupted in epoch 1 of 2, after 1 steps" in err
+    assert err.endswith("ckpt.pth, go on with the same command\n") and "--resume" not in err
+    assert main(command) == 0
+    # The interrupted epoch went on after its first step: every epoch has one row.
+    with open(tmp_path / "out" / "run" / "log.csv", newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1"]
