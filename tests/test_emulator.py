@@ -313,13 +313,26 @@ def test_votes_and_reductions(selftest: ModuleType) -> None:
         ]
 
 
-def test_half_types_round_as_torch_does(selftest: ModuleType) -> None:
+def test_narrow_types_round_as_torch_does(selftest: ModuleType) -> None:
     values = random_words(5000).view(torch.float32)
     special = torch.tensor([0.0, -0.0, 1.0 + 2**-8, 1.0 + 3 * 2**-8, 65519.0, 65520.0, 1e-8, 3e38])
     values = torch.cat([values[values.isfinite()], special, torch.tensor([float("inf")])])
-    found = instruction(selftest, "halves", values, 2 * len(values)).view(torch.float32).view(2, -1)
+    words = instruction(selftest, "narrow", values, 5 * len(values)).view(5, -1)
+    found = words.view(torch.float32)
     assert torch.equal(found[0], values.bfloat16().float())
     assert torch.equal(found[1], values.half().float())
+    # Numbers of float8's own size, its subnormal ones among them; what is beyond ends at the largest.
+    coarse = torch.cat(
+        [values.clamp(-448, 448), torch.arange(-4480, 4481) / 10, torch.arange(4096) / 2**14]
+    )
+    bytes_ = instruction(selftest, "narrow", coarse, 5 * len(coarse)).view(5, -1)[2]
+    assert torch.equal(bytes_, coarse.to(torch.float8_e4m3fn).view(torch.uint8).int())
+    assert torch.equal(
+        words[2], values.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).int()
+    )
+    for row, factor in ((3, 1.0), (4, 2.0)):
+        product = (factor * values).bfloat16() * torch.tensor(1.7).bfloat16()
+        assert torch.equal(found[row], product.float())
 
 
 def test_functions_of_bits(selftest: ModuleType) -> None:

@@ -2,6 +2,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include "cuda/ptx.h"
 
@@ -64,12 +65,17 @@ __global__ void Votes(const std::uint32_t* in, std::uint32_t* out, int) {
   out[6 * 32] = __reduce_max_sync(mask, value);
 }
 
-// Conversions of a float's bits, and back.
-__global__ void Halves(const std::uint32_t* in, std::uint32_t* out, int count) {
+// Conversions of a float's bits, and back; those of float8; and a product of bfloat16 by 1.7.
+__global__ void Narrow(const std::uint32_t* in, std::uint32_t* out, int count) {
   for (int i = static_cast<int>(threadIdx.x); i < count; i += 32) {
     const float value = __uint_as_float(in[i]);
     out[i] = __float_as_uint(__bfloat162float(__float2bfloat16_rn(value)));
     out[count + i] = __float_as_uint(__half2float(__float2half_rn(value)));
+    out[2 * count + i] = __nv_cvt_float_to_fp8(value, __NV_SATFINITE, __NV_E4M3);
+    const __nv_bfloat162 product =
+        __hmul2(__floats2bfloat162_rn(value, 2.0f * value), __floats2bfloat162_rn(1.7f, 1.7f));
+    out[3 * count + i] = __float_as_uint(__bfloat162float(product.x));
+    out[4 * count + i] = __float_as_uint(__bfloat162float(product.y));
   }
 }
 
@@ -154,7 +160,7 @@ std::vector<Instruction> Instructions() {
       {"load matrices", &LoadFour, warp},
       {"shuffles", &Shuffles, warp},
       {"votes", &Votes, warp},
-      {"halves", &Halves, warp},
+      {"narrow", &Narrow, warp},
       {"bits", &Bits, warp},
       {"atomics", &Atomics, {4, 64}},
       {"move words", &MoveWords, warp},
