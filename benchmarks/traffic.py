@@ -30,7 +30,7 @@ from diffmic_fast import _native
 from diffmic_fast.diffusion import make_schedule, make_steps
 from diffmic_fast.ops.conditioning import conditioning, noised_conditioning
 from diffmic_fast.ops.denoise import denoise
-from diffmic_fast.ops.mmd import mmd
+from diffmic_fast.ops.mmd import kernel_matrix, mmd
 from diffmic_fast.ops.rois import choose_windows, cut_crops
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.reference.denoise import DenoiserWeights
@@ -221,10 +221,13 @@ def _conditioning() -> Iterator[Count]:
 
 
 def _mmd() -> Iterator[Count]:
-    for rows, width in ((32, 5), (256, 16)):
+    for rows, width in ((32, 5), (48, 5), (256, 16)):
         x, y = torch.randn(2, rows, width)
         kernels = counted(lambda x=x, y=y: mmd(x, y, backend=BACKEND))
         yield _count(f"mmd, n = m = {rows}, d = {width}", _bytes(x, y) + 4, kernels)
+    x, y = torch.randn(2, 70, 5)
+    kernels = counted(lambda: kernel_matrix(x, y, backend=BACKEND))
+    yield _count("mmd, kernel matrix of 70 x 70, d = 5", _bytes(x, y) + 70 * 70 * 4, kernels)
 
 
 def _rois() -> Iterator[Count]:
