@@ -67,8 +67,10 @@ class Block {
   __device__ void Main() {
     stream_.Begin();
     chains_.Load();
+    bool moved = false;
     for (int sweep = 0; sweep < a_.sweeps; ++sweep) {
       if (chains_.Finished()) break;
+      moved = true;
       chains_.PlaceRows();
       Condition();
       barrier_.Sync();
@@ -83,7 +85,8 @@ class Block {
       AddEps();
       chains_.Walk();
     }
-    chains_.Save();
+    // Where there was nothing to do, no barrier says that all blocks have loaded what this writes.
+    if (moved) chains_.Save();
     WaitCopies<0>();
   }
 

@@ -208,6 +208,23 @@ def test_windows_keep_the_bits(backend, sampler, rows, precision) -> None:
     torch.testing.assert_close(near[-1], one_by_one[-1], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 7])
+def test_launches_that_find_nothing_to_do(backend, rows, monkeypatch) -> None:
+    """Windows that settle at once end a chain after a few readings; launches are made for one a step."""
+    weights, inputs = case(backend, rows, 70, 3)
+    steps = make_steps(SCHEDULE, "ddim", 9, 0.3)
+
+    def run() -> Tensor:
+        return denoise(*inputs, weights, steps, seed=7, backend=backend, window=4, tolerance=1e9)
+
+    at_once = run()
+    for sweeps in (1, 2, 4):
+        monkeypatch.setattr(ops, "_READINGS_A_LAUNCH", sweeps)
+        for seed in seeds(backend, 5):
+            schedule(backend, seed)
+            assert torch.equal(run(), at_once), (sweeps, seed)
+
+
 def test_noise_is_that_of_the_other_backends(backend) -> None:
     weights, inputs = case(backend, 3, 20, 5)
     steps = make_steps(SCHEDULE, "ddpm_truncated", 4)
