@@ -31,6 +31,12 @@ def golden() -> Golden:
 
 
 @pytest.fixture
+def auto_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No DIFFMIC_BACKEND, for tests of what "auto" does where kernels refuse: float64, gradients, bfloat16."""
+    monkeypatch.delenv("DIFFMIC_BACKEND", raising=False)
+
+
+@pytest.fixture
 def record(golden: Golden) -> dict[str, Tensor]:
     """The numbers recorded from a denoiser of C = 5, F = 64, T = 100 for a batch of 8."""
     return golden("denoiser")

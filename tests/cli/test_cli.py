@@ -166,6 +166,7 @@ def test_bad_input_is_one_clear_line(work, tmp_path, capsys):
     one_error(capsys, ["evaluate", run, "--set", f"data.test_table={tmp_path / 'bad'}"], "cut.png")
 
 
+@pytest.mark.usefixtures("auto_backend")
 def test_a_precision_that_is_not_served_here_is_one_clear_line(work, capsys):
     one_error(capsys, ["predict", str(work / "run"), str(work / "images/test/light"),
                        "--device", "cpu", "--precision", "fp8"],

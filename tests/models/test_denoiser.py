@@ -29,6 +29,7 @@ def small_model(seed=0):
     return ConditionalModel(3, timesteps=10, feature_dim=16)
 
 
+@pytest.mark.usefixtures("auto_backend")
 def test_streams_are_three_passes():
     """Outputs, gradients of every parameter and every buffer, with a real image encoder, over two steps.
 

@@ -28,6 +28,7 @@ def copy(layer):
     return ConditionalLayer(*(tensor.clone() for tensor in layer))
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("classes", [2, 5, 7])
 def test_streams_are_single_passes(training, classes):
@@ -62,6 +63,7 @@ def test_definition(weights):
     torch.testing.assert_close(one, conditioning(x, y, guidance, layer, t[1:2].expand(4)))
 
 
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("training", [False, True])
 def test_gradients(training):
     layer = make_layer(6, 4, 3)

@@ -310,6 +310,7 @@ def test_compiles_as_one_graph(training: bool) -> None:
 # ---- who uses it, and bad arguments ----------------------------------------------------------
 
 
+@pytest.mark.usefixtures("auto_backend")
 def test_the_model_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ConditionalModel(3, timesteps=10, feature_dim=16, encoder="resnet18")
     calls = []
@@ -324,6 +325,7 @@ def test_the_model_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 2
 
 
+@pytest.mark.usefixtures("auto_backend")
 def test_other_types_go_to_the_reference() -> None:
     case = Case(0, 3, 5, 2)
     layer = ConditionalLayer(*case.parameters, *case.running)

@@ -357,6 +357,7 @@ def test_other_threads_run_meanwhile() -> None:
     assert after - before > 5
 
 
+@pytest.mark.usefixtures("auto_backend")
 def test_what_cannot_be_served_by_name_is_refused() -> None:
     weights, inputs = make_weights(20, 3), make_inputs(2, 20, 3)
     steps = make_steps(SCHEDULE, "ddim", 2)

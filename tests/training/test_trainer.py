@@ -309,6 +309,7 @@ def test_class_count_of_data_and_model_must_agree(config, tmp_path):
         Trainer(five, tmp_path, quiet=True)
 
 
+@pytest.mark.usefixtures("auto_backend")
 def test_bf16_tensorboard_and_lines(config, tmp_path, capsys):
     training = dataclasses.replace(
         config.training, precision="bf16", tensorboard=True, epochs=1, ema_decay=None
