@@ -176,7 +176,9 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as packed:
-        packed.extractall(folder / "unpacked", filter="data")
+        # Pythons before 3.11.4 have no filters.
+        safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        packed.extractall(folder / "unpacked", **safe)
     (root,) = (folder / "unpacked").iterdir()
     return root
 

@@ -66,7 +66,7 @@ std::vector<float> Run(const Case& c, const kernel::Options& options, unsigned w
   const kernel::Running running{c.running_mean.get(), c.running_variance.get(),
                                 training ? mean.get() : nullptr,
                                 training ? variance.get() : nullptr, 0.1};
-  Forward(c.layer, c.batch, running, options, statistics.get(), out.get());
+  Forward(c.layer, c.batch, diffmic::Noising{}, running, options, statistics.get(), out.get());
 
   const std::int64_t counts[] = {
       s.rows * f, rows * s.classes, rows * s.classes, f * 2 * s.classes, f, Case::kTimesteps * f, f,
@@ -169,7 +169,7 @@ int main() {
     kernel::Batch none = empty.batch;
     none.rows = 0;
     const Numbers statistics(2 * 71, 0, 0);
-    Forward(empty.layer, none,
+    Forward(empty.layer, none, diffmic::Noising{},
             {empty.running_mean.get(), empty.running_variance.get(), nullptr, nullptr, 0.1},
             {kernels, 2}, statistics.get(), nullptr);
   }
