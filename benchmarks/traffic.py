@@ -28,9 +28,10 @@ from torch import Tensor
 from benchmarks.harness import RESULTS
 from diffmic_fast import _native
 from diffmic_fast.diffusion import make_schedule, make_steps
-from diffmic_fast.ops.conditioning import conditioning, noised_conditioning
+from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.ops.denoise import denoise
 from diffmic_fast.ops.mmd import kernel_matrix, mmd
+from diffmic_fast.ops.noised_conditioning import noised_conditioning
 from diffmic_fast.ops.rois import choose_windows, cut_crops
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.reference.denoise import DenoiserWeights

@@ -13,7 +13,8 @@ from torch import Tensor
 from diffmic_fast import _native
 from diffmic_fast.diffusion import make_schedule
 from diffmic_fast.diffusion.schedule import q_sample
-from diffmic_fast.ops.conditioning import NoisedConditioning, conditioning, noised_conditioning
+from diffmic_fast.ops.conditioning import conditioning
+from diffmic_fast.ops.noised_conditioning import NoisedConditioning, noised_conditioning
 from diffmic_fast.reference import conditioning as reference
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 
@@ -162,8 +163,8 @@ def test_keys_and_timesteps_out_of_range_make_their_row_no_number(backend: str) 
     )  # gamma has the second, the schedule not
     samples = torch.tensor([0, 0, 2**32, 0, 7], device=device)
     h, y_t, drawn, *_ = torch.ops.diffmic_fast.noised_conditioning(
-        x, labels[0].contiguous(), guidance, t, *layer, SCHEDULE.sqrt_alpha_bar.to(device),
-        SCHEDULE.sqrt_one_minus_alpha_bar.to(device), None, 3, None, samples, False, 0.1, 1e-5, backend,
+        x, labels[0].contiguous(), guidance, t, *layer, False, 0.1, 1e-5, backend,
+        SCHEDULE.sqrt_alpha_bar.to(device), SCHEDULE.sqrt_one_minus_alpha_bar.to(device), None, 3, None, samples,
     )  # fmt: skip
     bad = torch.tensor([False, True, True, True, False], device=device)
     assert torch.equal(y_t.isnan().all(dim=-1), bad.expand(2, 5))
@@ -202,7 +203,7 @@ def test_opcheck(backend: str) -> None:
     for noise, keys in ((None, ids), (torch.randn(4, 3, device=device).requires_grad_(), None)):
         torch.library.opcheck(
             torch.ops.diffmic_fast.noised_conditioning.default,
-            (x, y_0, guidance, t, *layer, *running, *tables, noise, 3, keys, keys, True, 0.1, 1e-5, backend),
+            (x, y_0, guidance, t, *layer, *running, True, 0.1, 1e-5, backend, *tables, noise, 3, keys, keys),
         )  # fmt: skip
 
 
