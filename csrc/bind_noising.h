@@ -44,17 +44,16 @@ class NoisingArrays {
     keep(TensorView::Input(guidance, operation, "guidance", place), DType::kFloat32);
     if (y.rank() < 2) throw py::value_error(Text(operation, ": y_t must be [B, C] or [S, B, C]"));
     const std::int64_t rows = y.size(y.rank() - 2), classes = y.size(y.rank() - 1);
-    const auto compact = [&](std::size_t i, const char* name, DType type,
-                             std::initializer_list<std::int64_t> shape) -> TensorView {
+    const auto compact = [&](std::size_t i, const char* name, DType type) {
       const TensorView view = input(i, name, type);
-      view.OfShape(shape);
-      if (!view.is_compact())
+      if (!view.is_compact()) {
         throw py::value_error(Text(operation, ": ", name, " must be compact"));
+      }
       return view;
     };
     const auto keys = [&](std::size_t i, const char* name) -> const std::int64_t* {
       if (py::object(parts[i]).is_none()) return nullptr;
-      return compact(i, name, DType::kInt64, {rows}).template data_as<std::int64_t>();
+      return compact(i, name, DType::kInt64).OfShape({rows}).template data_as<std::int64_t>();
     };
     if (classes > philox::kMaxClasses) {
       throw py::value_error(Text(operation, ": classes must be in [1, ", philox::kMaxClasses,
@@ -62,17 +61,16 @@ class NoisingArrays {
     }
     const TensorView y_0 = input(0, "y_0", DType::kFloat32);
     y_0.OfShape({rows, classes});
-    const TensorView weight = input(1, "sqrt_alpha_bar", DType::kFloat32);
-    weight.OfRank(1, "[T]");
-    const std::int64_t timesteps = weight.size(0);
+    const TensorView label_weights = compact(1, "sqrt_alpha_bar", DType::kFloat32);
+    label_weights.OfRank(1, "[T]");
+    const TensorView noise_weights = compact(2, "sqrt_one_minus_alpha_bar", DType::kFloat32);
+    noise_weights.OfShape({label_weights.size(0)});
     noising_.y_0 = y_0.data_as<float>();
     noising_.y_0_stride[0] = y_0.stride(0);
     noising_.y_0_stride[1] = y_0.stride(1);
-    noising_.timesteps = timesteps;
-    noising_.sqrt_alpha_bar =
-        compact(1, "sqrt_alpha_bar", DType::kFloat32, {timesteps}).data_as<float>();
-    noising_.sqrt_one_minus_alpha_bar =
-        compact(2, "sqrt_one_minus_alpha_bar", DType::kFloat32, {timesteps}).data_as<float>();
+    noising_.timesteps = label_weights.size(0);
+    noising_.sqrt_alpha_bar = label_weights.data_as<float>();
+    noising_.sqrt_one_minus_alpha_bar = noise_weights.data_as<float>();
     noising_.seed = parts[4].cast<std::uint64_t>();
     noising_.images = keys(5, "image_ids");
     noising_.samples = keys(6, "sample_ids");
@@ -81,7 +79,8 @@ class NoisingArrays {
       throw py::value_error(Text(operation, ": noise is read or written, and the other is None"));
     }
     if (given) {
-      noising_.given = compact(3, "noise", DType::kFloat32, {rows, classes}).data_as<float>();
+      noising_.given =
+          compact(3, "noise", DType::kFloat32).OfShape({rows, classes}).data_as<float>();
     } else {
       const TensorView drawn =
           keep(TensorView::Output(py::object(parts[7]), operation, "drawn noise", place),

@@ -92,6 +92,42 @@ std::vector<float> Run(const Case& c, const kernel::Options& options, unsigned w
   return all;
 }
 
+// Labels that a noising makes, of drawn noise and then of that noise given, against the plain call
+// with what was made.
+void CheckNoised(const Case& c, const kernel::Options& options) {
+  const Size& s = c.size;
+  const std::int64_t f = s.features, rows = s.streams * s.rows;
+  const Numbers y_0(s.rows * s.classes, 0, 1), a(Case::kTimesteps, 0, 1), d(Case::kTimesteps, 0, 1);
+  const Numbers drawn(s.rows * s.classes, 0, 0);
+  std::vector<std::int64_t> samples(static_cast<std::size_t>(s.rows), 7);
+  const kernel::Running running{c.running_mean.get(), c.running_variance.get(), nullptr, nullptr,
+                                0.1};
+  std::vector<std::vector<float>> found;
+  for (const bool given : {false, true}) {
+    const Numbers y(rows * s.classes, 0, 0), statistics(2 * f, 0, 0);
+    const Numbers out(rows * f, 0, 0), plain(rows * f, 0, 0);
+    diffmic::Noising noising{};
+    noising.y_0 = y_0.get();
+    noising.y_0_stride[0] = 1;
+    noising.y_0_stride[1] = s.rows;
+    noising.sqrt_alpha_bar = a.get();
+    noising.sqrt_one_minus_alpha_bar = d.get();
+    noising.timesteps = Case::kTimesteps;
+    noising.seed = 5;
+    noising.samples = samples.data();
+    noising.given = given ? drawn.get() : nullptr;
+    noising.drawn = given ? nullptr : drawn.get();
+    noising.y = y.get();
+    kernel::Batch batch = c.batch;
+    batch.y = {y.get(), {s.rows * s.classes, s.classes, 1}};
+    Forward(c.layer, batch, noising, running, options, statistics.get(), out.get());
+    Forward(c.layer, batch, diffmic::Noising{}, running, options, statistics.get(), plain.get());
+    if (out.copy() != plain.copy()) Fail("conditioning: made labels are not those that are used");
+    found.push_back(y.copy());
+  }
+  if (found[0] != found[1]) Fail("conditioning: drawn noise is not what was written");
+}
+
 // Forward of unit f and stream s, as the definition says.
 std::vector<double> Define(const Case& c, std::int64_t s, std::int64_t f) {
   const Size& size = c.size;
@@ -165,6 +201,7 @@ int main() {
         Run(c, {kernels, 2}, wanted);
       }
     }
+    CheckNoised(Case({3, 35, 130, 7}, false, false), {kernels, 2});
     const Case empty({2, 1, 71, 2}, false, false);
     kernel::Batch none = empty.batch;
     none.rows = 0;
