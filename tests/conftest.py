@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from torch import Tensor
 from diffmic_fast.diffusion import Schedule, make_schedule
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.reference.denoise import DenoiserWeights
+
+# Before anything imports a Triton kernel: without a GPU they run in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 DATA = Path(__file__).parent / "data"
 

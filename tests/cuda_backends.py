@@ -1,11 +1,12 @@
-"""Where CUDA kernels are tested: on a GPU, and on the CPU in the emulator of tests/emulator."""
+"""Where GPU kernels are tested: on a GPU, and on the CPU, CUDA's in the emulator of tests/emulator, Triton's in its own
+interpreter."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from diffmic_fast import _native
+from diffmic_fast import _native, triton
 
 _EMULATOR = _native.attempt_emulated()[1]
 _GPU = "no GPU" if not torch.cuda.is_available() else _native.cuda_failure()
@@ -14,6 +15,9 @@ CUDA_BACKENDS = [
     pytest.param("cuda-emulated", marks=pytest.mark.skipif(bool(_EMULATOR), reason=_EMULATOR)),
     pytest.param("cuda", marks=pytest.mark.skipif(bool(_GPU), reason=_GPU)),
 ]
+
+TRITON_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NO_TRITON = triton.unavailable(TRITON_DEVICE)
 
 
 def device_of(backend: str) -> torch.device:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from diffmic_fast import _native
+from diffmic_fast import _native, triton
 from diffmic_fast.ops import _backend
 from diffmic_fast.ops._backend import BACKENDS, IMPLEMENTATIONS, resolve
 from diffmic_fast.ops.rois import choose_windows
@@ -44,7 +44,16 @@ def test_every_operation_has_a_reference() -> None:
 def test_auto_takes_the_kernel_that_can_serve() -> None:
     assert resolve("rois", "auto", CPU) == "cpu"
     assert resolve("conditional_linear", "auto", CPU) == "reference"
-    assert resolve("conditional_linear", "auto", torch.device("cuda")) == "reference"
+
+
+@pytest.mark.parametrize("reason", ["", "there is no Triton here"])
+def test_auto_takes_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    monkeypatch.setattr(triton, "unavailable", lambda device: reason)
+    if not reason:
+        assert resolve("conditional_linear", "auto", torch.device("cuda")) == "triton"
+        return
+    with pytest.warns(RuntimeWarning, match=f"conditional_linear: using the slower.*{reason}"):
+        assert resolve("conditional_linear", "auto", torch.device("cuda")) == "reference"
 
 
 def test_an_unknown_name_lists_the_names() -> None:
@@ -57,7 +66,7 @@ def test_a_named_backend_that_does_not_exist_raises() -> None:
         RuntimeError, match=r"conditional_linear: backend=\"cpu\" cannot serve: there is no cpu"
     ):
         resolve("conditional_linear", "cpu", CPU)
-    for name in ("cuda", "triton", "cuda-emulated"):
+    for name in ("cuda", "cuda-emulated"):
         with pytest.raises(
             RuntimeError, match=f"conditional_linear: .*there is no {name} implementation"
         ):

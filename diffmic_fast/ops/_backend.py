@@ -16,7 +16,7 @@ import warnings
 
 import torch
 
-from diffmic_fast import _native
+from diffmic_fast import _native, triton
 
 
 class BackendError(RuntimeError):
@@ -28,7 +28,7 @@ BACKENDS = ("reference", "cpu", "cuda", "triton", "cuda-emulated")
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "denoise": ("reference", "cpu", "cuda", "cuda-emulated"),
     "conditioning": ("reference", "cpu", "cuda", "cuda-emulated"),
-    "conditional_linear": ("reference",),
+    "conditional_linear": ("reference", "triton"),
     "mmd": ("reference", "cpu", "cuda", "cuda-emulated"),
     "rois": ("reference", "cpu", "cuda", "cuda-emulated"),
 }
@@ -112,6 +112,8 @@ def unavailable(operation: str, backend: str, device: torch.device) -> str:
         if device.type != "cpu":
             return f"it takes tensors on the CPU, these are on {device}"
         return _native.attempt_emulated()[1]
+    if backend == "triton":
+        return triton.unavailable(device)
     return ""
 
 
@@ -136,9 +138,10 @@ def stream_of(tensor: torch.Tensor) -> int:
 
 def _fastest(operation: str, device: torch.device) -> tuple[str, str]:
     implementations = IMPLEMENTATIONS[operation]
-    if device.type == "cuda" and "cuda" in implementations:
-        reason = unavailable(operation, "cuda", device)
-        return ("reference", _slower(operation, reason)) if reason else ("cuda", "")
+    for name in ("cuda", "triton"):
+        if device.type == "cuda" and name in implementations:
+            reason = unavailable(operation, name, device)
+            return ("reference", _slower(operation, reason)) if reason else (name, "")
     if "cpu" not in implementations or device.type != "cpu":
         return "reference", ""
     if not _native.failure():

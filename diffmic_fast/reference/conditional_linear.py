@@ -51,7 +51,26 @@ def conditional_linear(
     Returns:
         [B, out] or [S, B, out].
     """
-    product = F.linear(h, layer.weight, layer.bias)
+    return conditional_norm(
+        F.linear(h, layer.weight, layer.bias),
+        layer,
+        timesteps,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+    )
+
+
+def conditional_norm(
+    product: Tensor,
+    layer: ConditionalLayer,
+    timesteps: Tensor,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """softplus(BN(gamma_t * product)): what stands around the product W h + b, [B, out] or [S, B, out]."""
     scaled = layer.gamma[timesteps] * product
     streams = scaled if scaled.ndim == 3 else scaled[None]
     normed = torch.stack(

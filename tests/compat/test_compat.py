@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda_backends import CUDA_BACKENDS
+from cuda_backends import CUDA_BACKENDS, NO_TRITON, TRITON_DEVICE
 from torch import nn
 
 import diffmic_fast.compat as compat
@@ -26,6 +26,9 @@ from diffmic_fast.compat import (
 )
 
 EMULATED = CUDA_BACKENDS[0]
+TRITON_ON_CPU = pytest.param(
+    "triton", marks=pytest.mark.skipif(TRITON_DEVICE.type != "cpu" or bool(NO_TRITON), reason="GPU")
+)
 
 
 def namespace(classes=5, feature_dim=64, timesteps=100, arch="resnet18"):
@@ -101,7 +104,7 @@ def test_training_step_is_the_recorded_one(model, record, tables):
         )
 
 
-@pytest.mark.parametrize("backend", ["auto", EMULATED])
+@pytest.mark.parametrize("backend", ["auto", EMULATED, TRITON_ON_CPU])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what has no such backend says so
 def test_one_pass_of_three_streams_is_the_recorded_step(
     model, record, tables, backend, monkeypatch

@@ -1,0 +1,257 @@
+"""The compiler's word on the Triton kernels: registers, spills, shared memory, matrix instructions. Needs no GPU.
+
+    python -m benchmarks.triton_resources            compile, compare with the committed table
+    python -m benchmarks.triton_resources --write    compile, write the table
+
+Compiles every configuration that `triton/conditional_linear.py` may choose from, and the kernels of
+`triton/conditional_norm.py` at their smallest and largest tiles, for each architecture, with Triton's own
+assembler. What counts as a loss against `tests/data/triton_resources.csv`: a stack frame (spilled registers),
+more shared memory than a block may have, other matrix instructions, a kernel that is not in the table; with
+the table's version of Triton also more registers or shared memory. float16 has the code of bfloat16 but for
+the type in the opcodes, and one configuration stands for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.kernel_resources import MULTIPROCESSORS
+
+SOURCE = Path(__file__).resolve().parents[1]
+TABLE = SOURCE / "tests" / "data" / "triton_resources.csv"
+ARCHITECTURES = (80, 90, 100, 120)
+# What a kernel multiplies matrices with, in the order of the architectures that brought it.
+_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
+_SIZES = ("rows", "batch", "features", "width", "streams", "rows_class")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One kernel in one configuration on one architecture: a row of the table."""
+
+    kernel: str
+    dtype: str
+    configuration: str
+    architecture: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    instruction: str
+    triton: str
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What it is compared by."""
+        return self.kernel, self.dtype, self.configuration, self.architecture
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What is compiled: a kernel, the type of its activations, and its constants."""
+
+    kernel: Any
+    dtype: str  # as in Triton's signatures
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+
+    @property
+    def configuration(self) -> str:
+        """The constants in one word each, warps and stages behind them."""
+        words = [f"{k}={v}" for k, v in self.constants.items() if not k.endswith("_column")]
+        return " ".join([*words, f"warps={self.warps}", f"stages={self.stages}"])
+
+
+def variants() -> Iterator[Variant]:
+    """Everything that is compiled, each once an architecture."""
+    from diffmic_fast.triton import conditional_linear as layer
+    from diffmic_fast.triton import conditional_norm as norm
+
+    for kind, configs in layer.CONFIGS.items():
+        precision = "tf32" if kind == "tf32" else "ieee"
+        for config in configs:
+            constants = {"h_column": 1, "weight_column": 1, "PRECISION": precision, **config.kwargs}
+            types = ["bf16" if kind == "half" else "fp32"]
+            if kind == "half" and config is configs[-1]:
+                types.append("fp16")
+            for dtype in types:
+                yield Variant(
+                    layer.layer_kernel, dtype, constants, config.num_warps, config.num_stages
+                )
+    for kernel in (norm.forward_kernel, norm.backward_kernel):
+        for dtype in ("fp32", "bf16"):
+            for rows, whole in ((32, True), (norm.WHOLE_ROWS, True), (norm.WHOLE_ROWS, False)):
+                down, across = norm.blocks(rows, norm.WHOLE_ROWS)
+                constants = {"TRAINING": True, "WHOLE": whole, "BLOCK_B": down, "BLOCK_F": across}
+                yield Variant(kernel, dtype, constants, 4, 3)
+    yield Variant(norm.gamma_kernel, "fp32", {"BLOCK_B": 128, "BLOCK_F": 128}, 4, 3)
+
+
+_ACTIVATIONS = ("h", "weight", "out", "product", "grad", "grad_product")
+
+
+def _type(name: str, dtype: str) -> str:
+    """Of a kernel's argument, as Triton writes it."""
+    if name in ("eps", "momentum"):
+        return "fp32"
+    if name == "timesteps":
+        return "*i64"
+    if name in _ACTIVATIONS:
+        return f"*{dtype}"
+    if name in _SIZES or re.search("_(row|stream|stride|column)$", name):
+        return "i32"
+    return "*fp32"
+
+
+def compile_variant(variant: Variant, architecture: int) -> Row:
+    """Compile one for one architecture, and read what came out."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = variant.kernel.arg_names
+    types = {
+        name: "constexpr" if name in variant.constants else _type(name, variant.dtype)
+        for name in names
+    }
+    # As at the sizes of use: pointers, widths and rows of memory are multiples of 16.
+    aligned = [
+        i
+        for i, name in enumerate(names)
+        if types[name].startswith("*")
+        or name in ("features", "width")
+        or re.search("_(row|stream)$", name)
+    ]
+    source = ASTSource(
+        fn=variant.kernel,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in variant.constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": variant.warps, "num_stages": variant.stages},
+    )
+    registers, stack = _registers(compiled.asm["cubin"])
+    found = [name for name in _INSTRUCTIONS if name in compiled.asm["ptx"]]
+    return Row(
+        variant.kernel.__name__,
+        variant.dtype,
+        variant.configuration,
+        architecture,
+        registers,
+        stack,
+        compiled.metadata.shared,
+        " ".join(found) or "none",
+        triton.__version__,
+    )
+
+
+def _registers(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and its stack frame in bytes."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        text = subprocess.run(
+            [str(tool), "-res-usage", str(file)], capture_output=True, text=True, check=True
+        ).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if match is None:
+        raise RuntimeError(f"cuobjdump told no registers: {text}")
+    return int(match[1]), int(match[2])
+
+
+def measure(architectures: Sequence[int] = ARCHITECTURES) -> list[Row]:
+    """Compile everything."""
+    return [compile_variant(v, architecture) for v in variants() for architecture in architectures]
+
+
+def read_table() -> list[Row]:
+    """The committed table."""
+    with open(TABLE, newline="", encoding="utf-8") as file:
+        kinds = {
+            field.name: int if field.type == "int" else str for field in dataclasses.fields(Row)
+        }
+        return [Row(**{k: kinds[k](v) for k, v in row.items()}) for row in csv.DictReader(file)]
+
+
+def write_table(rows: Sequence[Row]) -> None:
+    """Replace the committed table."""
+    with open(TABLE, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([field.name for field in dataclasses.fields(Row)])
+        writer.writerows(dataclasses.astuple(row) for row in rows)
+
+
+def compare(rows: Sequence[Row], table: Sequence[Row]) -> list[str]:
+    """The losses of what was measured against the table, one line each."""
+    known = {row.key: row for row in table}
+    losses = []
+    for row in rows:
+        name = f"sm_{row.architecture} {row.kernel} {row.dtype} {row.configuration}"
+        if row.stack_bytes:
+            losses.append(f"{name}: {row.stack_bytes} bytes of stack frame")
+        if row.shared_bytes > MULTIPROCESSORS[row.architecture].block_shared_bytes:
+            losses.append(
+                f"{name}: {row.shared_bytes} bytes of shared memory, more than a block has"
+            )
+        before = known.get(row.key)
+        if before is None:
+            losses.append(f"{name}: not in the table")
+            continue
+        if row.instruction != before.instruction:
+            losses.append(f"{name}: {before.instruction} -> {row.instruction}")
+        if row.triton != before.triton:
+            continue
+        for field in ("registers", "shared_bytes"):
+            was, now = getattr(before, field), getattr(row, field)
+            if now > was:
+                losses.append(f"{name}: {field} {was} -> {now}")
+    measured = {row.key for row in rows}
+    compiled_for = {row.architecture for row in rows}
+    for row in table:
+        if row.key not in measured and row.architecture in compiled_for:
+            losses.append(
+                f"sm_{row.architecture} {row.kernel} {row.configuration}: no longer there"
+            )
+    return losses
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile and compare, or write; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_resources")
+    parser.add_argument("--write", action="store_true", help="write the table")
+    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
+    options = parser.parse_args(arguments)
+    if os.environ.pop("TRITON_INTERPRET", None):
+        print("TRITON_INTERPRET is not looked at: the kernels are compiled", file=sys.stderr)
+    rows = measure(options.architectures)
+    for row in rows:
+        print(
+            f"sm_{row.architecture:<3} {row.kernel:16} {row.dtype} {row.registers:3} registers "
+            f"{row.stack_bytes:4} stack {row.shared_bytes:6} shared  {row.instruction:16} {row.configuration}"
+        )
+    if options.write:
+        write_table(rows)
+        return 0
+    losses = compare(rows, read_table())
+    print("\n".join(losses) or "nothing was lost against the table")
+    return 1 if losses else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,422 @@
+"""`conditional_linear` in Triton: its numbers in every precision, forward and backward, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from conditioning_cases import sliced
+from cuda_backends import NO_TRITON, TRITON_DEVICE
+from torch import Tensor
+
+from diffmic_fast.ops._backend import BackendError
+from diffmic_fast.ops.conditional_linear import ConditionalLayer, conditional_linear
+from diffmic_fast.reference import conditional_linear as reference
+
+if NO_TRITON:
+    pytest.skip(NO_TRITON, allow_module_level=True)
+
+from diffmic_fast.triton import conditional_linear as whole
+from diffmic_fast.triton import conditional_norm as norm
+from diffmic_fast.triton.scalar import INTERPRETED
+
+# Of the half of a `tl.where` that is not taken; the interpreter computes both.
+pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Streams (0: none), rows, width, features: below, at and beyond the edges of tiles.
+SIZES = [
+    (0, 1, 1, 1),
+    (3, 5, 33, 37),
+    (0, 17, 16, 64),
+    (2, 64, 20, 65),
+    (1, 65, 70, 129),
+    (3, 130, 9, 7),
+]
+# Beside PyTorch's own error twice over: a few roundings of the largest element.
+FLOOR = 1e-6
+NAMES = (
+    "out",
+    "running_mean",
+    "running_var",
+    "h",
+    "weight",
+    "bias",
+    "gamma",
+    "norm_weight",
+    "norm_bias",
+)
+
+
+class Case:
+    """Arguments whose values the dtype holds, in float64."""
+
+    def __init__(self, streams: int, batch: int, width: int, features: int, dtype: torch.dtype):
+        generator = torch.Generator().manual_seed(1000 * features + 10 * batch + streams)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype).double()
+
+        self.dtype = dtype
+        rows = (streams, batch) if streams else (batch,)
+        self.h = draw(*rows, width)
+        self.parameters = [
+            draw(features, width) / 4,
+            draw(features) / 2,
+            draw(7, features),
+            draw(features),
+            draw(features),
+        ]
+        self.running = [draw(features), (draw(features).square() + 0.5).to(dtype).double()]
+        self.timesteps = torch.randint(0, 7, (batch,), generator=generator)
+        self.grad = draw(*rows, features)
+
+    def layer(self, dtype: torch.dtype, device: torch.device) -> ConditionalLayer:
+        parts = (v.to(device, dtype, copy=True) for v in (*self.parameters, *self.running))
+        return ConditionalLayer(*parts)
+
+    def run(
+        self, dtype: torch.dtype, backend: str, *, training: bool, timesteps: Tensor | None = None
+    ) -> list[Tensor]:
+        """The output, the running statistics behind the call, and all gradients of sum(out * grad)."""
+        device = TRITON_DEVICE if backend == "triton" else torch.device("cpu")
+        h = self.h.to(device, dtype).requires_grad_()
+        layer = self.layer(dtype, device)
+        leaves = [h, *(part.requires_grad_() for part in layer[:5])]
+        t = (self.timesteps if timesteps is None else timesteps).to(device)
+        options: dict[str, Any] = {"training": training, "momentum": 0.3, "eps": 1e-4}
+        out = conditional_linear(h, layer, t, backend=backend, **options)
+        gradients = torch.autograd.grad(out, leaves, self.grad.to(device, dtype))
+        found = [out.detach(), layer.running_mean, layer.running_var, *gradients]
+        return [value.cpu() for value in found]
+
+
+def three_ways(
+    case: Case, *, training: bool, timesteps: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The definition in float64 and in the case's dtype, and Triton's kernels in that."""
+    exact = case.run(torch.float64, "reference", training=training, timesteps=timesteps)
+    own = case.run(case.dtype, "reference", training=training, timesteps=timesteps)
+    return exact, own, case.run(case.dtype, "triton", training=training, timesteps=timesteps)
+
+
+def assert_as_good(found: list[Tensor], other: list[Tensor], exact: list[Tensor]) -> None:
+    """`found` errs at most twice what `other` does, both against `exact`."""
+    for name, a, b, c in zip(NAMES, found, other, exact, strict=True):
+        scale = float(c.abs().max()) or 1.0
+        error, allowed = (float((v.double() - c).abs().max()) / scale for v in (a, b))
+        assert a.shape == c.shape and a.dtype == b.dtype, name
+        assert error <= 2 * allowed + FLOOR, f"{name}: {error:.1e}, PyTorch's {allowed:.1e}"
+
+
+# ---- the whole layer in eval mode -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("shared", [False, True])
+def test_eval_is_the_definition(size: tuple[int, ...], dtype: torch.dtype, shared: bool) -> None:
+    case = Case(*size, dtype)
+    t = torch.tensor([4]) if shared else case.timesteps
+    exact = reference.conditional_linear(case.h, case.layer(torch.float64, t.device), t)
+    own = reference.conditional_linear(case.h.to(dtype), case.layer(dtype, t.device), t)
+    found = conditional_linear(
+        case.h.to(TRITON_DEVICE, dtype),
+        case.layer(dtype, TRITON_DEVICE),
+        t.to(TRITON_DEVICE),
+        backend="triton",
+    )
+    assert found.dtype == dtype and found.shape == exact.shape
+    error, allowed = (float((v.cpu().double() - exact).abs().max()) for v in (found, own))
+    assert error <= 2 * allowed + FLOOR * float(exact.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [(kind, i) for kind, some in whole.CONFIGS.items() for i in range(len(some))],
+)
+def test_every_configuration_gives_the_numbers(kind: str, number: int) -> None:
+    # More than one tile down, across and along the width, and a ragged edge in each.
+    config = whole.CONFIGS[kind][number]
+    m, n, k = (config.kwargs[f"BLOCK_{axis}"] for axis in "MNK")
+    dtype = torch.bfloat16 if kind == "half" else torch.float32
+    case = Case(0, m + 3, 2 * k + 5, n + 9, dtype)
+    layer = case.layer(dtype, TRITON_DEVICE)
+    found = whole.conditional_linear(
+        case.h.to(TRITON_DEVICE, dtype), *layer[:3], case.timesteps.to(TRITON_DEVICE), *layer[3:],
+        eps=1e-5, tf32=kind == "tf32", config=config,
+    )  # fmt: skip
+    exact = reference.conditional_linear(
+        case.h, case.layer(torch.float64, case.h.device), case.timesteps
+    )
+    # The interpreter multiplies TF32 in float32.
+    bound = 4e-3 if kind == "half" else 1e-6 if kind == "ieee" or INTERPRETED else 2e-3
+    error = (found.cpu().double() - exact).abs().max() / exact.abs().max()
+    assert float(error) < bound
+
+
+def test_any_stride_and_nothing_beyond_the_edges() -> None:
+    case = Case(2, 19, 21, 35, torch.float32)
+    values = [case.h, *case.layer(torch.float64, case.h.device)]
+    pairs = [sliced(v.to(TRITON_DEVICE, torch.float32), rows_only=False) for v in values]
+    before = [buffer.clone() for _, buffer in pairs]
+    views = [view for view, _ in pairs]
+    t = case.timesteps.to(TRITON_DEVICE).repeat_interleave(2)[::2]
+    plain = [view.contiguous() for view in views]
+    found = conditional_linear(views[0], ConditionalLayer(*views[1:]), t, backend="triton")
+    expected = conditional_linear(plain[0], ConditionalLayer(*plain[1:]), t, backend="triton")
+    assert torch.equal(found, expected)
+    transposed = conditional_linear(
+        plain[0].mT.contiguous().mT,
+        ConditionalLayer(plain[1].T.contiguous().T, *plain[2:]),
+        t,
+        backend="triton",
+    )
+    assert torch.equal(found, transposed)
+    for (_, buffer), kept in zip(pairs, before, strict=True):
+        assert torch.equal(buffer.nan_to_num(7.0), kept.nan_to_num(7.0))
+
+
+# ---- training ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_and_statistics(
+    size: tuple[int, ...], dtype: torch.dtype, training: bool
+) -> None:
+    if training and size[1] < 2:
+        pytest.skip("one row has no batch statistics")
+    case = Case(*size, dtype)
+    exact, own, found = three_ways(case, training=training)
+    assert_as_good(found, own, exact)
+
+
+@pytest.mark.parametrize("rows", [40, 130])
+@pytest.mark.parametrize(
+    "timesteps", ["shared", "all the same", "all but one the same", "none the same"]
+)
+def test_gamma_adds_up_rows_of_equal_timestep(rows: int, timesteps: str) -> None:
+    case = Case(3, rows, 4, 9, torch.float32)
+    t = torch.full((1 if timesteps == "shared" else rows,), 3)
+    if timesteps == "all but one the same":
+        t[rows // 2] = 5
+    if timesteps == "none the same":
+        case.parameters[2] = torch.randn(rows, 9).double()
+        t = torch.randperm(rows)
+    exact, _, found = three_ways(case, training=True, timesteps=t)
+    # Where all rows have one timestep, its gradient is a difference of large sums: 0 but for eps and rounding.
+    torch.testing.assert_close(found[6].double(), exact[6], rtol=1e-5, atol=1e-4)
+    untouched = torch.ones(len(found[6]), dtype=torch.bool).index_fill(0, t, False)
+    assert not found[6][untouched].any()
+
+
+@pytest.mark.parametrize("limit", [16, 32, 64])
+def test_tiles_of_any_height_agree(limit: int) -> None:
+    streams, rows, features = 2, 50, 33
+    case = Case(streams, rows, features, features, torch.float32)
+    layer = case.layer(torch.float32, TRITON_DEVICE)
+    product = case.h.float().to(TRITON_DEVICE)
+    t, grad = case.timesteps.to(TRITON_DEVICE), case.grad.float().to(TRITON_DEVICE)
+
+    def run(limit: int) -> list[Tensor]:
+        def new(*shape: int) -> Tensor:
+            return torch.full(shape, torch.nan, device=TRITON_DEVICE)
+
+        h, statistics, mean, variance = (
+            new(streams, rows, features), new(2, streams, features), new(features), new(features),
+        )  # fmt: skip
+        norm.forward(
+            product,
+            t,
+            *layer[1:],
+            h,
+            statistics,
+            mean,
+            variance,
+            momentum=0.1,
+            eps=1e-5,
+            limit=limit,
+        )
+        gradients = [
+            new(streams, rows, features), new(features), torch.zeros_like(layer.gamma), new(features),
+            new(features),
+        ]  # fmt: skip
+        norm.backward(
+            grad,
+            product,
+            t,
+            *layer[1:5],
+            statistics,
+            gradients,
+            training=True,
+            eps=1e-5,
+            limit=limit,
+        )
+        return [h, statistics, mean, variance, *gradients]
+
+    for found, expected in zip(run(limit), run(64), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for found, again in zip(run(limit), run(limit), strict=True):
+        assert torch.equal(found, again)
+
+
+def test_statistics_far_from_zero() -> None:
+    """Variances of columns whose mean is a thousand times their deviation: squares minus squares would lose them."""
+    case = Case(1, 70, 4, 5, torch.float32)
+    case.parameters[0] = (case.parameters[0] / 100).float().double()
+    case.parameters[1] = case.parameters[1] + 100
+    case.parameters[2] = torch.ones(7, 5).double()
+    exact, _, found = three_ways(case, training=True)
+    torch.testing.assert_close(found[2].double(), exact[2], rtol=1e-4, atol=0)
+    torch.testing.assert_close(found[0].double(), exact[0], rtol=1e-2, atol=1e-2)
+
+
+def test_second_derivatives() -> None:
+    case = Case(2, 6, 3, 4, torch.float32)
+
+    def run(backend: str) -> list[Tensor]:
+        device = TRITON_DEVICE if backend == "triton" else torch.device("cpu")
+        layer = case.layer(torch.float32, device)
+        leaves = [case.h.float().to(device), *layer[:5]]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        t = case.timesteps.to(device)
+        out = conditional_linear(leaves[0], layer, t, training=True, backend=backend)
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+        return [value.detach().cpu() for value in (*first, *second)]
+
+    for found, expected in zip(run("triton"), run("reference"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- as PyTorch sees it -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streams", [0, 2])
+@pytest.mark.parametrize("training", [False, True])
+def test_opcheck(streams: int, training: bool) -> None:
+    case = Case(streams, 5, 3, 4, torch.float32)
+    layer = case.layer(torch.float32, TRITON_DEVICE)
+    t = case.timesteps.to(TRITON_DEVICE)
+    product = case.grad.float().to(TRITON_DEVICE).requires_grad_()
+    parameters = [*(part.requires_grad_() for part in layer[1:5]), *layer[5:]]
+    torch.library.opcheck(
+        torch.ops.diffmic_fast.conditional_norm.default,
+        (product, t, *parameters, training, 0.1, 1e-5),
+    )
+    torch.library.opcheck(
+        torch.ops.diffmic_fast.conditional_linear.default,
+        (case.h.float().to(TRITON_DEVICE), t, *(p.detach() for p in layer), 1e-5, False),
+    )
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled(training: bool) -> None:
+    case = Case(2, 6, 3, 4, torch.float32)
+
+    def run(compiled: bool) -> list[Tensor]:
+        torch.compiler.reset()
+        layer = case.layer(torch.float32, TRITON_DEVICE)
+        leaves = [case.h.float().to(TRITON_DEVICE).requires_grad_(), *layer[:5]]
+        function = (
+            torch.compile(conditional_linear, fullgraph=True) if compiled else conditional_linear
+        )
+        out = function(
+            leaves[0], layer, case.timesteps.to(TRITON_DEVICE), training=training, backend="triton"
+        )
+        return [out.detach(), *torch.autograd.grad(out.sum(), leaves[:1]), *layer[5:]]
+
+    for found, expected in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(training: bool, dtype: torch.dtype) -> None:
+    """The product in autocast's dtype, all else in float32: running statistics and gradients as float32 tensors."""
+    case = Case(3, 33, 40, 20, torch.float32)
+    layer = case.layer(torch.float32, TRITON_DEVICE)
+    leaves = [case.h.float().to(TRITON_DEVICE), *layer[:5]]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    with torch.autocast(TRITON_DEVICE.type, dtype):
+        out = conditional_linear(
+            leaves[0], layer, case.timesteps.to(TRITON_DEVICE), training=training, momentum=0.3, eps=1e-4,
+            backend="triton",
+        )  # fmt: skip
+        with torch.no_grad():
+            eval_again = conditional_linear(
+                leaves[0], layer, case.timesteps.to(TRITON_DEVICE), eps=1e-4, backend="triton"
+            )
+    assert out.dtype == eval_again.dtype == dtype
+    gradients = torch.autograd.grad(out, leaves, case.grad.to(TRITON_DEVICE, dtype))
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    exact = case.run(torch.float64, "reference", training=training)
+    found = [out.detach(), layer.running_mean, layer.running_var, *gradients]
+    for name, a, b in zip(NAMES, found, exact, strict=True):
+        # A rounding of the product (2^-9, or 2^-12) passes through a sum over rows.
+        error = (a.cpu().double() - b).abs().max() / b.abs().max()
+        assert float(error) < (0.03 if dtype == torch.bfloat16 else 0.004), name
+
+
+def test_not_a_number_stays_one() -> None:
+    case = Case(0, 20, 6, 9, torch.float32)
+    case.h[3, 2] = torch.nan
+    layer = case.layer(torch.float32, TRITON_DEVICE)
+    h, t = case.h.float().to(TRITON_DEVICE), case.timesteps.to(TRITON_DEVICE)
+    out = conditional_linear(h, layer, t, backend="triton")
+    assert out[3].isnan().all() and not out[torch.arange(20) != 3].isnan().any()
+    found = case.run(torch.float32, "triton", training=True)
+    assert all(value.isnan().any() for value in found)
+
+
+def test_empty() -> None:
+    case = Case(0, 4, 3, 5, torch.float32)
+    layer = case.layer(torch.float32, TRITON_DEVICE)
+    none = torch.empty(0, dtype=torch.int64, device=TRITON_DEVICE)
+    out = conditional_linear(case.h.float()[:0].to(TRITON_DEVICE), layer, none, backend="triton")
+    assert out.shape == (0, 5)
+    h = case.h.float()[:0].to(TRITON_DEVICE).requires_grad_()
+    parameters = [part.requires_grad_() for part in layer[:5]]
+    out = conditional_linear(h, layer, none, backend="triton")
+    for gradient in torch.autograd.grad(out.sum(), parameters):
+        assert not gradient.any()
+
+
+# ---- what it refuses --------------------------------------------------------------------------
+
+
+def test_float64_goes_to_the_reference_unless_triton_was_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = Case(0, 4, 3, 5, torch.float32)
+    h, layer = case.h.to(TRITON_DEVICE), case.layer(torch.float64, TRITON_DEVICE)
+    t = case.timesteps.to(TRITON_DEVICE)
+    assert conditional_linear(h, layer, t).dtype == torch.float64
+    with pytest.raises(
+        BackendError, match=r"triton cannot serve.*float16 tensors, got torch.float64"
+    ):
+        conditional_linear(h, layer, t, backend="triton")
+    with pytest.raises(ValueError, match=r"h must have one stream at least, got \(0, 4, 3\)"):
+        conditional_linear(h[None][:0], layer, t)
+
+
+@pytest.mark.skipif(TRITON_DEVICE.type != "cpu", reason="there is a GPU")
+def test_without_the_interpreter_the_cpu_is_refused() -> None:
+    program = """
+import torch
+from diffmic_fast.ops._backend import decide
+print(decide("conditional_linear", "auto", torch.device("cpu")))
+decide("conditional_linear", "triton", torch.device("cpu"))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
+    assert result.stdout == "('reference', '')\n"
+    assert "cannot serve: it takes tensors on a GPU, and on the CPU only in" in result.stderr
