@@ -4,11 +4,12 @@
     python -m benchmarks.triton_resources --write    compile, write the table
 
 Compiles every configuration that `triton/conditional_linear.py` may choose from, and the kernels of
-`triton/conditional_norm.py` at their smallest and largest tiles, for each architecture, with Triton's own
-assembler. What counts as a loss against `tests/data/triton_resources.csv`: a stack frame (spilled registers),
-more shared memory than a block may have, other matrix instructions, a kernel that is not in the table; with
-the table's version of Triton also more registers or shared memory. float16 has the code of bfloat16 but for
-the type in the opcodes, and one configuration stands for it.
+`triton/conditional_norm.py` and `triton/denoise.py` at their smallest and largest tiles, for each
+architecture, with Triton's own assembler. What counts as a loss against
+`tests/data/triton_resources.csv`: a stack frame (spilled registers), more shared memory than a block may
+have, other matrix instructions, a kernel that is not in the table; with the table's version of Triton also
+more registers or shared memory. float16 has the code of bfloat16 but for the type in the opcodes, and one
+configuration stands for it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TABLE = SOURCE / "tests" / "data" / "triton_resources.csv"
 ARCHITECTURES = (80, 90, 100, 120)
 # What a kernel multiplies matrices with, in the order of the architectures that brought it.
 _INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
-_SIZES = ("rows", "batch", "features", "width", "streams", "rows_class")
+_SIZES = ("rows", "batch", "features", "width", "streams", "classes", "noise_steps", "rows_class")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,7 @@ def variants() -> Iterator[Variant]:
     """Everything that is compiled, each once an architecture."""
     from diffmic_fast.triton import conditional_linear as layer
     from diffmic_fast.triton import conditional_norm as norm
+    from diffmic_fast.triton import denoise
 
     for kind, configs in layer.CONFIGS.items():
         precision = "tf32" if kind == "tf32" else "ieee"
@@ -95,18 +97,28 @@ def variants() -> Iterator[Variant]:
                 constants = {"TRAINING": True, "WHOLE": whole, "BLOCK_B": down, "BLOCK_F": across}
                 yield Variant(kernel, dtype, constants, 4, 3)
     yield Variant(norm.gamma_kernel, "fp32", {"BLOCK_B": 128, "BLOCK_F": 128}, 4, 3)
+    for dtype in ("fp32", "bf16"):
+        yield Variant(denoise.first_kernel, dtype, {"BLOCK_M": 16, "BLOCK_N": 128}, 4, 3)
+    for classes in (16, 32, denoise.MOST_CLASSES):
+        constants = {"TRAJECTORY": True, **denoise.step_blocks(classes)}
+        yield Variant(denoise.step_kernel, "fp32", constants, 4, 3)
 
 
-_ACTIVATIONS = ("h", "weight", "out", "product", "grad", "grad_product")
+_ACTIVATIONS = {
+    "layer_kernel": ("h", "weight", "out"),
+    "forward_kernel": ("product", "h"),
+    "backward_kernel": ("grad", "product", "grad_product"),
+    "first_kernel": ("h",),
+}
 
 
-def _type(name: str, dtype: str) -> str:
+def _type(kernel: str, name: str, dtype: str) -> str:
     """Of a kernel's argument, as Triton writes it."""
     if name in ("eps", "momentum"):
         return "fp32"
-    if name == "timesteps":
+    if name in ("timesteps", "timestep", "position"):
         return "*i64"
-    if name in _ACTIVATIONS:
+    if name in _ACTIVATIONS.get(kernel, ()):
         return f"*{dtype}"
     if name in _SIZES or re.search("_(row|stream|stride|column)$", name):
         return "i32"
@@ -121,7 +133,9 @@ def compile_variant(variant: Variant, architecture: int) -> Row:
 
     names = variant.kernel.arg_names
     types = {
-        name: "constexpr" if name in variant.constants else _type(name, variant.dtype)
+        name: "constexpr"
+        if name in variant.constants
+        else _type(variant.kernel.__name__, name, variant.dtype)
         for name in names
     }
     # As at the sizes of use: pointers, widths and rows of memory are multiples of 16.

@@ -18,10 +18,13 @@ CUDA_BACKENDS = [
 
 TRITON_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NO_TRITON = triton.unavailable(TRITON_DEVICE)
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(bool(NO_TRITON), reason=NO_TRITON))
 
 
 def device_of(backend: str) -> torch.device:
     """Where the tensors of that backend's calls are."""
+    if backend == "triton":
+        return TRITON_DEVICE
     return torch.device("cuda" if backend == "cuda" else "cpu")
 
 

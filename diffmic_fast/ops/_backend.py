@@ -26,7 +26,7 @@ class BackendError(RuntimeError):
 BACKENDS = ("reference", "cpu", "cuda", "triton", "cuda-emulated")
 
 IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
-    "denoise": ("reference", "cpu", "cuda", "cuda-emulated"),
+    "denoise": ("reference", "cpu", "cuda", "triton", "cuda-emulated"),
     "conditioning": ("reference", "cpu", "cuda", "cuda-emulated"),
     "conditional_linear": ("reference", "triton"),
     "mmd": ("reference", "cpu", "cuda", "cuda-emulated"),
@@ -138,10 +138,16 @@ def stream_of(tensor: torch.Tensor) -> int:
 
 def _fastest(operation: str, device: torch.device) -> tuple[str, str]:
     implementations = IMPLEMENTATIONS[operation]
+    reason = ""
     for name in ("cuda", "triton"):
         if device.type == "cuda" and name in implementations:
-            reason = unavailable(operation, name, device)
-            return ("reference", _slower(operation, reason)) if reason else (name, "")
+            why_not = unavailable(operation, name, device)
+            if not why_not:
+                remark = f"{operation}: using the {name} implementation, because {reason}"
+                return name, remark if reason else ""
+            reason = reason or why_not
+    if reason:
+        return "reference", _slower(operation, reason)
     if "cpu" not in implementations or device.type != "cpu":
         return "reference", ""
     if not _native.failure():

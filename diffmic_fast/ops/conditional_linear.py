@@ -129,20 +129,11 @@ def _wants_gradient(h: Tensor, layer: ConditionalLayer) -> bool:
 def _conditional_linear(h: Tensor, timesteps: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     from diffmic_fast.triton.conditional_linear import conditional_linear as kernel
 
-    bias, gamma, norm_weight, norm_bias, running_mean, running_var, eps, tf32 = rest
-    return kernel(
-        h.detach().resolve_neg(),
-        weight.detach().resolve_neg(),
-        compact(bias),
-        with_unit_rows(gamma),
-        timesteps,
-        compact(norm_weight),
-        compact(norm_bias),
-        compact(running_mean),
-        compact(running_var),
-        eps=eps,
-        tf32=tf32,
+    bias, gamma, *vectors, eps, tf32 = rest
+    layer = ConditionalLayer(
+        weight.detach().resolve_neg(), compact(bias), with_unit_rows(gamma), *map(compact, vectors)
     )
+    return kernel(h.detach().resolve_neg(), layer, timesteps, eps=eps, tf32=tf32)
 
 
 _PARAMETERS = (

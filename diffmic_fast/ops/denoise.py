@@ -17,6 +17,7 @@ from diffmic_fast.ops._backend import BackendError, asked_by_name, resolve, stre
 from diffmic_fast.ops._layout import compact, with_unit_rows
 from diffmic_fast.ops.conditional_linear import check_layer
 from diffmic_fast.reference import denoise as reference
+from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.reference.denoise import DenoiserWeights, StepTable
 
 PRECISIONS = ("fp32", "bf16", "fp8", "int8")
@@ -25,6 +26,7 @@ PRECISIONS_OF = {
     "reference": ("fp32",),
     "cpu": ("fp32", "bf16", "int8"),
     "cuda": ("fp32", "bf16", "fp8"),
+    "triton": ("fp32", "bf16"),
     "cuda-emulated": ("fp32", "bf16", "fp8"),
 }
 
@@ -37,7 +39,7 @@ _ROWS_AT_ONE_READING = {"fp32": 16, "bf16": 8}
 _CUDA_ROWS_AT_ONE_READING = 32
 # Readings of the weights in one launch: a few milliseconds of a GPU.
 _READINGS_A_LAUNCH = 64
-_MOST_CUDA_FEATURES, _MOST_CUDA_CLASSES = 65536, 512
+_MOST_CUDA_FEATURES, _MOST_CUDA_CLASSES, _MOST_TRITON_CLASSES = 65536, 512, 128
 _MOST_SAMPLE = 2**32 - 1
 
 __all__ = ["PRECISIONS", "PRECISIONS_OF", "DenoiserWeights", "StepTable", "denoise"]
@@ -253,12 +255,13 @@ def _unserved(backend: str, tensors: list[Tensor]) -> str:
         return "it has no gradient (use torch.no_grad, or the reference)"
     if backend == "cpu":
         return ""
+    most_classes = _MOST_TRITON_CLASSES if backend == "triton" else _MOST_CUDA_CLASSES
     if any(t.device != tensors[0].device for t in tensors):
         return "it takes tensors of one device"
     features, classes = tensors[0].shape[1], tensors[1].shape[1]
-    if features > _MOST_CUDA_FEATURES or classes > _MOST_CUDA_CLASSES:
+    if features > _MOST_CUDA_FEATURES or classes > most_classes:
         return (
-            f"it takes {_MOST_CUDA_FEATURES} features and {_MOST_CUDA_CLASSES} classes at most, "
+            f"it takes {_MOST_CUDA_FEATURES} features and {most_classes} classes at most, "
             f"these are {features} and {classes}"
         )
     return ""
@@ -338,6 +341,10 @@ def _run(call: _Call, progress: Callable[[int, int], None] | None = None) -> Ten
     return out if states is None else states
 
 
+def _unit_rows(tensor: Tensor) -> Tensor:
+    return compact(tensor) if tensor.ndim == 1 else with_unit_rows(tensor)
+
+
 def _launch(
     call: _Call,
     inputs: tuple[Any, ...],
@@ -358,7 +365,21 @@ def _launch(
             "denoise: with noise, the last step must take none: its sigma is "
             f"{float(call.steps[-1][-1])}"
         )
-    module, device = _native.cuda(call.backend), call.features.device
+    device = call.features.device
+    table = torch.stack(list(call.steps[1:])).to(device)
+    timesteps = call.steps[0].to(device).contiguous()
+    images, samples = images.to(device).contiguous(), samples.to(device).contiguous()
+    if call.backend == "triton":
+        from diffmic_fast.triton.denoise import denoise as kernel
+
+        features, prior, guidance, layers, eps, weight, bias = inputs
+        kernel(
+            features, prior, guidance, [ConditionalLayer(*map(_unit_rows, layer)) for layer in layers], eps,
+            (weight, compact(bias)), timesteps, table.T.contiguous(), call.start, noise, call.seed % 2**64,
+            images, samples, out, states, precision=call.precision, progress=progress,
+        )  # fmt: skip
+        return
+    module = _native.cuda(call.backend)
     scratch = module.denoise_workspace(
         call.features.shape[1],
         call.prior.shape[1],
@@ -370,13 +391,13 @@ def _launch(
     )
     module.denoise(
         *inputs,
-        call.steps[0].to(device).contiguous(),
-        torch.stack(list(call.steps[1:])).to(device),
+        timesteps,
+        table,
         call.start,
         noise,
         call.seed % 2**64,
-        images.to(device).contiguous(),
-        samples.to(device).contiguous(),
+        images,
+        samples,
         out,
         states,
         call.precision,

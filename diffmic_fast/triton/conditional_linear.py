@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.triton.scalar import INTERPRETED, device_of, factor, rounded, softplus
 
 
@@ -188,14 +189,8 @@ _tuned: dict[str, Any] = (
 
 def conditional_linear(
     h: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    gamma: Tensor,
+    layer: ConditionalLayer,
     timesteps: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
     *,
     eps: float,
     tf32: bool,
@@ -205,9 +200,7 @@ def conditional_linear(
 
     Args:
         h: [..., B, K] float32, bfloat16 or float16, of any strides.
-        weight: [N, K], dtype of `h`, of any strides.
-        bias, norm_weight, norm_bias, running_mean, running_var: [N] floating, contiguous.
-        gamma: [rows, N] floating, columns with unit stride.
+        layer: weight [N, K] in the dtype of `h`, of any strides; gamma with unit rows; vectors contiguous.
         timesteps: [B] or [1] int64.
         eps: BatchNorm's.
         tf32: multiply float32 as TF32.
@@ -216,19 +209,34 @@ def conditional_linear(
     Returns:
         [..., B, N], dtype of `h`.
     """
-    batch, width, features = h.shape[-2], h.shape[-1], weight.shape[0]
-    out = h.new_empty((*h.shape[:-1], features))
+    out = h.new_empty((*h.shape[:-1], layer.weight.shape[0]))
+    launch(h, layer, timesteps, out, eps, tf32=tf32, config=config)
+    return out
+
+
+def launch(
+    h: Tensor,
+    layer: ConditionalLayer,
+    timesteps: Tensor,
+    out: Tensor,
+    eps: float,
+    *,
+    tf32: bool = False,
+    config: triton.Config | None = None,
+) -> None:
+    """`conditional_linear` into `out`, [..., B, N] contiguous, float32 or of the dtype of `h`."""
     if out.numel() == 0:
-        return out
+        return
+    batch, width, features = h.shape[-2], h.shape[-1], layer.weight.shape[0]
     flat = h.reshape(-1, width)
     rows = flat.shape[0]
     kind = "half" if h.dtype != torch.float32 else "tf32" if tf32 else "ieee"
     precision = "tf32" if kind == "tf32" else "ieee"
     shared = timesteps.shape[0] == 1
     arguments = (
-        flat, weight, bias, gamma, timesteps, norm_weight, norm_bias, running_mean, running_var, out,
-        rows, batch, features, width, eps,
-        *flat.stride(), *weight.stride(), gamma.stride(0), 0 if shared else timesteps.stride(0),
+        flat, layer.weight, layer.bias, layer.gamma, timesteps, layer.norm_weight, layer.norm_bias,
+        layer.running_mean, layer.running_var, out, rows, batch, features, width, eps,
+        *flat.stride(), *layer.weight.stride(), layer.gamma.stride(0), 0 if shared else timesteps.stride(0),
         triton.next_power_of_2(rows), precision,
     )  # fmt: skip
 
@@ -247,4 +255,3 @@ def conditional_linear(
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
             )
-    return out

@@ -181,20 +181,20 @@ def slopes(
     rows,
     features,
 ):
-    """Of a tile: p + bias, z centred and scaled, and the gradient of n; the last is 0 beyond the edges."""
+    """Of a tile: p + bias, z centred and scaled, the gradient of n. Rows beyond the batch have gamma and gradient 0."""
     shifted = load_rows(source, row, column, product_row, rows, features) + offset
     centred = (scale * shifted - mean[None, :]) * deviation[None, :]
     n = centred * slope[None, :] + height[None, :]
     grad = load_rows(above, row, column, grad_row, rows, features) * sigmoid(n)
-    return shifted, centred, tl.where((row < rows)[:, None], grad, 0.0)
+    return shifted, centred, grad
 
 
 @triton.jit
-def through_norm(grad, centred, sum_grad, sum_centred, steep, row, rows, TRAINING: tl.constexpr):
+def through_norm(grad, centred, sum_grad, sum_centred, steep, rows, TRAINING: tl.constexpr):
     """The gradient of z, from that of n: in training the mean and the deviation are functions of every row."""
     if TRAINING:
         grad -= (sum_grad[None, :] + centred * sum_centred[None, :]) / rows
-    return tl.where((row < rows)[:, None], grad * steep[None, :], 0.0)
+    return grad * steep[None, :]
 
 
 @triton.jit
@@ -256,7 +256,7 @@ def backward_kernel(
             )  # fmt: skip
             sum_grad = tl.sum(g, axis=0)
             sum_centred = tl.sum(g * centred, axis=0)
-            g = through_norm(g, centred, sum_grad, sum_centred, steep, row, rows, TRAINING)
+            g = through_norm(g, centred, sum_grad, sum_centred, steep, rows, TRAINING)
             of_bias += tl.sum(g * scale, axis=0)
             of_scale += g * shifted
             place = row[:, None].to(tl.int64) * features + column[None, :]
@@ -285,7 +285,7 @@ def backward_kernel(
                     source, above, its, offset, mean, deviation, slope, height, tile, column, product_row, grad_row,
                     rows, features,
                 )  # fmt: skip
-                g = through_norm(g, centred, sum_grad, sum_centred, steep, tile, rows, TRAINING)
+                g = through_norm(g, centred, sum_grad, sum_centred, steep, rows, TRAINING)
                 of_bias += tl.sum(g * its, axis=0)
                 place = tile[:, None].to(tl.int64) * features + column[None, :]
                 there = (tile < rows)[:, None] & inside[None, :]

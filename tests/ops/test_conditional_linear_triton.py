@@ -147,7 +147,7 @@ def test_every_configuration_gives_the_numbers(kind: str, number: int) -> None:
     case = Case(0, m + 3, 2 * k + 5, n + 9, dtype)
     layer = case.layer(dtype, TRITON_DEVICE)
     found = whole.conditional_linear(
-        case.h.to(TRITON_DEVICE, dtype), *layer[:3], case.timesteps.to(TRITON_DEVICE), *layer[3:],
+        case.h.to(TRITON_DEVICE, dtype), layer, case.timesteps.to(TRITON_DEVICE),
         eps=1e-5, tf32=kind == "tf32", config=config,
     )  # fmt: skip
     exact = reference.conditional_linear(
@@ -168,8 +168,10 @@ def test_any_stride_and_nothing_beyond_the_edges() -> None:
     t = case.timesteps.to(TRITON_DEVICE).repeat_interleave(2)[::2]
     plain = [view.contiguous() for view in views]
     found = conditional_linear(views[0], ConditionalLayer(*views[1:]), t, backend="triton")
-    expected = conditional_linear(plain[0], ConditionalLayer(*plain[1:]), t, backend="triton")
-    assert torch.equal(found, expected)
+    expected = conditional_linear(
+        plain[0], ConditionalLayer(*plain[1:]), t.contiguous(), backend="triton"
+    )
+    assert t.stride(0) == 2 and torch.equal(found, expected)
     transposed = conditional_linear(
         plain[0].mT.contiguous().mT,
         ConditionalLayer(plain[1].T.contiguous().T, *plain[2:]),
@@ -179,6 +181,31 @@ def test_any_stride_and_nothing_beyond_the_edges() -> None:
     assert torch.equal(found, transposed)
     for (_, buffer), kept in zip(pairs, before, strict=True):
         assert torch.equal(buffer.nan_to_num(7.0), kept.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 40])
+def test_nothing_is_written_beyond_the_rows(rows: int) -> None:
+    case = Case(0, rows, 20, 70, torch.float32)
+    buffer = torch.full((rows + 70, 70), torch.nan, device=TRITON_DEVICE)
+    for config in whole.CONFIGS["ieee"]:
+        whole.launch(
+            case.h.float().to(TRITON_DEVICE), case.layer(torch.float32, TRITON_DEVICE),
+            case.timesteps.to(TRITON_DEVICE), buffer[:rows], 1e-5, config=config,
+        )  # fmt: skip
+        assert not buffer[:rows].isnan().any() and buffer[rows:].isnan().all()
+
+
+def test_softplus_of_large_negative_numbers_keeps_its_digits() -> None:
+    features = 80
+    case = Case(0, 3, 4, features, torch.float32)
+    case.parameters[4] = -torch.arange(features).double()
+    layer = case.layer(torch.float32, TRITON_DEVICE)
+    h, t = case.h.float().to(TRITON_DEVICE), case.timesteps.to(TRITON_DEVICE)
+    found = conditional_linear(h, layer, t, backend="triton")
+    exact = reference.conditional_linear(
+        case.h, case.layer(torch.float64, case.h.device), case.timesteps
+    )
+    torch.testing.assert_close(found.cpu().double(), exact, rtol=1e-4, atol=0)
 
 
 # ---- training ---------------------------------------------------------------------------------

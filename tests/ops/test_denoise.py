@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_backends import CUDA_BACKENDS, device_of
+from cuda_backends import CUDA_BACKENDS, TRITON, device_of
 from denoise_cases import weights_on
 
 from diffmic_fast.diffusion import make_schedule, make_steps
@@ -21,7 +21,7 @@ def test_recorded_noise_and_estimate(record, features, weights):
     torch.testing.assert_close(y_0, record["eval/y0_reparam"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", *CUDA_BACKENDS])
+@pytest.mark.parametrize("backend", ["reference", "cpu", *CUDA_BACKENDS, TRITON])
 @pytest.mark.parametrize("count", [60, 100])
 def test_recorded_chain(record, features, weights, schedule, count, backend):
     device = device_of(backend)

@@ -376,7 +376,7 @@ def test_what_cannot_be_served_by_name_is_refused() -> None:
             denoise(*double, as_double(weights), steps, backend="cpu")
         assert denoise(*double, as_double(weights), steps).dtype == torch.float64
         with pytest.raises(
-            RuntimeError, match=r"needs a backend that has it \(cpu, cuda, cuda-emulated\)"
+            RuntimeError, match=r"needs a backend that has it \(cpu, cuda, triton, cuda-emulated\)"
         ):
             denoise(*double, as_double(weights), steps, precision="bf16")
         with pytest.raises(
