@@ -90,7 +90,9 @@ def denoise(
             everything else in float32. `PRECISIONS_OF` lists what each backend has. What a rounding changes in labels
             and probabilities: `python -m benchmarks.precision_labels`.
         backend: a backend's name, or "auto", which takes the reference where a gradient is wanted or a tensor is not
-            float32, and on a GPU beyond 512 classes or 65536 features.
+            float32, and on a GPU beyond 512 classes or 65536 features. There "auto" takes "triton", made for chains of
+            many rows and for at most 128 classes, only where "cuda" is not built; it takes one step at a time, and a
+            row's last bits depend on the number of rows, which chooses the tiles.
         instructions: the instruction set of the backend "cpu" ("avx512_bf16", "avx512", "avx2", "portable"), or "auto"
             for the widest of this processor. Sums differ in their last bits between sets, never within one: a row's
             result does not depend on the other rows, on the number of threads (torch's), or on the run. On a GPU it
@@ -107,9 +109,9 @@ def denoise(
             The window is then taken as it is, up to 192 rows of a reading (default: what makes 16 rows of the chains,
             8 in "bf16", on a GPU 32, if there are enough steps).
         progress: called with (steps done, steps in all) every tenth of a second or so; blocks of 192 rows go through
-            the chain one after the other (on a GPU, of up to 64), and their steps are counted together. Backends
-            "cpu" and "cuda", where a call without it returns before the chain is done, and one with it does not. An
-            exception there, as Ctrl-C anywhere, stops the chain.
+            the chain one after the other (on a GPU, of up to 64), and their steps are counted together. "triton"
+            calls it behind every 64 steps of up to 4096 rows, the reference never. On a GPU a call without it returns
+            before the chain is done, and one with it does not. An exception there, as Ctrl-C anywhere, stops the chain.
 
     Returns:
         y_0 [M, C], or with `trajectory` [n + 1, M, C] from the beginning to y_0.

@@ -121,6 +121,12 @@ def save_checkpoint(checkpoint: Checkpoint, guidance_name: str = GUIDANCE_NAME) 
     atomic_save(parts, checkpoint.path)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what `atomic_file` leaves of a file when the process is killed while it writes."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def keep_copy(path: Path, copy: Path) -> None:
     """Keep the present content of `path` as `copy`, atomically, without writing it again.
 

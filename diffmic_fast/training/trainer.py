@@ -144,6 +144,7 @@ class Trainer:
         self.sums: dict[str, float] = dict.fromkeys(SUMS, 0.0)
         self.seconds = 0.0
         self.best: float | None = None
+        self.is_best = False  # whether the last finished epoch's is the best validation so far
         self.last_evaluation: Evaluation | None = None
         self.progress = Progress(quiet)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -188,6 +189,7 @@ class Trainer:
                         "sums": dict(self.sums),
                         "seconds": self.seconds,
                         "best": self.best,
+                        "is_best": self.is_best and self.position == 0,
                     },
                     "random": ckpt.random_states({"noise": self.steps.noise}),
                     "data_digest": self.data_digest,
@@ -209,6 +211,8 @@ class Trainer:
         self.sums = dict(progress["sums"])
         self.seconds = progress["seconds"]
         self.best = progress["best"]
+        here = saved.path.resolve() == self.path.resolve()
+        self.is_best = progress.get("is_best", False) and here
         # Last: building the model and its optimizers has drawn from the global generators.
         ckpt.restore_random_states(extras["random"], {"noise": self.steps.noise})
 
@@ -220,6 +224,9 @@ class Trainer:
         Ctrl-C and SIGTERM: the step under way is finished, a checkpoint written, then Interrupted
         raised. Raises TrainingError where a loss or gradient is not finite.
         """
+        ckpt.remove_unfinished(self.out)
+        if self.is_best and self.position == 0:
+            self._keep_best()  # the process may have died before it did
         self.config.save(self.out / "config.yml")
         self.csv = CsvLog(self.out / "log.csv", self.epoch)
         board = None
@@ -253,16 +260,19 @@ class Trainer:
         self.position = 0
         self.sums = dict.fromkeys(SUMS, 0.0)
         self.seconds = 0.0
-        better = self._is_best()
+        self.is_best = self._is_best()
         last = self.epoch == self.epochs
-        if better or last or self.epoch % self.config.training.checkpoint_every == 0:
+        if self.is_best or last or self.epoch % self.config.training.checkpoint_every == 0:
             self.save()
-        if better:
-            for name, best in (
-                (ckpt.NAME, ckpt.BEST_NAME),
-                (ckpt.GUIDANCE_NAME, ckpt.GUIDANCE_BEST_NAME),
-            ):
-                ckpt.keep_copy(self.out / name, self.out / best)
+        if self.is_best:
+            self._keep_best()
+
+    def _keep_best(self) -> None:
+        for name, best in (
+            (ckpt.NAME, ckpt.BEST_NAME),
+            (ckpt.GUIDANCE_NAME, ckpt.GUIDANCE_BEST_NAME),
+        ):
+            ckpt.keep_copy(self.out / name, self.out / best)
 
     def _is_best(self) -> bool:
         """Whether this epoch's validation of the diffusion is the best so far; notes it if so."""

@@ -1,0 +1,209 @@
+"""Training steps in the published setting: 32 images of 224 px, ResNet-18 encoder, F = 6144, ResNet-50 guidance, C = 5.
+
+The published program's way is a model of its work in eager PyTorch, float32, contiguous layout: three passes of the
+denoiser, each with its own image encoder, of the plain modules; plain mean squared error and MMD, backward, clipping
+and `torch.optim.Adam` as it comes. Ours is `training.steps.Steps`. Both begin with the same weights, and before
+anything is timed both losses are computed from the same noise and compared. Neither keeps a moving average.
+
+A denoiser step has the guidance's probabilities given; a joint step is the guidance's forward pass, a denoiser step and
+a step of the guidance model. Steps in bfloat16 are timed where the processor has such convolutions.
+
+The small sizes tell what a call costs beside its work.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.harness import Maker, Setup
+from diffmic_fast import DiffMIC, DiffMICConfig
+from diffmic_fast.diffusion.schedule import q_sample
+from diffmic_fast.models.diffmic import antithetic_timesteps
+from diffmic_fast.models.inference import bfloat16_obstacle
+from diffmic_fast.ops.conditional_linear import conditional_linear
+from diffmic_fast.ops.conditioning import conditioning
+from diffmic_fast.ops.mmd import mmd
+from diffmic_fast.reference import mmd as reference_mmd
+from diffmic_fast.reference.conditional_linear import ConditionalLayer
+from diffmic_fast.training.config import TrainingConfig
+from diffmic_fast.training.steps import Steps
+
+BATCH, SIDE, CLASSES = 32, 224, 5
+SMALL_BATCH, SMALL_FEATURES = 8, 64
+_PUBLISHED = "published way"
+
+Call = Callable[[], object]
+
+
+def setups() -> Iterator[Setup]:
+    """Steps of the denoiser alone and with the guidance model, and calls of small sizes."""
+    obstacle = bfloat16_obstacle(torch.device("cpu"))
+    for title, joint in (("denoiser step", False), ("joint step", True)):
+        peers: dict[str, Maker] = {
+            _PUBLISHED: partial(_published, joint),
+            "fp32": partial(_ours, joint, "fp32"),
+        }
+        if not obstacle:
+            peers["bf16"] = partial(_ours, joint, "bf16")
+        skipped = {"bf16": obstacle} if obstacle else {}
+        yield Setup(f"{title}, {BATCH} images", peers, _PUBLISHED, effort=0.125, skipped=skipped)
+    size = f"B = {SMALL_BATCH}, F = {SMALL_FEATURES}, forward and backward"
+    for name, make in (("conditional_linear", _layer), ("conditioning", _first), ("mmd", _mmd)):
+        peers = {backend: partial(make, backend) for backend in ("reference", "auto")}
+        yield Setup(f"{name}, {size}", peers, "reference", effort=10.0)
+
+
+# ---- whole steps ------------------------------------------------------------------------------
+
+
+class _Given(nn.Module):
+    """A guidance model that answers at once."""
+
+    def __init__(self, streams: Tensor) -> None:
+        super().__init__()
+        self.streams = nn.Parameter(streams)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Logits of the three streams."""
+        return tuple(self.streams.detach())
+
+
+@cache
+def _start() -> tuple[DiffMIC, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = DiffMIC(DiffMICConfig(classes=CLASSES))
+    return model, torch.randn(BATCH, 3, SIDE, SIDE), torch.arange(BATCH) % CLASSES
+
+
+def _model(joint: bool) -> DiffMIC:
+    model = copy.deepcopy(_start()[0])
+    if not joint:
+        streams = torch.randn(3, BATCH, CLASSES, generator=torch.Generator().manual_seed(1))
+        model.guidance = _Given(streams)  # type: ignore[assignment]
+    return model.train()
+
+
+def _ours(joint: bool, precision: str) -> Call:
+    _, images, labels = _start()
+    config = TrainingConfig(ema_decay=None, warmup_epochs=1.0)
+    config.precision = precision  # type: ignore[assignment]
+    steps = Steps(_model(joint), config, seed=0)
+
+    def step() -> None:
+        steps.denoiser_step(images, labels, 1.0)
+        if joint:
+            steps.guidance_step(images, labels, 0.0)
+
+    return step
+
+
+def _published(joint: bool) -> Call:
+    _, images, labels = _start()
+    model = _model(joint).to(memory_format=torch.contiguous_format)
+    optimizer = torch.optim.Adam(model.denoiser.parameters(), lr=1e-3)
+    of_guidance = torch.optim.Adam(model.guidance.parameters(), lr=2e-4, amsgrad=True)
+    generator = torch.Generator().manual_seed(0)
+    _compare(joint)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(_published_loss(model, images, labels, generator))
+        nn.utils.clip_grad_norm_(model.denoiser.parameters(), 1.0)
+        optimizer.step()
+        if joint:
+            of_guidance.zero_grad()
+            model.guidance.train()
+            torch.autograd.backward(F.cross_entropy(model.guidance(images)[0], labels))
+            of_guidance.step()
+
+    return step
+
+
+def _published_loss(
+    model: DiffMIC, images: Tensor, labels: Tensor, generator: torch.Generator
+) -> Tensor:
+    """The loss of spec.md, section 5, pass after pass; draws what `DiffMIC.loss` draws."""
+    denoiser = model.denoiser
+    timesteps = antithetic_timesteps(len(images), model.config.timesteps, generator)
+    noise = torch.randn(len(images), CLASSES, generator=generator)
+    model.guidance.eval()
+    with torch.no_grad():
+        priors = [logits.softmax(dim=1) for logits in model.guidance(images)]
+    y_0 = F.one_hot(labels, CLASSES).float()
+    found = []
+    for prior in priors:
+        y_t = q_sample(y_0, prior, model.schedule, timesteps, noise)
+        h = denoiser.encoder_x(images)
+        h = denoiser.norm(h) * _plain(denoiser, 1, torch.cat((y_t, prior), dim=1), timesteps)
+        for number in (2, 3):
+            h = _plain(denoiser, number, h, timesteps)
+        found.append(denoiser.lin4(h))
+    others = sum(reference_mmd.mmd(noise, eps) for eps in found[1:])
+    return F.mse_loss(found[0], noise) + model.config.mmd_weight * others
+
+
+def _plain(denoiser: nn.Module, number: int, h: Tensor, timesteps: Tensor) -> Tensor:
+    layer, norm = getattr(denoiser, f"lin{number}"), getattr(denoiser, f"unetnorm{number}")
+    return F.softplus(norm(layer(h, timesteps)))
+
+
+def _compare(joint: bool) -> None:
+    """Both ways' losses from the same weights and noise."""
+    _, images, labels = _start()
+    with torch.no_grad():
+        ours = _model(joint).loss(images, labels, generator=torch.Generator().manual_seed(3)).total
+        theirs = _published_loss(_model(joint), images, labels, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# ---- small sizes ------------------------------------------------------------------------------
+
+
+def _small_layer(width: int) -> tuple[ConditionalLayer, Tensor]:
+    torch.manual_seed(0)
+    f = SMALL_FEATURES
+    learned = [
+        torch.randn(f, width),
+        torch.randn(f),
+        torch.rand(11, f),
+        torch.rand(f),
+        torch.rand(f),
+    ]
+    layer = ConditionalLayer(
+        *(part.requires_grad_() for part in learned), torch.zeros(f), torch.ones(f)
+    )
+    return layer, torch.randint(0, 11, (SMALL_BATCH,))
+
+
+def _backward(leaves: list[Tensor], value: Callable[[], Tensor]) -> Call:
+    return lambda: torch.autograd.grad(value().sum(), leaves)
+
+
+def _layer(backend: str) -> Call:
+    layer, t = _small_layer(SMALL_FEATURES)
+    h = torch.randn(3, SMALL_BATCH, SMALL_FEATURES).requires_grad_()
+    return _backward(
+        [h, *layer[:5]], lambda: conditional_linear(h, layer, t, training=True, backend=backend)
+    )
+
+
+def _first(backend: str) -> Call:
+    layer, t = _small_layer(2 * CLASSES)
+    x = torch.randn(SMALL_BATCH, SMALL_FEATURES).requires_grad_()
+    y, guidance = torch.randn(2, 3, SMALL_BATCH, CLASSES)
+    return _backward(
+        [x, *layer[:5]],
+        lambda: conditioning(x, y, guidance, layer, t, training=True, backend=backend),
+    )
+
+
+def _mmd(backend: str) -> Call:
+    x, y = torch.randn(2, SMALL_BATCH, CLASSES)
+    y.requires_grad_()
+    return _backward([y], lambda: mmd(x, y, backend=backend))

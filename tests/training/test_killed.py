@@ -1,0 +1,117 @@
+"""A training that is killed, again and again, at moments that it does not choose."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import assert_same_run, flat, rows
+
+from diffmic_fast.training import checkpoint as ckpt
+from diffmic_fast.training.trainer import Trainer
+
+KILLS = 20
+
+# Imports once and then forks, before PyTorch has started a thread: a start of training takes no second.
+PROGRAM = """
+import os, pickle, random, signal, sys, time
+from pathlib import Path
+import torch
+from diffmic_fast.training.trainer import Trainer
+
+torch.set_num_threads(1)
+config, out, kills = pickle.load(sys.stdin.buffer)
+path = Path(out) / "ckpt.pth"
+moments = random.Random(5)
+
+def train():
+    Trainer(config, out, quiet=True, resume=path if path.exists() else None).fit()
+
+def start():
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            train()
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+killed = finished = 0
+while killed < kills:
+    child = start()
+    # Every third soon after the first checkpoint that it writes, or shortly before: most of the time is steps.
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    end = time.monotonic() + moments.uniform(0.0, 2.0)
+    while time.monotonic() < end:
+        if killed % 3 == 0 and path.exists() and path.stat().st_mtime_ns != before:
+            time.sleep(moments.uniform(0.0, 0.01))
+            break
+        if killed % 3 == 1 and any(Path(out).glob(".ckpt.pth.*")):
+            break
+        time.sleep(0.0005)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        killed += 1
+    else:
+        assert os.waitstatus_to_exitcode(status) == 0
+        finished += 1
+        assert finished < 100
+_, status = os.waitpid(start(), 0)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_twenty_kills_end_at_the_same_numbers(config, tmp_path: Path) -> None:
+    training = dataclasses.replace(config.training, epochs=5)
+    config = dataclasses.replace(config, training=training)
+    unbroken, out = tmp_path / "unbroken", tmp_path / "killed"
+    for folder, kills in ((unbroken, 0), (out, KILLS)):
+        result = subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            input=pickle.dumps((config, str(folder), kills)),
+            capture_output=True,
+        )
+        assert result.returncode == 0, result.stderr.decode()
+    assert len(rows(out)) == 6
+    assert_same_run(unbroken, out)
+    assert {p.name for p in out.iterdir()} == {p.name for p in unbroken.iterdir()}
+    for name in ("aux_ckpt.pth", "ckpt_best.pth", "aux_ckpt_best.pth"):
+        one, other = (flat(torch.load(p / name, weights_only=True)) for p in (unbroken, out))
+        tensors = [key for key, value in one.items() if isinstance(value, torch.Tensor)]
+        assert tensors and all(torch.equal(one[key], other[key]) for key in tensors), name
+
+
+def test_the_best_is_kept_when_the_process_dies_before_it_was(
+    config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the checkpoint of the best epoch and the copy of it; and no half-written file stays."""
+
+    def die(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ckpt, "keep_copy", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            Trainer(config, tmp_path, quiet=True).fit()
+    (tmp_path / ".ckpt.pth.abc.tmp").write_bytes(b"half")
+    saved = (tmp_path / "ckpt.pth").read_bytes()
+    assert not (tmp_path / "ckpt_best.pth").exists()
+
+    def stop(epoch: int, step: int) -> None:
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        Trainer(config, tmp_path, quiet=True, resume=tmp_path / "ckpt.pth", on_step=stop).fit()
+    assert (tmp_path / "ckpt_best.pth").read_bytes() == saved
+    assert (tmp_path / "aux_ckpt_best.pth").exists()
+    assert not list(tmp_path.glob(".*.tmp"))
