@@ -226,7 +226,10 @@ class Trainer:
         """
         ckpt.remove_unfinished(self.out)
         if self.is_best and self.position == 0:
-            self._keep_best()  # the process may have died before it did
+            # The process may have died before it did, or later, with the next guidance file in place and not the next
+            # checkpoint: both are written again, so that what is kept belongs together.
+            self.save()
+            self._keep_best()
         self.config.save(self.out / "config.yml")
         self.csv = CsvLog(self.out / "log.csv", self.epoch)
         board = None

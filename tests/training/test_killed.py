@@ -91,10 +91,11 @@ def test_twenty_kills_end_at_the_same_numbers(config, tmp_path: Path) -> None:
         assert tensors and all(torch.equal(one[key], other[key]) for key in tensors), name
 
 
-def test_the_best_is_kept_when_the_process_dies_before_it_was(
-    config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("moment", ["before the best was kept", "with the next guidance in place"])
+def test_the_best_is_kept_by_the_resumed_run(
+    config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """Between the checkpoint of the best epoch and the copy of it; and no half-written file stays."""
+    """Killed behind the checkpoint of the best epoch; what is kept is that and its guidance, nothing half-written."""
 
     def die(*_: object) -> None:
         raise RuntimeError("killed")
@@ -103,15 +104,22 @@ def test_the_best_is_kept_when_the_process_dies_before_it_was(
         patch.setattr(ckpt, "keep_copy", die)
         with pytest.raises(RuntimeError, match="killed"):
             Trainer(config, tmp_path, quiet=True).fit()
-    (tmp_path / ".ckpt.pth.abc.tmp").write_bytes(b"half")
-    saved = (tmp_path / "ckpt.pth").read_bytes()
     assert not (tmp_path / "ckpt_best.pth").exists()
+    (tmp_path / ".ckpt.pth.abc.tmp").write_bytes(b"half")
+    saved = ckpt.read_checkpoint(tmp_path / "ckpt.pth")
+    if moment == "with the next guidance in place":
+        guidance, optimizer = torch.load(tmp_path / "aux_ckpt.pth", weights_only=True)
+        changed = {key: value + 1 for key, value in guidance.items()}
+        torch.save([changed, optimizer], tmp_path / "aux_ckpt.pth")
 
     def stop(epoch: int, step: int) -> None:
         raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):
         Trainer(config, tmp_path, quiet=True, resume=tmp_path / "ckpt.pth", on_step=stop).fit()
-    assert (tmp_path / "ckpt_best.pth").read_bytes() == saved
-    assert (tmp_path / "aux_ckpt_best.pth").exists()
+    best = ckpt.read_checkpoint(tmp_path / "ckpt_best.pth")
+    assert best.step == saved.step
+    assert all(torch.equal(value, best.denoiser[key]) for key, value in saved.denoiser.items())
+    guidance, _ = torch.load(tmp_path / "aux_ckpt_best.pth", weights_only=True)
+    assert all(torch.equal(v, guidance[key]) for key, v in saved.extras["guidance"].items())
     assert not list(tmp_path.glob(".*.tmp"))
