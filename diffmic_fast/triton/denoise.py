@@ -8,8 +8,8 @@ A step is five launches (spec, sections 4 and 6):
     advance_kernel   the next timestep                                             one program
 
 The two products are 4 M F^2 operations over 2 F^2 weights: from some hundred rows on the matrix units bound a step.
-Below them `csrc/cuda/denoise*` is the kernel to take, which reads the weights once a step for up to 64 rows and
-launches a hundredth as often. On a GPU a step is captured as a CUDA graph and replayed: the position in the chain lies
+Below them `csrc/cuda/denoise*` is the kernel to take, which reads the weights once a step for up to 64 rows and is
+launched once in 64 steps. On a GPU a step is captured as a CUDA graph and replayed: the position in the chain lies
 in the GPU's memory, so that every step is the same graph. Buffers are allocated once a call.
 """
 

@@ -391,6 +391,22 @@ def test_autocast(training: bool, dtype: torch.dtype) -> None:
         assert float(error) < (0.03 if dtype == torch.bfloat16 else 0.004), name
 
 
+def test_bfloat16_rounds_ties_to_even() -> None:
+    """Sums that lie halfway between two neighbours: a product with 1 and softplus far above 20 leave them alone."""
+    halfway = torch.tensor([64 + 0.25, 64 + 0.75, 64 + 1.25, 64.3]) * 4
+    count = len(halfway)
+    one, none = torch.ones(count), torch.zeros(count)
+    layer = ConditionalLayer(torch.eye(count), none, one[None], one, none, none, one)
+    layer = ConditionalLayer(*(part.to(TRITON_DEVICE) for part in layer))
+    layer = layer._replace(weight=layer.weight.bfloat16(), bias=(halfway - 256).to(TRITON_DEVICE))
+    h = torch.full((1, count), 256.0, device=TRITON_DEVICE, dtype=torch.bfloat16)
+    t = torch.zeros(1, dtype=torch.int64, device=TRITON_DEVICE)
+    found = whole.conditional_linear(h, layer, t, eps=0.0, tf32=False).cpu()
+    # h is a row of 256; the bias, float32, makes the sums.
+    assert torch.equal(found[0], halfway.bfloat16())
+    assert not torch.equal(halfway.bfloat16().float(), halfway)
+
+
 def test_not_a_number_stays_one() -> None:
     case = Case(0, 20, 6, 9, torch.float32)
     case.h[3, 2] = torch.nan

@@ -122,6 +122,25 @@ def test_bfloat16_rounds_what_the_hidden_layers_multiply() -> None:
     torch.testing.assert_close(found.cpu().double(), expected, rtol=0, atol=5e-6)
 
 
+def test_a_chain_begins_anew_after_the_steps_of_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU two steps are taken before the chain begins: to compile, and to capture."""
+    weights, inputs = case(5, 20, 3)
+    steps = make_steps(SCHEDULE, "ddim", 4, 0.5)
+
+    def run() -> torch.Tensor:
+        return denoise(*inputs, weights, steps, seed=3, trajectory=True, backend="triton")
+
+    expected = run()
+
+    def replay(chain: kernels._Chain, steps: int):
+        chain.step()
+        chain.step()
+        return chain.step
+
+    monkeypatch.setattr(kernels._Chain, "replay", replay)
+    assert torch.equal(run(), expected)
+
+
 def test_not_a_number_stays_in_its_row() -> None:
     weights, inputs = case(20, 17, 3)
     inputs[0][7, 3] = torch.nan
