@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -92,6 +93,37 @@ def asked_by_name(operation: str, backend: str) -> bool:
     return (backend if backend != "auto" else os.environ.get(_VARIABLE, "auto")) in (
         IMPLEMENTATIONS[operation]
     )
+
+
+def choose(
+    operation: str,
+    backend: str,
+    tensors: Sequence[torch.Tensor],
+    dtypes: Sequence[torch.dtype],
+    *,
+    caller: str = "",
+) -> str:
+    """`resolve` for kernels of some dtypes: where "auto" would take one that has not these tensors', the reference.
+
+    Args:
+        operation, backend: as in `resolve`.
+        tensors: of the call, on one device.
+        dtypes: those that kernels take.
+        caller: who is named in an error (default: the operation).
+
+    Raises:
+        BackendError: the backend was asked for by name and cannot serve; says why.
+    """
+    name = resolve(operation, backend, tensors[0].device)
+    if name == "reference" or all(tensor.dtype in dtypes for tensor in tensors):
+        return name
+    if asked_by_name(operation, backend):
+        found = sorted({str(tensor.dtype) for tensor in tensors})
+        taken = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise BackendError(
+            f"{caller or operation}: the backend {name} cannot serve: it takes {taken} tensors, got {', '.join(found)}"
+        )
+    return "reference"
 
 
 def unavailable(operation: str, backend: str, device: torch.device) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffmic_fast import _native
-from diffmic_fast.ops._backend import BackendError, asked_by_name, resolve, stream_of
+from diffmic_fast.ops._backend import stream_of
 from diffmic_fast.ops._layout import compact, with_unit_rows
 from diffmic_fast.reference import conditioning as reference
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
@@ -66,19 +66,6 @@ def register_autograd(name: str, save: Callable[..., None], backward: Callable[.
     torch.library.register_autograd(
         f"diffmic_fast::{name}", backward, setup_context=save, lib=_library
     )
-
-
-def choose(operation: str, backend: str, tensors: Sequence[Tensor]) -> str:
-    """The backend of a call: where "auto" would take one that cannot serve these tensors, the reference."""
-    name = resolve("conditioning", backend, tensors[0].device)
-    if name == "reference" or all(tensor.dtype == torch.float32 for tensor in tensors):
-        return name
-    if asked_by_name("conditioning", backend):
-        raise BackendError(
-            f"{operation}: the backend {name} cannot serve: it takes float32 tensors, got "
-            + ", ".join(sorted({str(tensor.dtype) for tensor in tensors}))
-        )
-    return "reference"
 
 
 def update(layer: ConditionalLayer, mean: Tensor, variance: Tensor) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffmic_fast.checks import Arguments
-from diffmic_fast.ops._backend import BackendError, asked_by_name, resolve
+from diffmic_fast.ops._backend import choose
 from diffmic_fast.ops._conditioning import register, register_autograd, update
 from diffmic_fast.ops._layout import compact, with_unit_rows
 from diffmic_fast.reference import conditional_linear as reference
@@ -67,7 +67,7 @@ def conditional_linear(
             f"conditional_linear: h must have one stream at least, got {tuple(h.shape)}"
         )
     check_layer(args, layer, timesteps, "in", training)
-    name = _choose(backend, (h, *layer))
+    name = choose("conditional_linear", backend, (h, *layer), _TRITON_DTYPES)
     if name == "reference":
         return reference.conditional_linear(
             h, layer, timesteps, training=training, momentum=momentum, eps=eps
@@ -104,19 +104,6 @@ def check_layer(
         raise ValueError(
             f"{args.operation}: training needs at least 2 rows for its batch statistics, got {args.sizes['B']}"
         )
-
-
-def _choose(backend: str, tensors: Sequence[Tensor]) -> str:
-    """The backend of a call: where "auto" would take one that cannot serve these tensors, the reference."""
-    name = resolve("conditional_linear", backend, tensors[0].device)
-    if name == "reference" or all(tensor.dtype in _TRITON_DTYPES for tensor in tensors):
-        return name
-    if asked_by_name("conditional_linear", backend):
-        raise BackendError(
-            f"conditional_linear: the backend {name} cannot serve: it takes float32, bfloat16 and float16 tensors, got "
-            + ", ".join(sorted({str(tensor.dtype) for tensor in tensors}))
-        )
-    return "reference"
 
 
 def _wants_gradient(h: Tensor, layer: ConditionalLayer) -> bool:

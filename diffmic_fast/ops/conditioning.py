@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from diffmic_fast.checks import Arguments
+from diffmic_fast.ops._backend import choose
 from diffmic_fast.ops._conditioning import (
     FORWARD,
     Call,
-    choose,
     forward,
     gradients,
     outputs,
@@ -64,7 +64,7 @@ def conditioning(
     args.floating("guidance", guidance, "S B C" if y_t.ndim == 3 else "B C")
     args.sizes["2C"] = 2 * args.sizes["C"]
     check_layer(args, layer, timesteps, "2C", training)
-    name = choose("conditioning", backend, (x, y_t, guidance, *layer))
+    name = choose("conditioning", backend, (x, y_t, guidance, *layer), (torch.float32,))
     if name == "reference":
         return reference.conditioning(
             x, y_t, guidance, layer, timesteps, training=training, momentum=momentum, eps=eps

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from diffmic_fast.checks import Arguments
+from diffmic_fast.ops._backend import choose
 from diffmic_fast.ops._conditioning import (
     FORWARD,
     Call,
-    choose,
     forward,
     given,
     gradients,
@@ -97,7 +97,8 @@ def noised_conditioning(
         args.integer("sample_ids", sample_ids, "B")
         args.within("sample_ids", sample_ids, 0, 2**32 - 1)
     floats = [x, y_0, guidance, *layer, sqrt_alpha_bar, sqrt_one_minus_alpha_bar]
-    name = choose("noised_conditioning", backend, floats if noise is None else [*floats, noise])
+    floats += [] if noise is None else [noise]
+    name = choose("conditioning", backend, floats, (torch.float32,), caller="noised_conditioning")
     if name == "reference":
         return reference.noised_conditioning(
             x, y_0, guidance, layer, timesteps, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, noise=noise, seed=seed,
