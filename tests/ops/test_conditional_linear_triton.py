@@ -457,7 +457,8 @@ from diffmic_fast.ops._backend import decide
 print(decide("conditional_linear", "auto", torch.device("cpu")))
 decide("conditional_linear", "triton", torch.device("cpu"))
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    unwanted = ("TRITON_INTERPRET", "DIFFMIC_BACKEND")
+    environment = {k: v for k, v in os.environ.items() if k not in unwanted}
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment
     )
