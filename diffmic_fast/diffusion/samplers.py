@@ -114,8 +114,11 @@ def _table(
     eps_weight: Tensor,
     sigma: Tensor,
 ) -> StepTable:
-    lost = (s == 0).nonzero()
-    if len(lost):
+    if torch.compiler.is_compiling():
+        torch._assert_async(
+            (s != 0).all(), "this sampler cannot walk this schedule: see make_steps"
+        )
+    elif len(lost := (s == 0).nonzero()):
         raise ValueError(
             "this sampler cannot walk this schedule: at timestep "
             f"{int(timesteps[lost[-1, 0]])} of {len(schedule.betas)} nothing is left of the label in float32 "

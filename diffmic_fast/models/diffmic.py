@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -162,11 +162,14 @@ class DiffMIC(nn.Module):
         *,
         draws: int = 1,
         generator: torch.Generator | None = None,
+        timesteps: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> DiffMICLoss:
         """Training loss of the denoiser (spec, section 5).
 
         The guidance model runs in eval mode and gets no gradient. Timesteps are antithetic, one noise serves the three
-        streams, and one encoder pass serves them all.
+        streams, and one encoder pass serves them all. `torch.compile(fullgraph=True)` takes it, for any batch; labels
+        and timesteps are then not looked at, and images not searched for numbers that are not finite.
 
         Args:
             images: [B, 3, H, W] float32; B >= 2 in training mode.
@@ -174,6 +177,8 @@ class DiffMIC(nn.Module):
             draws: timesteps and noises an image, as published 1. More cost little beside the encoder pass that they
                 share, and let the denoiser learn from few images; batch statistics and MMD are then over B * draws.
             generator: CPU generator of timesteps and noise (default: torch's own).
+            timesteps: [B * draws] int64 in [0, T), to be used instead of drawn ones.
+            noise: [B * draws, C], likewise.
 
         Raises:
             ValueError, TypeError: images or labels that do not fit, named.
@@ -181,19 +186,25 @@ class DiffMIC(nn.Module):
         images = self._check_images("DiffMIC.loss", images)
         classes = self.config.classes
         args = Arguments("DiffMIC.loss")
-        args.sizes["B"] = len(images)
+        args.sizes["B"] = images.shape[0]
         args.integer("labels", labels, "B")
         args.within("labels", labels, 0, classes - 1)
-        if self.denoiser.training and len(images) < 2:
+        if self.denoiser.training and images.shape[0] < 2:
             raise ValueError(
                 "DiffMIC.loss: training needs at least 2 images for its batch statistics, got 1"
             )
         if draws < 1:
             raise ValueError(f"DiffMIC.loss: draws must be at least 1, got {draws}")
-        rows = len(images) * draws
-        timesteps = antithetic_timesteps(rows, self.config.timesteps, generator)
-        timesteps = timesteps.to(images.device)
-        noise = torch.randn(rows, classes, generator=generator).to(images.device)
+        rows = args.sizes["rows"] = images.shape[0] * draws
+        args.sizes["C"] = classes
+        if timesteps is None:
+            timesteps = antithetic_timesteps(rows, self.config.timesteps, generator)
+        if noise is None:
+            noise = torch.randn(rows, classes, generator=generator)
+        timesteps, noise = timesteps.to(images.device), noise.to(images.device)
+        args.integer("timesteps", timesteps, "rows")
+        args.within("timesteps", timesteps, 0, self.config.timesteps - 1)
+        args.floating("noise", noise, "rows C")
         with torch.no_grad(), evaluation_mode(self.guidance):
             prior = torch.stack(self.guidance(images)).float().softmax(dim=-1)
         prior = prior.repeat_interleave(draws, dim=1)
@@ -282,7 +293,7 @@ class DiffMIC(nn.Module):
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"DiffMIC.predict: seed must have at most 64 bits, got {seed}")
         table = make_steps(self.schedule, sampler, steps, eta)
-        batch = len(images)
+        batch = images.shape[0]  # len() would fix it where this is traced
         args = Arguments("DiffMIC.predict")
         args.sizes["B"] = batch
         if ids is None:
@@ -325,14 +336,20 @@ class DiffMIC(nn.Module):
             boxes=detail.origins.repeat(1, 1, 2) + size.to(images.device) if boxes else None,
         )
 
-    @contextmanager
+    @contextlib.contextmanager
     def _ready(self, operation: str, precision: str, compile: bool) -> Iterator[None]:
         """In eval mode, with guidance and encoder run as the arguments say."""
         if precision not in PRECISIONS:
             raise ValueError(
                 f"{operation}: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}"
             )
-        with evaluation_mode(self), inference(bfloat16=precision == "bf16", compile=compile):
+        # While somebody traces this, layers run as they are.
+        how = (
+            contextlib.nullcontext()
+            if torch.compiler.is_compiling()
+            else inference(bfloat16=precision == "bf16", compile=compile)
+        )
+        with evaluation_mode(self), how:
             yield
 
     def _chain(
@@ -407,7 +424,7 @@ def antithetic_timesteps(
 
 def _each_sample(rows: Tensor, samples: int) -> Tensor:
     """[B, n] to [B * samples, n], every row `samples` times; the rows themselves for one sample."""
-    return rows[:, None].expand(-1, samples, -1).reshape(len(rows) * samples, -1)
+    return rows[:, None].expand(-1, samples, -1).flatten(0, 1)
 
 
 def _check_finite(what: str, values: Tensor, error: type[Exception]) -> None:

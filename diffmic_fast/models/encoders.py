@@ -200,13 +200,16 @@ def _load_whole(network: nn.Module, name: str, path: str) -> None:
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """`module.eval()` for a while; every submodule's own mode comes back afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    learning = [part for part in module.modules() if part.training]
+    if (
+        learning
+    ):  # nothing is changed where nothing has to be: a traced graph would have to change it too
+        module.eval()
     try:
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        for part in learning:
+            part.training = True
 
 
 @contextmanager
@@ -215,7 +218,7 @@ def repeated_statistics(module: nn.Module, times: int) -> Iterator[None]:
 
     A pass moves a running statistic r towards the batch's b by r + m (b - r); k passes over the same batch by
     r + (1 - (1 - m)^k) (b - r), which is one pass of another momentum. The result is that of k passes up to rounding,
-    `num_batches_tracked` included.
+    `num_batches_tracked` included. `torch.compile` can trace it.
 
     Raises:
         RuntimeError: a BatchNorm layer that ran more than once in the pass, whose updates do not compose so.
@@ -223,35 +226,29 @@ def repeated_statistics(module: nn.Module, times: int) -> Iterator[None]:
     norms = [
         part
         for part in module.modules()
-        if isinstance(part, _BatchNorm) and part.training and part.track_running_stats
+        if isinstance(part, _BatchNorm) and part.training and part.num_batches_tracked is not None
     ]
+    counts = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
     momenta = [norm.momentum for norm in norms]
-    calls = [0] * len(norms)
-
-    def counter(index: int) -> object:
-        def count(*_: object) -> None:
-            calls[index] += 1
-
-        return count
-
-    handles = [norm.register_forward_hook(counter(i)) for i, norm in enumerate(norms)]  # type: ignore[arg-type]
+    before = torch.stack(counts) if counts else None
     try:
-        for norm in norms:
+        for norm, count in zip(norms, counts, strict=True):
             if norm.momentum is None:
                 # A cumulative average: b has the weight 1 / (n + 1) after n batches, k of it k / (n + k).
-                norm.momentum = times / (int(norm.num_batches_tracked or 0) + times)
+                norm.momentum = times / (int(count) + times)
             else:
                 norm.momentum = 1.0 - (1.0 - norm.momentum) ** times
         yield
     finally:
-        for norm, momentum, handle in zip(norms, momenta, handles, strict=True):
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-            handle.remove()
-    if any(count > 1 for count in calls):
-        raise RuntimeError(
-            "the image encoder runs a BatchNorm layer more than once in a pass, so one pass cannot stand for "
-            f"{times}; call the denoiser once a stream instead"
-        )
-    for norm, count in zip(norms, calls, strict=True):
-        if count and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(times - 1)
+    if before is None:
+        return
+    passes = torch.stack(counts) - before
+    # On a GPU nothing waits for the answer: there the error comes with a later call.
+    torch._assert_async(
+        (passes <= 1).all(),
+        "the image encoder runs a BatchNorm layer more than once in a pass, so one pass cannot stand for "
+        f"{times}; call the denoiser once a stream instead",
+    )
+    torch._foreach_add_(counts, (passes * (times - 1)).unbind())

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from diffmic_fast.models.encoders import Trunk
 from diffmic_fast.ops.rois import rois
@@ -26,6 +27,10 @@ class Guidance(NamedTuple):
     fused: Tensor
     global_: Tensor
     local: Tensor
+
+
+# With a name to be written under, so that an exported guidance model can be saved.
+_register_namedtuple(Guidance, serialized_type_name="diffmic_fast.models.Guidance")
 
 
 class GuidanceDetail(NamedTuple):

@@ -7,6 +7,10 @@ fastest one that can serve the tensors at hand.
 The environment variable ``DIFFMIC_BACKEND`` sets what ``auto`` means for a process. An operation
 that has an implementation of that name uses it or raises; one that has none of that name (no
 operation has all of them) keeps the ordinary choice and says so once.
+
+Kernels have derivatives for `backward()` and nothing else. Under a transform of `torch.func` (`grad`,
+`jvp`, `vmap`, …) and where a forward-mode derivative is under way ``auto`` takes the reference, which
+has them all; a kernel asked for by name raises there, for it would drop tangents without a word.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 from diffmic_fast import _native, triton
 
@@ -126,11 +131,21 @@ def choose(
     return "reference"
 
 
+def transforming() -> bool:
+    """Whether derivatives other than those of `backward()` may be asked of a call made now."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def unavailable(operation: str, backend: str, device: torch.device) -> str:
     """Why `backend` cannot serve `operation` for tensors on `device`; empty when it can."""
     if backend not in IMPLEMENTATIONS[operation]:
         names = ", ".join(IMPLEMENTATIONS[operation])
         return f"there is no {backend} implementation of it, only {names}"
+    if backend != "reference" and transforming():
+        return (
+            "a transform of torch.func or a forward-mode derivative is under way, which only the reference "
+            'can serve (backend="auto" takes it)'
+        )
     if backend == "cpu":
         if device.type != "cpu":
             return f"it takes tensors on the CPU, these are on {device}"
@@ -169,6 +184,8 @@ def stream_of(tensor: torch.Tensor) -> int:
 
 
 def _fastest(operation: str, device: torch.device) -> tuple[str, str]:
+    if transforming():
+        return "reference", ""
     implementations = IMPLEMENTATIONS[operation]
     reason = ""
     for name in ("cuda", "triton"):

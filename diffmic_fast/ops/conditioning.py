@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffmic_fast.checks import Arguments
+from diffmic_fast.ops import _autocast as autocast
 from diffmic_fast.ops._backend import choose
 from diffmic_fast.ops._conditioning import (
     FORWARD,
@@ -38,6 +39,8 @@ def conditioning(
 ) -> Tensor:
     """h1 = x * softplus(BN1(gamma1_t * (W1 [y_t ; guidance] + b1))) (spec, section 4).
 
+    Under autocast in float32 (`ops._autocast`).
+
     Args:
         x: [B, F] floating, image features after `norm`, shared by the streams.
         y_t: [B, C], or [S, B, C] for S streams.
@@ -64,6 +67,15 @@ def conditioning(
     args.floating("guidance", guidance, "S B C" if y_t.ndim == 3 else "B C")
     args.sizes["2C"] = 2 * args.sizes["C"]
     check_layer(args, layer, timesteps, "2C", training)
+    if autocast.active(x):
+        single = autocast.single_layer(layer)
+        with autocast.off(x):
+            h = conditioning(
+                autocast.single(x), autocast.single(y_t), autocast.single(guidance), single, timesteps,
+                training=training, momentum=momentum, eps=eps, backend=backend,
+            )  # fmt: skip
+        autocast.keep_statistics(layer, single)
+        return h
     name = choose("conditioning", backend, (x, y_t, guidance, *layer), (torch.float32,))
     if name == "reference":
         return reference.conditioning(

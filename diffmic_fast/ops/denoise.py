@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from diffmic_fast import _native
 from diffmic_fast.checks import Arguments
+from diffmic_fast.ops import _autocast as autocast
 from diffmic_fast.ops._backend import BackendError, asked_by_name, resolve, stream_of
 from diffmic_fast.ops._layout import compact, with_unit_rows
 from diffmic_fast.ops.conditional_linear import check_layer
@@ -65,6 +66,8 @@ def denoise(
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """From noise around the prior to the label vector, over M independent rows (spec, section 6).
+
+    Under autocast in float32 (`ops._autocast`); `precision` is what chooses less.
 
     The backend "cpu" keeps the two hidden weights a second time, packed (8 F^2 bytes, half of it as bfloat16, a quarter
     as int8), as long as the first hidden weight's tensor lives. Every call compares all weights with what was packed
@@ -132,8 +135,17 @@ def denoise(
     if sample_ids is not None:
         args.integer("sample_ids", sample_ids, "M")
     _check_weights(args, weights, steps)
+    if autocast.active(features):
+        with autocast.off(features):
+            return denoise(
+                autocast.single(features), autocast.single(prior), autocast.single(guidance),
+                autocast.single_weights(weights), steps,
+                noise=None if noise is None else autocast.single(noise), seed=seed, image_ids=image_ids,
+                sample_ids=sample_ids, trajectory=trajectory, precision=precision, backend=backend,
+                instructions=instructions, window=window, tolerance=tolerance, progress=progress,
+            )  # fmt: skip
     name = _choose(backend, precision, instructions, (features, prior, guidance, noise), weights)
-    window = _window(window, tolerance, len(features), len(steps.timesteps), name, precision)
+    _check_window(window, tolerance, precision)
     if name == "reference":
         return reference.denoise(
             features,
@@ -163,7 +175,7 @@ def denoise(
         trajectory,
         precision,
         instructions,
-        window,
+        0 if window is None else window,
         tolerance,
         name,
     )
@@ -193,9 +205,7 @@ def _cache(weights: Sequence[Tensor]) -> object:
         return _caches[weight]
 
 
-def _window(
-    window: int | None, tolerance: float, rows: int, steps: int, backend: str, precision: str
-) -> int:
+def _check_window(window: int | None, tolerance: float, precision: str) -> None:
     if not 0.0 <= tolerance < float("inf"):
         raise ValueError(f"denoise: tolerance must be finite and not negative, got {tolerance}")
     if tolerance > 0.0 and precision == "int8":
@@ -203,16 +213,22 @@ def _window(
             "denoise: tolerance must be 0 with precision='int8', whose roundings turn a difference of the last bits "
             "into one of 1e-3"
         )
-    if window is None:
-        if rows > _FEW_ROWS or steps < _MANY_STEPS:
-            return 1
-        if backend == "cpu" and tolerance == 0.0:
-            return 64
-        at_once = _ROWS_AT_ONE_READING[precision] if backend == "cpu" else _CUDA_ROWS_AT_ONE_READING
-        return max(at_once // max(rows, 1), 1)
-    if not 1 <= window <= _LARGEST_WINDOW:
+    if window is not None and not 1 <= window <= _LARGEST_WINDOW:
         raise ValueError(f"denoise: window must be in [1, {_LARGEST_WINDOW}], got {window}")
-    return window
+
+
+def _window(call: _Call) -> int:
+    """The call's window, or the default for its rows, which a traced graph does not know."""
+    rows, steps = call.features.shape[0], len(call.steps[0])
+    if call.window > 0:
+        return call.window
+    if rows > _FEW_ROWS or steps < _MANY_STEPS:
+        return 1
+    if call.backend == "cpu" and call.tolerance == 0.0:
+        return 64
+    if call.backend == "cpu":
+        return max(_ROWS_AT_ONE_READING[call.precision] // max(rows, 1), 1)
+    return max(_CUDA_ROWS_AT_ONE_READING // max(rows, 1), 1)
 
 
 def _choose(
@@ -295,7 +311,7 @@ class _Call(NamedTuple):
     trajectory: bool
     precision: str
     instructions: str
-    window: int
+    window: int  # 0: the default
     tolerance: float
     backend: str
 
@@ -336,7 +352,7 @@ def _run(call: _Call, progress: Callable[[int, int], None] | None = None) -> Ten
         call.instructions,
         torch.get_num_threads(),
         progress,
-        call.window,
+        _window(call),
         _cache(call.weights),
         call.tolerance,
     )
@@ -381,13 +397,13 @@ def _launch(
             images, samples, out, states, precision=call.precision, progress=progress,
         )  # fmt: skip
         return
-    module = _native.cuda(call.backend)
+    module, window = _native.cuda(call.backend), _window(call)
     scratch = module.denoise_workspace(
         call.features.shape[1],
         call.prior.shape[1],
         call.features.shape[0],
         len(call.steps[0]),
-        call.window,
+        window,
         call.precision,
         device.index or 0,
     )
@@ -403,7 +419,7 @@ def _launch(
         out,
         states,
         call.precision,
-        call.window,
+        window,
         call.tolerance,
         _READINGS_A_LAUNCH,
         torch.empty(scratch, dtype=torch.uint8, device=device),

@@ -22,6 +22,7 @@ from torch.autograd import Function
 
 from diffmic_fast import _native
 from diffmic_fast.checks import Arguments
+from diffmic_fast.ops import _autocast as autocast
 from diffmic_fast.ops._backend import resolve, stream_of
 from diffmic_fast.reference import mmd as reference
 from diffmic_fast.reference.mmd import Bandwidth, Estimator
@@ -44,7 +45,8 @@ def mmd(
 ) -> Tensor:
     """mean k(x, x) + mean k(y, y) - 2 mean k(x, y), k(u, v) = exp(-|u - v|^2 / d^2) (spec, section 5).
 
-    Memory is O((n + m) d): neither differences nor kernel matrices are kept.
+    Memory is O((n + m) d): neither differences nor kernel matrices are kept. Under autocast in float32
+    (`ops._autocast`).
 
     Args:
         x: [n, d] float32, float64, float16 or bfloat16 (computed in float32), n >= 1 (unbiased: 2);
@@ -70,6 +72,12 @@ def mmd(
         BackendError: the backend asked for cannot serve; a RuntimeError.
     """
     _check("mmd", x, y)
+    if autocast.active(x):
+        with autocast.off(x):
+            return mmd(
+                autocast.single(x), autocast.single(y), bandwidth=bandwidth, estimator=estimator,
+                x_weights=x_weights, y_weights=y_weights, backend=backend,
+            )  # fmt: skip
     scales = _scales("mmd", x, bandwidth)
     unbiased = estimator == "unbiased"
     if not unbiased and estimator != "biased":
@@ -93,9 +101,6 @@ def mmd(
             x_weights=x_weights,
             y_weights=y_weights,
         )
-    if x.dtype != y.dtype:  # under autocast
-        dtype = torch.promote_types(x.dtype, y.dtype)
-        x, y = x.to(dtype), y.to(dtype)
     learns = torch.is_grad_enabled()
     return torch.ops.diffmic_fast.mmd.default(
         x,
@@ -127,13 +132,14 @@ def kernel_matrix(
     """
     operation = "mmd.kernel_matrix"
     _check(operation, x, y)
+    if autocast.active(x):
+        with autocast.off(x):
+            x, y = autocast.single(x), autocast.single(y)
+            return kernel_matrix(x, y, bandwidth=bandwidth, backend=backend)
     scales = _scales(operation, x, bandwidth)
     backend = resolve("mmd", backend, x.device)
     if backend == "reference":
         return reference.kernel_matrix(x, y, bandwidth=bandwidth)
-    if x.dtype != y.dtype:
-        dtype = torch.promote_types(x.dtype, y.dtype)
-        x, y = x.to(dtype), y.to(dtype)
     median = _median(x, y, backend) if bandwidth == "median" else None
     return torch.ops.diffmic_fast.mmd_kernel_matrix.default(x, y, scales, median, backend)
 

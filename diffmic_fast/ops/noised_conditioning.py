@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffmic_fast.checks import Arguments
+from diffmic_fast.ops import _autocast as autocast
 from diffmic_fast.ops._backend import choose
 from diffmic_fast.ops._conditioning import (
     FORWARD,
@@ -50,7 +51,8 @@ def noised_conditioning(
 ) -> NoisedConditioning:
     """`conditioning` of y_t = a y_0 + (1 - a) guidance + d noise (spec, section 5), a and d the tables at timesteps.
 
-    On a GPU noise, noisy labels and layer are one kernel (two for a batch that does not fit into a block).
+    On a GPU noise, noisy labels and layer are one kernel (two for a batch that does not fit into a block). Under
+    autocast in float32 (`ops._autocast`).
 
     Args:
         x, layer, training, momentum, eps, backend: as in `conditioning`.
@@ -96,6 +98,17 @@ def noised_conditioning(
     if sample_ids is not None:
         args.integer("sample_ids", sample_ids, "B")
         args.within("sample_ids", sample_ids, 0, 2**32 - 1)
+    if autocast.active(x):
+        single = autocast.single_layer(layer)
+        with autocast.off(x):
+            found = noised_conditioning(
+                autocast.single(x), autocast.single(y_0), autocast.single(guidance), single, timesteps,
+                autocast.single(sqrt_alpha_bar), autocast.single(sqrt_one_minus_alpha_bar),
+                noise=None if noise is None else autocast.single(noise), seed=seed, image_ids=image_ids,
+                sample_ids=sample_ids, training=training, momentum=momentum, eps=eps, backend=backend,
+            )  # fmt: skip
+        autocast.keep_statistics(layer, single)
+        return found
     floats = [x, y_0, guidance, *layer, sqrt_alpha_bar, sqrt_one_minus_alpha_bar]
     floats += [] if noise is None else [noise]
     name = choose("conditioning", backend, floats, (torch.float32,), caller="noised_conditioning")

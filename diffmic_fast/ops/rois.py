@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffmic_fast import _native
 from diffmic_fast.checks import Arguments
-from diffmic_fast.ops._backend import resolve, stream_of
+from diffmic_fast.ops._backend import resolve, stream_of, transforming
 from diffmic_fast.reference import rois as reference
 from diffmic_fast.reference.rois import Channels, Rois, cell_to_pixel, window_size
 
@@ -52,6 +52,8 @@ def choose_windows(
     operation = "rois.choose_windows"
     Arguments(operation).tensor("saliency", saliency, "B C h w")
     _check_choice(operation, saliency, window, count)
+    if transforming():
+        return _reference(saliency, backend).choose_windows(saliency, window, count)
     return _choose_windows(saliency.detach(), window, count, backend)
 
 
@@ -88,6 +90,8 @@ def cut_crops(
     args.tensor("images", images, "B Ch H W")
     args.integer("origins", origins, "B K 2")
     _check_cut(operation, images, size, channels)
+    if transforming():
+        return _reference(images, backend).cut_crops(images, origins, size, channels)
     return _cut_crops(images, origins, size, channels, backend)
 
 
@@ -130,8 +134,16 @@ def rois(
     window = window_size(crop, _plane(images), _plane(saliency))
     _check_choice("rois", saliency, window, count)
     _check_cut("rois", images, crop, channels)
+    if transforming():
+        return _reference(images, backend).rois(saliency, images, crop, count, channels)
     crops, cells, origins = _rois(saliency.detach(), images, window, count, crop, channels, backend)
     return Rois(cells, origins, crops)
+
+
+def _reference(tensor: Tensor, backend: str) -> ModuleType:
+    """The reference, outside of our operators, for derivatives that these do not have."""
+    resolve("rois", backend, tensor.device)  # which refuses a kernel asked for by name
+    return reference
 
 
 def _check_choice(operation: str, saliency: Tensor, window: tuple[int, int], count: int) -> None:
@@ -298,6 +310,15 @@ def _(
     grad: Tensor, images: Tensor, origins: Tensor, size: Sequence[int], channels: str, backend: str
 ) -> Tensor:
     return torch.empty_like(images, memory_format=torch.contiguous_format)
+
+
+def _no_second(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(
+        "rois: cut_crops has no second derivatives: use diffmic_fast.reference.rois.cut_crops, or torch.func, for them"
+    )
+
+
+_cut_crops_backward.register_autograd(_no_second)
 
 
 def _save_for_backward(
