@@ -8,12 +8,13 @@ anything is timed both losses are computed from the same noise and compared. Nei
 A denoiser step has the guidance's probabilities given; a joint step is the guidance's forward pass, a denoiser step and
 a step of the guidance model. Steps in bfloat16 are timed where the processor has such convolutions.
 
+Memory is that of a process of its own for each peer, models, gradients, optimizer and libraries included.
+
 The small sizes tell what a call costs beside its work.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 
@@ -25,6 +26,7 @@ from benchmarks.harness import Maker, Setup
 from diffmic_fast import DiffMIC, DiffMICConfig
 from diffmic_fast.diffusion.schedule import q_sample
 from diffmic_fast.models.diffmic import antithetic_timesteps
+from diffmic_fast.models.encoders import Trunk
 from diffmic_fast.models.inference import bfloat16_obstacle
 from diffmic_fast.ops.conditional_linear import conditional_linear
 from diffmic_fast.ops.conditioning import conditioning
@@ -45,14 +47,23 @@ def setups() -> Iterator[Setup]:
     """Steps of the denoiser alone and with the guidance model, and calls of small sizes."""
     obstacle = bfloat16_obstacle(torch.device("cpu"))
     for title, joint in (("denoiser step", False), ("joint step", True)):
+        _compare(joint)
         peers: dict[str, Maker] = {
             _PUBLISHED: partial(_published, joint),
             "fp32": partial(_ours, joint, "fp32"),
+            "fp32, recomputed": partial(_ours, joint, "fp32", recompute=True),
         }
         if not obstacle:
             peers["bf16"] = partial(_ours, joint, "bf16")
         skipped = {"bf16": obstacle} if obstacle else {}
-        yield Setup(f"{title}, {BATCH} images", peers, _PUBLISHED, effort=0.125, skipped=skipped)
+        yield Setup(
+            f"{title}, {BATCH} images",
+            peers,
+            _PUBLISHED,
+            effort=0.125,
+            skipped=skipped,
+            memory=True,
+        )
     size = f"B = {SMALL_BATCH}, F = {SMALL_FEATURES}, forward and backward"
     for name, make in (("conditional_linear", _layer), ("conditioning", _first), ("mmd", _mmd)):
         peers = {backend: partial(make, backend) for backend in ("reference", "auto")}
@@ -75,23 +86,25 @@ class _Given(nn.Module):
 
 
 @cache
-def _start() -> tuple[DiffMIC, Tensor, Tensor]:
-    torch.manual_seed(0)
-    model = DiffMIC(DiffMICConfig(classes=CLASSES))
-    return model, torch.randn(BATCH, 3, SIDE, SIDE), torch.arange(BATCH) % CLASSES
+def _batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(BATCH, 3, SIDE, SIDE, generator=generator), torch.arange(BATCH) % CLASSES
 
 
 def _model(joint: bool) -> DiffMIC:
-    model = copy.deepcopy(_start()[0])
+    torch.manual_seed(0)
+    model = DiffMIC(DiffMICConfig(classes=CLASSES))
     if not joint:
         streams = torch.randn(3, BATCH, CLASSES, generator=torch.Generator().manual_seed(1))
-        model.guidance = _Given(streams)  # type: ignore[assignment]
+        given = _Given(streams)
+        given.ds_net = given.dn_resnet = Trunk("resnet18")  # nobody asks them
+        model.guidance = given  # type: ignore[assignment]
     return model.train()
 
 
-def _ours(joint: bool, precision: str) -> Call:
-    _, images, labels = _start()
-    config = TrainingConfig(ema_decay=None, warmup_epochs=1.0)
+def _ours(joint: bool, precision: str, *, recompute: bool = False) -> Call:
+    images, labels = _batch()
+    config = TrainingConfig(ema_decay=None, warmup_epochs=1.0, recompute=recompute)
     config.precision = precision  # type: ignore[assignment]
     steps = Steps(_model(joint), config, seed=0)
 
@@ -104,12 +117,11 @@ def _ours(joint: bool, precision: str) -> Call:
 
 
 def _published(joint: bool) -> Call:
-    _, images, labels = _start()
+    images, labels = _batch()
     model = _model(joint).to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam(model.denoiser.parameters(), lr=1e-3)
     of_guidance = torch.optim.Adam(model.guidance.parameters(), lr=2e-4, amsgrad=True)
     generator = torch.Generator().manual_seed(0)
-    _compare(joint)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -155,7 +167,7 @@ def _plain(denoiser: nn.Module, number: int, h: Tensor, timesteps: Tensor) -> Te
 
 def _compare(joint: bool) -> None:
     """Both ways' losses from the same weights and noise."""
-    _, images, labels = _start()
+    images, labels = _batch()
     with torch.no_grad():
         ours = _model(joint).loss(images, labels, generator=torch.Generator().manual_seed(3)).total
         theirs = _published_loss(_model(joint), images, labels, torch.Generator().manual_seed(3))

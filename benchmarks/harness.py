@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -57,6 +58,7 @@ class Setup:
         copy: the peer that copies, and the bytes that it reads and writes; not shown.
         skipped: peer -> why it is not here.
         totals: name -> {peer: times}, for what is too long to be timed whole: so many times each.
+        memory: whether the most memory that a process with one peer takes is measured, too.
     """
 
     title: str
@@ -69,6 +71,7 @@ class Setup:
     copy: tuple[str, int] | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     totals: dict[str, dict[str, int]] = field(default_factory=dict)
+    memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Case:
     Attributes:
         timings: peer -> Timing.
         bound: bytes a second that this machine copies, in the best of the same rounds.
+        peak_bytes: peer -> the most resident memory of a process that makes and calls it twice, beyond
+            that of Python and the libraries.
     """
 
     title: str
@@ -88,6 +93,7 @@ class Case:
     bound: float
     limits: dict[str, dict[str, float]]
     skipped: dict[str, str]
+    peak_bytes: dict[str, int] = field(default_factory=dict)
 
     def share(self, name: str) -> float | None:
         """Least time over the peer's own, both the median of the same rounds."""
@@ -103,6 +109,8 @@ def run(setups: Iterable[Setup], rounds: int) -> list[Case]:
 
 
 def _run(setup: Setup, rounds: int) -> Case:
+    # Before anything is made here: a large process beside them could push the others out of memory.
+    peaks = {name: peak_bytes(make) for name, make in setup.peers.items()} if setup.memory else {}
     timings = measure({name: make() for name, make in setup.peers.items()}, rounds)
     bound = 0.0
     if setup.copy is not None:
@@ -119,7 +127,35 @@ def _run(setup: Setup, rounds: int) -> Case:
         bound,
         setup.limits,
         setup.skipped,
+        {name: peak for name, peak in peaks.items() if peak},
     )
+
+
+def peak_bytes(make: Maker) -> int:
+    """The most resident memory that making the call and calling it twice adds to a new process; 0 where /proc is not.
+
+    Args:
+        make: what a new process can import, a function of a module or a `functools.partial` of one.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_here, (make,))
+
+
+def _peak_here(make: Maker) -> int:
+    before = _resident("VmRSS")
+    call = make()
+    call()
+    call()
+    # Not getrusage's, which a process takes over from the one that started it.
+    return _resident("VmHWM") - before
+
+
+def _resident(key: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def _total(parts: Mapping[str, int], timings: Mapping[str, Timing]) -> Timing:
@@ -193,6 +229,7 @@ def show(cases: list[Case]) -> None:
         columns = ["", "best", "median", "quartiles", f"{case.baseline} / it, best", "median"]
         columns += ["GB/s", "of a copy"] if case.bytes_moved else []
         columns += ["of the limit"] if case.limits else []
+        columns += ["peak GB", "of its memory"] if case.peak_bytes else []
         for column in columns:
             table.add_column(column, justify="right")
         base = case.timings[case.baseline]
@@ -211,6 +248,9 @@ def show(cases: list[Case]) -> None:
             if case.limits:
                 share = case.share(name)
                 row.append("" if share is None else f"{share:.0%}")
+            if case.peak_bytes:
+                peak, most = case.peak_bytes[name], case.peak_bytes[case.baseline]
+                row += [f"{peak / 1e9:.2f}", f"{peak / most:.2f}"]
             table.add_row(*row)
         console.print(table)
         for name, reason in case.skipped.items():
@@ -244,6 +284,8 @@ def _write_table(path: Path, cases: list[Case], facts: dict[str, Any]) -> Path:
     """A line a peer, and in it a column for the ratio to each other peer of the file."""
     names = list(dict.fromkeys(name for case in cases for name in case.timings))
     head = ["case", "peer", "best_s", "median_s", "low_s", "high_s", "calls", "share_of_limit"]
+    peaks = any(case.peak_bytes for case in cases)
+    head += ["peak_bytes"] if peaks else []
     versions = ("processor", "torch_threads", "python", "torch", "diffmic_fast")
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
@@ -257,6 +299,7 @@ def _write_table(path: Path, cases: list[Case], facts: dict[str, Any]) -> Path:
                     [
                         *(case.title, name, *(f"{number:.6g}" for number in numbers), t.calls),
                         "" if share is None else f"{share:.4f}",
+                        *([case.peak_bytes.get(name, "")] if peaks else []),
                         *_cells(to_others[name], names),
                         *(facts[version] for version in versions),
                     ]

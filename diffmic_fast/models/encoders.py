@@ -7,14 +7,16 @@ that the parameters of a ResNet are called `f.0.weight`, `f.4.0.conv1.weight`, â
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+import torch.utils.checkpoint
 import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from diffmic_fast.models.folding import has_hooks
 from diffmic_fast.models.inference import run_layers
 
 # The last child of a torchvision network that belongs to its trunk, and what its own forward does after that.
@@ -43,7 +45,10 @@ class Trunk(nn.Module):
     Attributes:
         f: the network's layers.
         channels: of the result.
+        recompute: as that of `ImageEncoder`.
     """
+
+    recompute = False
 
     def __init__(self, name: str, weights: str | None = None) -> None:
         super().__init__()
@@ -51,7 +56,7 @@ class Trunk(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Feature map of a batch of images."""
-        return run_layers(self.f, images)
+        return _run(self.f, images, self.recompute)
 
 
 class ImageEncoder(nn.Module):
@@ -60,7 +65,11 @@ class ImageEncoder(nn.Module):
     Attributes:
         f: the trunk's layers and the pooling.
         g: linear, channels -> feature_dim.
+        recompute: keep for the backward pass only what passes between the layers of `f` and compute the rest again
+            there: less memory for another forward pass. Same numbers, running statistics included.
     """
+
+    recompute = False
 
     def __init__(self, name: str, feature_dim: int, weights: str | None = None) -> None:
         super().__init__()
@@ -78,7 +87,7 @@ class ImageEncoder(nn.Module):
             raise ValueError(
                 f"ImageEncoder: images must be [B, 3, H, W], got {tuple(images.shape)}"
             )
-        return self.g(torch.flatten(run_layers(self.f, images), start_dim=1))
+        return self.g(torch.flatten(_run(self.f, images, self.recompute), start_dim=1))
 
 
 def make_trunk(name: str, weights: str | None = None) -> tuple[nn.Sequential, int]:
@@ -195,6 +204,58 @@ def _load_whole(network: nn.Module, name: str, path: str) -> None:
             f"encoder {name!r}: {path!r} is not of this network; not in it: {missing[:3]}, not fitting: {mismatch[:3]}"
         )
     network.load_state_dict(fitting, strict=False)
+
+
+def _run(layers: nn.Sequential, images: Tensor, recompute: bool) -> Tensor:
+    if not recompute or not torch.is_grad_enabled():
+        return run_layers(layers, images)
+    h = images
+    for part in _parts(layers):
+        h = recomputed(part, h)
+    return h
+
+
+def recomputed(part: nn.Module, h: Tensor) -> Tensor:
+    """part(h), computed again in the backward pass instead of kept, which moves no running statistic twice."""
+    return torch.utils.checkpoint.checkpoint(
+        part, h, use_reentrant=False, context_fn=lambda: (nullcontext(), kept_statistics(part))
+    )
+
+
+def _parts(layers: nn.Sequential) -> list[nn.Sequential]:
+    """A network cut before its convolutional layers and blocks: what follows one may change its result in place."""
+    parts: list[list[nn.Module]] = [[]]
+    for layer in _flat(layers):
+        if parts[-1] and any(isinstance(inner, nn.Conv2d) for inner in layer.modules()):
+            parts.append([])
+        parts[-1].append(layer)
+    return [nn.Sequential(*part) for part in parts]
+
+
+def _flat(layers: nn.Sequential) -> Iterator[nn.Module]:
+    for layer in layers:
+        if type(layer) is nn.Sequential and not has_hooks(layer):
+            yield from _flat(layer)
+        else:
+            yield layer
+
+
+@contextmanager
+def kept_statistics(module: nn.Module) -> Iterator[None]:
+    """BatchNorm uses the batch's statistics in this block as in training, and leaves its running ones as they are."""
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.training]
+    momenta = [norm.momentum for norm in norms]
+    counts = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+    before = [count.clone() for count in counts]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for count, value in zip(counts, before, strict=True):
+            count.copy_(value)
 
 
 @contextmanager

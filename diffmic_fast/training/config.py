@@ -23,6 +23,11 @@ class TrainingConfig:
 
     batch_size: images a step, at least 2 (batch normalisation). The last batch of an epoch may be
         smaller; a single left-over image joins the batch before it.
+    accumulation: parts that a batch goes through the models in, one after the other, for one step of each
+        optimizer on the sum of their gradients, for batches that do not fit into memory. Batch statistics and
+        the two MMD terms are then of a part, and running statistics move once a part.
+    recompute: compute the layers of the image networks (the denoiser's encoder, the guidance's trunks) again
+        in the backward pass instead of keeping their results: the same numbers, less memory, a pass more.
     draws: timesteps and noises an image in a denoiser step, as published 1; more share the image's
         encoder pass and let the denoiser learn from few images.
     epochs, guidance_epochs: joint epochs, and epochs of the guidance model alone before them.
@@ -41,6 +46,8 @@ class TrainingConfig:
     """
 
     batch_size: int = 32
+    accumulation: int = 1
+    recompute: bool = False
     draws: int = 1
     epochs: int = 1000
     guidance_epochs: int = 15
@@ -165,7 +172,7 @@ def check_ranges(config: RunConfig) -> None:
         want("training", "gradient_clip", t.gradient_clip > 0, "a positive number or null")
     if t.ema_decay is not None:
         want("training", "ema_decay", 0 < t.ema_decay < 1, "a number between 0 and 1, or null")
-    for key in ("validate_every", "checkpoint_every", "draws"):
+    for key in ("validate_every", "checkpoint_every", "draws", "accumulation"):
         want("training", key, getattr(t, key) >= 1, "a positive whole number")
     for key in ("samples", "batch_size"):
         want("sampling", key, getattr(s, key) >= 1, "a positive whole number")
