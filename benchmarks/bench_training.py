@@ -125,7 +125,7 @@ def _published(joint: bool) -> Call:
 
     def step() -> None:
         optimizer.zero_grad()
-        torch.autograd.backward(_published_loss(model, images, labels, generator))
+        torch.autograd.backward(published_loss(model, images, labels, generator))
         nn.utils.clip_grad_norm_(model.denoiser.parameters(), 1.0)
         optimizer.step()
         if joint:
@@ -137,17 +137,17 @@ def _published(joint: bool) -> Call:
     return step
 
 
-def _published_loss(
+def published_loss(
     model: DiffMIC, images: Tensor, labels: Tensor, generator: torch.Generator
 ) -> Tensor:
     """The loss of spec.md, section 5, pass after pass; draws what `DiffMIC.loss` draws."""
     denoiser = model.denoiser
     timesteps = antithetic_timesteps(len(images), model.config.timesteps, generator)
-    noise = torch.randn(len(images), CLASSES, generator=generator)
+    noise = torch.randn(len(images), model.config.classes, generator=generator)
     model.guidance.eval()
     with torch.no_grad():
         priors = [logits.softmax(dim=1) for logits in model.guidance(images)]
-    y_0 = F.one_hot(labels, CLASSES).float()
+    y_0 = F.one_hot(labels, model.config.classes).float()
     found = []
     for prior in priors:
         y_t = q_sample(y_0, prior, model.schedule, timesteps, noise)
@@ -170,7 +170,7 @@ def _compare(joint: bool) -> None:
     images, labels = _batch()
     with torch.no_grad():
         ours = _model(joint).loss(images, labels, generator=torch.Generator().manual_seed(3)).total
-        theirs = _published_loss(_model(joint), images, labels, torch.Generator().manual_seed(3))
+        theirs = published_loss(_model(joint), images, labels, torch.Generator().manual_seed(3))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 

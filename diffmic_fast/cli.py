@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from diffmic_fast.training.config import RunConfig
+    from diffmic_fast.training.predict import Predictions
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -135,6 +136,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from diffmic_fast.training import parallel
     from diffmic_fast.training.checkpoint import NAME, read_checkpoint
     from diffmic_fast.training.config import RunConfig, read_config
     from diffmic_fast.training.schema import merge, parse_override
@@ -154,8 +156,11 @@ def _train(args: argparse.Namespace) -> int:
         config = RunConfig.from_dict(values)
     else:
         raise ValueError("train: give --config (a preset or a YAML file), or --resume")
-    trainer = Trainer(config, args.out, device=args.device, resume=resume, quiet=args.quiet)
-    path = trainer.fit()
+    with parallel.started(args.device) as device:
+        trainer = Trainer(config, args.out, device=device, resume=resume, quiet=args.quiet)
+        path = trainer.fit()
+    if not trainer.processes.first:
+        return 0
     print(f"trained {trainer.epochs} epochs; the model is {path}")
     if trainer.best is not None:
         best = path.with_name("ckpt_best.pth")
@@ -201,6 +206,7 @@ def _stored_or_given(args: argparse.Namespace, path: Path) -> RunConfig:
 def _evaluate(args: argparse.Namespace) -> int:
     from diffmic_fast.data.sources import open_source
     from diffmic_fast.training import evaluate as ev
+    from diffmic_fast.training import parallel
     from diffmic_fast.training.checkpoint import load_model
     from diffmic_fast.training.trainer import choose_device, make_dataset
 
@@ -216,18 +222,22 @@ def _evaluate(args: argparse.Namespace) -> int:
         )
     sampling = config.sampling
     methods = [ev.Method.parse(s) for s in args.sampler or []] or [ev.Method.of(sampling)]
-    evaluation = ev.evaluate(
-        model,
-        make_dataset(config, table, train=False),
-        methods,
-        samples=args.samples or sampling.samples,
-        seed=sampling.seed if args.seed is None else args.seed,
-        precision=args.precision,
-        compile=args.compile,
-        batch_size=args.batch_size or sampling.batch_size,
-        workers=args.workers,
-        device=choose_device(args.device),
-    )
+    with parallel.started(args.device) as device:
+        evaluation = ev.evaluate(
+            model,
+            make_dataset(config, table, train=False),
+            methods,
+            samples=args.samples or sampling.samples,
+            seed=sampling.seed if args.seed is None else args.seed,
+            precision=args.precision,
+            compile=args.compile,
+            batch_size=args.batch_size or sampling.batch_size,
+            workers=args.workers,
+            device=choose_device(device),
+        )
+        first = parallel.current().first
+    if not first:
+        return 0
     evaluation.print()
     if args.json:
         evaluation.save(args.json)
@@ -240,6 +250,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
+    from diffmic_fast.training import parallel
     from diffmic_fast.training.checkpoint import load_model
     from diffmic_fast.training.evaluate import Method
     from diffmic_fast.training.predict import Pictures, collect_files, predict_files, save, to_csv
@@ -256,27 +267,35 @@ def _predict(args: argparse.Namespace) -> int:
     classes = classes or tuple(str(c) for c in range(config.model.classes))
     sampling = config.sampling
     pictures = Pictures(classes, config.data.augmentation, args.figure, args.images_out)
-    predictions = predict_files(
-        model,
-        files,
-        classes,
-        config.data.augmentation,
-        Method.parse(args.sampler) if args.sampler else Method.of(sampling),
-        samples=args.samples or sampling.samples,
-        seed=sampling.seed if args.seed is None else args.seed,
-        precision=args.precision,
-        compile=args.compile,
-        batch_size=args.batch_size or sampling.batch_size,
-        workers=args.workers,
-        device=choose_device(args.device),
-        explain=pictures.wanted,
-        on_batch=pictures.add if pictures.wanted else None,
-    )
+    with parallel.started(args.device) as device:
+        if pictures.wanted and parallel.current().count > 1:
+            raise ValueError(
+                "predict: --figure and --images-out are for a single process; leave them out, or torchrun"
+            )
+        predictions = predict_files(
+            model,
+            files,
+            classes,
+            config.data.augmentation,
+            Method.parse(args.sampler) if args.sampler else Method.of(sampling),
+            samples=args.samples or sampling.samples,
+            seed=sampling.seed if args.seed is None else args.seed,
+            precision=args.precision,
+            compile=args.compile,
+            batch_size=args.batch_size or sampling.batch_size,
+            workers=args.workers,
+            device=choose_device(device),
+            explain=pictures.wanted,
+            on_batch=pictures.add if pictures.wanted else None,
+        )
+        first = parallel.current().first
+    if not first:
+        return _status(predictions)
     for file, reason in predictions.unreadable:
         print(f"unreadable: {file}: {reason}", file=sys.stderr)
     if not predictions.rows:
         print(f"error: none of the {len(files)} files could be read", file=sys.stderr)
-        return EXIT_FAILED
+        return _status(predictions)
     if args.out:
         save(predictions, args.out)
     else:
@@ -285,8 +304,13 @@ def _predict(args: argparse.Namespace) -> int:
     if predictions.unreadable:
         count = f"{len(predictions.unreadable)} of {len(files)}"
         print(f"{count} files were unreadable and left out", file=sys.stderr)
-        return EXIT_UNREADABLE
-    return 0
+    return _status(predictions)
+
+
+def _status(predictions: Predictions) -> int:
+    if not predictions.rows:
+        return EXIT_FAILED
+    return EXIT_UNREADABLE if predictions.unreadable else 0
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from diffmic_fast.checks import Arguments
 from diffmic_fast.models.encoders import ImageEncoder, repeated_statistics
 from diffmic_fast.models.feature_cache import FeatureCache, every_module
 from diffmic_fast.models.folding import has_hooks
+from diffmic_fast.models.sync_batch_norm import SyncBatchNorm
 from diffmic_fast.ops.conditional_linear import ConditionalLayer, conditional_linear
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.ops.denoise import DenoiserWeights
@@ -118,21 +119,26 @@ class ConditionalModel(nn.Module):
             return self.encode(images)
         return self._cache.features(images, modules, lambda: self.encode(images))
 
-    def forward(self, x: Tensor, y: Tensor, t: Tensor, y_0_hat: Tensor | None = None) -> Tensor:
-        """eps of one stream.
+    def forward(
+        self, x: Tensor, y: Tensor, t: Tensor, y_0_hat: Tensor | None = None, draws: int = 1
+    ) -> Tensor:
+        """eps of one stream, or of several as `forward_streams` (for wrappers, which see a module's forward alone).
 
         Args:
             x: [B, 3, H, W] float32 images (or whatever `encoder_x` takes).
-            y: [B, C] noisy label vectors.
-            t: [B] or [1] int64 timesteps in [0, T].
-            y_0_hat: [B, C] label distribution of the guidance model; not used by a model without guidance.
+            y: [B, C] noisy label vectors, or [S, B * draws, C].
+            t: [B] or [1] int64 timesteps in [0, T]; [B * draws] for several streams.
+            y_0_hat: shape of `y`, label distribution of the guidance model; not used by a model without guidance.
+            draws: noisy labels an image, for several streams.
 
         Returns:
-            [B, C].
+            Shape of `y`.
 
         Raises:
             ValueError, TypeError: arguments that do not fit, named.
         """
+        if y.ndim == 3 and y_0_hat is not None:
+            return self.forward_streams(x, y, t, y_0_hat, draws)
         return self.denoise_features(self.features(x), y, t, y_0_hat)
 
     def forward_streams(
@@ -236,7 +242,11 @@ class ConditionalModel(nn.Module):
         """Whether the conditional layers are of the types that `ops` knows, free of hooks."""
         for number in (1, 2, 3):
             layer, norm = getattr(self, f"lin{number}"), getattr(self, f"unetnorm{number}")
-            if type(layer) is not ConditionalLinear or type(norm) is not nn.BatchNorm1d:
+            if type(layer) is not ConditionalLinear:
+                return False
+            # Kernels know a batch's own statistics; without a batch there is no difference.
+            synced = isinstance(norm, (SyncBatchNorm, nn.SyncBatchNorm)) and not norm.training
+            if type(norm) is not nn.BatchNorm1d and not synced:
                 return False
             if type(layer.lin) is not nn.Linear or type(layer.embed) is not nn.Embedding:
                 return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -164,6 +164,8 @@ class DiffMIC(nn.Module):
         generator: torch.Generator | None = None,
         timesteps: Tensor | None = None,
         noise: Tensor | None = None,
+        denoiser: nn.Module | None = None,
+        gather: Callable[[Tensor], Tensor] | None = None,
     ) -> DiffMICLoss:
         """Training loss of the denoiser (spec, section 5).
 
@@ -179,6 +181,8 @@ class DiffMIC(nn.Module):
             generator: CPU generator of timesteps and noise (default: torch's own).
             timesteps: [B * draws] int64 in [0, T), to be used instead of drawn ones.
             noise: [B * draws, C], likewise.
+            denoiser: a wrapper of the model's own to call in its place (`DistributedDataParallel`).
+            gather: makes [B * draws, C] the rows that the two MMD terms compare, for those of several processes.
 
         Raises:
             ValueError, TypeError: images or labels that do not fit, named.
@@ -210,9 +214,13 @@ class DiffMIC(nn.Module):
         prior = prior.repeat_interleave(draws, dim=1)
         y_0 = F.one_hot(labels.repeat_interleave(draws), classes).to(noise.dtype)
         y_t = q_sample(y_0, prior, self.schedule, timesteps, noise)
-        eps = self.denoiser.forward_streams(images, y_t, timesteps, prior, draws).float()
+        call = self.denoiser if denoiser is None else denoiser
+        eps = call(images, y_t, timesteps, prior, draws).float()
         error = F.mse_loss(eps[0], noise)
-        discrepancies = [mmd(noise, eps[stream]) for stream in (1, 2)]
+        compared = [noise, eps[1], eps[2]]
+        if gather is not None:
+            compared = [gather(each) for each in compared]
+        discrepancies = [mmd(compared[0], other) for other in compared[1:]]
         total = error + self.config.mmd_weight * (discrepancies[0] + discrepancies[1])
         return DiffMICLoss(total, error, *discrepancies)
 

@@ -432,15 +432,31 @@ def differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[s
     ]
 
 
-def check_resume(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """Raise ValueError unless `checkpoint` can be continued under `config` to the same numbers."""
+def check_resume(checkpoint: Checkpoint, config: RunConfig, processes: int = 1) -> None:
+    """Raise ValueError unless `checkpoint` can be continued under `config` to the same numbers.
+
+    By another number of processes between two epochs, if together they take as many images a step.
+    """
     if "progress" not in checkpoint.extras:
         raise ValueError(
             f"resume: {checkpoint.path} has no training state beyond the denoiser (a published "
             "checkpoint?); it can be evaluated, not resumed"
         )
     check_sizes(checkpoint, config.model)
-    changed = differences(checkpoint.extras["config"], config.to_dict())
+    stored = checkpoint.extras["config"]
+    progress = checkpoint.extras["progress"]
+    before = progress.get("processes", 1)
+    if before != processes:
+        size = config.training.batch_size
+        images = stored["training"]["batch_size"] * before
+        if images != size * processes or progress["position"]:
+            raise ValueError(
+                f"resume: {checkpoint.path} was trained by {before} processes with {images} images a step, these are "
+                f"{processes} with {size * processes}; another number of processes can go on between two epochs, with "
+                "training.batch_size such that a step has as many images"
+            )
+        stored = {**stored, "training": {**stored["training"], "batch_size": size}}
+    changed = differences(stored, config.to_dict())
     if changed:
         raise ValueError(
             f"resume: the configuration differs from the one {checkpoint.path} was trained with: "

@@ -21,13 +21,16 @@ from diffmic_fast.training.schema import build, convert, merge, parse_override, 
 class TrainingConfig:
     """How long, in what steps, and with what care (spec 5; the defaults are the published ones).
 
-    batch_size: images a step, at least 2 (batch normalisation). The last batch of an epoch may be
-        smaller; a single left-over image joins the batch before it.
+    batch_size: images a step and process, at least 2 (batch normalisation). The last batch of an epoch may be
+        smaller; fewer left-over images than two a process join the batch before them.
     accumulation: parts that a batch goes through the models in, one after the other, for one step of each
         optimizer on the sum of their gradients, for batches that do not fit into memory. Batch statistics and
         the two MMD terms are then of a part, and running statistics move once a part.
     recompute: compute the layers of the image networks (the denoiser's encoder, the guidance's trunks) again
         in the backward pass instead of keeping their results: the same numbers, less memory, a pass more.
+    sync_batch_norm: several processes: batch statistics over the images of all of them, as one process with
+        the whole batch would have. Else each has those of its own images, and the first one's are kept.
+    gather_mmd: several processes: the two MMD terms over the rows of all of them, else of each on its own.
     draws: timesteps and noises an image in a denoiser step, as published 1; more share the image's
         encoder pass and let the denoiser learn from few images.
     epochs, guidance_epochs: joint epochs, and epochs of the guidance model alone before them.
@@ -48,6 +51,8 @@ class TrainingConfig:
     batch_size: int = 32
     accumulation: int = 1
     recompute: bool = False
+    sync_batch_norm: bool = False
+    gather_mmd: bool = False
     draws: int = 1
     epochs: int = 1000
     guidance_epochs: int = 15

@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.models import DiffMIC
 from diffmic_fast.training.checkpoint import atomic_file
 from diffmic_fast.training.config import SAMPLERS, SamplingConfig, check_steps
 from diffmic_fast.training.metrics import ECE_BINS, NAMES, TITLES, Metrics, compute_metrics
+from diffmic_fast.training.parallel import current
 
 GUIDANCE = "guidance alone"
 
@@ -171,6 +172,8 @@ def evaluate(
     time includes guidance and encoder as if it were the only one.
     precision, compile: as in `DiffMIC.predict`.
     on_batch: called with the number of images after each batch; may raise to stop.
+
+    Several processes of a `torch.distributed` group take a contiguous shard each, and all get the whole result.
     """
     device = torch.device(device)
     timesteps = model.config.timesteps
@@ -184,8 +187,13 @@ def evaluate(
         )
     model.to(device).eval()
     # A generator of its own: creating a loader would otherwise draw from the global one.
+    processes = current()
+    own = processes.shard(range(len(dataset)))
     loader = DataLoader(
-        dataset, batch_size, num_workers=workers, generator=torch.Generator().manual_seed(0)
+        Subset(dataset, own),
+        batch_size,
+        num_workers=workers,
+        generator=torch.Generator().manual_seed(0),
     )
     networks: dict[str, Any] = {"precision": precision, "compile": compile}
     names = [GUIDANCE, *(m.name for m in methods)]
@@ -223,10 +231,12 @@ def evaluate(
         labels.append(np.asarray(batch_labels, dtype=np.int64))
         if on_batch is not None:
             on_batch(len(images))
-    truth = np.concatenate(labels)
+    found = processes.all_of((labels, rows, seconds))
+    truth = np.concatenate([batch for theirs, _, _ in found for batch in theirs])
     results = []
-    for name, parts, spent in zip(names, rows, seconds, strict=True):
-        joined = np.concatenate(parts)
+    for i, name in enumerate(names):
+        joined = np.concatenate([batch for _, theirs, _ in found for batch in theirs[i]])
+        spent = sum(theirs[i] for _, _, theirs in found)
         metrics = compute_metrics(joined, truth)
         results.append(Result(name, metrics, spent / len(truth), joined))
     return Evaluation(classes, truth, tuple(results), samples, seed)

@@ -71,19 +71,21 @@ class MovingAverage:
                     parameters[name].copy_(value)
 
 
-def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def epoch_batches(
+    count: int, batch_size: int, seed: int, epoch: int, *, least: int = 2
+) -> list[list[int]]:
     """Image indices of each batch of an epoch, the same for the same seed and epoch.
 
-    A last batch of a single image joins the one before it: batch normalisation over one row has
+    A last batch of fewer than `least` images joins the one before it: batch normalisation over one row has
     no variance, and dropping the image would lose it.
     """
-    if count < 2:
-        raise ValueError(f"training: at least 2 training images are needed, got {count}")
+    if count < least:
+        raise ValueError(f"training: at least {least} training images are needed, got {count}")
     mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0])
     generator = torch.Generator().manual_seed(mixed)
     order = torch.randperm(count, generator=generator).tolist()
     batches = [order[i : i + batch_size] for i in range(0, count, batch_size)]
-    if len(batches[-1]) == 1:
+    if len(batches[-1]) < least and len(batches) > 1:
         last = batches.pop()
         batches[-1] = batches[-1] + last
     return batches

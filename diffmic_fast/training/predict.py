@@ -21,6 +21,7 @@ from diffmic_fast.models import DiffMIC, Prediction
 from diffmic_fast.training.checkpoint import atomic_file
 from diffmic_fast.training.config import check_steps
 from diffmic_fast.training.evaluate import Method
+from diffmic_fast.training.parallel import current
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,9 @@ def predict_files(
     precision, compile: as in `DiffMIC.predict`.
     explain: let the predictions passed to `on_batch` carry trajectory, saliency and boxes.
     on_batch: called with the files, images and prediction of each batch (readable files only).
+
+    Several processes of a `torch.distributed` group take a contiguous shard each, and all get the whole result;
+    `on_batch` sees those of its process.
     """
     check_steps(method.sampler, method.steps, model.config.timesteps)
     if len(classes) != model.config.classes:
@@ -116,6 +120,8 @@ def predict_files(
             f"predict: {len(classes)} class names for a model of {model.config.classes} classes"
         )
     model.to(device).eval()
+    processes = current()
+    files = processes.shard(files)
     dataset = _Files(files, model.config.image_size, augmentation)
     loader = DataLoader(
         dataset,
@@ -159,7 +165,12 @@ def predict_files(
             )
         if on_batch is not None:
             on_batch(names, images, prediction)
-    return Predictions(tuple(classes), tuple(rows), tuple(unreadable))
+    found = processes.all_of((rows, unreadable))
+    return Predictions(
+        tuple(classes),
+        tuple(row for theirs, _ in found for row in theirs),
+        tuple(failed for _, theirs in found for failed in theirs),
+    )
 
 
 def to_csv(predictions: Predictions) -> str:

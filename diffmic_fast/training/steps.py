@@ -3,18 +3,52 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from diffmic_fast.models import DiffMIC, ImageEncoder, Trunk
+from diffmic_fast.models.diffmic import antithetic_timesteps
+from diffmic_fast.models.sync_batch_norm import synchronize_statistics
 from diffmic_fast.training.config import TrainingConfig
 from diffmic_fast.training.optimize import MovingAverage, half_cosine, warmup_cosine
+from diffmic_fast.training.parallel import Processes, current, sizes
 
 LOSSES = ("loss", "noise_loss", "mmd_global", "mmd_local")
+
+
+def _parallel(module: nn.Module) -> nn.Module:
+    """The module with gradients that meet, and buffers that are left alone (by the newer name, where there is one)."""
+    names = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    device = next(module.parameters()).device
+    how: dict[str, Any] = {"gradient_as_bucket_view": True, name: False}
+    if device.type == "cuda":
+        how["device_ids"] = [device]
+    return DistributedDataParallel(module, **how)
+
+
+@dataclass(frozen=True)
+class _Portion:
+    """What goes through a model at once.
+
+    Attributes:
+        images, labels: this process's.
+        counts: images of every process in this part.
+        whole: images of all processes in all parts.
+        last: whether it is the step's last part.
+    """
+
+    images: Tensor
+    labels: Tensor
+    counts: list[int]
+    whole: int
+    last: bool
 
 
 class Steps:
@@ -22,10 +56,17 @@ class Steps:
 
     model: on the device it trains on.
     config, seed: rates, clipping, average, precision; seed of timesteps and noise.
+    processes: those that share each step; all of them make the same calls, with at least two images each.
     """
 
-    def __init__(self, model: DiffMIC, config: TrainingConfig, seed: int) -> None:
+    def __init__(
+        self, model: DiffMIC, config: TrainingConfig, seed: int, processes: Processes | None = None
+    ) -> None:
         self.model, self.config = model, config
+        self.processes = current() if processes is None else processes
+        several = self.processes.count > 1
+        if several and config.sync_batch_norm:
+            synchronize_statistics(model)
         # One group, as in published checkpoints, unless the encoder has a rate of its own.
         groups = [{"params": list(model.denoiser.parameters())}]
         self._relative_rates = [1.0]
@@ -61,20 +102,55 @@ class Steps:
                     )
                 part.recompute = True
 
+        # Last: they read the modules as they are now, and give every process the first one's weights.
+        self._denoiser: nn.Module = model.denoiser
+        self._guidance: nn.Module = model.guidance
+        if several:
+            self._denoiser, self._guidance = _parallel(model.denoiser), _parallel(model.guidance)
+
     def _autocast(self, images: Tensor) -> contextlib.AbstractContextManager[Any]:
         if self.config.precision == "bf16":
             return torch.autocast(images.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
-    def _portions(self, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """The batch in `accumulation` parts of nearly equal size, of two images at least, with each one's share."""
-        count = max(min(self.config.accumulation, len(images) // 2), 1)
-        parts = zip(images.tensor_split(count), labels.tensor_split(count), strict=True)
-        for some, their_labels in parts:
-            yield some, their_labels, len(some) / len(images)
+    def _portions(self, images: Tensor, labels: Tensor) -> list[_Portion]:
+        """The batch in `accumulation` parts of nearly equal size, of two images of each process at least."""
+        counts = self.processes.all_of(len(images))
+        parts = max(min(self.config.accumulation, min(counts) // 2), 1)
+        split = [sizes(count, parts) for count in counts]
+        own = split[self.processes.rank]
+        whole, last = sum(counts), parts - 1
+        return [
+            _Portion(some, theirs, [each[i] for each in split], whole, i == last)
+            for i, (some, theirs) in enumerate(
+                zip(images.split(own), labels.split(own), strict=True)
+            )
+        ]
+
+    def _agree(self, refused: str) -> None:
+        """Raise ValueError on every process if one of them has a reason to."""
+        reasons = self.processes.all_of(refused) if self.processes.count > 1 else [refused]
+        if refused:
+            raise ValueError(refused)
+        for rank, reason in enumerate(reasons):
+            if reason:
+                raise ValueError(f"process {rank}: {reason}")
+
+    def _check(self, images: Tensor, labels: Tensor) -> None:
+        """Several processes: look at a batch before a process waits for one that has refused its part."""
+        if self.processes.count == 1:
+            return
+        reason = ""
+        if not bool(torch.isfinite(images).all()):
+            reason = "the images hold not-a-number or infinity"
+        elif not 0 <= int(labels.min()) <= int(labels.max()) < self.model.config.classes:
+            reason = f"labels must be in [0, {self.model.config.classes - 1}]"
+        self._agree(reason)
 
     def denoiser_step(self, images: Tensor, labels: Tensor, epoch: float) -> dict[str, float]:
         """A step of the denoiser and its average at a fractional joint epoch; returns LOSSES.
+
+        Of several processes each gives its part of the batch, and gets the losses of the whole.
 
         Raises ValueError, weights untouched, if a loss or the gradient is not finite.
         """
@@ -88,19 +164,20 @@ class Steps:
         )
         for group, relative in zip(self.optimizer.param_groups, self._relative_rates, strict=True):
             group["lr"] = rate * relative
+        self._check(images, labels)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        parts = dict.fromkeys(LOSSES, 0.0)
-        for some, their_labels, share in self._portions(images, labels):
-            with self._autocast(images):
-                losses = self.model.loss(some, their_labels, draws=c.draws, generator=self.noise)
-            values = torch.stack(list(losses)).tolist()
-            if not all(map(math.isfinite, values)):
-                described = ", ".join(f"{k} {v:g}" for k, v in zip(LOSSES, values, strict=True))
-                raise ValueError(f"the denoiser's loss is not finite ({described})")
-            torch.autograd.backward(share * losses.total)
-            for key, value in zip(LOSSES, values, strict=True):
-                parts[key] += share * value
+        totals = dict.fromkeys(LOSSES, 0.0)
+        for part in self._portions(images, labels):
+            with self._autocast(images), self._last_alone(self._denoiser, part):
+                losses, values = self._losses(part)
+                for key, value in zip(LOSSES, values, strict=True):
+                    totals[key] += value
+                if not all(map(math.isfinite, values)):
+                    described = ", ".join(f"{k} {v:g}" for k, v in zip(LOSSES, values, strict=True))
+                    raise ValueError(f"the denoiser's loss is not finite ({described})")
+            with self._last_alone(self._denoiser, part):
+                torch.autograd.backward(losses)
         limit = c.gradient_clip if c.gradient_clip is not None else math.inf
         norm = float(nn.utils.clip_grad_norm_(self.model.denoiser.parameters(), limit))
         if not math.isfinite(norm):
@@ -108,10 +185,59 @@ class Steps:
         self.optimizer.step()
         if self.average is not None:
             self.average.update()
-        return parts
+        self._share_statistics(self.model.denoiser)
+        return totals
+
+    def _losses(self, part: _Portion) -> tuple[Tensor, list[float]]:
+        """What to differentiate on this process, and the part's share of LOSSES over all processes."""
+        config, processes = self.model.config, self.processes
+        rows = sum(part.counts) * self.config.draws
+        timesteps = antithetic_timesteps(rows, config.timesteps, self.noise)
+        noise = torch.randn(rows, config.classes, generator=self.noise)
+        start = sum(part.counts[: processes.rank]) * self.config.draws
+        own = slice(start, start + len(part.images) * self.config.draws)
+        gather = self.config.gather_mmd and processes.count > 1
+        losses = self.model.loss(
+            part.images,
+            part.labels,
+            draws=self.config.draws,
+            timesteps=timesteps[own],
+            noise=noise[own],
+            denoiser=self._denoiser,
+            gather=processes.gather_rows if gather else None,
+        )
+        share = len(part.images) / part.whole
+        if processes.count == 1:
+            return share * losses.total, [share * v for v in torch.stack(list(losses)).tolist()]
+        # All processes have the value of gathered rows, and each the gradient of its own.
+        of_mmd = sum(part.counts) / part.whole if gather else share
+        mmds = of_mmd * torch.stack((losses.mmd_global, losses.mmd_local))
+        noise_loss = share * losses.noise
+        values = torch.cat((noise_loss.detach()[None], mmds.detach()))
+        values[1:] /= processes.count if gather else 1
+        values = processes.sum(values.double())
+        all_of_it = values[0] + config.mmd_weight * values[1:].sum()
+        # DistributedDataParallel takes the mean of the processes' gradients, and the batch's is their sum.
+        total = processes.count * (noise_loss + config.mmd_weight * mmds.sum())
+        return total, [float(all_of_it), *values.tolist()]
+
+    def _share_statistics(self, module: nn.Module) -> None:
+        """Where processes have batch statistics of their own, let the first one's running ones be everybody's."""
+        if not self.config.sync_batch_norm:
+            self.processes.share_buffers(module)
+
+    def _last_alone(
+        self, module: nn.Module, part: _Portion
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Gradients of several processes meet once a step, behind its last part."""
+        if isinstance(module, DistributedDataParallel) and not part.last:
+            return module.no_sync()
+        return contextlib.nullcontext()
 
     def guidance_step(self, images: Tensor, labels: Tensor, progress: float) -> float:
         """A step of the guidance model at `progress` (0 to 1) of the run; returns its loss.
+
+        Of several processes each gives its part of the batch, and gets the loss of the whole.
 
         Raises ValueError, weights untouched, if the loss is not finite.
         """
@@ -120,17 +246,21 @@ class Steps:
             rate = half_cosine(progress, rate, 0.0)
         for group in self.guidance_optimizer.param_groups:
             group["lr"] = rate
+        self._check(images, labels)
         self.model.guidance.train()
         self.guidance_optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for some, their_labels, share in self._portions(images, labels):
-            with self._autocast(images):
-                fused = self.model.guidance(some)[0]
-            loss = nn.functional.cross_entropy(fused.float(), their_labels)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise ValueError(f"the guidance model's loss is {value}")
-            torch.autograd.backward(share * loss)
-            total += share * value
+        for part in self._portions(images, labels):
+            with self._last_alone(self._guidance, part):
+                with self._autocast(images):
+                    fused = self._guidance(part.images)[0]
+                loss = nn.functional.cross_entropy(fused.float(), part.labels)
+                share = len(part.images) / part.whole
+                value = float(self.processes.sum(share * loss.detach()))
+                if not math.isfinite(value):
+                    raise ValueError(f"the guidance model's loss is {value}")
+                torch.autograd.backward(share * self.processes.count * loss)
+            total += value
         self.guidance_optimizer.step()
+        self._share_statistics(self.model.guidance)
         return total

@@ -27,6 +27,7 @@ from diffmic_fast.training.interruption import Interrupted, Interruption, ignore
 from diffmic_fast.training.log import CsvLog, Progress, Stopwatch, TensorBoardLog
 from diffmic_fast.training.metrics import NAMES
 from diffmic_fast.training.optimize import epoch_batches
+from diffmic_fast.training.parallel import current
 from diffmic_fast.training.steps import LOSSES, Steps
 
 SUMS = (*LOSSES, "guidance_loss")
@@ -73,6 +74,9 @@ def fingerprint(table: ImageTable) -> str:
 class Trainer:
     """One training run in one folder.
 
+    Where `torch.distributed` has a process group (`training.parallel`), its processes train together: each makes a
+    Trainer of the same arguments, and the first one prints and writes.
+
     The folder gets config.yml, ckpt.pth with aux_ckpt.pth (published format), ckpt_best.pth where
     there are validation images, log.csv and tensorboard/.
 
@@ -101,9 +105,11 @@ class Trainer:
         on_step: Callable[[int, int], None] | None = None,
     ) -> None:
         self.config, self.out = config, Path(out)
+        self.processes = current()
         self.device = choose_device(device)
         self.on_step = on_step
         self.path = self.out / ckpt.NAME
+        self._check_processes()
         if resume is None and self.path.exists():
             raise ValueError(
                 f"training: {self.out} already holds a run ({ckpt.NAME}); go on with it (--resume) "
@@ -111,7 +117,7 @@ class Trainer:
             )
         saved = ckpt.read_checkpoint(resume) if resume is not None else None
         if saved is not None:
-            ckpt.check_resume(saved, config)
+            ckpt.check_resume(saved, config, self.processes.count)
 
         if train is None:
             train = open_source(config.data, "train")
@@ -136,7 +142,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         # A resume brings its own weights: pretrained ones need not be there any more.
         self.model = DiffMIC(config.model, pretrained=saved is None).to(self.device)
-        self.steps = Steps(self.model, config.training, config.seed)
+        self.steps = Steps(self.model, config.training, config.seed, self.processes)
 
         self.epoch = 0  # epochs finished, guidance epochs included
         self.position = 0  # batches done in this epoch
@@ -146,7 +152,7 @@ class Trainer:
         self.best: float | None = None
         self.is_best = False  # whether the last finished epoch's is the best validation so far
         self.last_evaluation: Evaluation | None = None
-        self.progress = Progress(quiet)
+        self.progress = Progress(quiet or not self.processes.first)
         self.out.mkdir(parents=True, exist_ok=True)
         if saved is not None:
             self._restore(saved)
@@ -164,10 +170,18 @@ class Trainer:
                 f"model.classes={self.config.model.classes}; set one of them"
             )
 
+    def _check_processes(self) -> None:
+        if len(set(self.processes.all_of(self.path.exists()))) > 1:
+            raise ValueError(
+                f"training: some processes find {self.path} and some do not; they need one folder"
+            )
+
     # -- checkpoints ---------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write the checkpoint and the guidance file beside it."""
+        """Write the checkpoint and the guidance file beside it; of several processes the first one does."""
+        if not self.processes.first:
+            return
         joint = max(self.epoch - self.config.training.guidance_epochs, 0)
         ckpt.save_checkpoint(
             ckpt.Checkpoint(
@@ -190,6 +204,7 @@ class Trainer:
                         "seconds": self.seconds,
                         "best": self.best,
                         "is_best": self.is_best and self.position == 0,
+                        "processes": self.processes.count,
                     },
                     "random": ckpt.random_states({"noise": self.steps.noise}),
                     "data_digest": self.data_digest,
@@ -224,23 +239,26 @@ class Trainer:
         Ctrl-C and SIGTERM: the step under way is finished, a checkpoint written, then Interrupted
         raised. Raises TrainingError where a loss or gradient is not finite.
         """
-        ckpt.remove_unfinished(self.out)
+        if self.processes.first:
+            ckpt.remove_unfinished(self.out)
         if self.is_best and self.position == 0:
             # The process may have died before it did, or later, with the next guidance file in place and not the next
             # checkpoint: both are written again, so that what is kept belongs together.
             self.save()
             self._keep_best()
-        self.config.save(self.out / "config.yml")
-        self.csv = CsvLog(self.out / "log.csv", self.epoch)
         board = None
-        if self.config.training.tensorboard:
+        if self.processes.first:
+            self.config.save(self.out / "config.yml")
+            self.csv = CsvLog(self.out / "log.csv", self.epoch)
+        if self.processes.first and self.config.training.tensorboard:
             with ckpt.keep_random_states():
                 board = TensorBoardLog(self.out / "tensorboard", self.epoch)
         with Interruption() as self.interruption:
             try:
                 while self.epoch < self.epochs:
                     row = self._epoch()
-                    self.csv.append(row)
+                    if self.processes.first:
+                        self.csv.append(row)
                     if board is not None:
                         board.append(row)
                     self._finish_epoch()
@@ -271,6 +289,8 @@ class Trainer:
             self._keep_best()
 
     def _keep_best(self) -> None:
+        if not self.processes.first:
+            return
         for name, best in (
             (ckpt.NAME, ckpt.BEST_NAME),
             (ckpt.GUIDANCE_NAME, ckpt.GUIDANCE_BEST_NAME),
@@ -291,7 +311,15 @@ class Trainer:
         """Train and validate one epoch, from `position` on; returns its row of the log."""
         t = self.config.training
         joint = self.epoch >= t.guidance_epochs
-        batches = epoch_batches(len(self.dataset), t.batch_size, self.config.seed, self.epoch)
+        several = self.processes.count
+        batches = epoch_batches(
+            len(self.dataset),
+            t.batch_size * several,
+            self.config.seed,
+            self.epoch,
+            least=2 * several,
+        )
+        mine = [list(self.processes.shard(batch)) for batch in batches]
         images_done = sum(map(len, batches[: self.position]))
         title = f"epoch {self.epoch + 1}/{self.epochs} {'joint' if joint else 'guidance'}"
         self.progress.start(title, len(self.dataset), images_done)
@@ -299,7 +327,7 @@ class Trainer:
         self.dataset.set_epoch(self.epoch)
         loader = DataLoader(
             self.dataset,
-            batch_sampler=batches[self.position :],
+            batch_sampler=mine[self.position :],
             num_workers=self.config.data.workers,
             worker_init_fn=ignore_in_worker,
             pin_memory=self.device.type == "cuda",
@@ -307,22 +335,24 @@ class Trainer:
             # and a resumed epoch starts a loader more than an unbroken one.
             generator=torch.Generator().manual_seed(0),
         )
-        self.interruption.check()
+        self._check_interruption()
         for images, labels, _ in loader:
             images = images.to(self.device, non_blocking=True)
             labels = labels.to(self.device, non_blocking=True)
             try:
-                self._step(images, labels, self.epoch + self.position / len(batches), joint)
+                moment = self.epoch + self.position / len(batches)
+                self._step(images, labels, moment, joint, len(batches[self.position]))
             except ValueError as error:
                 raise self._error(str(error), len(batches)) from error
+            done = len(batches[self.position])
             self.position += 1
             self.seconds = watch.seconds
             seen = sum(map(len, batches[: self.position]))
             shown = {"loss": self.sums["loss" if joint else "guidance_loss"] / seen}
-            self.progress.advance(len(images), **shown)
+            self.progress.advance(done, **shown)
             if self.on_step is not None:
                 self.on_step(self.epoch, self.position)
-            self.interruption.check()
+            self._check_interruption()
         self.progress.stop()
 
         count = len(self.dataset)
@@ -342,7 +372,15 @@ class Trainer:
         self._report(title, row)
         return row
 
-    def _step(self, images: Tensor, labels: Tensor, epoch: float, joint: bool) -> None:
+    def _check_interruption(self) -> None:
+        """Raise Interrupted on every process once a signal has come to one of them."""
+        signals = self.processes.all_of(self.interruption.signum)
+        signum = next((each for each in signals if each is not None), None)
+        if signum is not None:
+            raise Interrupted(signum)
+
+    def _step(self, images: Tensor, labels: Tensor, epoch: float, joint: bool, count: int) -> None:
+        """A step of the models on this process's images of a batch of `count`."""
         losses: dict[str, float] = {}
         if joint:
             joint_epoch = epoch - self.config.training.guidance_epochs
@@ -350,7 +388,7 @@ class Trainer:
             self.step += 1
         losses["guidance_loss"] = self.steps.guidance_step(images, labels, epoch / self.epochs)
         for key, value in losses.items():
-            self.sums[key] += value * len(images)
+            self.sums[key] += value * count
 
     def _report(self, title: str, row: dict[str, Any]) -> None:
         parts = [title]
@@ -390,7 +428,8 @@ class Trainer:
 
         def on_batch(images: int) -> None:
             self.progress.advance(images)
-            self.interruption.check()
+            if self.processes.count == 1:  # several stop together, behind the validation
+                self.interruption.check()
 
         # Measuring must not move training: libraries draw, some already when they are imported.
         with ckpt.keep_random_states(), average.applied() if average else contextlib.nullcontext():

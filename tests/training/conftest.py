@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from training_runs import make_config
 
-from diffmic_fast.data.config import DataConfig
-from diffmic_fast.models import DiffMICConfig
-from diffmic_fast.training.config import RunConfig, SamplingConfig, TrainingConfig
+from diffmic_fast.training.config import RunConfig
 
 CLASSES = ("blue", "green", "red")
 
@@ -37,28 +36,4 @@ def images(tmp_path_factory) -> Path:
 @pytest.fixture
 def config(images) -> RunConfig:
     """One epoch of guidance, two joint epochs of 15 images in batches of 4, 4, 4 and 3."""
-    return RunConfig(
-        data=DataConfig(
-            kind="folder", root=str(images), train_table="train", validation_table="test"
-        ),
-        model=DiffMICConfig(
-            classes=3,
-            image_size=32,
-            timesteps=12,
-            feature_dim=32,
-            encoder="test_resnet",
-            guidance_trunk="test_resnet",
-            crops=2,
-            crop_size=16,
-        ),
-        training=TrainingConfig(
-            batch_size=4,
-            epochs=2,
-            guidance_epochs=1,
-            warmup_epochs=1,
-            ema_decay=0.9,
-            tensorboard=False,
-        ),
-        sampling=SamplingConfig(sampler="ddim", steps=2, batch_size=4),
-        seed=7,
-    )
+    return make_config(images)
