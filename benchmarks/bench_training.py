@@ -143,11 +143,11 @@ def published_loss(
     """The loss of spec.md, section 5, pass after pass; draws what `DiffMIC.loss` draws."""
     denoiser = model.denoiser
     timesteps = antithetic_timesteps(len(images), model.config.timesteps, generator)
-    noise = torch.randn(len(images), model.config.classes, generator=generator)
+    noise = torch.randn(len(images), model.config.classes, generator=generator).to(images.dtype)
     model.guidance.eval()
     with torch.no_grad():
         priors = [logits.softmax(dim=1) for logits in model.guidance(images)]
-    y_0 = F.one_hot(labels, model.config.classes).float()
+    y_0 = F.one_hot(labels, model.config.classes).to(images.dtype)
     found = []
     for prior in priors:
         y_t = q_sample(y_0, prior, model.schedule, timesteps, noise)

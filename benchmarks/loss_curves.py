@@ -6,6 +6,9 @@ The first joint steps of the preset `chest_xray_small`, float32, with one draw a
 with the same timesteps and noise. The published way is that of `bench_training`: three passes of the denoiser with its
 encoder each, plain modules, plain Adam. Both ways take their steps in turn, so a slow moment falls on both. Writes the
 curves to benchmarks/results/loss_curves.json and draws them beside it.
+
+Training from random layers magnifies the rounding of its first step. How much is told by `--control`: the published way
+against itself, in another memory layout.
 """
 
 from __future__ import annotations
@@ -37,8 +40,14 @@ RESULTS = Path(__file__).parent / "results" / "loss_curves.json"
 class Published:
     """The joint step of the published program, in plain PyTorch."""
 
-    def __init__(self, model: DiffMIC, config: TrainingConfig, seed: int) -> None:
-        self.model, self.config = model.to(memory_format=torch.contiguous_format), config
+    def __init__(
+        self,
+        model: DiffMIC,
+        config: TrainingConfig,
+        seed: int,
+        layout: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        self.model, self.config = model.to(memory_format=layout), config
         encoder = list(model.denoiser.encoder_x.parameters())
         inside = set(map(id, encoder))
         rest = [p for p in model.denoiser.parameters() if id(p) not in inside]
@@ -75,14 +84,19 @@ class Published:
         return float(loss.detach()), float(guidance.detach())
 
 
-def curves(config: RunConfig, count: int) -> dict[str, Any]:
-    """The losses of `count` steps by both ways, and the seconds that each took."""
+def curves(config: RunConfig, count: int, *, control: bool = False) -> dict[str, Any]:
+    """The losses of `count` steps by both ways, and the seconds that each took.
+
+    control: take the published way in the place of ours, with channels last.
+    """
     torch.manual_seed(config.seed)
     model = DiffMIC(config.model)
     theirs = Published(copy.deepcopy(model), config.training, config.seed)
+    itself = Published(copy.deepcopy(model), config.training, config.seed, torch.channels_last)
     ours = Steps(model, config.training, config.seed)
     dataset = make_dataset(config, open_source(config.data, "train"), train=True)
-    found: dict[str, list[list[float]]] = {"published way": [], "diffmic_fast": []}
+    other = "published way, channels last" if control else "diffmic_fast"
+    found: dict[str, list[list[float]]] = {"published way": [], other: []}
     seconds = dict.fromkeys(found, 0.0)
 
     def our_step(images: Tensor, labels: Tensor, epoch: float) -> tuple[float, float]:
@@ -94,12 +108,13 @@ def curves(config: RunConfig, count: int) -> dict[str, Any]:
         batches = epoch_batches(len(dataset), config.training.batch_size, config.seed, epoch)
         dataset.set_epoch(epoch)
         for number, indices in enumerate(batches):
-            if len(found["diffmic_fast"]) == count:
+            if len(found[other]) == count:
                 return {"losses": found, "seconds": seconds}
             items = [dataset[i] for i in indices]
             images = torch.stack([item[0] for item in items])
             labels = torch.tensor([item[1] for item in items])
-            for name, step in (("published way", theirs.step), ("diffmic_fast", our_step)):
+            step_of_other = itself.step if control else our_step
+            for name, step in (("published way", theirs.step), (other, step_of_other)):
                 start = time.perf_counter()
                 found[name].append(list(step(images, labels, epoch + number / len(batches))))
                 seconds[name] += time.perf_counter() - start
@@ -136,20 +151,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("data/chest_xray"))
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--control", action="store_true", help="the published way against itself")
     arguments = parser.parse_args()
+    results = RESULTS.with_stem("loss_curves_control") if arguments.control else RESULTS
     override = {"data": {"root": str(arguments.data)}}
     config = read_config("chest_xray_small", [override])
     training = dataclasses.replace(config.training, draws=1, ema_decay=None)
-    record = curves(dataclasses.replace(config, training=training), arguments.steps)
+    config = dataclasses.replace(config, training=training)
+    record = curves(config, arguments.steps, control=arguments.control)
     both = list(record["losses"].values())
     record["largest_difference"] = {
         part: max(abs(a[i] - b[i]) for a, b in zip(*both, strict=True))
         for i, part in enumerate(("denoiser", "guidance"))
     }
     record["machine"] = machine()
-    arguments.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    draw(record, arguments.results.with_suffix(".png"))
+    results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if not arguments.control:
+        draw(record, results.with_suffix(".png"))
     print(json.dumps({key: record[key] for key in ("largest_difference", "seconds")}, indent=1))
 
 

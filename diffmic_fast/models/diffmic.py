@@ -174,7 +174,7 @@ class DiffMIC(nn.Module):
         and timesteps are then not looked at, and images not searched for numbers that are not finite.
 
         Args:
-            images: [B, 3, H, W] float32; B >= 2 in training mode.
+            images: [B, 3, H, W] float32, or float64 as a model made so; B >= 2 in training mode.
             labels: [B] int64 in [0, C).
             draws: timesteps and noises an image, as published 1. More cost little beside the encoder pass that they
                 share, and let the denoiser learn from few images; batch statistics and MMD are then over B * draws.
@@ -208,14 +208,15 @@ class DiffMIC(nn.Module):
         timesteps, noise = timesteps.to(images.device), noise.to(images.device)
         args.integer("timesteps", timesteps, "rows")
         args.within("timesteps", timesteps, 0, self.config.timesteps - 1)
-        args.floating("noise", noise, "rows C")
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        noise = args.floating("noise", noise, "rows C").to(dtype)
         with torch.no_grad(), evaluation_mode(self.guidance):
-            prior = torch.stack(self.guidance(images)).float().softmax(dim=-1)
+            prior = torch.stack(self.guidance(images)).to(dtype).softmax(dim=-1)
         prior = prior.repeat_interleave(draws, dim=1)
         y_0 = F.one_hot(labels.repeat_interleave(draws), classes).to(noise.dtype)
         y_t = q_sample(y_0, prior, self.schedule, timesteps, noise)
         call = self.denoiser if denoiser is None else denoiser
-        eps = call(images, y_t, timesteps, prior, draws).float()
+        eps = call(images, y_t, timesteps, prior, draws).to(dtype)
         error = F.mse_loss(eps[0], noise)
         compared = [noise, eps[1], eps[2]]
         if gather is not None:

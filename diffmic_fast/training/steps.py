@@ -254,7 +254,8 @@ class Steps:
             with self._last_alone(self._guidance, part):
                 with self._autocast(images):
                     fused = self._guidance(part.images)[0]
-                loss = nn.functional.cross_entropy(fused.float(), part.labels)
+                fused = fused.to(torch.promote_types(fused.dtype, torch.float32))
+                loss = nn.functional.cross_entropy(fused, part.labels)
                 share = len(part.images) / part.whole
                 value = float(self.processes.sum(share * loss.detach()))
                 if not math.isfinite(value):
