@@ -32,12 +32,12 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize(
-    ("dtype", "steps", "tolerance"), [(torch.float64, 50, 1e-6), (torch.float32, 3, 5e-3)]
+    ("dtype", "steps", "tolerance"), [(torch.float64, 50, 1e-9), (torch.float32, 50, 1e-3)]
 )
 def test_both_ways_have_one_curve(
     published: Any, config: RunConfig, dtype: torch.dtype, steps: int, tolerance: float
 ) -> None:
-    """Float32 differs in its first step by rounding, which training magnifies tenfold every other step."""
+    """Losses of both models in every step, and in float64 the running statistics behind the last."""
     training = dataclasses.replace(
         config.training,
         ema_decay=None,
