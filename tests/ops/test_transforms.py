@@ -26,7 +26,7 @@ SCHEDULE = make_schedule("linear", 12)
 Function = Callable[..., Tensor]
 
 
-@functools.cache  # nothing is drawn inside a transform
+@functools.cache
 def tensor(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
@@ -107,6 +107,13 @@ CASES: list[tuple[Function, Tensor, str]] = [
 EVERY = pytest.mark.parametrize(
     ("function", "x", "kernel"), CASES, ids=[function.__name__[3:] for function, *_ in CASES]
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawn() -> None:
+    """Everything is drawn before a transform begins: a tensor made inside one must not be kept beyond it."""
+    for function, x, _ in CASES:
+        function(x, backend="reference")
 
 
 def slope(function: Function, x: Tensor, direction: Tensor) -> float:
