@@ -53,14 +53,19 @@ class Arguments:
             raise TypeError(
                 f"{self.operation}: {name} must be a torch.Tensor, got {type(value).__name__}"
             )
-        if not any(self._bind(value, shape) for shape in shapes):
+        for shape in shapes:  # no generator, which takes as long as what it asks
+            if self._bind(value, shape):
+                break
+        else:
             wanted = " or ".join(self._describe(shape) for shape in shapes)
             raise ValueError(f"{self.operation}: {name} must be {wanted}, got {tuple(value.shape)}")
-        if self._device not in (None, value.device):
+        device = value.device
+        if self._device is None:
+            self._device = device
+        elif self._device != device:
             raise ValueError(
-                f"{self.operation}: {name} must be on {self._device} as the arguments before it, got {value.device}"
+                f"{self.operation}: {name} must be on {self._device} as the arguments before it, got {device}"
             )
-        self._device = value.device
         return value
 
     def within(self, name: str, value: Tensor, low: int, high: int) -> None:
@@ -74,15 +79,17 @@ class Arguments:
             )
 
     def _bind(self, value: Tensor, shape: str) -> bool:
-        letters = shape.split()
-        if len(letters) != value.ndim:
+        letters, sizes = shape.split(), value.shape
+        if len(letters) != len(sizes):
             return False
-        sizes = dict(self.sizes)
-        for letter, size in zip(letters, value.shape, strict=True):
-            wanted = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
+        seen: dict[str, int] = {}
+        for letter, size in zip(letters, sizes, strict=True):
+            wanted = self.sizes.get(letter, seen.get(letter))
+            if wanted is None:
+                wanted = seen[letter] = int(letter) if letter.isdigit() else size
             if wanted != size:
                 return False
-        self.sizes = sizes
+        self.sizes.update(seen)
         return True
 
     def _describe(self, shape: str) -> str:
