@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmic_fast.checks import Arguments
+from diffmic_fast.diffusion.schedule import Schedule, q_sample
 from diffmic_fast.models.encoders import ImageEncoder, repeated_statistics
 from diffmic_fast.models.feature_cache import FeatureCache, every_module
 from diffmic_fast.models.folding import has_hooks
@@ -14,6 +17,19 @@ from diffmic_fast.models.sync_batch_norm import SyncBatchNorm
 from diffmic_fast.ops.conditional_linear import ConditionalLayer, conditional_linear
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.ops.denoise import DenoiserWeights
+from diffmic_fast.ops.noised_conditioning import noised_conditioning
+
+
+class Noising(NamedTuple):
+    """How clean labels become those that the denoiser sees in training (spec, section 5).
+
+    Attributes:
+        schedule: its tables of sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t).
+        noise: [B, C], shared by the streams.
+    """
+
+    schedule: Schedule
+    noise: Tensor
 
 
 class ConditionalLinear(nn.Module):
@@ -120,7 +136,13 @@ class ConditionalModel(nn.Module):
         return self._cache.features(images, modules, lambda: self.encode(images))
 
     def forward(
-        self, x: Tensor, y: Tensor, t: Tensor, y_0_hat: Tensor | None = None, draws: int = 1
+        self,
+        x: Tensor,
+        y: Tensor,
+        t: Tensor,
+        y_0_hat: Tensor | None = None,
+        draws: int = 1,
+        noising: Noising | None = None,
     ) -> Tensor:
         """eps of one stream, or of several as `forward_streams` (for wrappers, which see a module's forward alone).
 
@@ -130,19 +152,26 @@ class ConditionalModel(nn.Module):
             t: [B] or [1] int64 timesteps in [0, T]; [B * draws] for several streams.
             y_0_hat: shape of `y`, label distribution of the guidance model; not used by a model without guidance.
             draws: noisy labels an image, for several streams.
+            noising: as in `forward_streams`.
 
         Returns:
-            Shape of `y`.
+            Shape of `y`, with a noising that of `y_0_hat`.
 
         Raises:
             ValueError, TypeError: arguments that do not fit, named.
         """
-        if y.ndim == 3 and y_0_hat is not None:
-            return self.forward_streams(x, y, t, y_0_hat, draws)
+        if y_0_hat is not None and (y.ndim == 3 or noising is not None):
+            return self.forward_streams(x, y, t, y_0_hat, draws, noising)
         return self.denoise_features(self.features(x), y, t, y_0_hat)
 
     def forward_streams(
-        self, x: Tensor, y: Tensor, t: Tensor, guidance: Tensor, draws: int = 1
+        self,
+        x: Tensor,
+        y: Tensor,
+        t: Tensor,
+        guidance: Tensor,
+        draws: int = 1,
+        noising: Noising | None = None,
     ) -> Tensor:
         """eps of S streams over the same images and timesteps, in one encoder pass.
 
@@ -155,19 +184,30 @@ class ConditionalModel(nn.Module):
             y, guidance: [S, B * draws, C], the draws of an image one after another.
             t: [B * draws] int64.
             draws: noisy labels an image.
+            noising: with it `y` are clean labels [B * draws, C], from which each stream's noisy ones are made around
+                its guidance, in the same kernel as the first layer.
 
         Returns:
             [S, B * draws, C].
         """
-        streams = y.shape[0]
+        streams = guidance.shape[0]
         with repeated_statistics(self.encoder_x, streams), repeated_statistics(self.norm, streams):
             features = self.encode(x)
-        return self.denoise_features(features.repeat_interleave(draws, dim=0), y, t, guidance)
+        features = features.repeat_interleave(draws, dim=0)
+        return self.denoise_features(features, y, t, guidance, noising)
 
     def denoise_features(
-        self, features: Tensor, y: Tensor, t: Tensor, guidance: Tensor | None = None
+        self,
+        features: Tensor,
+        y: Tensor,
+        t: Tensor,
+        guidance: Tensor | None = None,
+        noising: Noising | None = None,
     ) -> Tensor:
-        """eps from image features [B, F] that are there already; y and guidance [B, C] or [S, B, C]."""
+        """eps from image features [B, F] that are there already; y and guidance [B, C] or [S, B, C].
+
+        With a noising y are clean labels [B, C], as in `forward_streams`.
+        """
         if self.guidance and guidance is None:
             raise ValueError(
                 "ConditionalModel: this model is conditioned on the guidance's label distribution; pass y_0_hat"
@@ -182,25 +222,39 @@ class ConditionalModel(nn.Module):
             raise ValueError(
                 f"ConditionalModel: y must have a row an image, got {tuple(y.shape)} for {features.shape[0]} images"
             )
-        if not self._is_plain():
+        plain, guided = self._is_plain(), guidance is not None and self.guidance
+        if noising is not None and not (plain and guided):
+            if guidance is None:
+                raise ValueError("ConditionalModel: labels are noised around y_0_hat; pass it")
+            y, noising = q_sample(y, guidance, noising.schedule, t, noising.noise), None
+        if not plain:
             return self._composed(features, y, t, guidance)
         if guidance is not None and self.guidance:
-            training, momentum, eps = self._norm(1, y)
-            h = conditioning(
-                features,
-                y,
-                guidance,
-                self._layer(1),
-                t,
-                training=training,
-                momentum=momentum,
-                eps=eps,
-            )
+            h = self._conditioning(features, y, t, guidance, noising)
         else:
             h = features * self._conditional_linear(1, y, t)
         for number in (2, 3):
             h = self._conditional_linear(number, h, t)
         return self.lin4(h)
+
+    def _conditioning(
+        self, features: Tensor, y: Tensor, t: Tensor, guidance: Tensor, noising: Noising | None
+    ) -> Tensor:
+        training, momentum, eps = self._norm(1, guidance)
+        layer = self._layer(1)
+        if noising is None:
+            return conditioning(
+                features, y, guidance, layer, t, training=training, momentum=momentum, eps=eps
+            )
+        schedule, noise = noising
+        tables = (
+            table.to(noise)
+            for table in (schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar)
+        )
+        return noised_conditioning(
+            features, y, guidance, layer, t, *tables,
+            noise=noise, training=training, momentum=momentum, eps=eps,
+        ).h  # fmt: skip
 
     def _conditional_linear(self, number: int, h: Tensor, t: Tensor) -> Tensor:
         training, momentum, eps = self._norm(number, h)

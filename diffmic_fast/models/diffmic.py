@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from diffmic_fast.checks import Arguments
 from diffmic_fast.diffusion.samplers import make_steps
-from diffmic_fast.diffusion.schedule import make_schedule, q_sample
-from diffmic_fast.models.denoiser import ConditionalModel
+from diffmic_fast.diffusion.schedule import make_schedule
+from diffmic_fast.models.denoiser import ConditionalModel, Noising
 from diffmic_fast.models.encoders import evaluation_mode
 from diffmic_fast.models.guidance import DCG, GuidanceDetail
 from diffmic_fast.models.image_ids import image_ids
@@ -214,9 +214,9 @@ class DiffMIC(nn.Module):
             prior = torch.stack(self.guidance(images)).to(dtype).softmax(dim=-1)
         prior = prior.repeat_interleave(draws, dim=1)
         y_0 = F.one_hot(labels.repeat_interleave(draws), classes).to(noise.dtype)
-        y_t = q_sample(y_0, prior, self.schedule, timesteps, noise)
         call = self.denoiser if denoiser is None else denoiser
-        eps = call(images, y_t, timesteps, prior, draws).to(dtype)
+        noising = Noising(self.schedule, noise)
+        eps = call(images, y_0, timesteps, prior, draws, noising).to(dtype)
         error = F.mse_loss(eps[0], noise)
         compared = [noise, eps[1], eps[2]]
         if gather is not None:

@@ -6,9 +6,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from diffmic_fast.diffusion import make_schedule, q_sample
 from diffmic_fast.models import ConditionalModel
+from diffmic_fast.models.denoiser import Noising
 
 
 @pytest.fixture
@@ -24,9 +27,9 @@ def test_recorded_noise(model, record):
     torch.testing.assert_close(eps, record["eval/eps"], rtol=1e-5, atol=1e-5)
 
 
-def small_model(seed=0):
+def small_model(seed=0, **options):
     torch.manual_seed(seed)
-    return ConditionalModel(3, timesteps=10, feature_dim=16)
+    return ConditionalModel(3, timesteps=10, feature_dim=16, **options)
 
 
 @pytest.mark.usefixtures("auto_backend")
@@ -119,6 +122,41 @@ def test_composed_layers_train_as_the_operations_do():
     )
     for a, b in zip(plain.buffers(), hooked.buffers(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("auto_backend")
+@pytest.mark.parametrize("kind", ["as built", "eval", "a hook", "without guidance"])
+def test_labels_noised_inside_are_those_noised_before(kind):
+    """Outputs, gradients and running statistics, from clean labels and from noisy ones, two draws an image."""
+    schedule = make_schedule("linear", 10)
+    x, t, noise = torch.randn(3, 3, 40, 40), torch.randint(0, 10, (6,)), torch.randn(6, 3)
+    y_0, prior = F.one_hot(torch.tensor([0, 0, 2, 2, 1, 1]), 3).float(), torch.rand(3, 6, 3)
+    y_t = torch.stack([q_sample(y_0, each, schedule, t, noise) for each in prior])
+    inside, before = (small_model(guidance=kind != "without guidance") for _ in range(2))
+    for model in (inside, before):
+        model.train(kind != "eval")
+        if kind == "a hook":
+            model.unetnorm1.register_forward_hook(lambda *_: None)
+    found = inside(x, y_0, t, prior, 2, Noising(schedule, noise))
+    expected = before(x, y_t, t, prior, 2)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    weight = torch.randn_like(found)
+    (found * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for (name, a), b in zip(inside.named_parameters(), before.parameters(), strict=True):
+        if kind == "eval" or not name.endswith("lin.bias"):  # 0 before a BatchNorm, or rounding
+            scale = float(b.grad.abs().max())
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4 * scale, msg=name)
+    for (name, a), b in zip(inside.named_buffers(), before.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_labels_are_noised_around_a_guidance():
+    noising = Noising(make_schedule("linear", 10), torch.randn(2, 3))
+    with pytest.raises(ValueError, match="y_0_hat"):
+        small_model(guidance=False).denoise_features(
+            torch.randn(2, 16), torch.randn(2, 3), torch.tensor([1, 2]), None, noising
+        )
 
 
 def test_without_guidance():
