@@ -85,8 +85,10 @@ class Arguments:
         seen: dict[str, int] = {}
         for letter, size in zip(letters, sizes, strict=True):
             wanted = self.sizes.get(letter, seen.get(letter))
-            if wanted is None:
-                wanted = seen[letter] = int(letter) if letter.isdigit() else size
+            if wanted is None and letter.isdigit():
+                wanted = int(letter)
+            elif wanted is None:
+                wanted = seen[letter] = size
             if wanted != size:
                 return False
         self.sizes.update(seen)

@@ -1,6 +1,6 @@
 """The denoiser, the guidance model, their image encoders, and DiffMIC, which joins them."""
 
-from diffmic_fast.models.denoiser import ConditionalLinear, ConditionalModel
+from diffmic_fast.models.denoiser import ConditionalLinear, ConditionalModel, Noising
 from diffmic_fast.models.diffmic import DiffMIC, DiffMICConfig, DiffMICLoss, Prediction
 from diffmic_fast.models.encoders import ImageEncoder, Trunk
 from diffmic_fast.models.guidance import DCG, Guidance, GuidanceDetail
@@ -15,6 +15,7 @@ __all__ = [
     "Guidance",
     "GuidanceDetail",
     "ImageEncoder",
+    "Noising",
     "Prediction",
     "Trunk",
 ]

@@ -152,7 +152,7 @@ class ConditionalModel(nn.Module):
             t: [B] or [1] int64 timesteps in [0, T]; [B * draws] for several streams.
             y_0_hat: shape of `y`, label distribution of the guidance model; not used by a model without guidance.
             draws: noisy labels an image, for several streams.
-            noising: as in `forward_streams`.
+            noising: as in `forward_streams`; for one stream too.
 
         Returns:
             Shape of `y`, with a noising that of `y_0_hat`.
@@ -160,9 +160,9 @@ class ConditionalModel(nn.Module):
         Raises:
             ValueError, TypeError: arguments that do not fit, named.
         """
-        if y_0_hat is not None and (y.ndim == 3 or noising is not None):
+        if y_0_hat is not None and y_0_hat.ndim == 3:
             return self.forward_streams(x, y, t, y_0_hat, draws, noising)
-        return self.denoise_features(self.features(x), y, t, y_0_hat)
+        return self.denoise_features(self.features(x), y, t, y_0_hat, noising)
 
     def forward_streams(
         self,
@@ -214,7 +214,11 @@ class ConditionalModel(nn.Module):
             )
         args = Arguments("ConditionalModel")
         args.integer("t", t, "B", "1")
-        args.tensor("y", y, "rows C", "S rows C")
+        if noising is None:
+            args.tensor("y", y, "rows C", "S rows C")
+        else:
+            args.tensor("y", y, "rows C")
+            args.tensor("noise", noising.noise, "rows C")
         embed = getattr(self.lin1, "embed", None)
         if isinstance(embed, nn.Embedding):
             args.within("timesteps", t, 0, embed.num_embeddings - 1)

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffmic_fast.diffusion import make_schedule, q_sample
-from diffmic_fast.models import ConditionalModel
-from diffmic_fast.models.denoiser import Noising
+from diffmic_fast.models import ConditionalModel, Noising
 
 
 @pytest.fixture
@@ -151,12 +150,28 @@ def test_labels_noised_inside_are_those_noised_before(kind):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_labels_are_noised_around_a_guidance():
-    noising = Noising(make_schedule("linear", 10), torch.randn(2, 3))
-    with pytest.raises(ValueError, match="y_0_hat"):
-        small_model(guidance=False).denoise_features(
-            torch.randn(2, 16), torch.randn(2, 3), torch.tensor([1, 2]), None, noising
-        )
+def test_labels_of_one_stream_are_noised_too():
+    """And move the running statistics once."""
+    schedule, noise, prior = make_schedule("linear", 10), torch.randn(4, 3), torch.rand(4, 3)
+    x, y_0, t = torch.randn(4, 3, 40, 40), torch.eye(4, 3), torch.randint(0, 10, (4,))
+    inside, before = small_model(), small_model()
+    found = inside(x, y_0, t, prior, noising=Noising(schedule, noise))
+    expected = before(x, q_sample(y_0, prior, schedule, t, noise), t, prior)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for (name, a), b in zip(inside.named_buffers(), before.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_a_noising_that_does_not_fit_is_named():
+    model, schedule, t = small_model(guidance=False), make_schedule("linear", 10), torch.zeros(2)
+    x, y, t = torch.randn(2, 3, 40, 40), torch.randn(2, 3), t.long()
+    with pytest.raises(ValueError, match="y_0_hat"):  # clean labels are never taken for noisy ones
+        model(x, y, t, None, noising=Noising(schedule, torch.randn(2, 3)))
+    with pytest.raises(ValueError, match="noise must be"):
+        model(x, y, t, y, noising=Noising(schedule, torch.randn(1, 3)))
+    with pytest.raises(ValueError, match="y must be"):
+        streams = y.expand(3, 2, 3)
+        model(x, streams, t, streams, noising=Noising(schedule, torch.randn(2, 3)))
 
 
 def test_without_guidance():
