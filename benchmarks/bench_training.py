@@ -31,6 +31,7 @@ from diffmic_fast.models.inference import bfloat16_obstacle
 from diffmic_fast.ops.conditional_linear import conditional_linear
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.ops.mmd import mmd
+from diffmic_fast.ops.noise_losses import noise_losses
 from diffmic_fast.reference import mmd as reference_mmd
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.training.config import TrainingConfig
@@ -65,7 +66,12 @@ def setups() -> Iterator[Setup]:
             memory=True,
         )
     size = f"B = {SMALL_BATCH}, F = {SMALL_FEATURES}, forward and backward"
-    for name, make in (("conditional_linear", _layer), ("conditioning", _first), ("mmd", _mmd)):
+    for name, make in (
+        ("conditional_linear", _layer),
+        ("conditioning", _first),
+        ("mmd", _mmd),
+        ("noise_losses", _losses),
+    ):
         peers = {backend: partial(make, backend) for backend in ("reference", "auto")}
         yield Setup(f"{name}, {size}", peers, "reference", effort=10.0)
 
@@ -219,3 +225,9 @@ def _mmd(backend: str) -> Call:
     x, y = torch.randn(2, SMALL_BATCH, CLASSES)
     y.requires_grad_()
     return _backward([y], lambda: mmd(x, y, backend=backend))
+
+
+def _losses(backend: str) -> Call:
+    noise, predictions = torch.randn(SMALL_BATCH, CLASSES), torch.randn(3, SMALL_BATCH, CLASSES)
+    predictions.requires_grad_()
+    return _backward([predictions], lambda: noise_losses(noise, predictions, backend=backend))

@@ -139,6 +139,41 @@ void Mmd(py::handle x_array, py::handle y_array, py::handle x_weights_array,
   }
 }
 
+void NoiseLosses(py::handle noise_array, py::handle predictions_array, py::handle losses_array,
+                 py::handle gradients_array, int threads, const std::string& isa_name) {
+  constexpr char kOperation[] = "noise_losses";
+  const auto noise = TensorView::Input(noise_array, kOperation, "noise");
+  const auto predictions = TensorView::Input(predictions_array, kOperation, "predictions");
+  const auto losses = TensorView::Output(losses_array, kOperation, "losses");
+  noise.OfType({DType::kFloat32, DType::kFloat64}).OfRank(2, "[n, d]");
+  predictions.OfType({noise.dtype()}).OfRank(3, "[S, n, d]");
+  predictions.OfShape({predictions.size(0), noise.size(0), noise.size(1)});
+  losses.OfType({noise.dtype()}).OfShape({predictions.size(0)});
+  if (predictions.numel() == 0) {
+    throw py::value_error(Text(kOperation, ": predictions must not be empty"));
+  }
+  std::vector<TensorView> gradients;  // none or one
+  if (!gradients_array.is_none()) {
+    gradients.push_back(TensorView::Output(gradients_array, kOperation, "gradients"));
+    gradients[0].OfType({noise.dtype()}).ApartFrom(noise).ApartFrom(predictions);
+    gradients[0].OfShape({predictions.size(0), noise.size(0), noise.size(1)});
+  }
+  CheckThreads(kOperation, threads);
+  const Isa isa = IsaOf(kOperation, isa_name);
+  const auto run = [&]<typename T>(T) {
+    const py::gil_scoped_release release;
+    const cpu::mmd::Stack<T> stack = {{predictions.data_as<T>(),
+                                       predictions.size(1),
+                                       predictions.size(2),
+                                       {predictions.stride(1), predictions.stride(2)}},
+                                      predictions.size(0),
+                                      predictions.stride(0)};
+    cpu::mmd::NoiseLosses(AsMatrix<T>(noise), stack, isa, threads, losses.mutable_data_as<T>(),
+                          gradients.empty() ? nullptr : gradients[0].mutable_data_as<T>());
+  };
+  noise.dtype() == DType::kFloat32 ? run(float{}) : run(double{});
+}
+
 void KernelMatrix(py::handle x_array, py::handle y_array, std::vector<double> scales,
                   py::handle kernel_array, int threads, const std::string& isa) {
   constexpr char kOperation[] = "mmd.kernel_matrix";
@@ -202,6 +237,10 @@ void BindMmd(py::module_& m) {
         arg("isa") = "auto",
         "Write the discrepancy of x [n, d] and y [m, d] into value [], and its gradients where "
         "they are not None; k(u, v) = mean over scales of exp(-scale |u - v|^2).");
+  m.def("noise_losses", &NoiseLosses, arg("noise"), arg("predictions"), arg("losses"),
+        arg("gradients"), arg("threads") = 1, arg("isa") = "auto",
+        "Write the mean squared error of predictions[0] [n, d] and the discrepancies of the others "
+        "from noise [n, d] into losses [S], and the gradients [S, n, d] where they are not None.");
   m.def("mmd_kernel_matrix", &KernelMatrix, arg("x"), arg("y"), arg("scales"), arg("kernel"),
         arg("threads") = 1, arg("isa") = "auto", "Write k(x_i, y_j) into kernel [n, m].");
   m.def("mmd_kernel_matrix_backward", &KernelMatrixBackward, arg("cotangent"), arg("x"), arg("y"),

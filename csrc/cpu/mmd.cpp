@@ -118,6 +118,24 @@ void Clear(const SumRows<T>& sums, std::int64_t count) {
   std::fill_n(sums.low, count * sums.stride, T{0});
 }
 
+// On one thread: nothing beside the discrepancies' n^2 pairs.
+template <typename T>
+T MeanSquaredError(const Matrix<T>& noise, const Matrix<T>& prediction, T* gradient) {
+  const double count = static_cast<double>(noise.count) * static_cast<double>(noise.width);
+  const T factor = static_cast<T>(2.0 / count);
+  double sum = 0;
+  for (std::int64_t i = 0; i < noise.count; ++i) {
+    const T* of_noise = noise.data + i * noise.stride[0];
+    const T* predicted = prediction.data + i * prediction.stride[0];
+    for (std::int64_t k = 0; k < noise.width; ++k) {
+      const T difference = predicted[k * prediction.stride[1]] - of_noise[k * noise.stride[1]];
+      sum += static_cast<double>(difference) * static_cast<double>(difference);
+      if (gradient != nullptr) gradient[i * noise.width + k] = factor * difference;
+    }
+  }
+  return static_cast<T>(sum / count);
+}
+
 }  // namespace
 
 bool Runs(Isa isa) {
@@ -193,6 +211,22 @@ Side Mmd(const Matrix<T>& x, const Matrix<T>& y, const Weights<T>& x_weights,
                        2.0 * between / (shares[0].sum * shares[1].sum);
   *value = static_cast<T>(total / static_cast<double>(scales.size()));
   return Side::kNone;
+}
+
+template <typename T>
+void NoiseLosses(const Matrix<T>& noise, const Stack<T>& predictions, Isa isa, int threads,
+                 T* losses, T* gradients) {
+  const double width = static_cast<double>(noise.width);
+  const Options options = {{1 / (width * width)}, false, isa, threads};
+  const Weights<T> ones = {nullptr, 0};
+  for (std::int64_t i = 0; i < predictions.count; ++i) {
+    T* const gradient = gradients == nullptr ? nullptr : gradients + i * noise.count * noise.width;
+    if (i == 0) {
+      losses[i] = MeanSquaredError(noise, predictions[i], gradient);
+    } else {
+      Mmd<T>(noise, predictions[i], ones, ones, options, &losses[i], nullptr, gradient);
+    }
+  }
 }
 
 template <typename T>
@@ -272,6 +306,7 @@ void KernelMatrixBackward(const Matrix<T>& cotangent, const Matrix<T>& x, const 
 #define DIFFMIC_INSTANTIATE(T)                                                                   \
   template Side Mmd<T>(const Matrix<T>&, const Matrix<T>&, const Weights<T>&, const Weights<T>&, \
                        const Options&, T*, T*, T*);                                              \
+  template void NoiseLosses<T>(const Matrix<T>&, const Stack<T>&, Isa, int, T*, T*);             \
   template void KernelMatrix<T>(const Matrix<T>&, const Matrix<T>&, const Options&, T*);         \
   template void KernelMatrixBackward<T>(const Matrix<T>&, const Matrix<T>&, const Matrix<T>&,    \
                                         const Options&, T*, T*);

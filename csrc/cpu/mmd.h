@@ -39,6 +39,19 @@ struct Matrix {
   std::int64_t stride[2];
 };
 
+// Matrices of one shape, `apart` elements from each other.
+template <typename T>
+struct Stack {
+  Matrix<T> first;
+  std::int64_t count, apart;
+
+  Matrix<T> operator[](std::int64_t i) const {
+    Matrix<T> matrix = first;
+    matrix.data += i * apart;
+    return matrix;
+  }
+};
+
 // One weight a row; data is NULL where all are 1.
 template <typename T>
 struct Weights {
@@ -62,6 +75,13 @@ template <typename T>
 Side Mmd(const Matrix<T>& x, const Matrix<T>& y, const Weights<T>& x_weights,
          const Weights<T>& y_weights, const Options& options, T* value, T* x_gradient,
          T* y_gradient);
+
+// The training losses of predictions of `noise`, all [n, d]: of the first prediction the mean
+// squared error, of each other the biased discrepancy from the noise with c = 1 / d^2, bits as from
+// Mmd. gradients [count, n, d] compact, or NULL: of each loss for its prediction.
+template <typename T>
+void NoiseLosses(const Matrix<T>& noise, const Stack<T>& predictions, Isa isa, int threads,
+                 T* losses, T* gradients);
 
 // kernel[i, j] = k(x_i, y_j), compact.
 template <typename T>

@@ -157,6 +157,46 @@ void Mmd(py::handle x_array, py::handle y_array, py::handle x_weights_array,
   rows.single() ? run(float{}) : run(double{});
 }
 
+void NoiseLosses(py::handle noise_array, py::handle predictions_array, py::handle losses_array,
+                 py::handle gradients_array, py::handle scratch_array, std::uintptr_t stream) {
+  constexpr char kOperation[] = "noise_losses";
+  const auto noise = TensorView::Input(noise_array, kOperation, "noise", Place::kDevice);
+  const auto predictions =
+      TensorView::Input(predictions_array, kOperation, "predictions", Place::kDevice);
+  const auto losses = TensorView::Output(losses_array, kOperation, "losses", Place::kDevice);
+  const auto scratch = TensorView::Output(scratch_array, kOperation, "scratch", Place::kDevice);
+  noise.OfType({DType::kFloat32, DType::kFloat64}).OfRank(2, "[n, d]");
+  predictions.OfType({noise.dtype()}).OfRank(3, "[S, n, d]").OnDeviceOf(noise);
+  const std::int64_t count = predictions.size(0), n = noise.size(0), d = noise.size(1);
+  predictions.OfShape({count, n, d});
+  losses.OfType({noise.dtype()}).OfShape({count}).OnDeviceOf(noise);
+  if (predictions.numel() == 0 || count > mmd::kMaxStack) {
+    throw py::value_error(Text(kOperation, ": predictions must be 1 to ", mmd::kMaxStack,
+                               " of noise that is not empty, got [", count, ", ", n, ", ", d, "]"));
+  }
+  std::vector<TensorView> gradients;  // none or one
+  if (!gradients_array.is_none()) {
+    gradients.push_back(
+        TensorView::Output(gradients_array, kOperation, "gradients", Place::kDevice));
+    gradients[0].OfType({noise.dtype()}).OfShape({count, n, d}).OnDeviceOf(noise);
+    gradients[0].ApartFrom(noise).ApartFrom(predictions);
+  }
+  const bool single = noise.dtype() == DType::kFloat32;
+  auto* const doubles = AsScratch<double>(
+      scratch, kOperation, DType::kFloat64,
+      mmd::NoiseLossesScratch(count, n, d, single ? 4 : 8, !gradients.empty()), noise);
+  const auto run = [&]<typename T>(T) {
+    const py::gil_scoped_release release;
+    const DeviceGuard guard(kOperation, noise.device());
+    const mmd::Matrix<T> first = {
+        predictions.data_as<T>(), n, d, {predictions.stride(1), predictions.stride(2)}};
+    mmd::NoiseLosses<T>(
+        AsMatrix<T>(noise), {first, count, predictions.stride(0)}, losses.mutable_data_as<T>(),
+        gradients.empty() ? nullptr : gradients[0].mutable_data_as<T>(), doubles, AsStream(stream));
+  };
+  single ? run(float{}) : run(double{});
+}
+
 void KernelMatrix(py::handle x_array, py::handle y_array, std::vector<double> scales,
                   py::handle median_array, py::handle matrix_array, std::uintptr_t stream) {
   constexpr char kOperation[] = "mmd.kernel_matrix";
@@ -229,6 +269,13 @@ void BindMmd(py::module_& m) {
   using py::arg;
   m.def("mmd_scratch", &mmd::MmdScratch, arg("n"), arg("m"), arg("d"), arg("element_bytes"),
         arg("gradients"), "Elements of float64 scratch memory that mmd needs, often 0.");
+  m.def("noise_losses_scratch", &mmd::NoiseLossesScratch, arg("count"), arg("n"), arg("d"),
+        arg("element_bytes"), arg("gradients"),
+        "Elements of float64 scratch memory that noise_losses needs, often 0.");
+  m.def("noise_losses", &NoiseLosses, arg("noise"), arg("predictions"), arg("losses"),
+        arg("gradients"), arg("scratch"), arg("stream"),
+        "Write the mean squared error of predictions[0] [n, d] and the discrepancies of the others "
+        "from noise [n, d] into losses [S], and the gradients [S, n, d] where they are not None.");
   m.def("mmd_kernel_matrix_scratch", &mmd::KernelMatrixScratch, arg("n"), arg("m"), arg("d"),
         arg("element_bytes"),
         "Elements of float64 scratch memory that mmd_kernel_matrix_backward needs, often 0.");

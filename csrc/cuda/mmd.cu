@@ -3,6 +3,9 @@
 // from s on: for the gradients of its rows it needs them all, and sums what no other block adds to;
 // the value is of the pairs on and above the diagonal alone, which count twice.
 //
+// Of several y, which is the training loss, each has blocks of its own, (i, s, z); those of z = 0
+// sum squared errors, `gridDim.x * gridDim.y` blocks an element for each thread at a time.
+//
 // Launches. Up to 64 rows in all, or 128 short ones, are one block's, which finishes its work
 // itself: one launch. Else blocks leave sums in scratch memory, and a second launch adds them up.
 //
@@ -35,9 +38,13 @@ struct Problem {
   Weights<T> weights[2];
   Scales<T> scales;
   bool unbiased;
+  bool squares;  // of y 0 the value is the mean squared error
   Gradients<T> gradients;
-  T* value;
-  double* sums;  // [3, blocks]: of the pairs x x, x y, y y; NULL where one block does all
+  T* value;  // [gridDim.z]
+  double*
+      sums;  // [gridDim.z, 3, blocks]: of the pairs x x, x y, y y; NULL where one block does all
+
+  __device__ bool SumsSquares() const { return squares && blockIdx.z == 0; }
 };
 
 // ---- weights -----------------------------------------------------------------------------------
@@ -102,17 +109,56 @@ __device__ __forceinline__ T WeightOf(const Problem<T>& p, const Share (&shares)
 
 // ---- the value ---------------------------------------------------------------------------------
 
-// Sums over pairs, of which those within a side are counted in one order only.
+// Sums over pairs, of which those within a side are counted in one order only. Of squared errors
+// the sum is in xy.
 struct ValueSums {
   double xx = 0, xy = 0, yy = 0;
 };
 
 template <typename T>
 __device__ void WriteValue(const Problem<T>& p, const Share (&shares)[2], const ValueSums& sums) {
+  if (p.SumsSquares()) {
+    p.value[0] = static_cast<T>(sums.xy / static_cast<double>(p.pool.count[0] * p.pool.width));
+    return;
+  }
   // Means of k - 1: the ones of the three means cancel.
   const double total = 2 * sums.xx / shares[0].pairs + 2 * sums.yy / shares[1].pairs -
                        2 * sums.xy / (shares[0].sum * shares[1].sum);
-  *p.value = static_cast<T>(total / p.scales.count);
+  p.value[blockIdx.z] = static_cast<T>(total / p.scales.count);
+}
+
+// By one thread of a block: the value if the block did all, else its part.
+template <typename T>
+__device__ void WriteSums(const Problem<T>& p, const Share (&shares)[2], const ValueSums& sums) {
+  if (p.sums == nullptr) {
+    WriteValue(p, shares, sums);
+    return;
+  }
+  const std::int64_t blocks = std::int64_t{gridDim.x} * gridDim.y;
+  double* to = p.sums + 3 * blocks * blockIdx.z + std::int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
+  to[0] = sums.xx;
+  to[blocks] = sums.xy;
+  to[2 * blocks] = sums.yy;
+}
+
+// The block's part of the squared errors, and of their gradient.
+template <typename T>
+__device__ double SquaredErrors(const Problem<T>& p) {
+  const Pool<T>& pool = p.pool;
+  const std::int64_t count = pool.count[0] * pool.width;
+  const std::int64_t threads = std::int64_t{gridDim.x} * gridDim.y * kThreads;
+  const T factor = static_cast<T>(2.0 / static_cast<double>(count));
+  double sum = 0;
+  for (std::int64_t i =
+           (std::int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * kThreads + threadIdx.x;
+       i < count; i += threads) {
+    const std::int64_t row = i / pool.width, element = i % pool.width;
+    const T difference = pool.data[1][row * pool.stride[1][0] + element * pool.stride[1][1]] -
+                         pool.data[0][row * pool.stride[0][0] + element * pool.stride[0][1]];
+    sum += static_cast<double>(difference) * static_cast<double>(difference);
+    if (p.gradients.data[1] != nullptr) p.gradients.data[1][i] = factor * difference;
+  }
+  return BlockSum(sum);
 }
 
 // ---- tiles -------------------------------------------------------------------------------------
@@ -180,6 +226,11 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) MmdKernel(Problem<T> p
     const Share share = ShareOf(p.weights[side], p.pool.count[side], p.unbiased);
     if (threadIdx.x == 0) shares[side] = share;
   }
+  if (p.SumsSquares()) {
+    const double sum = SquaredErrors(p);
+    if (threadIdx.x == 0) WriteSums(p, shares, {0, sum, 0});
+    return;
+  }
   TileMemory<T>& memory = Memory<T>();
   // In shared memory for want of registers.
   __shared__ Factors<T> factors;
@@ -219,29 +270,21 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) MmdKernel(Problem<T> p
   const ValueSums sums = {BlockSum(memory.sums[0][threadIdx.x]),
                           BlockSum(memory.sums[1][threadIdx.x]),
                           BlockSum(memory.sums[2][threadIdx.x])};
-  if (threadIdx.x != 0) return;
-  if (p.sums == nullptr) {
-    WriteValue(p, shares, sums);
-  } else {
-    const std::int64_t blocks = std::int64_t{gridDim.x} * gridDim.y;
-    double* to = p.sums + std::int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
-    to[0] = sums.xx;
-    to[blocks] = sums.xy;
-    to[2 * blocks] = sums.yy;
-  }
+  if (threadIdx.x == 0) WriteSums(p, shares, sums);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) FinishKernel(Problem<T> p, std::int64_t blocks) {
-  AddSplits(p.gradients);
+  if (!p.SumsSquares()) AddSplits(p.gradients);
   if (blockIdx.x != 0) return;
   const Share shares[2] = {ShareOf(p.weights[0], p.pool.count[0], p.unbiased),
                            ShareOf(p.weights[1], p.pool.count[1], p.unbiased)};
   ValueSums sums;
+  const double* const parts = p.sums + 3 * blocks * blockIdx.z;
   for (std::int64_t i = threadIdx.x; i < blocks; i += kThreads) {
-    sums.xx += p.sums[i];
-    sums.xy += p.sums[blocks + i];
-    sums.yy += p.sums[2 * blocks + i];
+    sums.xx += parts[i];
+    sums.xy += parts[blocks + i];
+    sums.yy += parts[2 * blocks + i];
   }
   sums = {BlockSum(sums.xx), BlockSum(sums.xy), BlockSum(sums.yy)};
   if (threadIdx.x == 0) WriteValue(p, shares, sums);
@@ -280,6 +323,51 @@ std::int64_t Scratch(std::int64_t rows, std::int64_t width, bool gradients) {
   return sizes.gradients + sizes.value;
 }
 
+// What a call asks for beside the rows.
+template <typename T>
+struct Request {
+  Weights<T> x_weights, y_weights;
+  const Kernel& kernel;
+  bool unbiased, squares;
+  T *value, *x_gradient, *y_gradient;
+};
+
+template <typename T>
+void Run(const char* operation, const Matrix<T>& x, const Stack<T>& ys, const Request<T>& request,
+         double* scratch, cudaStream_t stream) {
+  const Matrix<T>& y = ys.first;
+  const std::int64_t rows = x.count + y.count, width = x.width;
+  const Plan plan = PlanOf<T>(rows, width);
+  const int splits = static_cast<int>(plan.splits);
+  const auto several = static_cast<unsigned>(ys.count);
+  const std::int64_t blocks = plan.blocks * splits;
+  const bool gradients = request.x_gradient != nullptr || request.y_gradient != nullptr;
+  double* const sums =
+      plan.one ? nullptr
+               : scratch + ys.count * ScratchOf<T>(plan, rows, width, gradients).gradients;
+  const Problem<T> problem{Pool<T>(x, y, ys.apart),
+                           {request.x_weights, request.y_weights},
+                           Scales<T>(request.kernel),
+                           request.unbiased,
+                           request.squares,
+                           {{request.x_gradient, request.y_gradient},
+                            {splits, splits},
+                            x.count,
+                            rows,
+                            width,
+                            reinterpret_cast<Sum<T>*>(scratch)},
+                           request.value,
+                           sums};
+  Launch(operation, width <= kDepth<T> ? MmdKernel<true, T> : MmdKernel<false, T>,
+         {dim3(static_cast<unsigned>(plan.blocks), plan.splits, several), dim3(kThreads),
+          sizeof(TileMemory<T>), stream},
+         problem);
+  if (plan.one) return;
+  const unsigned finishing = gradients && splits > 1 ? AddSplitsBlocks(rows, width) : 1;
+  Launch(operation, FinishKernel<T>, {dim3(finishing, 1, several), dim3(kThreads), 0, stream},
+         problem, blocks);
+}
+
 }  // namespace
 
 std::int64_t MmdScratch(std::int64_t n, std::int64_t m, std::int64_t width,
@@ -288,44 +376,34 @@ std::int64_t MmdScratch(std::int64_t n, std::int64_t m, std::int64_t width,
                             : Scratch<double>(n + m, width, gradients);
 }
 
+std::int64_t NoiseLossesScratch(std::int64_t count, std::int64_t n, std::int64_t width,
+                                std::int64_t element_bytes, bool gradients) {
+  return count * MmdScratch(n, n, width, element_bytes, gradients);
+}
+
 template <typename T>
 void Mmd(const Matrix<T>& x, const Matrix<T>& y, const Weights<T>& x_weights,
          const Weights<T>& y_weights, const Kernel& kernel, bool unbiased, T* value, T* x_gradient,
          T* y_gradient, double* scratch, cudaStream_t stream) {
-  constexpr char kOperation[] = "mmd";
-  const std::int64_t rows = x.count + y.count, width = x.width;
-  const Plan plan = PlanOf<T>(rows, width);
-  const int splits = static_cast<int>(plan.splits);
-  const std::int64_t blocks = plan.blocks * splits;
-  const bool gradients = x_gradient != nullptr || y_gradient != nullptr;
-  double* const sums =
-      plan.one ? nullptr : scratch + ScratchOf<T>(plan, rows, width, gradients).gradients;
-  const Problem<T> problem{Pool<T>(x, y),
-                           {x_weights, y_weights},
-                           Scales<T>(kernel),
-                           unbiased,
-                           {{x_gradient, y_gradient},
-                            {splits, splits},
-                            x.count,
-                            rows,
-                            width,
-                            reinterpret_cast<Sum<T>*>(scratch)},
-                           value,
-                           sums};
-  Launch(kOperation, width <= kDepth<T> ? MmdKernel<true, T> : MmdKernel<false, T>,
-         {dim3(static_cast<unsigned>(plan.blocks), plan.splits), dim3(kThreads),
-          sizeof(TileMemory<T>), stream},
-         problem);
-  if (plan.one) return;
-  Launch(
-      kOperation, FinishKernel<T>,
-      {dim3(gradients && splits > 1 ? AddSplitsBlocks(rows, width) : 1), dim3(kThreads), 0, stream},
-      problem, blocks);
+  Run("mmd", x, {y, 1, 0},
+      {x_weights, y_weights, kernel, unbiased, false, value, x_gradient, y_gradient}, scratch,
+      stream);
+}
+
+template <typename T>
+void NoiseLosses(const Matrix<T>& noise, const Stack<T>& predictions, T* losses, T* gradients,
+                 double* scratch, cudaStream_t stream) {
+  const double width = static_cast<double>(noise.width);
+  const Kernel kernel = {{1 / (width * width)}, nullptr};
+  const Weights<T> ones = {nullptr, 0};
+  Run("noise_losses", noise, predictions,
+      {ones, ones, kernel, false, true, losses, nullptr, gradients}, scratch, stream);
 }
 
 #define DIFFMIC_INSTANTIATE(T)                                                                   \
   template void Mmd<T>(const Matrix<T>&, const Matrix<T>&, const Weights<T>&, const Weights<T>&, \
-                       const Kernel&, bool, T*, T*, T*, double*, cudaStream_t);
+                       const Kernel&, bool, T*, T*, T*, double*, cudaStream_t);                  \
+  template void NoiseLosses<T>(const Matrix<T>&, const Stack<T>&, T*, T*, double*, cudaStream_t);
 DIFFMIC_INSTANTIATE(float)
 DIFFMIC_INSTANTIATE(double)
 #undef DIFFMIC_INSTANTIATE

@@ -27,6 +27,15 @@ struct Matrix {
   std::int64_t stride[2];
 };
 
+// Matrices of one shape, `apart` elements from each other.
+template <typename T>
+struct Stack {
+  Matrix<T> first;
+  std::int64_t count, apart;
+};
+
+inline constexpr std::int64_t kMaxStack = 65535;  // the third dimension of a launch
+
 // One weight a row; data is NULL where all are 1.
 template <typename T>
 struct Weights {
@@ -41,9 +50,12 @@ struct Kernel {
   const double* median;
 };
 
-// Doubles of scratch memory that Mmd and KernelMatrixBackward need, often 0.
+// Doubles of scratch memory that Mmd, NoiseLosses of `count` predictions [n, width], and
+// KernelMatrixBackward need, often 0.
 std::int64_t MmdScratch(std::int64_t n, std::int64_t m, std::int64_t width,
                         std::int64_t element_bytes, bool gradients);
+std::int64_t NoiseLossesScratch(std::int64_t count, std::int64_t n, std::int64_t width,
+                                std::int64_t element_bytes, bool gradients);
 std::int64_t KernelMatrixScratch(std::int64_t n, std::int64_t m, std::int64_t width,
                                  std::int64_t element_bytes);
 
@@ -53,6 +65,14 @@ template <typename T>
 void Mmd(const Matrix<T>& x, const Matrix<T>& y, const Weights<T>& x_weights,
          const Weights<T>& y_weights, const Kernel& kernel, bool unbiased, T* value, T* x_gradient,
          T* y_gradient, double* scratch, cudaStream_t stream);
+
+// The training losses of predictions of `noise`, all [n, d]: of the first prediction the mean
+// squared error, of each other the biased discrepancy from the noise with c = 1 / d^2, bits as from
+// Mmd, all in the same launches. gradients [count, n, d] compact, or NULL: of each loss for its
+// prediction.
+template <typename T>
+void NoiseLosses(const Matrix<T>& noise, const Stack<T>& predictions, T* losses, T* gradients,
+                 double* scratch, cudaStream_t stream);
 
 // matrix[i, j] = k(x_i, y_j), compact.
 template <typename T>

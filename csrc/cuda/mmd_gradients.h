@@ -24,21 +24,22 @@ struct alignas(2 * sizeof(T)) Sum {
   }
 };
 
-// Where gradients go.
+// Where gradients go. Of several y (Pool) those of blockIdx.z.
 template <typename T>
 struct Gradients {
-  T* data[2];           // compact; NULL where not wanted
+  T* data[2];           // compact; NULL where not wanted, and that of x where there are several y
   int splits[2];        // blocks that share a row of that side
   std::int64_t border;  // pool rows below it are of x
   std::int64_t rows, width;
-  Sum<T>* partial;  // [splits, rows, width], of sums that more than one tile or block adds to
+  Sum<T>* partial;  // [gridDim.z, splits, rows, width], sums that several tiles or blocks add to
 
   __device__ T* Row(std::int64_t row) const {
     if (row < border) return data[0] == nullptr ? nullptr : data[0] + row * width;
-    return data[1] == nullptr ? nullptr : data[1] + (row - border) * width;
+    if (data[1] == nullptr) return nullptr;
+    return data[1] + (blockIdx.z * (rows - border) + row - border) * width;
   }
   __device__ Sum<T>* Partial(std::int64_t split, std::int64_t row) const {
-    return partial + (split * rows + row) * width;
+    return partial + ((std::int64_t{blockIdx.z} * splits[1] + split) * rows + row) * width;
   }
   __device__ int SplitsOf(std::int64_t row) const { return row < border ? splits[0] : splits[1]; }
 

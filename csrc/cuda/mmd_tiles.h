@@ -68,15 +68,17 @@ inline unsigned Splits(std::int64_t row_tiles, std::int64_t column_tiles) {
   return static_cast<unsigned>(std::min({wanted, column_tiles, kMostSplits}));
 }
 
-// The rows of x and behind them those of y, as if they were one array.
+// The rows of x and behind them those of y, as if they were one array. y is the first of several
+// matrices, `apart` elements from each other, and blockIdx.z the one that a block takes.
 template <typename T>
 struct Pool {
-  Pool(const Matrix<T>& x, const Matrix<T>& y)
+  Pool(const Matrix<T>& x, const Matrix<T>& y, std::int64_t apart = 0)
       : data{x.data, y.data},
         count{x.count, y.count},
         stride{{x.stride[0], x.stride[1]}, {y.stride[0], y.stride[1]}},
+        apart(apart),
         width(x.width),
-        vectors{InVectors(x), InVectors(y)} {}
+        vectors{InVectors(x), InVectors(y) && apart % kVector<T> == 0} {}
 
   // Whether the rows begin at multiples of 16 bytes and can be read so.
   static bool InVectors(const Matrix<T>& rows) {
@@ -85,10 +87,14 @@ struct Pool {
   }
 
   __device__ std::int64_t rows() const { return count[0] + count[1]; }
+  __device__ const T* Side(int side) const {
+    return data[side] + (side == 0 ? 0 : blockIdx.z * apart);
+  }
 
   const T* data[2];
   std::int64_t count[2];
   std::int64_t stride[2][2];
+  std::int64_t apart;
   std::int64_t width;
   bool vectors[2];
 };
@@ -186,7 +192,7 @@ class RowTiles {
   __device__ void ReadSide(int side, std::int64_t begin, std::int64_t end, std::int64_t k,
                            Row* to) const {
     const std::int64_t across = pool_.stride[side][0], along = pool_.stride[side][1];
-    const T* from = pool_.data[side] + begin * across + k * along;
+    const T* from = pool_.Side(side) + begin * across + k * along;
     const int rows = static_cast<int>(end - begin), elements = Elements(k);
     if (pool_.vectors[side] && elements % kVector<T> == 0) {
       const int vectors = elements / kVector<T>;

@@ -22,6 +22,7 @@ from diffmic_fast.models.inference import inference
 from diffmic_fast.ops._backend import BackendError
 from diffmic_fast.ops.denoise import PRECISIONS, StepTable, denoise
 from diffmic_fast.ops.mmd import mmd
+from diffmic_fast.ops.noise_losses import noise_losses
 from diffmic_fast.reference.denoise import chain
 from diffmic_fast.reference.rois import Channels
 
@@ -217,11 +218,12 @@ class DiffMIC(nn.Module):
         call = self.denoiser if denoiser is None else denoiser
         noising = Noising(self.schedule, noise)
         eps = call(images, y_0, timesteps, prior, draws, noising).to(dtype)
-        error = F.mse_loss(eps[0], noise)
-        compared = [noise, eps[1], eps[2]]
-        if gather is not None:
-            compared = [gather(each) for each in compared]
-        discrepancies = [mmd(compared[0], other) for other in compared[1:]]
+        if gather is None:
+            error, *discrepancies = noise_losses(noise, eps).unbind()
+        else:
+            error = F.mse_loss(eps[0], noise)
+            compared = [gather(each) for each in (noise, eps[1], eps[2])]
+            discrepancies = [mmd(compared[0], other) for other in compared[1:]]
         total = error + self.config.mmd_weight * (discrepancies[0] + discrepancies[1])
         return DiffMICLoss(total, error, *discrepancies)
 

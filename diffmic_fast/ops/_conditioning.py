@@ -7,7 +7,7 @@ the call, and the public calls write them where they belong (`update`). Backward
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from diffmic_fast import _native
 from diffmic_fast.ops._backend import stream_of
 from diffmic_fast.ops._layout import compact, with_unit_rows
+from diffmic_fast.ops._operators import register
 from diffmic_fast.reference import conditioning as reference
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 
@@ -49,44 +50,6 @@ FORWARD = (
     "Tensor running_var, bool training, float momentum, float eps, str backend"
 )
 _DIFFERENTIABLE = 8  # x, y_t, guidance and the layer's first five
-
-_library = torch.library.Library("diffmic_fast", "FRAGMENT")
-
-
-def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """The operator `diffmic_fast::name`, served on the CPU and on GPUs."""
-    _library.define(name + schema)
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, kernel, device)
-    torch.library.register_fake(f"diffmic_fast::{name}", fake, lib=_library)
-
-
-def register_autograd(name: str, save: Callable[..., None], derive: Callable[..., Any]) -> None:
-    """Its derivative: what is saved in the forward pass, and the backward pass.
-
-    As `torch.library.register_autograd`, which reads the whole schema for every argument, in search of defaults that
-    these operators have not: 75 us a call of `conditioning`.
-    """
-    operator = getattr(torch.ops.diffmic_fast, name).default
-
-    class Derived(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                found = operator(*arguments)
-            save(ctx, arguments, found)
-            return found
-
-        backward = staticmethod(derive)
-
-    def derived(*arguments: Any) -> Any:
-        tensors = (argument for argument in arguments if isinstance(argument, Tensor))
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return Derived.apply(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments)
-
-    _library.impl(name, derived, "Autograd")
 
 
 def update(layer: ConditionalLayer, mean: Tensor, variance: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -14,3 +15,10 @@ def with_unit_rows(tensor: Tensor) -> Tensor:
     """The tensor itself where its rows have unit stride, else a copy."""
     tensor = tensor.detach().resolve_neg()
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """What DLPack can say and a kernel takes: no gradient, no sign still to be applied, no half precision (float32)."""
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        tensor = tensor.float()
+    return tensor.detach().resolve_neg()

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from diffmic_fast.checks import Arguments
 from diffmic_fast.ops._backend import choose
-from diffmic_fast.ops._conditioning import register, register_autograd, update
+from diffmic_fast.ops._conditioning import update
 from diffmic_fast.ops._layout import compact, with_unit_rows
+from diffmic_fast.ops._operators import register, register_autograd
 from diffmic_fast.reference import conditional_linear as reference
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 

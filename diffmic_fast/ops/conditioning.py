@@ -16,10 +16,9 @@ from diffmic_fast.ops._conditioning import (
     forward,
     gradients,
     outputs,
-    register,
-    register_autograd,
     update,
 )
+from diffmic_fast.ops._operators import register, register_autograd
 from diffmic_fast.ops.conditional_linear import check_layer
 from diffmic_fast.reference import conditioning as reference
 from diffmic_fast.reference.conditional_linear import ConditionalLayer

@@ -2,9 +2,7 @@
 
 The signatures are those of `diffmic_fast.reference.mmd` and a choice of backend: "reference",
 "cpu", "cuda" or, for tests, "cuda-emulated". The kernel gives the value and both gradients in one
-pass, so the operator returns all three, and its backward pass is a product with a number. Operators
-are defined through `torch.library.Library`, whose calls cost half of a `custom_op`'s: at 32 rows
-the call is the cost.
+pass, so the operator returns all three, and its backward pass is a product with a number.
 
 The CUDA kernels never wait for the GPU, not even for a median, so they cannot raise for what only
 the GPU has seen: weights that are negative or leave no pair, and rows of which half of all pairs or
@@ -24,13 +22,14 @@ from diffmic_fast import _native
 from diffmic_fast.checks import Arguments
 from diffmic_fast.ops import _autocast as autocast
 from diffmic_fast.ops._backend import resolve, stream_of
+from diffmic_fast.ops._layout import readable
+from diffmic_fast.ops._operators import register, register_autograd
 from diffmic_fast.reference import mmd as reference
 from diffmic_fast.reference.mmd import Bandwidth, Estimator
 
 __all__ = ["Bandwidth", "Estimator", "kernel_matrix", "mmd"]
 
 _SERVED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def mmd(
@@ -217,31 +216,9 @@ def _median(x: Tensor, y: Tensor, backend: str) -> Tensor:
 
 # ---- operators -------------------------------------------------------------------------------
 
-_library = torch.library.Library("diffmic_fast", "FRAGMENT")
-_library.define(
-    "mmd(Tensor x, Tensor y, Tensor? x_weights, Tensor? y_weights, float[] scales, "
-    "Tensor? median, bool unbiased, bool x_gradient, bool y_gradient, str backend) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-_library.define("mmd_median(Tensor x, Tensor y, str backend) -> Tensor")
-_library.define(
-    "mmd_kernel_matrix(Tensor x, Tensor y, float[] scales, Tensor? median, str backend) -> Tensor"
-)
-_library.define(
-    "mmd_kernel_matrix_backward(Tensor grad, Tensor x, Tensor y, float[] scales, Tensor? median, "
-    "bool x_gradient, bool y_gradient, str backend) -> (Tensor, Tensor)"
-)
-
-
-def _readable(tensor: Tensor) -> Tensor:
-    # What DLPack can say and the kernel takes: no gradient, no sign still to be applied, no halves.
-    if tensor.dtype in _HALF:
-        tensor = tensor.float()
-    return tensor.detach().resolve_neg()
-
 
 def _weights_of(weights: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if weights is None else _readable(weights).to(rows.dtype)
+    return None if weights is None else readable(weights).to(rows.dtype)
 
 
 def _all_scales(scales: Sequence[float], median: Tensor | None) -> Sequence[float]:
@@ -276,7 +253,7 @@ def _mmd(
     y_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    u, v = _readable(x), _readable(y)
+    u, v = readable(x), readable(y)
     u_weights, v_weights = _weights_of(x_weights, u), _weights_of(y_weights, v)
     value = u.new_empty(())
     u_gradient, v_gradient = _empty_gradient(u, x_gradient), _empty_gradient(v, y_gradient)
@@ -356,7 +333,7 @@ def _mmd_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 def _mmd_median(x: Tensor, y: Tensor, backend: str) -> Tensor:
-    u, v = _readable(x), _readable(y)
+    u, v = readable(x), readable(y)
     if backend == "cpu":
         found = _native.extension().mmd_median_squared_distance(u, v, torch.get_num_threads())
         return torch.tensor(found, dtype=torch.float64)
@@ -375,7 +352,7 @@ def _fake_mmd_median(x: Tensor, y: Tensor, backend: str) -> Tensor:
 def _kernel_matrix(
     x: Tensor, y: Tensor, scales: Sequence[float], median: Tensor | None, backend: str
 ) -> Tensor:
-    u, v = _readable(x), _readable(y)
+    u, v = readable(x), readable(y)
     kernel = u.new_empty((u.shape[0], v.shape[0]))
     if backend == "cpu":
         scales = _all_scales(scales, median)
@@ -401,20 +378,20 @@ def _kernel_matrix_gradients(
     y_gradient: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    u, v = _readable(x), _readable(y)
+    u, v = readable(x), readable(y)
     u_gradient, v_gradient = _empty_gradient(u, x_gradient), _empty_gradient(v, y_gradient)
     outputs = u_gradient, v_gradient
     if backend == "cpu":
         scales = _all_scales(scales, median)
         threads = torch.get_num_threads()
         _native.extension().mmd_kernel_matrix_backward(
-            _readable(grad), u, v, scales, *outputs, threads
+            readable(grad), u, v, scales, *outputs, threads
         )
     else:
         kernels = _native.cuda(backend)
         scratch = _scratch(u, kernels.mmd_kernel_matrix_scratch(*_sizes(u, v)))
         kernels.mmd_kernel_matrix_backward(
-            _readable(grad), u, v, scales, median, *outputs, scratch, stream_of(u)
+            readable(grad), u, v, scales, median, *outputs, scratch, stream_of(u)
         )
     return _given(u_gradient, x), _given(v_gradient, y)
 
@@ -454,21 +431,26 @@ def _kernel_matrix_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (*found, None, None, None)
 
 
-for _name, _kernel, _fake in (
-    ("mmd", _mmd, _fake_mmd),
-    ("mmd_median", _mmd_median, _fake_mmd_median),
-    ("mmd_kernel_matrix", _kernel_matrix, _fake_kernel_matrix),
-    ("mmd_kernel_matrix_backward", _kernel_matrix_gradients, _fake_kernel_matrix_gradients),
-):
-    _library.impl(_name, _kernel, "CPU")
-    _library.impl(_name, _kernel, "CUDA")
-    torch.library.register_fake(f"diffmic_fast::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "diffmic_fast::mmd", _mmd_backward, setup_context=_save_mmd, lib=_library
+register(
+    "mmd",
+    "(Tensor x, Tensor y, Tensor? x_weights, Tensor? y_weights, float[] scales, Tensor? median, bool unbiased, "
+    "bool x_gradient, bool y_gradient, str backend) -> (Tensor, Tensor, Tensor)",
+    _mmd,
+    _fake_mmd,
 )
-torch.library.register_autograd(
-    "diffmic_fast::mmd_kernel_matrix",
-    _kernel_matrix_backward,
-    setup_context=_save_kernel_matrix,
-    lib=_library,
+register("mmd_median", "(Tensor x, Tensor y, str backend) -> Tensor", _mmd_median, _fake_mmd_median)
+register(
+    "mmd_kernel_matrix",
+    "(Tensor x, Tensor y, float[] scales, Tensor? median, str backend) -> Tensor",
+    _kernel_matrix,
+    _fake_kernel_matrix,
 )
+register(
+    "mmd_kernel_matrix_backward",
+    "(Tensor grad, Tensor x, Tensor y, float[] scales, Tensor? median, bool x_gradient, bool y_gradient, str backend) "
+    "-> (Tensor, Tensor)",
+    _kernel_matrix_gradients,
+    _fake_kernel_matrix_gradients,
+)
+register_autograd("mmd", _save_mmd, _mmd_backward)
+register_autograd("mmd_kernel_matrix", _save_kernel_matrix, _kernel_matrix_backward)

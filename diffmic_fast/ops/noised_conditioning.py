@@ -17,11 +17,10 @@ from diffmic_fast.ops._conditioning import (
     given,
     gradients,
     outputs,
-    register,
-    register_autograd,
     update,
 )
 from diffmic_fast.ops._layout import compact
+from diffmic_fast.ops._operators import register, register_autograd
 from diffmic_fast.ops.conditional_linear import check_layer
 from diffmic_fast.reference import conditioning as reference
 from diffmic_fast.reference import philox

@@ -16,6 +16,7 @@ from diffmic_fast.models import DiffMIC, ImageEncoder, Trunk
 from diffmic_fast.models.diffmic import antithetic_timesteps
 from diffmic_fast.models.sync_batch_norm import synchronize_statistics
 from diffmic_fast.training.config import TrainingConfig
+from diffmic_fast.training.later import LaterGradients
 from diffmic_fast.training.optimize import MovingAverage, half_cosine, warmup_cosine
 from diffmic_fast.training.parallel import Processes, current, sizes
 
@@ -102,6 +103,14 @@ class Steps:
                     )
                 part.recompute = True
 
+        # Weights whose gradients can wait: with several processes they meet while the backward pass goes on.
+        self._later: list[Tensor] = []
+        if not several:
+            inside = set(map(id, model.denoiser.encoder_x.modules()))
+            for part in model.denoiser.modules():
+                if isinstance(part, nn.Linear) and id(part) not in inside:
+                    self._later.append(part.weight)
+
         # Last: they read the modules as they are now, and give every process the first one's weights.
         self._denoiser: nn.Module = model.denoiser
         self._guidance: nn.Module = model.guidance
@@ -166,10 +175,11 @@ class Steps:
             group["lr"] = rate * relative
         self._check(images, labels)
         self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         totals = dict.fromkeys(LOSSES, 0.0)
         for part in self._portions(images, labels):
-            with self._autocast(images), self._last_alone(self._denoiser, part):
+            later = LaterGradients(self._later)
+            with self._autocast(images), self._last_alone(self._denoiser, part), later:
                 losses, values = self._losses(part)
                 for key, value in zip(LOSSES, values, strict=True):
                     totals[key] += value
@@ -178,6 +188,7 @@ class Steps:
                     raise ValueError(f"the denoiser's loss is not finite ({described})")
             with self._last_alone(self._denoiser, part):
                 torch.autograd.backward(losses)
+            later.add()
         limit = c.gradient_clip if c.gradient_clip is not None else math.inf
         norm = float(nn.utils.clip_grad_norm_(self.model.denoiser.parameters(), limit))
         if not math.isfinite(norm):
@@ -187,6 +198,11 @@ class Steps:
             self.average.update()
         self._share_statistics(self.model.denoiser)
         return totals
+
+    def _forget_gradients(self) -> None:
+        """Those of both models: they are as large as the weights, and the other one's have been used."""
+        for optimizer in (self.optimizer, self.guidance_optimizer):
+            optimizer.zero_grad(set_to_none=True)
 
     def _losses(self, part: _Portion) -> tuple[Tensor, list[float]]:
         """What to differentiate on this process, and the part's share of LOSSES over all processes."""
@@ -248,7 +264,7 @@ class Steps:
             group["lr"] = rate
         self._check(images, labels)
         self.model.guidance.train()
-        self.guidance_optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         total = 0.0
         for part in self._portions(images, labels):
             with self._last_alone(self._guidance, part):

@@ -37,7 +37,7 @@ _TESTS = {
     "conditioning": ["ops/test_conditioning_cuda.py", "ops/test_noised_conditioning.py"],
     "denoise": ["ops/test_denoise_cuda.py"],
     "grid_barrier": ["ops/test_denoise_cuda.py"],
-    "mmd": ["ops/test_mmd_cuda.py", "ops/test_mmd.py"],
+    "mmd": ["ops/test_mmd_cuda.py", "ops/test_mmd.py", "ops/test_noise_losses.py"],
     "reduce": ["ops/test_mmd_cuda.py", "ops/test_rois_cuda.py"],
     "softplus": ["ops/test_conditioning_cuda.py", "ops/test_denoise_cuda.py"],
     "rois": ["ops/test_rois_cuda.py", "ops/test_rois.py"],

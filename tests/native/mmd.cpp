@@ -1,5 +1,5 @@
 // `mmd`: both estimators, one scale and several, weights, each choice of gradients, the kernel
-// matrix with its gradients, and the median, in float and double.
+// matrix with its gradients, the median, and the training losses, in float and double.
 #include "cpu/mmd.h"
 
 #include <limits>
@@ -132,6 +132,26 @@ void CheckStrides(Isa isa) {
   finite.Compare(kernel.copy(), 1);
 }
 
+// The last prediction of a stack ends where its memory does.
+template <typename T>
+void CheckNoiseLosses(Isa isa, std::int64_t count, const Size& size) {
+  const std::int64_t apart = size.n * size.d + 3;
+  const Rows<T> noise(size.n, size.d, true);
+  const NumbersOf<T> predictions((count - 1) * apart + size.n * size.d, -1.0, 1.0);
+  const mmd::Stack<T> stack{{predictions.get(), size.n, size.d, {size.d, 1}}, count, apart};
+  for (const bool slope : {false, true}) {
+    Trace<T> trace("noise_losses");
+    for (const int threads : {1, 2, 4}) {
+      const NumbersOf<T> losses(count, 0, 0), gradients(count * size.n * size.d, 0, 0);
+      NoiseLosses(noise.matrix, stack, isa, threads, losses.get(),
+                  slope ? gradients.get() : nullptr);
+      std::vector<T> found = losses.copy();
+      Append(&found, gradients, slope);
+      trace.Compare(found, threads);
+    }
+  }
+}
+
 template <typename T>
 void CheckAll(Isa isa) {
   const std::vector<double> one{0.2}, several{0.01, 0.3, 30.0};
@@ -152,6 +172,9 @@ void CheckAll(Isa isa) {
   CheckMedian<T>(isa, {1, 2, 1});
   CheckMedian<T>(isa, {97, 131, 17});
   CheckStrides<T>(isa);
+  CheckNoiseLosses<T>(isa, 1, {1, 1, 1});
+  CheckNoiseLosses<T>(isa, 3, {32, 32, 5});
+  CheckNoiseLosses<T>(isa, 3, {230, 230, 33});
 }
 
 }  // namespace

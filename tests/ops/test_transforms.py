@@ -18,6 +18,7 @@ from diffmic_fast.ops.conditional_linear import ConditionalLayer, conditional_li
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.ops.denoise import DenoiserWeights, denoise
 from diffmic_fast.ops.mmd import kernel_matrix, mmd
+from diffmic_fast.ops.noise_losses import noise_losses
 from diffmic_fast.ops.noised_conditioning import noised_conditioning
 from diffmic_fast.ops.rois import cut_crops
 
@@ -53,6 +54,11 @@ def of_mmd(rows: Tensor, **how: Any) -> Tensor:
 
 def of_kernel_matrix(rows: Tensor, **how: Any) -> Tensor:
     return kernel_matrix(rows, tensor(5, CLASSES), **how).square().sum()
+
+
+def of_noise_losses(rows: Tensor, **how: Any) -> Tensor:
+    other = tensor(ROWS, CLASSES, seed=3).round()  # which is exact in half precision
+    return noise_losses(other, torch.stack((other, rows, 2 * other)).to(rows.dtype), **how).sum()
 
 
 def of_conditioning(x: Tensor, *, training: bool = False, **how: Any) -> Tensor:
@@ -98,6 +104,7 @@ def of_crops(images: Tensor, **how: Any) -> Tensor:
 CASES: list[tuple[Function, Tensor, str]] = [
     (of_mmd, tensor(ROWS, CLASSES), "cpu"),
     (of_kernel_matrix, tensor(ROWS, CLASSES), "cpu"),
+    (of_noise_losses, tensor(ROWS, CLASSES), "cpu"),
     (of_conditioning, tensor(ROWS, FEATURES), "cpu"),
     (of_noised_conditioning, tensor(ROWS, FEATURES), "cpu"),
     (of_conditional_linear, tensor(ROWS, FEATURES), "triton"),

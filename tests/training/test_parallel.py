@@ -50,15 +50,25 @@ def make_steps(model: DiffMIC, config: RunConfig, **changes: Any) -> Steps:
     return Steps(model, dataclasses.replace(config.training, **changes), seed=3)
 
 
-def state_of(steps: Steps) -> dict[str, Tensor]:
-    """Weights, running statistics, gradients and averages, by name."""
-    found = {name: value.clone() for name, value in steps.model.state_dict().items()}
-    for name, value in steps.model.named_parameters():
-        if value.grad is not None:
-            found[f"gradient of {name}"] = value.grad.clone()
+def both_steps(
+    steps: Steps, images: Tensor, labels: Tensor
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """A step of each model: losses, and by name gradients, weights, running statistics and averages."""
+    found: dict[str, Tensor] = {}
+
+    def keep_gradients() -> None:
+        for name, value in steps.model.named_parameters():
+            if value.grad is not None:
+                found[f"gradient of {name}"] = value.grad.clone()
+
+    losses = steps.denoiser_step(images, labels, 0.5)
+    keep_gradients()
+    losses["guidance"] = steps.guidance_step(images, labels, 0.5)
+    keep_gradients()
+    found |= {name: value.clone() for name, value in steps.model.state_dict().items()}
     assert steps.average is not None
     found |= {f"average of {name}": value.clone() for name, value in steps.average.values.items()}
-    return found
+    return losses, found
 
 
 # ---- steps ------------------------------------------------------------------------------------
@@ -82,9 +92,7 @@ def run_steps(rank: int, config: RunConfig) -> dict[str, Any]:
     for name, (count, changes) in CASES.items():
         steps = make_steps(make_model(config), config, **changes)
         images, labels = (steps.processes.shard(part) for part in batch(count))
-        losses = steps.denoiser_step(images, labels, 0.5)  # type: ignore[arg-type]
-        losses["guidance"] = steps.guidance_step(images, labels, 0.5)  # type: ignore[arg-type]
-        found[name] = losses, state_of(steps)
+        found[name] = both_steps(steps, images, labels)  # type: ignore[arg-type]
     steps = make_steps(make_model(config), config, **TOGETHER)
     for count in (8, 6, 7):
         images, labels = (steps.processes.shard(part) for part in batch(count))
@@ -164,12 +172,11 @@ def test_two_processes_are_one_with_the_whole_batch(
     if "accumulation" in changes:  # a part is the processes' parts, one after the other
         order = torch.tensor([0, 1, 2, 5, 6, 3, 4, 7, 8])
         images, labels = images[order], labels[order]
-    expected = steps.denoiser_step(images, labels, 0.5)
-    expected["guidance"] = steps.guidance_step(images, labels, 0.5)
+    expected, state_of_one = both_steps(steps, images, labels)
     for rank in (0, 1):
         losses, state = two[rank][name]
         assert losses == pytest.approx(expected, rel=1e-4)
-        compare(state, state_of(steps), f"{name}, process {rank}")
+        compare(state, state_of_one, f"{name}, process {rank}")
     first, second = (two[rank][name][1] for rank in (0, 1))
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
