@@ -272,6 +272,12 @@ def check_sizes(checkpoint: Checkpoint, config: DiffMICConfig) -> None:
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     """Load `state` strictly; ValueError listing keys that are missing, too many or misshapen."""
+    check_state(module, state, what)
+    module.load_state_dict(dict(state), strict=True)
+
+
+def check_state(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Raise ValueError, as `load_state`, unless the names and shapes are the module's."""
     own = module.state_dict()
     shapes = [
         f"{k}: file {tuple(state[k].shape)}, model {tuple(own[k].shape)}"
@@ -293,7 +299,6 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], what: str) -> Non
             f"checkpoint: {what} does not fit the model: {', '.join(problems)}; is it the same "
             "encoder and guidance trunk?"
         )
-    module.load_state_dict(dict(state), strict=True)
 
 
 @torch.no_grad()

@@ -31,6 +31,8 @@ class TrainingConfig:
     sync_batch_norm: several processes: batch statistics over the images of all of them, as one process with
         the whole batch would have. Else each has those of its own images, and the first one's are kept.
     gather_mmd: several processes: the two MMD terms over the rows of all of them, else of each on its own.
+    fsdp: several processes: each keeps its share of weights, gradients, moving average and optimizer state
+        (PyTorch's FSDP2), and has a model whole while it goes through it. Else each has all of them.
     draws: timesteps and noises an image in a denoiser step, as published 1; more share the image's
         encoder pass and let the denoiser learn from few images.
     epochs, guidance_epochs: joint epochs, and epochs of the guidance model alone before them.
@@ -53,6 +55,7 @@ class TrainingConfig:
     recompute: bool = False
     sync_batch_norm: bool = False
     gather_mmd: bool = False
+    fsdp: bool = False
     draws: int = 1
     epochs: int = 1000
     guidance_epochs: int = 15

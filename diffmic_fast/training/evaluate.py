@@ -185,7 +185,10 @@ def evaluate(
             f"evaluate: the images have {len(classes)} classes ({', '.join(classes)}), the model "
             f"{model.config.classes}"
         )
-    model.to(device).eval()
+    model.eval()
+    # Where it is there, not even asked: that would divide weights which `undivided` has made whole.
+    if next(model.parameters()).device != torch.empty(0, device=device).device:
+        model.to(device)
     # A generator of its own: creating a loader would otherwise draw from the global one.
     processes = current()
     own = processes.shard(range(len(dataset)))

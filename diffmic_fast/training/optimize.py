@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffmic_fast.training.parallel import own_share, share_of
+
 
 def half_cosine(progress: float, start: float, end: float) -> float:
     """From `start` at progress 0 to `end` at progress 1 along half a cosine."""
@@ -32,7 +34,8 @@ class MovingAverage:
     """Exponential moving average of a module's trainable parameters, by name.
 
     average <- decay * average + (1 - decay) * parameter, started at the parameters' first values.
-    Buffers (running statistics) are not averaged, as in published checkpoints.
+    Buffers (running statistics) are not averaged, as in published checkpoints. Of divided parameters
+    (`parallel.divide`) each process has its share of the average.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -46,14 +49,15 @@ class MovingAverage:
     def update(self) -> None:
         """Take one step towards the module's present parameters."""
         parameters = dict(self.module.named_parameters())
-        averages = list(self.values.values())
-        torch._foreach_lerp_(averages, [parameters[k] for k in self.values], 1.0 - self.decay)
+        averages = [own_share(value) for value in self.values.values()]
+        present = [own_share(parameters[name]) for name in self.values]
+        torch._foreach_lerp_(averages, present, 1.0 - self.decay)
 
     def load(self, values: Mapping[str, Tensor]) -> None:
-        """Set the averages, by name."""
+        """Set the averages, by name, from whole ones."""
         with torch.no_grad():
             for name, value in self.values.items():
-                value.copy_(values[name])
+                own_share(value).copy_(own_share(share_of(values[name], value)))
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -62,13 +66,13 @@ class MovingAverage:
         kept = {name: parameters[name].detach().clone() for name in self.values}
         with torch.no_grad():
             for name, value in self.values.items():
-                parameters[name].copy_(value)
+                own_share(parameters[name]).copy_(own_share(value))
         try:
             yield
         finally:
             with torch.no_grad():
                 for name, value in kept.items():
-                    parameters[name].copy_(value)
+                    own_share(parameters[name]).copy_(own_share(value))
 
 
 def epoch_batches(

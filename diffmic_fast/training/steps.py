@@ -15,10 +15,19 @@ from torch.nn.parallel import DistributedDataParallel
 from diffmic_fast.models import DiffMIC, ImageEncoder, Trunk
 from diffmic_fast.models.diffmic import antithetic_timesteps
 from diffmic_fast.models.sync_batch_norm import synchronize_statistics
+from diffmic_fast.training.checkpoint import check_state
 from diffmic_fast.training.config import TrainingConfig
 from diffmic_fast.training.later import LaterGradients
 from diffmic_fast.training.optimize import MovingAverage, half_cosine, warmup_cosine
-from diffmic_fast.training.parallel import Processes, current, sizes
+from diffmic_fast.training.parallel import (
+    Processes,
+    current,
+    divide,
+    is_divided,
+    share_of,
+    sizes,
+    whole,
+)
 
 LOSSES = ("loss", "noise_loss", "mmd_global", "mmd_local")
 
@@ -68,6 +77,9 @@ class Steps:
         several = self.processes.count > 1
         if several and config.sync_batch_norm:
             synchronize_statistics(model)
+        if several and config.fsdp:
+            divide(model.denoiser)
+            divide(model.guidance)
         # One group, as in published checkpoints, unless the encoder has a rate of its own.
         groups = [{"params": list(model.denoiser.parameters())}]
         self._relative_rates = [1.0]
@@ -114,7 +126,7 @@ class Steps:
         # Last: they read the modules as they are now, and give every process the first one's weights.
         self._denoiser: nn.Module = model.denoiser
         self._guidance: nn.Module = model.guidance
-        if several:
+        if several and not config.fsdp:
             self._denoiser, self._guidance = _parallel(model.denoiser), _parallel(model.guidance)
 
     def _autocast(self, images: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -190,14 +202,55 @@ class Steps:
                 torch.autograd.backward(losses)
             later.add()
         limit = c.gradient_clip if c.gradient_clip is not None else math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.model.denoiser.parameters(), limit))
+        found: Any = nn.utils.clip_grad_norm_(self.model.denoiser.parameters(), limit)
+        norm = float(found.full_tensor() if is_divided(found) else found)
         if not math.isfinite(norm):
             raise ValueError(f"the norm of the denoiser's gradient is {norm}")
         self.optimizer.step()
+        self._divide_again()
         if self.average is not None:
             self.average.update()
         self._share_statistics(self.model.denoiser)
         return totals
+
+    def _divide_again(self) -> None:
+        """Also a model that was called for its answer alone, which has no backward pass to end with."""
+        for module in (self.model.denoiser, self.model.guidance):
+            if is_divided(module):
+                module.reshard()  # type: ignore[operator]
+
+    def state(self) -> dict[str, Any]:
+        """Whole, for a checkpoint; of several processes every one has to call it, and the first one gets it."""
+        model, average = self.model, self.average
+        found: dict[str, Any] = {
+            "denoiser": model.denoiser.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": average.values if average else {},
+            "guidance": model.guidance.state_dict(),
+            "guidance_optimizer": self.guidance_optimizer.state_dict(),
+        }
+        if is_divided(model.denoiser):
+            found = whole(found, self.processes)
+        return found
+
+    def load_state(self, state: dict[str, Any], what: str) -> None:
+        """Set what `state` gave, on every process; ValueError, naming `what`, where it does not fit the models."""
+        for module, name in ((self.model.denoiser, ""), (self.model.guidance, ", guidance")):
+            values = state["guidance" if name else "denoiser"]
+            own = module.state_dict()
+            check_state(module, values, what + name)
+            module.load_state_dict({key: share_of(values[key], own[key]) for key in own})
+        for optimizer, name in (
+            (self.optimizer, "optimizer"),
+            (self.guidance_optimizer, "guidance_optimizer"),
+        ):
+            optimizer.load_state_dict(state[name])
+            for parameter, values in optimizer.state.items():
+                for key, value in values.items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        values[key] = share_of(value, parameter)
+        if self.average is not None:
+            self.average.load(state["average"])
 
     def _forget_gradients(self) -> None:
         """Those of both models: they are as large as the weights, and the other one's have been used."""
@@ -248,6 +301,8 @@ class Steps:
         """Gradients of several processes meet once a step, behind its last part."""
         if isinstance(module, DistributedDataParallel) and not part.last:
             return module.no_sync()
+        if is_divided(module):
+            module.set_requires_gradient_sync(part.last)  # type: ignore[operator]
         return contextlib.nullcontext()
 
     def guidance_step(self, images: Tensor, labels: Tensor, progress: float) -> float:
@@ -279,5 +334,6 @@ class Steps:
                 torch.autograd.backward(share * self.processes.count * loss)
             total += value
         self.guidance_optimizer.step()
+        self._divide_again()
         self._share_statistics(self.model.guidance)
         return total

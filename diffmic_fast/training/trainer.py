@@ -27,7 +27,7 @@ from diffmic_fast.training.interruption import Interrupted, Interruption, ignore
 from diffmic_fast.training.log import CsvLog, Progress, Stopwatch, TensorBoardLog
 from diffmic_fast.training.metrics import NAMES
 from diffmic_fast.training.optimize import epoch_batches
-from diffmic_fast.training.parallel import current
+from diffmic_fast.training.parallel import current, undivided
 from diffmic_fast.training.steps import LOSSES, Steps
 
 SUMS = (*LOSSES, "guidance_loss")
@@ -179,24 +179,25 @@ class Trainer:
     # -- checkpoints ---------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write the checkpoint and the guidance file beside it; of several processes the first one does."""
+        """Write the checkpoint and the guidance file beside it; of several processes, which all call it, the first."""
+        state = self.steps.state()
         if not self.processes.first:
             return
         joint = max(self.epoch - self.config.training.guidance_epochs, 0)
         ckpt.save_checkpoint(
             ckpt.Checkpoint(
                 self.path,
-                self.model.denoiser.state_dict(),
-                self.steps.optimizer.state_dict(),
+                state["denoiser"],
+                state["optimizer"],
                 joint,
                 self.step,
-                self.steps.average.values if self.steps.average else {},
+                state["average"],
                 {
                     "format": 1,
                     "config": self.config.to_dict(),
                     "classes": list(self.classes),
-                    "guidance": self.model.guidance.state_dict(),
-                    "guidance_optimizer": self.steps.guidance_optimizer.state_dict(),
+                    "guidance": state["guidance"],
+                    "guidance_optimizer": state["guidance_optimizer"],
                     "progress": {
                         "epoch": self.epoch,
                         "position": self.position,
@@ -214,12 +215,9 @@ class Trainer:
 
     def _restore(self, saved: ckpt.Checkpoint) -> None:
         extras = saved.extras
-        ckpt.load_state(self.model.denoiser, saved.denoiser, f"{saved.path}")
-        ckpt.load_state(self.model.guidance, extras["guidance"], f"{saved.path}, guidance")
-        self.steps.optimizer.load_state_dict(saved.optimizer)
-        self.steps.guidance_optimizer.load_state_dict(extras["guidance_optimizer"])
-        if self.steps.average is not None:
-            self.steps.average.load(saved.ema)
+        state = {key: extras[key] for key in ("guidance", "guidance_optimizer")}
+        state |= {"denoiser": saved.denoiser, "optimizer": saved.optimizer, "average": saved.ema}
+        self.steps.load_state(state, f"{saved.path}")
         progress = extras["progress"]
         self.epoch, self.position = progress["epoch"], progress["position"]
         self.step = saved.step
@@ -432,7 +430,11 @@ class Trainer:
                 self.interruption.check()
 
         # Measuring must not move training: libraries draw, some already when they are imported.
-        with ckpt.keep_random_states(), average.applied() if average else contextlib.nullcontext():
+        with (
+            ckpt.keep_random_states(),
+            average.applied() if average else contextlib.nullcontext(),
+            undivided(self.model.denoiser, self.model.guidance),
+        ):
             self.last_evaluation = evaluate(
                 self.model,
                 self.validation,

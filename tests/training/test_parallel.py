@@ -19,14 +19,25 @@ from torch import Tensor, nn
 from training_runs import assert_same_run, make_config, rows
 
 from diffmic_fast.data.sources import open_source
-from diffmic_fast.models import DiffMIC
+from diffmic_fast.diffusion import make_steps as make_table
+from diffmic_fast.models import DiffMIC, DiffMICConfig
 from diffmic_fast.models.sync_batch_norm import SyncBatchNorm, synchronize_statistics
+from diffmic_fast.ops.denoise import denoise
 from diffmic_fast.training.checkpoint import NAME, load_model
 from diffmic_fast.training.config import RunConfig
 from diffmic_fast.training.evaluate import Method, evaluate
 from diffmic_fast.training.interruption import Interrupted
 from diffmic_fast.training.optimize import epoch_batches
-from diffmic_fast.training.parallel import Processes, sizes, started
+from diffmic_fast.training.parallel import (
+    Processes,
+    divide,
+    is_divided,
+    own_share,
+    sizes,
+    started,
+    undivided,
+    whole,
+)
 from diffmic_fast.training.predict import predict_files
 from diffmic_fast.training.steps import Steps
 from diffmic_fast.training.trainer import Trainer, make_dataset
@@ -59,16 +70,34 @@ def both_steps(
     def keep_gradients() -> None:
         for name, value in steps.model.named_parameters():
             if value.grad is not None:
-                found[f"gradient of {name}"] = value.grad.clone()
+                found[f"gradient of {name}"] = entire(value.grad).clone()
 
     losses = steps.denoiser_step(images, labels, 0.5)
     keep_gradients()
     losses["guidance"] = steps.guidance_step(images, labels, 0.5)
     keep_gradients()
-    found |= {name: value.clone() for name, value in steps.model.state_dict().items()}
+    found |= {name: entire(value).clone() for name, value in steps.model.state_dict().items()}
     assert steps.average is not None
-    found |= {f"average of {name}": value.clone() for name, value in steps.average.values.items()}
+    for name, value in steps.average.values.items():
+        found[f"average of {name}"] = entire(value).clone()
     return losses, found
+
+
+def elements_kept(steps: Steps) -> dict[str, int]:
+    """How many numbers of each kind this process has."""
+    assert steps.average is not None
+    optimizers = steps.optimizer, steps.guidance_optimizer
+    kinds = {
+        "weights": list(steps.model.parameters()),
+        "gradients": [p.grad for p in steps.model.parameters() if p.grad is not None],
+        "averages": list(steps.average.values.values()),
+        "moments": [s["exp_avg"] for o in optimizers for s in o.state.values()],
+    }
+    return {kind: sum(own_share(t).numel() for t in values) for kind, values in kinds.items()}
+
+
+def entire(value: Tensor) -> Tensor:
+    return value.full_tensor() if is_divided(value) else value  # type: ignore[attr-defined]
 
 
 # ---- steps ------------------------------------------------------------------------------------
@@ -81,6 +110,9 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "accumulation": (9, TOGETHER | {"accumulation": 2}),
     "recomputed": (7, TOGETHER | {"recompute": True}),
     "clipped": (7, TOGETHER | {"gradient_clip": 0.1}),
+    "divided weights": (7, TOGETHER | {"fsdp": True}),
+    "divided, accumulation": (9, TOGETHER | {"accumulation": 2, "fsdp": True, "recompute": True}),
+    "divided, clipped": (7, TOGETHER | {"gradient_clip": 0.1, "fsdp": True}),
     "apart": (7, {}),
     "gathered only": (7, {"gather_mmd": True}),
 }
@@ -93,6 +125,7 @@ def run_steps(rank: int, config: RunConfig) -> dict[str, Any]:
         steps = make_steps(make_model(config), config, **changes)
         images, labels = (steps.processes.shard(part) for part in batch(count))
         found[name] = both_steps(steps, images, labels)  # type: ignore[arg-type]
+        found[f"{name}, kept"] = elements_kept(steps)
     steps = make_steps(make_model(config), config, **TOGETHER)
     for count in (8, 6, 7):
         images, labels = (steps.processes.shard(part) for part in batch(count))
@@ -179,6 +212,14 @@ def test_two_processes_are_one_with_the_whole_batch(
         compare(state, state_of_one, f"{name}, process {rank}")
     first, second = (two[rank][name][1] for rank in (0, 1))
     assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_divided_weights_are_kept_once(two: list[dict[str, Any]]) -> None:
+    """And gradients, averages and optimizer state: two shares make one of each, neither a large one."""
+    for name in ("divided weights", "divided, accumulation"):
+        for kind, count in two[0]["equal shards, kept"].items():
+            shares = [found[f"{name}, kept"][kind] for found in two]
+            assert sum(shares) == count and max(shares) < 0.6 * count, kind
 
 
 def test_three_steps(two: list[dict[str, Any]], shared_config: RunConfig) -> None:
@@ -343,6 +384,97 @@ def run_whole(rank: int, config: RunConfig, folder: Path, files: list[Path]) -> 
     found["evaluation"] = whole_evaluation(model, config)
     found["predictions"] = whole_prediction(model, config, files)
     found["one file"] = whole_prediction(model, config, files[:1])
+    return found
+
+
+def run_divided(rank: int, config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Both ways, the divided one interrupted and resumed too, and what each validation saw."""
+    found: dict[str, Any] = {}
+    Trainer(config, folder / "each has all", quiet=True).fit()
+    config = with_training(config, fsdp=True)
+    trainer = Trainer(config, folder / "divided", quiet=True)
+    trainer.fit()
+    assert trainer.last_evaluation is not None
+    found["last"] = [r.probabilities for r in trainer.last_evaluation.results]
+
+    def stop(epoch: int, step: int) -> None:
+        if (epoch, step) == (1, 1) and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        Trainer(config, folder / "broken", quiet=True, on_step=stop).fit()
+    Trainer(config, folder / "broken", resume=folder / "broken" / NAME, quiet=True).fit()
+    return found
+
+
+def test_a_run_of_divided_weights(shared_config: RunConfig, tmp_path: Path) -> None:
+    """Its log and checkpoint are those of processes that have all; validations see the weights of their epoch."""
+    config = with_training(shared_config, batch_size=4, **TOGETHER)
+    last = in_processes(2, run_divided, config, tmp_path)[0]["last"]
+    plain, divided = (tmp_path / name for name in ("each has all", "divided"))
+    for a, b in zip(rows(divided), rows(plain), strict=True):
+        for key in ("loss", "guidance_loss", "noise_loss", "mmd_global"):
+            assert a[key] == b[key] or float(a[key]) == pytest.approx(float(b[key]), rel=0.02), key
+    assert_same_run(divided, tmp_path / "broken")
+    files = [torch.load(folder / NAME, weights_only=True) for folder in (divided, plain)]
+    assert describe(files[0]) == describe(files[1])
+    model, _ = load_model(divided / NAME)
+    dataset = make_dataset(config, open_source(config.data, "validation"), train=False)
+    s = config.sampling
+    again = evaluate(
+        model, dataset, [Method.of(s)], samples=s.samples, seed=s.seed, batch_size=s.batch_size
+    )
+    for result, seen in zip(again.results, last, strict=True):
+        torch.testing.assert_close(
+            torch.as_tensor(result.probabilities), torch.as_tensor(seen), rtol=1e-4, atol=1e-5
+        )
+
+
+def describe(value: Any) -> Any:
+    """Keys, types and shapes of what a checkpoint holds."""
+    if isinstance(value, dict):
+        return {key: describe(each) for key, each in value.items() if key not in ("fsdp", "random")}
+    if isinstance(value, (list, tuple)):
+        return [type(value), *map(describe, value)]
+    return (type(value), *((value.shape, value.dtype) if isinstance(value, Tensor) else ()))
+
+
+def test_weights_are_read_anew_each_time_they_are_made_whole() -> None:
+    """What a chain keeps of weights goes by versions, which all-gathered memory does not have by itself."""
+    values = in_processes(2, run_chains)
+    for first, second, expected in values:
+        assert not torch.equal(first, second)
+        torch.testing.assert_close(second, expected)
+
+
+def run_chains(rank: int) -> list[Tensor]:
+    """A chain, one after the weights have changed, and what it should be."""
+    torch.manual_seed(0)
+    model = DiffMIC(
+        DiffMICConfig(classes=3, feature_dim=32, image_size=32, crop_size=16, timesteps=8)
+    )
+    features, prior = torch.randn(4, 32), torch.full((4, 3), 1 / 3)
+    steps = make_table(model.schedule, "ddpm")
+
+    def chain() -> Tensor:
+        with undivided(model.denoiser), torch.no_grad():
+            versions.append(model.denoiser.lin2.lin.weight._version)
+            return denoise(features, prior, prior, model.denoiser.weights(), steps, seed=1).clone()
+
+    model.eval()
+    versions: list[int] = []
+    divide(model.denoiser)
+    found = [chain()]
+    with torch.no_grad():
+        for parameter in model.denoiser.parameters():
+            own_share(parameter).mul_(1.5)
+    found.append(chain())
+    assert versions[1] > versions[0]
+    state = whole(dict(model.denoiser.state_dict()), Processes(0, 2))
+    twin = DiffMIC(model.config).denoiser.eval()
+    twin.load_state_dict(state)
+    with torch.no_grad():
+        found.append(denoise(features, prior, prior, twin.weights(), steps, seed=1))
     return found
 
 
