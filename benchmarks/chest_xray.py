@@ -44,8 +44,8 @@ METHODS = ("ddpm_truncated:60", "ddpm", "ddim:20")
 # Network and epochs. The larger numbers give it DiffMIC's time, by the seconds an epoch that --timings measured.
 PLAIN = {
     "ResNet-18, same epochs": ("resnet18", 11),
-    "ResNet-18, same time": ("resnet18", 24),
-    "EfficientNet-Lite0, same time": ("encoder", 38),
+    "ResNet-18, more time": ("resnet18", 24),
+    "EfficientNet-Lite0, more time": ("encoder", 38),
 }
 RESULTS = Path(__file__).parent / "results" / "chest_xray.json"
 COLUMNS = {

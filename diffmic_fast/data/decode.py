@@ -132,11 +132,11 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"list_images: {folder} is not a folder")
+        raise ValueError(f"data: {folder} is not a folder")
     found = _walk(folder, recursive)
     if not found:
         hint = "" if recursive else " (folders inside it were not searched)"
-        raise ValueError(f"list_images: there is no image file in {folder}{hint}")
+        raise ValueError(f"data: there is no image file in {folder}{hint}")
     return sorted(found)
 
 

@@ -165,7 +165,7 @@ class DiffMIC(nn.Module):
         generator: torch.Generator | None = None,
         timesteps: Tensor | None = None,
         noise: Tensor | None = None,
-        denoiser: nn.Module | None = None,
+        denoiser: Callable[..., Tensor] | None = None,
         gather: Callable[[Tensor], Tensor] | None = None,
     ) -> DiffMICLoss:
         """Training loss of the denoiser (spec, section 5).

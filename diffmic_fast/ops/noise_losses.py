@@ -63,10 +63,8 @@ def noise_losses(noise: Tensor, predictions: Tensor, *, backend: str = "auto") -
     if name == "reference":
         return reference.noise_losses(noise, predictions)
     learns = torch.is_grad_enabled() and predictions.requires_grad
-    losses: Tensor = torch.ops.diffmic_fast.noise_losses.default(noise, predictions, learns, name)[
-        0
-    ]
-    return losses
+    losses, _ = torch.ops.diffmic_fast.noise_losses.default(noise, predictions, learns, name)
+    return losses  # type: ignore[no-any-return]
 
 
 def _noise_losses(

@@ -41,9 +41,9 @@ class LaterGradients(TorchFunctionMode):
     ) -> Any:
         """Calls of anything else go through."""
         kwargs = kwargs or {}
-        if func is not F.linear or not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        return self._linear(*args, **kwargs)
+        if func is F.linear and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self._linear(*args, **kwargs)
+        return func(*args, **kwargs)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         parameter = self._weights.get(id(weight))

@@ -191,8 +191,8 @@ class Steps:
         totals = dict.fromkeys(LOSSES, 0.0)
         for part in self._portions(images, labels):
             later = LaterGradients(self._later)
-            with self._autocast(images), self._last_alone(self._denoiser, part), later:
-                losses, values = self._losses(part)
+            with self._autocast(images), self._last_alone(self._denoiser, part):
+                losses, values = self._losses(part, later)
                 for key, value in zip(LOSSES, values, strict=True):
                     totals[key] += value
                 if not all(map(math.isfinite, values)):
@@ -257,8 +257,13 @@ class Steps:
         for optimizer in (self.optimizer, self.guidance_optimizer):
             optimizer.zero_grad(set_to_none=True)
 
-    def _losses(self, part: _Portion) -> tuple[Tensor, list[float]]:
+    def _losses(self, part: _Portion, later: LaterGradients) -> tuple[Tensor, list[float]]:
         """What to differentiate on this process, and the part's share of LOSSES over all processes."""
+
+        def denoiser(*arguments: Any) -> Any:
+            with later:
+                return self._denoiser(*arguments)
+
         config, processes = self.model.config, self.processes
         rows = sum(part.counts) * self.config.draws
         timesteps = antithetic_timesteps(rows, config.timesteps, self.noise)
@@ -272,7 +277,7 @@ class Steps:
             draws=self.config.draws,
             timesteps=timesteps[own],
             noise=noise[own],
-            denoiser=self._denoiser,
+            denoiser=denoiser,
             gather=processes.gather_rows if gather else None,
         )
         share = len(part.images) / part.whole
