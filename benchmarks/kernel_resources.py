@@ -1,6 +1,7 @@
 """The compiler's word on the CUDA kernels: registers, spills, shared memory, occupancy, instructions.
 
     python -m benchmarks.kernel_resources             compile, compare with the committed table
+    python -m benchmarks.kernel_resources --changed   leave out what is as it was for the table
     python -m benchmarks.kernel_resources --write     compile, write the table
     python -m benchmarks.kernel_resources --keep DIR  leave cubins (and PTX, with --ptx) there
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -122,6 +124,7 @@ class Row:
     warps: int  # resident on a multiprocessor
     instructions: str  # of those claimed, "HMMA.16816:240 LDG.E.128:84"
     compiler: str
+    sources: str = ""  # digest of what was compiled
 
     @property
     def key(self) -> tuple[int, str, str]:
@@ -178,6 +181,23 @@ def sources() -> list[Path]:
     return [file for file in files if "__global__" in file.read_text(encoding="utf-8")]
 
 
+def digest(file: Path) -> str:
+    """Of a file, all it includes of ours and the flags; comments and blanks apart."""
+    csrc, waiting = SOURCE / "csrc", [file]
+    texts: dict[str, str] = {}
+    while waiting:
+        path = waiting.pop()
+        text = re.sub(r"//.*", "", path.read_text(encoding="utf-8"))
+        texts[path.relative_to(csrc).as_posix()] = " ".join(text.split())
+        for name in re.findall(r'#\s*include\s*"([^"]+)"', text):
+            if not (csrc / name).exists():
+                raise RuntimeError(f"{path}: {name} is not a file of csrc")
+            if name not in texts:
+                waiting.append(csrc / name)
+    parts = [*_FLAGS, *(f"{name} {text}" for name, text in sorted(texts.items()))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
 def _nvcc(file: Path, architecture: int) -> list[str]:
     return ["nvcc", *_FLAGS, f"-I{SOURCE / 'csrc'}", f"-arch=sm_{architecture}", str(file)]
 
@@ -189,7 +209,7 @@ def compile_ptx(file: Path, architecture: int, target: Path) -> Path:
 
 
 def compile_all(
-    files: Sequence[Path], architectures: Sequence[int], folder: Path, *, ptx: bool, jobs: int
+    work: Sequence[tuple[int, Path]], folder: Path, *, ptx: bool, jobs: int
 ) -> dict[tuple[int, str], Path]:
     """One cubin (and PTX) an architecture and file, named by both; raises with the compiler's words."""
 
@@ -202,10 +222,8 @@ def compile_all(
         return (architecture, file.stem), target
 
     # The longest first, so that none is left alone at the end.
-    work = [(architecture, file) for file in files for architecture in architectures]
-    work.sort(key=lambda job: -_weight(job[1]))
     with ThreadPoolExecutor(jobs) as pool:
-        return dict(pool.map(compile_one, work))
+        return dict(pool.map(compile_one, sorted(work, key=lambda job: -_weight(job[1]))))
 
 
 def _weight(file: Path) -> int:
@@ -272,15 +290,30 @@ def measure(
     folder: Path,
     *,
     files: Sequence[Path] | None = None,
+    known: Sequence[Row] = (),
     ptx: bool = False,
     jobs: int = 2,
 ) -> list[Row]:
-    """Compile into `folder` and read all kernels, in the order of the table."""
+    """Compile into `folder` and read all kernels, in the order of the table.
+
+    Args:
+        architectures, files: what to compile; all files by default.
+        known: rows of files that are not compiled again if they are still the same, and the compiler too.
+    """
     cuobjdump = find_tool("cuobjdump")
     if cuobjdump is None:
         raise RuntimeError(missing_tools())
     claims, compiler = read_claims(), compiler_version()
-    cubins = compile_all(files or sources(), architectures, folder, ptx=ptx, jobs=jobs)
+    digests = {file: digest(file) for file in files or sources()}
+    done = {(row.architecture, row.file, row.compiler, row.sources) for row in known}
+    work = [
+        (architecture, file)
+        for file in digests
+        for architecture in architectures
+        if (architecture, file.stem, compiler, digests[file]) not in done
+    ]
+    of_names = {file.stem: text for file, text in digests.items()}
+    cubins = compile_all(work, folder, ptx=ptx, jobs=jobs)
     rows = []
     for (architecture, file), cubin in cubins.items():
         kernels = read_cubin(cuobjdump, cubin)
@@ -306,6 +339,7 @@ def measure(
                     ),
                     " ".join(f"{name}:{count}" for name, count in counts.items()),
                     compiler,
+                    of_names[file],
                 )
             )
     return sorted(rows, key=lambda row: row.key)
@@ -319,7 +353,9 @@ def read_table() -> list[Row]:
         return []
     with TABLE.open(encoding="utf-8", newline="") as file:
         return [
-            Row(**{field.name: _typed(field, row[field.name]) for field in dataclasses.fields(Row)})
+            Row(
+                **{f.name: _typed(f, row[f.name]) for f in dataclasses.fields(Row) if f.name in row}
+            )
             for row in csv.DictReader(file)
         ]
 
@@ -381,6 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--files", nargs="+", help="names without .cu; all by default")
     parser.add_argument("--keep", type=Path, help="folder for the cubins")
+    parser.add_argument("--changed", action="store_true", help="leave out what is as in the table")
     parser.add_argument("--ptx", action="store_true", help="write PTX too")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args(arguments)
@@ -390,9 +427,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        rows = measure(args.architectures, folder, files=files, ptx=args.ptx, jobs=args.jobs)
+        known = read_table() if args.changed else ()
+        rows = measure(
+            args.architectures, folder, files=files, known=known, ptx=args.ptx, jobs=args.jobs
+        )
     if args.write:
-        measured = {(architecture, f.stem) for architecture in args.architectures for f in files}
+        measured = {(row.architecture, row.file) for row in rows}
         names = {file.stem for file in sources()}
         kept = [
             row

@@ -3,8 +3,8 @@
 // from s on: for the gradients of its rows it needs them all, and sums what no other block adds to;
 // the value is of the pairs on and above the diagonal alone, which count twice.
 //
-// Of several y, which is the training loss, each has blocks of its own, (i, s, z); those of z = 0
-// sum squared errors, `gridDim.x * gridDim.y` blocks an element for each thread at a time.
+// The training loss has several y, and (i, s, z) takes y z, or of z = 0, whose loss is the mean
+// squared error, elements as far apart as there are threads.
 //
 // Launches. Up to 64 rows in all, or 128 short ones, are one block's, which finishes its work
 // itself: one launch. Else blocks leave sums in scratch memory, and a second launch adds them up.
@@ -40,9 +40,8 @@ struct Problem {
   bool unbiased;
   bool squares;  // of y 0 the value is the mean squared error
   Gradients<T> gradients;
-  T* value;  // [gridDim.z]
-  double*
-      sums;  // [gridDim.z, 3, blocks]: of the pairs x x, x y, y y; NULL where one block does all
+  T* value;      // [gridDim.z]
+  double* sums;  // [gridDim.z, 3, blocks]: of the pairs x x, x y, y y; NULL for one block
 
   __device__ bool SumsSquares() const { return squares && blockIdx.z == 0; }
 };

@@ -23,8 +23,9 @@ class LaterGradients(TorchFunctionMode):
         loss.backward()
         later.add()
 
-    Between the passes there are an input and an output gradient a product. Everything else has its gradient as ever,
-    also the weights where they are used otherwise than by `torch.nn.functional.linear` (which `nn.Linear` calls).
+    Between the passes there are an input and an output gradient a product. Everything else has its gradient as ever:
+    weights that carry hooks, and all of them where they are used otherwise than by `torch.nn.functional.linear` (which
+    `nn.Linear` calls).
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
@@ -47,7 +48,7 @@ class LaterGradients(TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         parameter = self._weights.get(id(weight))
-        if parameter is None:
+        if parameter is None or _has_hooks(parameter):
             return F.linear(input, weight, bias)
         output = F.linear(input, weight.detach(), bias)
         if not output.requires_grad:  # which nobody would notice the gradient of
@@ -66,3 +67,7 @@ class LaterGradients(TorchFunctionMode):
                 weight.grad = found.to(weight.dtype)
             else:
                 weight.grad += found
+
+
+def _has_hooks(parameter: Tensor) -> bool:
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)

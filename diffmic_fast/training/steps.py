@@ -120,8 +120,9 @@ class Steps:
         if not several:
             inside = set(map(id, model.denoiser.encoder_x.modules()))
             for part in model.denoiser.modules():
-                if isinstance(part, nn.Linear) and id(part) not in inside:
-                    self._later.append(part.weight)
+                weight = part._parameters.get("weight")
+                if isinstance(part, nn.Linear) and weight is not None and id(part) not in inside:
+                    self._later.append(weight)
 
         # Last: they read the modules as they are now, and give every process the first one's weights.
         self._denoiser: nn.Module = model.denoiser

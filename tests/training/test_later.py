@@ -90,6 +90,18 @@ def test_others_have_theirs_at_once() -> None:
     torch.testing.assert_close(net.second.weight.grad, plain.second.weight.grad)
 
 
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_of_a_weight_see_its_gradient(kind: str) -> None:
+    net, seen = Net(), []
+    getattr(net.first.weight, kind)(lambda value: seen.append(value))
+    with LaterGradients(net.parameters()) as later:
+        value = loss_of_rows(net, torch.ones(2, 6))
+    value.backward()
+    assert len(seen) == 1 and net.first.weight.grad is not None
+    later.add()
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_step_has_the_same_bits(monkeypatch: pytest.MonkeyPatch, recompute: bool) -> None:
     """Wide weights wait for the image encoder's backward pass, and end as they would have."""
