@@ -183,17 +183,17 @@ def sources() -> list[Path]:
 
 def digest(file: Path) -> str:
     """Of a file, all it includes of ours and the flags; comments and blanks apart."""
-    csrc, waiting = SOURCE / "csrc", [file]
+    csrc, waiting = SOURCE / "csrc", [(f"{file.parent.name}/{file.name}", file)]
     texts: dict[str, str] = {}
     while waiting:
-        path = waiting.pop()
+        known_as, path = waiting.pop()
         text = re.sub(r"//.*", "", path.read_text(encoding="utf-8"))
-        texts[path.relative_to(csrc).as_posix()] = " ".join(text.split())
+        texts[known_as] = " ".join(text.split())
         for name in re.findall(r'#\s*include\s*"([^"]+)"', text):
             if not (csrc / name).exists():
                 raise RuntimeError(f"{path}: {name} is not a file of csrc")
             if name not in texts:
-                waiting.append(csrc / name)
+                waiting.append((name, csrc / name))
     parts = [*_FLAGS, *(f"{name} {text}" for name, text in sorted(texts.items()))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
