@@ -1,13 +1,18 @@
 """A configuration that trains in seconds; what a training run left in its folder, and whether two left the same."""
 
 import csv
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from diffmic_fast.data.config import DataConfig
 from diffmic_fast.models import DiffMICConfig
 from diffmic_fast.training.config import RunConfig, SamplingConfig, TrainingConfig
+
+# Processes that have the batch statistics and the MMD of one with the whole batch.
+TOGETHER = {"sync_batch_norm": True, "gather_mmd": True}
 
 
 def make_config(images: Path) -> RunConfig:
@@ -68,3 +73,7 @@ def assert_same_run(one, other):
     logs = [[{k: v for k, v in r.items() if k not in timed} for r in rows(p)]
             for p in (one, other)]  # fmt: skip
     assert logs[0] == logs[1]
+
+
+def with_training(config: RunConfig, **changes: Any) -> RunConfig:
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **changes))

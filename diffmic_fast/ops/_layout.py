@@ -17,8 +17,11 @@ def with_unit_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+READABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
 def readable(tensor: Tensor) -> Tensor:
-    """What DLPack can say and a kernel takes: no gradient, no sign still to be applied, no half precision (float32)."""
+    """Of READABLE, what DLPack can say and a kernel takes: no gradient, no pending sign, float32 for half precision."""
     if tensor.dtype in (torch.float16, torch.bfloat16):
         tensor = tensor.float()
     return tensor.detach().resolve_neg()

@@ -22,14 +22,12 @@ from diffmic_fast import _native
 from diffmic_fast.checks import Arguments
 from diffmic_fast.ops import _autocast as autocast
 from diffmic_fast.ops._backend import resolve, stream_of
-from diffmic_fast.ops._layout import readable
+from diffmic_fast.ops._layout import READABLE, readable
 from diffmic_fast.ops._operators import register, register_autograd
 from diffmic_fast.reference import mmd as reference
 from diffmic_fast.reference.mmd import Bandwidth, Estimator
 
 __all__ = ["Bandwidth", "Estimator", "kernel_matrix", "mmd"]
-
-_SERVED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def mmd(
@@ -150,7 +148,7 @@ def _check(operation: str, x: Tensor, y: Tensor) -> None:
         and x.ndim == y.ndim == 2
         and x.shape[1] == y.shape[1]
         and x.dtype == y.dtype
-        and x.dtype in _SERVED
+        and x.dtype in READABLE
         and x.device == y.device
         and x.numel() > 0
         and y.numel() > 0
@@ -160,8 +158,8 @@ def _check(operation: str, x: Tensor, y: Tensor) -> None:
     args.floating("x", x, "n d")
     args.floating("y", y, "m d")
     for name, value in (("x", x), ("y", y)):
-        if value.dtype not in _SERVED:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _SERVED)
+        if value.dtype not in READABLE:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in READABLE)
             raise TypeError(f"{operation}: {name} must be one of {names}, got {value.dtype}")
     for letter, name in (("n", "x"), ("m", "y"), ("d", "a row")):
         if args.sizes[letter] == 0:
@@ -178,7 +176,7 @@ def _check_weights(name: str, weights: Tensor, rows_name: str, rows: Tensor) -> 
             f"mmd: {name} must be [{rows.shape[0]}], one for each row of {rows_name}, got "
             f"{tuple(weights.shape)}"
         )
-    if weights.dtype not in _SERVED or weights.device != rows.device:
+    if weights.dtype not in READABLE or weights.device != rows.device:
         raise TypeError(
             f"mmd: {name} must be floating-point on {rows.device}, got {weights.dtype} on "
             f"{weights.device}"

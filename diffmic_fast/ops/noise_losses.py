@@ -15,13 +15,11 @@ from diffmic_fast import _native
 from diffmic_fast.checks import Arguments
 from diffmic_fast.ops import _autocast as autocast
 from diffmic_fast.ops._backend import choose, stream_of
-from diffmic_fast.ops._layout import readable
+from diffmic_fast.ops._layout import READABLE, readable
 from diffmic_fast.ops._operators import register, register_autograd
 from diffmic_fast.reference import noise_losses as reference
 
 __all__ = ["noise_losses"]
-
-_SERVED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def noise_losses(noise: Tensor, predictions: Tensor, *, backend: str = "auto") -> Tensor:
@@ -59,7 +57,7 @@ def noise_losses(noise: Tensor, predictions: Tensor, *, backend: str = "auto") -
             return noise_losses(
                 autocast.single(noise), autocast.single(predictions), backend=backend
             )
-    name = choose("mmd", backend, (noise, predictions), _SERVED, caller="noise_losses")
+    name = choose("mmd", backend, (noise, predictions), READABLE, caller="noise_losses")
     if name == "reference":
         return reference.noise_losses(noise, predictions)
     learns = torch.is_grad_enabled() and predictions.requires_grad

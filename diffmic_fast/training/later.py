@@ -1,7 +1,7 @@
 """Gradients of linear layers' weights, made when a backward pass has freed what it went over.
 
 A denoiser's two wide weights are 300 MB at F = 6144, and so are their gradients. A backward pass makes these first, and
-keeps them while it goes on through the image encoder, whose activations are the most of a step's memory.
+keeps them while it goes on through the image encoder, whose activations are all there yet when it gets to it.
 """
 
 from __future__ import annotations

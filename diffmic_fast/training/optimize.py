@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffmic_fast.training.parallel import own_share, share_of
+from diffmic_fast.training.fsdp import own_share, share_of
 
 
 def half_cosine(progress: float, start: float, end: float) -> float:

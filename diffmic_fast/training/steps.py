@@ -17,17 +17,10 @@ from diffmic_fast.models.diffmic import antithetic_timesteps
 from diffmic_fast.models.sync_batch_norm import synchronize_statistics
 from diffmic_fast.training.checkpoint import check_state
 from diffmic_fast.training.config import TrainingConfig
+from diffmic_fast.training.fsdp import divide, is_divided, share_of, whole
 from diffmic_fast.training.later import LaterGradients
 from diffmic_fast.training.optimize import MovingAverage, half_cosine, warmup_cosine
-from diffmic_fast.training.parallel import (
-    Processes,
-    current,
-    divide,
-    is_divided,
-    share_of,
-    sizes,
-    whole,
-)
+from diffmic_fast.training.parallel import Processes, current, sizes
 
 LOSSES = ("loss", "noise_loss", "mmd_global", "mmd_local")
 

@@ -23,11 +23,12 @@ from diffmic_fast.models import DiffMIC
 from diffmic_fast.training import checkpoint as ckpt
 from diffmic_fast.training.config import RunConfig
 from diffmic_fast.training.evaluate import Evaluation, Method, evaluate
+from diffmic_fast.training.fsdp import undivided
 from diffmic_fast.training.interruption import Interrupted, Interruption, ignore_in_worker
 from diffmic_fast.training.log import CsvLog, Progress, Stopwatch, TensorBoardLog
 from diffmic_fast.training.metrics import NAMES
 from diffmic_fast.training.optimize import epoch_batches
-from diffmic_fast.training.parallel import current, undivided
+from diffmic_fast.training.parallel import current
 from diffmic_fast.training.steps import LOSSES, Steps
 
 SUMS = (*LOSSES, "guidance_loss")

@@ -37,3 +37,8 @@ def images(tmp_path_factory) -> Path:
 def config(images) -> RunConfig:
     """One epoch of guidance, two joint epochs of 15 images in batches of 4, 4, 4 and 3."""
     return make_config(images)
+
+
+@pytest.fixture(scope="module")
+def shared_config(images: Path) -> RunConfig:
+    return make_config(images)
