@@ -37,7 +37,7 @@ def run_divided(rank: int, config: RunConfig, folder: Path) -> dict[str, Any]:
     found["last"] = [r.probabilities for r in trainer.last_evaluation.results]
 
     def stop(epoch: int, step: int) -> None:
-        if (epoch, step) == (1, 1) and rank == 1:
+        if (epoch, step) == (2, 1) and rank == 1:  # weights have moved, and averages not as far
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted):
@@ -81,17 +81,22 @@ def describe(value: Any) -> Any:
 def test_weights_are_read_anew_each_time_they_are_made_whole() -> None:
     """What a chain keeps of weights goes by versions, which all-gathered memory does not have by itself."""
     values = in_processes(2, run_chains)
-    for first, second, expected in values:
+    for first, second, expected, *_ in values:
         assert not torch.equal(first, second)
         torch.testing.assert_close(second, expected)
+    # The first process's weights are everybody's.
+    drawn = [each[3] for each in values]
+    assert not torch.equal(*drawn) and torch.equal(drawn[0] * 1.5, values[0][4])
 
 
 def run_chains(rank: int) -> list[Tensor]:
     """A chain, one after the weights have changed, and what it should be."""
-    torch.manual_seed(0)
+    torch.manual_seed(rank)
     model = DiffMIC(
         DiffMICConfig(classes=3, feature_dim=32, image_size=32, crop_size=16, timesteps=8)
     )
+    drawn = model.denoiser.lin2.lin.weight.detach().clone()
+    torch.manual_seed(2)
     features, prior = torch.randn(4, 32), torch.full((4, 3), 1 / 3)
     steps = make_table(model.schedule, "ddpm")
 
@@ -114,4 +119,4 @@ def run_chains(rank: int) -> list[Tensor]:
     twin.load_state_dict(state)
     with torch.no_grad():
         found.append(denoise(features, prior, prior, twin.weights(), steps, seed=1))
-    return found
+    return [*found, drawn, twin.lin2.lin.weight.detach()]

@@ -98,6 +98,10 @@ def run_steps(rank: int, config: RunConfig) -> dict[str, Any]:
         images, labels = (steps.processes.shard(part) for part in batch(count))
         found[name] = both_steps(steps, images, labels)  # type: ignore[arg-type]
         found[f"{name}, kept"] = elements_kept(steps)
+    steps = make_steps(make_model(config), config, **TOGETHER, fsdp=True)
+    images, labels = (steps.processes.shard(part) for part in batch(8))
+    steps.denoiser_step(images, labels, 0.5)  # type: ignore[arg-type]
+    found["kept behind a denoiser step"] = elements_kept(steps)
     steps = make_steps(make_model(config), config, **TOGETHER)
     for count in (8, 6, 7):
         images, labels = (steps.processes.shard(part) for part in batch(count))
@@ -187,6 +191,11 @@ def test_divided_weights_are_kept_once(two: list[dict[str, Any]]) -> None:
         for kind, count in two[0]["equal shards, kept"].items():
             shares = [found[f"{name}, kept"][kind] for found in two]
             assert sum(shares) == count and max(shares) < 0.6 * count, kind
+    # The guidance has been asked, and has no backward pass.
+    assert (
+        sum(each["kept behind a denoiser step"]["weights"] for each in two)
+        == (two[0]["equal shards, kept"]["weights"])
+    )
 
 
 def test_three_steps(two: list[dict[str, Any]], shared_config: RunConfig) -> None:
