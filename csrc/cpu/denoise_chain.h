@@ -167,9 +167,8 @@ class Evaluation {
     // other between the layers; else the layers take turns in them.
     const bool bytes = precision == Precision::kInt8;
     const auto to_bytes = [&] {
-      phase(rows.count, [&](std::int64_t row) {
-        kernels.to_bytes(first_.get() + row * model_.stride, model_.features,
-                         second_.get() + row * model_.stride, row_scale_.get() + row);
+      phase(kernels.tiles(rows.count), [&](std::int64_t tile) {
+        kernels.to_bytes(model_, rows.count, tile, first_.get(), second_.get(), row_scale_.get());
       });
       team.Meet();
     };

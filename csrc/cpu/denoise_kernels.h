@@ -58,8 +58,8 @@ inline std::int64_t ScratchFloats(std::int64_t rows, std::int64_t slots) {
   return kChunk * (rows + 2 * slots);
 }
 
-// Activations are [rows, stride] of float32, or of something smaller at the same distance: `void`
-// where the type is the kernels' own.
+// Activations take the memory of [rows, stride] float32. `void`: type and order are the kernels'
+// own, and depend on the number of rows.
 struct DenoiseKernels {
   const char* name;
   // What is behind the first layer in units [kChunk * chunk, + kChunk): as the second layer takes
@@ -72,8 +72,11 @@ struct DenoiseKernels {
   // The third layer and what its chunk adds to the last product: partial [rows, C].
   void (*third)(const DenoiserView&, Precision, const RowsView&, std::int64_t chunk, const void* in,
                 const float* row_scale, float* scratch, float* partial);
-  // kInt8: a row of float32 as the hidden layers take it, and the step it was divided by.
-  void (*to_bytes)(const float* row, std::int64_t features, void* out, float* scale);
+  // kInt8: rows of float32 as the hidden layers take them, and the steps that they were divided by,
+  // for one of the tiles that so many rows fall into.
+  std::int64_t (*tiles)(std::int64_t rows);
+  void (*to_bytes)(const DenoiserView&, std::int64_t rows, std::int64_t tile, const float* in,
+                   void* out, float* row_scale);
   // Bytes of a packed chunk, and its packing: `units` rows of W, their steps to unit_scale (kInt8).
   std::int64_t (*chunk_bytes)(Precision, std::int64_t features);
   void (*pack_chunk)(Precision, const float* weight, std::int64_t stride, int units,

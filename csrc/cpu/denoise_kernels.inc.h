@@ -38,16 +38,28 @@ int UnitsOf(const DenoiserView& model, std::int64_t chunk) {
 // Leaves activations as the product behind takes them, or as float32 where a row has to be whole
 // before it can be made bytes.
 template <typename Product>
-void Leave(const DenoiserView& model, std::int64_t row, std::int64_t unit, Vec value, int count,
-           void* out) {
-  auto* to = static_cast<std::byte*>(out) + row * model.stride * 4;
-  if constexpr (Product::kScaled) {
-    Float32Product::StoreActivations(reinterpret_cast<float*>(to) + unit, value, count);
-  } else {
-    Product::StoreActivations(reinterpret_cast<typename Product::Activation*>(to) + unit, value,
-                              count);
+class Leave {
+ public:
+  Leave(const DenoiserView& model, const Tiles& tiles, std::int64_t row, void* out)
+      : to_(static_cast<float*>(out) + row * model.stride),
+        row_(tiles, row, model.stride * 4, out) {}
+
+  void operator()(std::int64_t unit, Vec value, int count) const {
+    if constexpr (Product::kScaled) {
+      count == kLanes ? Store(to_ + unit, value) : StorePart(to_ + unit, value, count);
+    } else {
+      typename Product::Activation numbers[kLanes];
+      Product::Round(value, numbers);
+      row_.Set(unit, numbers, count);
+    }
   }
-}
+
+ private:
+  float* to_;
+  ActivationRow<Product> row_;
+};
+
+constexpr std::int64_t kRowsAhead = 4;
 
 template <typename Product>
 void FirstOf(const DenoiserView& model, const RowsView& rows, std::int64_t chunk, float* scratch,
@@ -58,10 +70,15 @@ void FirstOf(const DenoiserView& model, const RowsView& rows, std::int64_t chunk
   float* shift = scratch + rows.slots * kChunk;
   FoldTimesteps(model.layers[0], rows, first, units, scale, shift);
   const std::int64_t classes = model.classes;
+  const Tiles tiles(rows.count);
   for (std::int64_t row = 0; row < rows.count; ++row) {
+    const Leave<Product> leave(model, tiles, row, out);
     const float* y = rows.y + row * classes;
     const float* guidance = rows.guidance[row];
     const std::int64_t slot = rows.slot[row] * kChunk;
+    // Rows of x are pages apart, which no prefetching of the processor's foresees.
+    const float* ahead = rows.features[std::min(row + kRowsAhead, rows.count - 1)] + first;
+    for (int n = 0; n < units; n += 16) Prefetch(ahead + n);
     for (int n = 0; n < units; n += kLanes) {
       const int count = std::min(kLanes, units - n);
       const float* weight = model.label_weight + first + n;
@@ -74,16 +91,17 @@ void FirstOf(const DenoiserView& model, const RowsView& rows, std::int64_t chunk
       }
       const Vec h = Softplus(Fma(sum, Load(scale + slot + n), Load(shift + slot + n)));
       const Vec x = LoadPart(rows.features[row] + first + n, count);
-      Leave<Product>(model, row, first + n, x * h, count, out);
+      leave(first + n, x * h, count);
     }
   }
 }
 
-// A hidden layer: its product, then each(row, unit, softplus of scale and shift, count).
-template <typename Product, typename Each>
+// A hidden layer: its product, then of_row(row), which gives what is called with
+// (unit, softplus of scale and shift, count).
+template <typename Product, typename OfRow>
 void HiddenOf(const DenoiserView& model, const ConditionalLayerView& layer, const RowsView& rows,
               std::int64_t chunk, const void* in, const float* row_scale, float* scratch,
-              const Each& each) {
+              const OfRow& of_row) {
   const std::int64_t first = chunk * kChunk;
   const int units = UnitsOf(model, chunk);
   float* scale = scratch;
@@ -94,10 +112,11 @@ void HiddenOf(const DenoiserView& model, const ConditionalLayerView& layer, cons
                         model.features, rows.count, in, model.stride * 4, sums);
   for (std::int64_t row = 0; row < rows.count; ++row) {
     const std::int64_t slot = rows.slot[row] * kChunk;
+    const auto& each = of_row(row);
     for (int n = 0; n < units; n += kLanes) {
       Vec sum = Load(sums + row * kChunk + n);
       if constexpr (Product::kScaled) sum = sum * Set(row_scale[row]);
-      each(row, n, Softplus(Fma(sum, Load(scale + slot + n), Load(shift + slot + n))),
+      each(n, Softplus(Fma(sum, Load(scale + slot + n), Load(shift + slot + n))),
            std::min(kLanes, units - n));
     }
   }
@@ -106,10 +125,12 @@ void HiddenOf(const DenoiserView& model, const ConditionalLayerView& layer, cons
 template <typename Product>
 void SecondOf(const DenoiserView& model, const RowsView& rows, std::int64_t chunk, const void* in,
               const float* row_scale, float* scratch, void* out) {
-  HiddenOf<Product>(model, model.layers[1], rows, chunk, in, row_scale, scratch,
-                    [&](std::int64_t row, int n, Vec h, int count) {
-                      Leave<Product>(model, row, chunk * kChunk + n, h, count, out);
-                    });
+  const Tiles tiles(rows.count);
+  HiddenOf<Product>(
+      model, model.layers[1], rows, chunk, in, row_scale, scratch, [&](std::int64_t row) {
+        const Leave<Product> leave(model, tiles, row, out);
+        return [leave, chunk](int n, Vec h, int count) { leave(chunk * kChunk + n, h, count); };
+      });
 }
 
 template <typename Product>
@@ -117,20 +138,21 @@ void ThirdOf(const DenoiserView& model, const RowsView& rows, std::int64_t chunk
              const float* row_scale, float* scratch, float* partial) {
   const int units = UnitsOf(model, chunk);
   Vec hidden[kChunk / kLanes];
-  HiddenOf<Product>(model, model.layers[2], rows, chunk, in, row_scale, scratch,
-                    [&](std::int64_t row, int n, Vec h, int) {
-                      hidden[n / kLanes] = h;
-                      if (n + kLanes < units) return;
-                      for (std::int64_t c = 0; c < model.classes; ++c) {
-                        const float* weight =
-                            model.output_weight + c * model.stride + chunk * kChunk;
-                        Vec sum = Zero();
-                        for (int i = 0; i < units; i += kLanes) {
-                          sum = Fma(hidden[i / kLanes], Load(weight + i), sum);  // 0 past the end
-                        }
-                        partial[row * model.classes + c] = Sum(sum);
-                      }
-                    });
+  HiddenOf<Product>(
+      model, model.layers[2], rows, chunk, in, row_scale, scratch, [&](std::int64_t row) {
+        return [&, row](int n, Vec h, int) {
+          hidden[n / kLanes] = h;
+          if (n + kLanes < units) return;
+          for (std::int64_t c = 0; c < model.classes; ++c) {
+            const float* weight = model.output_weight + c * model.stride + chunk * kChunk;
+            Vec sum = Zero();
+            for (int i = 0; i < units; i += kLanes) {
+              sum = Fma(hidden[i / kLanes], Load(weight + i), sum);  // 0 past the end
+            }
+            partial[row * model.classes + c] = Sum(sum);
+          }
+        };
+      });
 }
 
 // Calls work.operator()<Product>() with the products of a precision.
@@ -166,11 +188,32 @@ void Third(const DenoiserView& model, Precision precision, const RowsView& rows,
   });
 }
 
-void ToBytes(const float* row, std::int64_t features, void* out, float* scale) {
-  float inverse = 0.0f;
-  *scale = ByteScale(row, features, &inverse);
-  ConvertToBytes(row, features, inverse, Int8Product::kOffset,
-                 static_cast<Int8Product::Activation*>(out));
+std::int64_t TilesOf(std::int64_t rows) { return Tiles(rows).count; }
+
+// A few elements of all rows after the other, since rows of a tile share cache lines.
+void ToBytes(const DenoiserView& model, std::int64_t rows, std::int64_t tile, const float* in,
+             void* out, float* scale) {
+  constexpr std::int64_t kPart = 64;
+  const Tiles tiles(rows);
+  const std::int64_t begin = tiles.Begin(tile);
+  float inverse[kTileRows];
+  for (int m = 0; m < tiles.Size(tile); ++m) {
+    scale[begin + m] = ByteScale(in + (begin + m) * model.stride, model.features, inverse + m);
+  }
+  for (std::int64_t first = 0; first < model.features; first += kPart) {
+    for (int m = 0; m < tiles.Size(tile); ++m) {
+      const ActivationRow<Int8Product> to(tiles, begin + m, model.stride * 4, out);
+      ForBytes(in + (begin + m) * model.stride + first, std::min(kPart, model.features - first),
+               inverse[m], [&](std::int64_t k, const std::int32_t* numbers, int count) {
+                 Int8Product::Activation bytes[kLanes];
+                 for (int i = 0; i < count; ++i) {
+                   bytes[i] =
+                       static_cast<Int8Product::Activation>(numbers[i] + Int8Product::kOffset);
+                 }
+                 to.Set(first + k, bytes, count);
+               });
+    }
+  }
 }
 
 std::int64_t ChunkBytes(Precision precision, std::int64_t features) {
@@ -219,16 +262,16 @@ float MultiplyAddAll(Precision precision, std::int64_t count) {
     const typename Product::Weight weights[kPanel * 4] = {};
     float sums[kRows * kChunk] = {};
     const std::byte front[4 * kPanel] = {};
-    Rows<Product, std::make_integer_sequence<int, kRows>> rows;
-    rows.Begin(front);
+    Sums<Product, kRows> tile;
+    tile.Begin(front);
     const auto* hidden_a = a;
     const auto* hidden_w = weights;
     for (std::int64_t i = 0; i < count; i += kRows * kPanel * Product::kGroup) {
       Hide(hidden_a);
       Hide(hidden_w);
-      rows.AddGroup(hidden_a, 4, hidden_w);
+      tile.AddGroup(hidden_a, hidden_w);
     }
-    rows.End(true, sums);
+    tile.End(true, sums);
     return std::accumulate(sums, sums + kRows * kChunk, 0.0f);
   };
   if (precision == Precision::kInt8) return run.template operator()<Int8Product>();
@@ -248,7 +291,7 @@ float MultiplyAddAll(Precision precision, std::int64_t count) {
 }
 
 constexpr DenoiseKernels kDenoiseKernels{
-    DIFFMIC_SIMD_NAME, First,     Second,      Third,   ToBytes,
+    DIFFMIC_SIMD_NAME, First,     Second,      Third,   TilesOf,        ToBytes,
     ChunkBytes,        PackChunk, SoftplusAll, ReadAll, MultiplyAddAll,
 };
 

@@ -129,11 +129,24 @@ inline void StoreInts(std::int32_t* p, Ints a) { _mm512_storeu_si512(p, a.v); }
 inline Ints LoadBytePairs(const std::int8_t* p) {
   return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-// sum + a[0] b_even + a[1] b_odd, for each pair of b.
-inline Ints AddProducts(const std::int16_t* a, Ints b, Ints sum) {
+// One pair of 16 bits in all lanes.
+inline Ints SetPair(const std::int16_t* p) {
   std::int32_t pair;
-  std::memcpy(&pair, a, sizeof pair);
-  return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(_mm512_set1_epi32(pair), b.v))};
+  std::memcpy(&pair, p, sizeof pair);
+  return {_mm512_set1_epi32(pair)};
+}
+// sum += a * b, rounded once; and sum += a_even b_even + a_odd b_odd, for each pair. In the sum's
+// own register: left to itself GCC moves the sums of a loop from one register to the other, a move
+// for every two multiply-adds, and does all of an unrolled loop's products of whole numbers first,
+// for which it has no registers left.
+inline void AddProduct(Vec a, Vec b, Vec& sum) {
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+}
+inline void AddProducts(Ints a, Ints b, Ints& sum) {
+  __m512i products;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+      : "+v"(sum.v), "=&v"(products)
+      : "v"(a.v), "v"(b.v));
 }
 
 #elif defined(DIFFMIC_SIMD_AVX2)
@@ -208,10 +221,19 @@ inline void StoreInts(std::int32_t* p, Ints a) {
 inline Ints LoadBytePairs(const std::int8_t* p) {
   return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-inline Ints AddProducts(const std::int16_t* a, Ints b, Ints sum) {
+inline Ints SetPair(const std::int16_t* p) {
   std::int32_t pair;
-  std::memcpy(&pair, a, sizeof pair);
-  return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(_mm256_set1_epi32(pair), b.v))};
+  std::memcpy(&pair, p, sizeof pair);
+  return {_mm256_set1_epi32(pair)};
+}
+inline void AddProduct(Vec a, Vec b, Vec& sum) {
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum.v) : "x"(a.v), "x"(b.v));
+}
+inline void AddProducts(Ints a, Ints b, Ints& sum) {
+  __m256i products;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+      : "+x"(sum.v), "=&x"(products)
+      : "x"(a.v), "x"(b.v));
 }
 
 #else
@@ -324,16 +346,17 @@ inline Ints LoadBytePairs(const std::int8_t* p) {
   return pairs;
 #endif
 }
-inline Ints AddProducts(const std::int16_t* a, Ints b, Ints sum) {
-#if defined(__SSE2__)
+inline Ints SetPair(const std::int16_t* p) {
   std::int32_t pair;
-  std::memcpy(&pair, a, sizeof pair);
-  return {
-      (Integers)_mm_add_epi32((__m128i)sum.v, _mm_madd_epi16(_mm_set1_epi32(pair), (__m128i)b.v))};
+  std::memcpy(&pair, p, sizeof pair);
+  return {Integers{pair, pair, pair, pair}};
+}
+inline void AddProduct(Vec a, Vec b, Vec& sum) { sum = Fma(a, b, sum); }
+inline void AddProducts(Ints a, Ints b, Ints& sum) {
+#if defined(__SSE2__)
+  sum.v += (Integers)_mm_madd_epi16((__m128i)a.v, (__m128i)b.v);
 #else
-  const Integers even = (b.v << 16) >> 16;
-  const Integers odd = b.v >> 16;
-  return {sum.v + even * a[0] + odd * a[1]};
+  sum.v += ((a.v << 16) >> 16) * ((b.v << 16) >> 16) + (a.v >> 16) * (b.v >> 16);
 #endif
 }
 
@@ -342,19 +365,6 @@ inline Ints AddProducts(const std::int16_t* a, Ints b, Ints sum) {
 // Asks for a cache line that will be read soon. Inlined always: gcc leaves a prefetch out of a
 // function of its own, which has no effect that it knows of.
 [[gnu::always_inline]] inline void Prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
-
-// Keeps a sum in its register from one term to the next: GCC would else do all of an unrolled
-// loop's products first, and have no registers left for them.
-template <typename T>
-[[gnu::always_inline]] inline void Keep([[maybe_unused]] T& value) {
-#if defined(DIFFMIC_SIMD_AVX512)
-  asm("" : "+v"(value));
-#elif defined(__SSE2__)
-  asm("" : "+x"(value));
-#elif defined(__ARM_NEON)
-  asm("" : "+w"(value));
-#endif
-}
 
 // Makes a value one that the compiler knows nothing about.
 template <typename T>

@@ -275,6 +275,27 @@ def test_not_a_number_stays_in_its_row(instructions, precision) -> None:
     assert torch.equal(found[others], clean[others])
 
 
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_not_a_number_stays_in_its_row_of_a_window(instructions, precision) -> None:
+    """Rows of a window end up where others stood, and an odd number of features leaves half a pair beside them."""
+    weights, (x, prior, guidance) = make_weights(41, 3), make_inputs(7, 41, 3)
+    steps = make_steps(SCHEDULE, "ddpm_truncated", 20)
+    with torch.no_grad():
+        for window in (3, 4, 5):
+            run = lambda x: denoise(  # noqa: E731
+                x, prior, guidance, weights, steps, backend="cpu", precision=precision,
+                instructions=instructions, window=window, tolerance=1e-6,  # noqa: B023
+            )  # fmt: skip
+            clean = run(x)
+            for row in range(7):
+                broken = x.clone()
+                broken[row, 17] = float("nan")
+                found, others = run(broken), torch.arange(7) != row
+                assert bool(found[row].isnan().all())
+                assert torch.equal(found[others], clean[others]), (window, row)
+
+
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 def test_the_memory_of_many_rows_is_that_of_a_block() -> None:
     """100,000 rows of F = 64: activations of all rows would be 26 MB twice over."""
