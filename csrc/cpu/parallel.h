@@ -1,8 +1,11 @@
 // Loops over independent items on a few threads.
 //
-// Threads are started for one call and joined at its end: nothing spins, nothing survives a call
-// (so a forked data loader finds nothing to trip over), and no pool competes with the caller's own.
-// Starting one costs some 20 us, so a thread is only started for `grain` items or more.
+// The threads are those of the OpenMP runtime that the process has loaded, which PyTorch brings and
+// runs its own operations on. Behind each of those they wait actively for the next, for some
+// milliseconds: threads of our own would find the processors taken, and a call of ten milliseconds
+// between two of PyTorch's would take half as long again. Where there is no such runtime, and in a
+// forked child, which has none of its threads, threads are started for one call and joined at its
+// end. Starting or waking one costs some 20 us, so only `grain` items or more are worth one.
 #ifndef DIFFMIC_CPU_PARALLEL_H_
 #define DIFFMIC_CPU_PARALLEL_H_
 
@@ -10,10 +13,22 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
-#include <thread>
 #include <vector>
 
 namespace diffmic::cpu {
+
+// Calls body(data, rank, size) on `size` threads at the same time, at most `threads`, the caller's
+// being rank 0. body must not throw.
+void OnThreads(int threads, void (*body)(void* data, int rank, int size), void* data);
+
+// The same for whatever can be called with (rank, size).
+template <typename Body>
+void OnThreads(int threads, const Body& body) {
+  OnThreads(
+      threads,
+      [](void* data, int rank, int size) { (*static_cast<const Body*>(data))(rank, size); },
+      const_cast<void*>(static_cast<const void*>(&body)));
+}
 
 // Calls body(begin, end) for contiguous parts of [0, count), each item once, on at most `threads`
 // threads, the caller's among them. Rethrows the first part's exception, in the order of the parts.
@@ -30,24 +45,17 @@ void ParallelFor(std::int64_t count, int threads, std::int64_t grain, const Body
     return count / parts * part + std::min(part, count % parts);
   };
   std::vector<std::exception_ptr> errors(static_cast<std::size_t>(parts));
-  const auto run = [&](std::int64_t part) noexcept {
-    try {
-      body(begin_of(part), begin_of(part + 1));
-    } catch (...) {
-      errors[static_cast<std::size_t>(part)] = std::current_exception();
+  std::atomic<std::int64_t> next = 0;
+  // There may be fewer threads than parts.
+  OnThreads(static_cast<int>(parts), [&](int, int) noexcept {
+    for (std::int64_t part; (part = next++) < parts;) {
+      try {
+        body(begin_of(part), begin_of(part + 1));
+      } catch (...) {
+        errors[static_cast<std::size_t>(part)] = std::current_exception();
+      }
     }
-  };
-  std::vector<std::thread> workers;
-  workers.reserve(static_cast<std::size_t>(parts - 1));
-  std::int64_t started = 1;
-  try {
-    for (; started < parts; ++started) workers.emplace_back(run, started);
-  } catch (const std::exception&) {
-    // The system gives no further thread, or no memory for one: the parts left over are done here.
-  }
-  run(0);
-  for (std::int64_t part = started; part < parts; ++part) run(part);
-  for (std::thread& worker : workers) worker.join();
+  });
   for (const std::exception_ptr& error : errors) {
     if (error) std::rethrow_exception(error);
   }

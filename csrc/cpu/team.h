@@ -1,16 +1,15 @@
-// A few threads that go through the phases of one long call together.
+// A few threads that go through the phases of one long call together: those of parallel.h.
 //
-// They are started by the call and joined at its end: no pool outlives it. Between phases they meet
-// at a barrier, where they wait actively for some 20 us, the usual difference between two of them,
-// and then sleep: a chain beside other busy programs must not burn the processor that it waits for.
+// Between phases they meet at a barrier, where they wait actively for some 20 us, the usual
+// difference between two of them, and then sleep: a chain beside other busy programs must not burn
+// the processor that it waits for.
 #ifndef DIFFMIC_CPU_TEAM_H_
 #define DIFFMIC_CPU_TEAM_H_
 
 #include <atomic>
 #include <cstdint>
-#include <exception>
-#include <thread>
-#include <vector>
+
+#include "cpu/parallel.h"
 
 namespace diffmic::cpu {
 
@@ -20,24 +19,10 @@ class Team {
   // body must not throw.
   template <typename Body>
   void Run(int threads, const Body& body) {
-    std::vector<std::thread> workers;
-    workers.reserve(static_cast<std::size_t>(threads > 1 ? threads - 1 : 0));
-    gate_.store(0);
-    try {
-      for (int rank = 1; rank < threads; ++rank) {
-        workers.emplace_back([this, rank, &body] {
-          gate_.wait(0);  // the size of the team is known only when all are started
-          body(rank);
-        });
-      }
-    } catch (const std::exception&) {
-      // The system gives no further thread, or no memory for one: those there are do the work.
-    }
-    size_ = static_cast<int>(workers.size()) + 1;
-    gate_.store(1);
-    gate_.notify_all();
-    body(0);
-    for (std::thread& worker : workers) worker.join();
+    OnThreads(threads, [&](int rank, int size) {
+      size_.store(size, std::memory_order_relaxed);  // by each, before it meets another
+      body(rank);
+    });
   }
 
   // The next item of this phase that nobody has taken; `count` or more when there is none left.
@@ -48,7 +33,8 @@ class Team {
   template <typename Between>
   void Meet(const Between& between) {
     const std::uint32_t phase = phase_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+    const int size = size_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
       between();
       next_.store(0, std::memory_order_relaxed);
       arrived_.store(0, std::memory_order_relaxed);
@@ -76,8 +62,7 @@ class Team {
 #endif
   }
 
-  int size_ = 1;
-  std::atomic<int> gate_{0};
+  std::atomic<int> size_{1};
   // Apart from each other: every one is written by all threads.
   alignas(64) std::atomic<std::int64_t> next_{0};
   alignas(64) std::atomic<int> arrived_{0};

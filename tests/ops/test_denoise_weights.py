@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
-import signal
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from denoise_cases import INSTRUCTIONS, PRECISIONS, SCHEDULE, current, make_inputs, make_weights
+from forked import ends_in_a_child
 from torch import Tensor
 
 from diffmic_fast.diffusion import make_steps
@@ -143,25 +142,16 @@ def test_a_forked_child_has_locks_of_its_own() -> None:
             with torch.no_grad():
                 denoise(*inputs, weights, steps, backend="cpu")
 
+    def in_child() -> None:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            denoise(*inputs, weights, steps, backend="cpu")
+
     thread = threading.Thread(target=work)
     thread.start()
     try:
         for _ in range(3):
-            child = os.fork()
-            if child == 0:
-                torch.set_num_threads(1)
-                with torch.no_grad():
-                    denoise(*inputs, weights, steps, backend="cpu")
-                os._exit(0)
-            for _ in range(600):
-                done, status = os.waitpid(child, os.WNOHANG)
-                if done:
-                    break
-                time.sleep(0.05)
-            else:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-            assert done == child and status == 0
+            assert ends_in_a_child(in_child)
     finally:
         stop.set()
         thread.join()
