@@ -112,7 +112,8 @@ def setups() -> Iterator[Setup]:
 
 
 def _over_rows(rows: int) -> Setup:
-    steps = max(2, min(40, 256 // rows))
+    # Beside which the fingerprint of the weights that each call takes, as long as a reading of them, is little.
+    steps = max(8, min(60, 1024 // rows))
     peers: dict[str, Maker] = {
         "hoisted": partial(_chain, rows, steps, backend="reference"),
         "hoisted, compiled": partial(_compiled_chain, rows, steps),

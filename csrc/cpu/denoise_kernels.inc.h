@@ -253,8 +253,8 @@ float ReadAll(const float* in, std::int64_t count) {
 }
 
 // Multiply-adds of a precision's instructions, one for each element, in chains enough to hide each
-// other's latency: a tile's own on one group of elements, or float32's in registers, which bound
-// the bfloat16 that is widened to it, too.
+// other's latency: in registers alone, or where one instruction does all of it, a tile's own on one
+// group of elements. float32's bound the bfloat16 that is widened to it, too.
 float MultiplyAddAll(Precision precision, std::int64_t count) {
   const auto run = [&]<typename Product>() {
     constexpr int kRows = 6;
@@ -274,11 +274,27 @@ float MultiplyAddAll(Precision precision, std::int64_t count) {
     tile.End(true, sums);
     return std::accumulate(sums, sums + kRows * kChunk, 0.0f);
   };
-  if (precision == Precision::kInt8) return run.template operator()<Int8Product>();
+  constexpr int kSums = 12;
+  if (precision == Precision::kInt8) {
+    if constexpr (Int8Product::kOffset != 0) return run.template operator()<Int8Product>();
+    Ints whole[kSums];
+#pragma GCC unroll 12
+    for (int s = 0; s < kSums; ++s) whole[s] = ZeroInts();
+    const std::int16_t pair[2] = {1, -1};
+    Ints factor = SetPair(pair);
+    for (std::int64_t i = 0; i < count; i += kSums * kLanes * 2) {
+      Hide(factor);  // or its product would be made once
+#pragma GCC unroll 12
+      for (int s = 0; s < kSums; ++s) AddProducts(factor, factor, whole[s]);
+    }
+    Vec total = Zero();
+#pragma GCC unroll 12
+    for (int s = 0; s < kSums; ++s) total = total + ToFloat(whole[s]);
+    return Sum(total);
+  }
   if (precision == Precision::kBFloat16 && !std::is_same_v<BFloat16Product::Activation, float>) {
     return run.template operator()<BFloat16Product>();
   }
-  constexpr int kSums = 12;
   Vec sums[kSums];
   for (int s = 0; s < kSums; ++s) sums[s] = Set(static_cast<float>(s));
   const Vec factor = Set(0.999f);
