@@ -7,6 +7,7 @@
 
 #include "build_config.h"
 #include "cpu/features.h"
+#include "cpu/parallel.h"
 #if DIFFMIC_WITH_CUDA
 #include "cuda/bindings.h"
 #include "cuda/device.h"
@@ -70,6 +71,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   diffmic::BindNoise(m);
   diffmic::BindRois(m);
   m.def("build_info", &diffmic::BuildInfo, "What this extension was built from, as a dict.");
+  m.def(
+      "forked", &diffmic::cpu::Forked,
+      "Say that this process is a forked child, where the module was not loaded before the fork.");
   m.def("cpu_features", &diffmic::cpu::AvailableInstructionSets,
         "The instruction sets of this machine's processor.");
 #if DIFFMIC_WITH_CUDA

@@ -16,6 +16,8 @@ from importlib import resources
 from types import ModuleType
 from typing import Any
 
+_PROCESS = os.getpid()
+
 
 @functools.cache
 def build_record() -> dict[str, Any] | None:
@@ -35,7 +37,11 @@ def build_record() -> dict[str, Any] | None:
 def attempt() -> tuple[ModuleType | None, str]:
     """Try to load the extension, once a process: (module, "") or (None, the reason)."""
     try:
-        return importlib.import_module("diffmic_fast._C"), ""
+        module = importlib.import_module("diffmic_fast._C")
+        if os.getpid() != _PROCESS:
+            # A forked child has none of the threads that PyTorch may have started before.
+            module.forked()
+        return module, ""
     except ModuleNotFoundError as error:
         if error.name != "diffmic_fast._C":
             return None, f"loading diffmic_fast._C failed: {error}"

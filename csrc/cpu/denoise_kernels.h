@@ -35,7 +35,7 @@ struct ConditionalLayerView {
 
 struct DenoiserView {
   std::int64_t features, classes;  // F, C
-  // Floats from one row of activations to the next, a multiple of 16. What is beyond F is 0.
+  // Floats of a row of weights below and of activations, a multiple of 16. Weights beyond F are 0.
   std::int64_t stride;
   ConditionalLayerView layers[3];
   const float* label_weight;   // [2 C, stride]: the first layer's, transposed

@@ -261,7 +261,7 @@ float MultiplyAddAll(Precision precision, std::int64_t count) {
     const typename Product::Activation a[kRows * 4] = {};
     const typename Product::Weight weights[kPanel * 4] = {};
     float sums[kRows * kChunk] = {};
-    const std::byte front[4 * kPanel] = {};
+    alignas(64) const std::byte front[4 * kPanel] = {};
     Sums<Product, kRows> tile;
     tile.Begin(front);
     const auto* hidden_a = a;

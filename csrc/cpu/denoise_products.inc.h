@@ -492,6 +492,7 @@ std::int64_t StreamBlocks(std::int64_t rows, const typename Product::Activation*
     if (rows < kM) return StreamBlocks<Product, kM - 1>(rows, a, chunk, features, sums);
   }
   constexpr int kStreams = StreamsOf(kM);
+  static_assert(kStreams % kPanels == 0 || kPanels % kStreams == 0);
   constexpr std::int64_t kGroups = kDepth / Product::kGroup;
   const std::int64_t blocks = features / kDepth * kPanels / kStreams * kStreams;
   for (std::int64_t i = 0; i < blocks; i += kStreams) {

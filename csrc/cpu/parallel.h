@@ -3,9 +3,10 @@
 // The threads are those of the OpenMP runtime that the process has loaded, which PyTorch brings and
 // runs its own operations on. Behind each of those they wait actively for the next, for some
 // milliseconds: threads of our own would find the processors taken, and a call of ten milliseconds
-// between two of PyTorch's would take half as long again. Where there is no such runtime, and in a
-// forked child, which has none of its threads, threads are started for one call and joined at its
-// end. Starting or waking one costs some 20 us, so only `grain` items or more are worth one.
+// between two of PyTorch's would take half as long again. Where there is no such runtime, where
+// more threads are asked for than it has, and in a forked child, which has none of them, threads
+// are started for one call and joined at its end. Starting or waking one costs some 20 us, so only
+// `grain` items or more are worth one.
 #ifndef DIFFMIC_CPU_PARALLEL_H_
 #define DIFFMIC_CPU_PARALLEL_H_
 
@@ -16,6 +17,9 @@
 #include <vector>
 
 namespace diffmic::cpu {
+
+// Says that this process is a forked child; it is known if this module was there before the fork.
+void Forked();
 
 // Calls body(data, rank, size) on `size` threads at the same time, at most `threads`, the caller's
 // being rank 0. body must not throw.

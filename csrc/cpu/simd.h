@@ -347,8 +347,8 @@ inline Ints LoadBytePairs(const std::int8_t* p) {
 #endif
 }
 inline Ints SetPair(const std::int16_t* p) {
-  std::int32_t pair;
-  std::memcpy(&pair, p, sizeof pair);
+  const auto low = static_cast<std::uint16_t>(p[0]), high = static_cast<std::uint16_t>(p[1]);
+  const auto pair = static_cast<std::int32_t>(low | static_cast<std::uint32_t>(high) << 16);
   return {Integers{pair, pair, pair, pair}};
 }
 inline void AddProduct(Vec a, Vec b, Vec& sum) { sum = Fma(a, b, sum); }
