@@ -121,7 +121,7 @@ struct BFloat16Product {
   static constexpr int kGroup = 2;
   static constexpr int kParts = 2;  // one after the other, or 16 registers would not do
   static constexpr bool kScaled = false;
-  static constexpr int kStreamRows = 1;
+  static constexpr int kStreamRows = kLanes >= 8 ? 1 : 0;
 
   static Vec Finish(Sum sum) { return sum; }
   template <int kPart>

@@ -355,6 +355,7 @@ inline void AddProduct(Vec a, Vec b, Vec& sum) { sum = Fma(a, b, sum); }
 inline void AddProducts(Ints a, Ints b, Ints& sum) {
 #if defined(__SSE2__)
   sum.v += (Integers)_mm_madd_epi16((__m128i)a.v, (__m128i)b.v);
+  asm("" : "+x"(sum.v));  // one after the other, or GCC has no registers left
 #else
   sum.v += ((a.v << 16) >> 16) * ((b.v << 16) >> 16) + (a.v >> 16) * (b.v >> 16);
 #endif
