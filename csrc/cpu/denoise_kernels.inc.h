@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "cpu/denoise_kernels.h"
+#include "cpu/denoise_layout.inc.h"
 #include "cpu/denoise_products.inc.h"
 #include "cpu/simd.h"
 
