@@ -14,6 +14,7 @@
 
 #include "bindings.h"
 #include "cpu/denoise.h"
+#include "cpu/features.h"
 #include "cpu/parallel.h"
 #include "philox.h"
 #include "tensor_view.h"
@@ -170,9 +171,13 @@ cpu::Precision ReadPrecision(const std::string& name) {
   throw py::value_error(Text(kOperation, ": precision must be fp32, bf16 or int8, got ", name));
 }
 
-const cpu::DenoiseKernels* ReadKernels(const std::string& name) {
-  const cpu::DenoiseKernels* kernels = cpu::FindDenoiseKernels(name);
+const cpu::DenoiseKernels* ReadKernels(const std::string& name, cpu::Precision precision) {
+  const cpu::DenoiseKernels* kernels = cpu::FindDenoiseKernels(name, precision);
   if (kernels != nullptr) return kernels;
+  if (name == "amx") {
+    throw py::value_error(
+        Text(kOperation, ": instructions=\"amx\" cannot be served: ", cpu::WhyNoAmx()));
+  }
   std::string names = "auto";
   for (const std::string& known : cpu::DenoiseKernelNames()) names += ", " + known;
   throw py::value_error(Text(kOperation, ": instructions must be one of what this processor has (",
@@ -241,7 +246,11 @@ std::int64_t Denoise(py::handle features, py::handle prior, py::handle guidance,
   PythonWatch watch(std::move(progress));
   cpu::DenoiseOptions options;
   options.precision = ReadPrecision(precision);
-  options.kernels = ReadKernels(instructions);
+  if (options.precision == cpu::Precision::kInt8 && x.size(1) > cpu::kMostInt8Features) {
+    throw py::value_error(Text(kOperation, ": with precision=\"int8\", features must have at most ",
+                               cpu::kMostInt8Features, " columns, got ", x.size(1)));
+  }
+  options.kernels = ReadKernels(instructions, options.precision);
   options.threads = threads;
   options.cache = cache;
   if (window < 1 || window > cpu::kBlockRows) {
@@ -270,7 +279,8 @@ void Softplus(py::handle in, py::handle out, const std::string& instructions) {
   x.OfType({DType::kFloat32}).OfRank(1, "[n]");
   y.OfType({DType::kFloat32}).OfShape({x.size(0)});
   if (x.size(0) > 1 && x.stride(0) != 1) throw py::value_error("softplus: x must be compact");
-  ReadKernels(instructions)->softplus(x.data_as<float>(), x.size(0), y.mutable_data_as<float>());
+  ReadKernels(instructions, cpu::Precision::kFloat32)
+      ->softplus(x.data_as<float>(), x.size(0), y.mutable_data_as<float>());
 }
 
 float ReadProbe(py::handle array, int threads, const std::string& instructions) {
@@ -278,7 +288,7 @@ float ReadProbe(py::handle array, int threads, const std::string& instructions) 
   x.OfType({DType::kFloat32});
   CheckThreads("read_probe", threads);
   if (!x.is_compact()) throw py::value_error("read_probe: x must be compact");
-  const cpu::DenoiseKernels* kernels = ReadKernels(instructions);
+  const cpu::DenoiseKernels* kernels = ReadKernels(instructions, cpu::Precision::kFloat32);
   const py::gil_scoped_release release;
   std::vector<float> sums(static_cast<std::size_t>(threads));
   cpu::ParallelFor(threads, threads, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -296,7 +306,7 @@ float MultiplyAddProbe(std::int64_t count, int threads, const std::string& instr
                        const std::string& precision) {
   CheckThreads("multiply_add_probe", threads);
   const cpu::Precision of = ReadPrecision(precision);
-  const cpu::DenoiseKernels* kernels = ReadKernels(instructions);
+  const cpu::DenoiseKernels* kernels = ReadKernels(instructions, of);
   const py::gil_scoped_release release;
   std::vector<float> sums(static_cast<std::size_t>(threads));
   cpu::ParallelFor(threads, threads, 1, [&](std::int64_t begin, std::int64_t end) {

@@ -22,11 +22,12 @@ bool Denoise(const DenoiserWeights& weights, const Steps& steps, const Chain& ch
              const DenoiseOptions& options) {
   if (options.window > 1) return DenoiseWindows(weights, steps, chain, options);
   const std::int64_t classes = weights.classes;
-  const std::int64_t blocks = (chain.rows + kBlockRows - 1) / kBlockRows;
+  const std::int64_t blocks =
+      chain.rows <= kLargestBlock ? 1 : (chain.rows + kBlockRows - 1) / kBlockRows;
   Watch watch(options, blocks * steps.count);
   if (chain.rows == 0) return true;
   const PreparedModel model(weights, options);
-  const std::int64_t max_rows = std::min(chain.rows, kBlockRows);
+  const std::int64_t max_rows = (chain.rows + blocks - 1) / blocks;
   Evaluation evaluation(model.view(), options, max_rows, 1);
   const auto size = static_cast<std::size_t>(max_rows * classes);
   std::vector<float> y(size), eps(size), z(size);
@@ -35,8 +36,9 @@ bool Denoise(const DenoiserWeights& weights, const Steps& steps, const Chain& ch
   const std::vector<std::int32_t> slots(features.size(), 0);
 
   for (std::int64_t block = 0; block < blocks && !watch.stopped(); ++block) {
-    const std::int64_t first = block * kBlockRows;
-    const std::int64_t count = std::min(kBlockRows, chain.rows - first);
+    const std::int64_t first = block * max_rows;
+    const std::int64_t count = std::clamp<std::int64_t>(chain.rows - first, 0, max_rows);
+    if (count == 0) continue;
     const float* prior = chain.prior + first * classes;
     for (std::int64_t row = 0; row < count; ++row) {
       const auto i = static_cast<std::size_t>(row);
@@ -77,18 +79,22 @@ bool Denoise(const DenoiserWeights& weights, const Steps& steps, const Chain& ch
   return !watch.stopped();
 }
 
-const DenoiseKernels* FindDenoiseKernels(const std::string& name) {
-  for (const DenoiseKernels* kernels : {Avx512Bf16DenoiseKernels(), Avx512DenoiseKernels(),
-                                        Avx2DenoiseKernels(), PortableDenoiseKernels()}) {
+const DenoiseKernels* FindDenoiseKernels(const std::string& name, Precision precision) {
+  const DenoiseKernels* portable =
+      precision == Precision::kInt8 ? PortableInt8DenoiseKernels() : PortableDenoiseKernels();
+  for (const DenoiseKernels* kernels : {AmxDenoiseKernels(), Avx512Bf16DenoiseKernels(),
+                                        Avx512DenoiseKernels(), Avx2DenoiseKernels(), portable}) {
     if (kernels != nullptr && (name == "auto" || name == kernels->name)) return kernels;
   }
-  return nullptr;
+  const DenoiseKernels* emulated = AmxEmulatedDenoiseKernels();
+  return emulated != nullptr && name == emulated->name ? emulated : nullptr;
 }
 
 std::vector<std::string> DenoiseKernelNames() {
   std::vector<std::string> names;
-  for (const DenoiseKernels* kernels : {Avx512Bf16DenoiseKernels(), Avx512DenoiseKernels(),
-                                        Avx2DenoiseKernels(), PortableDenoiseKernels()}) {
+  for (const DenoiseKernels* kernels :
+       {AmxDenoiseKernels(), Avx512Bf16DenoiseKernels(), Avx512DenoiseKernels(),
+        Avx2DenoiseKernels(), PortableDenoiseKernels(), AmxEmulatedDenoiseKernels()}) {
     if (kernels != nullptr) names.emplace_back(kernels->name);
   }
   return names;

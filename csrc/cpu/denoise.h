@@ -13,8 +13,10 @@
 
 namespace diffmic::cpu {
 
-// Rows that go through the layers together: what bounds the memory.
+// Rows that go through the layers together, which bounds the memory: one block of up to
+// kLargestBlock rows, or more blocks of up to kBlockRows.
 inline constexpr std::int64_t kBlockRows = 192;
+inline constexpr std::int64_t kLargestBlock = 256;
 
 // A conditional layer as the model holds it; strides in elements, rows of unit stride.
 struct ConditionalLayerWeights {
@@ -82,7 +84,7 @@ struct DenoiseOptions {
 };
 
 // False if `watch` stopped it: out then holds nothing of use. Memory beyond the arguments: blocks
-// of up to 192 rows of activations, twice, and the packed hidden weights.
+// of up to 256 rows of activations, twice, and the packed hidden weights.
 bool Denoise(const DenoiserWeights& weights, const Steps& steps, const Chain& chain,
              const DenoiseOptions& options);
 
@@ -90,8 +92,9 @@ bool Denoise(const DenoiserWeights& weights, const Steps& steps, const Chain& ch
 bool DenoiseWindows(const DenoiserWeights& weights, const Steps& steps, const Chain& chain,
                     const DenoiseOptions& options);
 
-// The kernels of that name ("auto": the widest that this processor has), or NULL.
-const DenoiseKernels* FindDenoiseKernels(const std::string& name);
+// The kernels of that name ("auto": the widest that this processor has, and no emulation) for a
+// precision, or NULL.
+const DenoiseKernels* FindDenoiseKernels(const std::string& name, Precision precision);
 
 // The names that FindDenoiseKernels knows and can serve here.
 std::vector<std::string> DenoiseKernelNames();

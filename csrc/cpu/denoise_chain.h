@@ -147,7 +147,9 @@ class Evaluation {
         second_(max_rows * model.stride),
         row_scale_(options.precision == Precision::kInt8 ? max_rows : 0),
         partial_(chunks_ * max_rows * model.classes),
-        scratch_stride_(RoundUp(ScratchFloats(max_rows, max_slots), 16)),
+        scratch_stride_(RoundUp(
+            options.kernels->scratch(options.precision, max_rows, max_slots, GroupOf(max_rows)),
+            16)),
         scratch_(scratch_stride_ * options.threads) {}
 
   // Every thread calls it; between() is called once, when eps(row, c) can be had.
@@ -162,6 +164,12 @@ class Evaluation {
         work(i);
         if (rank == 0) watch.Look(done);
       }
+    };
+    const std::int64_t group = GroupOf(rows.count);
+    const auto groups = [&](const auto& work) {
+      phase((chunks_ + group - 1) / group, [&](std::int64_t i) {
+        work(ChunkRange{i * group, std::min(group, chunks_ - i * group)});
+      });
     };
     // Bytes need the largest number of a whole row, so there activations go from one array to the
     // other between the layers; else the layers take turns in them.
@@ -179,14 +187,14 @@ class Evaluation {
     if (bytes) to_bytes();
     const float* in = bytes ? second_.get() : first_.get();
     float* out = bytes ? first_.get() : second_.get();
-    phase(chunks_, [&](std::int64_t chunk) {
-      kernels.second(model_, precision, rows, chunk, in, row_scale_.get(), scratch, out);
+    groups([&](ChunkRange chunks) {
+      kernels.second(model_, precision, rows, chunks, in, row_scale_.get(), scratch, out);
     });
     team.Meet();
     if (bytes) to_bytes();
-    phase(chunks_, [&](std::int64_t chunk) {
-      kernels.third(model_, precision, rows, chunk, second_.get(), row_scale_.get(), scratch,
-                    partial_.get() + chunk * rows.count * model_.classes);
+    groups([&](ChunkRange chunks) {
+      kernels.third(model_, precision, rows, chunks, second_.get(), row_scale_.get(), scratch,
+                    partial_.get());
     });
     team.Meet(between);
   }
@@ -203,6 +211,13 @@ class Evaluation {
   }
 
  private:
+  // Chunks that a thread computes together: as many as the kernels want for so many rows, as long
+  // as each thread has several groups. No result depends on it.
+  std::int64_t GroupOf(std::int64_t rows) const {
+    const std::int64_t fair = chunks_ / (4 * options_.threads);
+    return std::clamp<std::int64_t>(fair, 1, options_.kernels->group(options_.precision, rows));
+  }
+
   const DenoiserView& model_;
   const DenoiseOptions& options_;
   std::int64_t chunks_;

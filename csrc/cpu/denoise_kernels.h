@@ -16,9 +16,12 @@ inline constexpr std::int64_t kChunk = 32;
 // the units that are computed together, a block of weights then fills half of the L1 cache.
 inline constexpr std::int64_t kDepth = 256;
 
-// kInt8: whole numbers in [-127, 127], times a step of each unit (weights) and of each row
+// kInt8: integers in [-127, 127] times a scale of each unit (weights) and of each row
 // (activations), in the two hidden products.
 enum class Precision { kFloat32, kBFloat16, kInt8 };
+
+// The largest F whose sums of kInt8 fit into int32: 127^2 F < 2^31.
+inline constexpr std::int64_t kMostInt8Features = 133'144;
 
 // gamma_t * (W h + b), then BatchNorm, as one scale and shift: with
 //   gain = norm_weight / sqrt(running_var + eps),  offset = norm_bias - running_mean * gain
@@ -53,31 +56,36 @@ struct RowsView {
   std::int64_t slots;
 };
 
-// Floats of scratch a thread needs.
-inline std::int64_t ScratchFloats(std::int64_t rows, std::int64_t slots) {
-  return kChunk * (rows + 2 * slots);
-}
+// A group of chunks, which one thread computes in one call.
+struct ChunkRange {
+  std::int64_t first, count;
+};
 
 // Activations take the memory of [rows, stride] float32. `void`: type and order are the kernels'
 // own, and depend on the number of rows.
 struct DenoiseKernels {
   const char* name;
-  // What is behind the first layer in units [kChunk * chunk, + kChunk): as the second layer takes
+  // The most chunks of a group that share a pass over so many rows with advantage.
+  std::int64_t (*group)(Precision, std::int64_t rows);
+  // Floats of scratch a thread needs.
+  std::int64_t (*scratch)(Precision, std::int64_t rows, std::int64_t slots, std::int64_t chunks);
+  // The output of the first layer in units [kChunk * chunk, + kChunk): as the second layer takes
   // it, or with kInt8 as float32.
   void (*first)(const DenoiserView&, Precision, const RowsView&, std::int64_t chunk, float* scratch,
                 void* out);
-  // The same behind the second one, from all activations behind the first. row_scale: kInt8.
-  void (*second)(const DenoiserView&, Precision, const RowsView&, std::int64_t chunk,
-                 const void* in, const float* row_scale, float* scratch, void* out);
-  // The third layer and what its chunk adds to the last product: partial [rows, C].
-  void (*third)(const DenoiserView&, Precision, const RowsView&, std::int64_t chunk, const void* in,
+  // The same of the second layer, from all outputs of the first. row_scale: kInt8.
+  void (*second)(const DenoiserView&, Precision, const RowsView&, ChunkRange, const void* in,
+                 const float* row_scale, float* scratch, void* out);
+  // The third layer, and what each chunk adds to the last product: partial [all chunks, rows, C].
+  void (*third)(const DenoiserView&, Precision, const RowsView&, ChunkRange, const void* in,
                 const float* row_scale, float* scratch, float* partial);
-  // kInt8: rows of float32 as the hidden layers take them, and the steps that they were divided by,
-  // for one of the tiles that so many rows fall into.
+  // kInt8: rows of float32 as the hidden layers take them, and their scales, for one of the tiles
+  // that so many rows are divided into.
   std::int64_t (*tiles)(std::int64_t rows);
   void (*to_bytes)(const DenoiserView&, std::int64_t rows, std::int64_t tile, const float* in,
                    void* out, float* row_scale);
-  // Bytes of a packed chunk, and its packing: `units` rows of W, their steps to unit_scale (kInt8).
+  // Bytes of a packed chunk, and its packing: `units` rows of W, their scales to unit_scale
+  // (kInt8).
   std::int64_t (*chunk_bytes)(Precision, std::int64_t features);
   void (*pack_chunk)(Precision, const float* weight, std::int64_t stride, int units,
                      std::int64_t features, std::byte* out, float* unit_scale);
@@ -89,11 +97,18 @@ struct DenoiseKernels {
   float (*multiply_add)(Precision, std::int64_t count);
 };
 
-// Null where this build, or this processor, does not have the set.
+// Null where this build, or this processor, does not have the set. WhyNoAmx: features.h.
+const DenoiseKernels* AmxDenoiseKernels();
 const DenoiseKernels* Avx512Bf16DenoiseKernels();
 const DenoiseKernels* Avx512DenoiseKernels();
 const DenoiseKernels* Avx2DenoiseKernels();
 const DenoiseKernels* PortableDenoiseKernels();
+
+// Those for kInt8, whose bits are the same in all instruction sets; the above for the others.
+const DenoiseKernels* PortableInt8DenoiseKernels();
+
+// The kernels of AMX with its tile instructions emulated, bit for bit, on AVX2: by name only.
+const DenoiseKernels* AmxEmulatedDenoiseKernels();
 
 }  // namespace diffmic::cpu
 

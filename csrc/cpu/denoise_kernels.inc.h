@@ -1,6 +1,6 @@
 // The kernels of `denoise`, compiled once an instruction set (denoise_avx2.cpp and its sisters):
-// what is fused around the products of denoise_products.inc.h, and the probes that benchmarks hold
-// them against.
+// what is fused around the products of denoise_products.inc.h or denoise_amx.inc.h, and the probes
+// that benchmarks hold them against.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -11,12 +11,37 @@
 #include "cpu/denoise_layout.inc.h"
 #include "cpu/denoise_products.inc.h"
 #include "cpu/simd.h"
+#if defined(DIFFMIC_SIMD_AMX)
+#include "cpu/denoise_amx.inc.h"
+#endif
 
 namespace diffmic::cpu::DIFFMIC_SIMD {
 namespace {
 
-// scale and shift [slots, kChunk] of a layer's units from `first` on; the step of the units' bytes
-// goes into the scale.
+// What a precision's products are done with, where its activations lie, and its sums.
+#if defined(DIFFMIC_SIMD_AMX)
+using BFloat16 = AmxBFloat16;
+using Int8 = AmxInt8;
+template <typename Product>
+using RowOf = std::conditional_t<Product::kAmx, AmxRow<Product>, VectorRow<Product>>;
+template <typename Product>
+using SumsOf = std::conditional_t<Product::kAmx, AmxSums, VectorSums>;
+#else
+using BFloat16 = VectorBFloat16;
+using Int8 = VectorInt8;
+template <typename Product>
+using RowOf = VectorRow<Product>;
+template <typename Product>
+using SumsOf = VectorSums;
+#endif
+
+// Lanes of a partial sum of the last product, the unit n in lane n % kOutputLanes: those of a
+// vector, or where other instruction sets must give the same bits, 16.
+template <typename Product>
+constexpr int kOutputLanes = Product::kScaled || kAmxSet ? 16 : kLanes;
+
+// scale and shift [slots, kChunk] of a layer's units from `first` on; the scale of the units' bytes
+// goes into the former.
 void FoldTimesteps(const ConditionalLayerView& layer, const RowsView& rows, std::int64_t first,
                    int units, float* scale, float* shift) {
   for (std::int64_t slot = 0; slot < rows.slots; ++slot) {
@@ -36,14 +61,13 @@ int UnitsOf(const DenoiserView& model, std::int64_t chunk) {
   return static_cast<int>(std::min(kChunk, model.features - chunk * kChunk));
 }
 
-// Leaves activations as the product behind takes them, or as float32 where a row has to be whole
-// before it can be made bytes.
+// Stores activations as the next layer's product takes them, or as float32 where a row has to be
+// complete before it can be converted to bytes.
 template <typename Product>
-class Leave {
+class Activations {
  public:
-  Leave(const DenoiserView& model, const Tiles& tiles, std::int64_t row, void* out)
-      : to_(static_cast<float*>(out) + row * model.stride),
-        row_(tiles, row, model.stride * 4, out) {}
+  Activations(const DenoiserView& model, const RowTiles& tiles, const Place& place, void* out)
+      : to_(static_cast<float*>(out) + place.row * model.stride), row_(model, tiles, place, out) {}
 
   void operator()(std::int64_t unit, Vec value, int count) const {
     if constexpr (Product::kScaled) {
@@ -57,7 +81,7 @@ class Leave {
 
  private:
   float* to_;
-  ActivationRow<Product> row_;
+  RowOf<Product> row_;
 };
 
 constexpr std::int64_t kRowsAhead = 4;
@@ -71,9 +95,10 @@ void FirstOf(const DenoiserView& model, const RowsView& rows, std::int64_t chunk
   float* shift = scratch + rows.slots * kChunk;
   FoldTimesteps(model.layers[0], rows, first, units, scale, shift);
   const std::int64_t classes = model.classes;
-  const Tiles tiles(rows.count);
-  for (std::int64_t row = 0; row < rows.count; ++row) {
-    const Leave<Product> leave(model, tiles, row, out);
+  const auto tiles = RowTiles::Of<Product>(rows.count);
+  for (Place place; place.row < rows.count; place.Next(tiles)) {
+    const std::int64_t row = place.row;
+    const Activations<Product> store(model, tiles, place, out);
     const float* y = rows.y + row * classes;
     const float* guidance = rows.guidance[row];
     const std::int64_t slot = rows.slot[row] * kChunk;
@@ -92,68 +117,94 @@ void FirstOf(const DenoiserView& model, const RowsView& rows, std::int64_t chunk
       }
       const Vec h = Softplus(Fma(sum, Load(scale + slot + n), Load(shift + slot + n)));
       const Vec x = LoadPart(rows.features[row] + first + n, count);
-      leave(first + n, x * h, count);
+      store(first + n, x * h, count);
     }
   }
 }
 
-// A hidden layer: its product, then of_row(row), which gives what is called with
-// (unit, softplus of scale and shift, count).
+// A hidden layer: its products of a group of chunks, then for each chunk and row of_row(chunk,
+// place), which returns what is called with (unit of the chunk, output, count).
 template <typename Product, typename OfRow>
 void HiddenOf(const DenoiserView& model, const ConditionalLayerView& layer, const RowsView& rows,
-              std::int64_t chunk, const void* in, const float* row_scale, float* scratch,
+              ChunkRange chunks, const void* in, const float* row_scale, float* scratch,
               const OfRow& of_row) {
-  const std::int64_t first = chunk * kChunk;
-  const int units = UnitsOf(model, chunk);
+  using Total = typename Product::Total;
   float* scale = scratch;
   float* shift = scratch + rows.slots * kChunk;
-  float* sums = scratch + 2 * rows.slots * kChunk;
-  FoldTimesteps(layer, rows, first, units, scale, shift);
-  ChunkProduct<Product>(layer.weight + chunk * ChunkBytesOf<Product>(model.features),
-                        model.features, rows.count, in, model.stride * 4, sums);
-  for (std::int64_t row = 0; row < rows.count; ++row) {
-    const std::int64_t slot = rows.slot[row] * kChunk;
-    const auto& each = of_row(row);
-    for (int n = 0; n < units; n += kLanes) {
-      Vec sum = Load(sums + row * kChunk + n);
-      if constexpr (Product::kScaled) sum = sum * Set(row_scale[row]);
-      each(n, Softplus(Fma(sum, Load(scale + slot + n), Load(shift + slot + n))),
-           std::min(kLanes, units - n));
+  auto* sums = reinterpret_cast<Total*>(scratch + 2 * rows.slots * kChunk);
+  const auto tiles = RowTiles::Of<Product>(rows.count);
+  const SumsOf<Product> at(tiles, chunks.count);
+  const std::byte* weights = layer.weight + chunks.first * ChunkBytesOf<Product>(model.features);
+  if constexpr (Product::kAmx) {
+    TileProduct<Product>(weights, chunks.count, model.features, tiles, in, sums);
+  } else {
+    GroupProduct<Product>(weights, chunks.count, model.features, tiles, in, model.stride * 4, sums,
+                          sums + at.size());
+  }
+  for (std::int64_t i = 0; i < chunks.count; ++i) {
+    const std::int64_t chunk = chunks.first + i;
+    const int units = UnitsOf(model, chunk);
+    FoldTimesteps(layer, rows, chunk * kChunk, units, scale, shift);
+    for (Place place; place.row < rows.count; place.Next(tiles)) {
+      const std::int64_t slot = rows.slot[place.row] * kChunk;
+      const auto& each = of_row(chunk, place);
+      for (int n = 0; n < units; n += kLanes) {
+        Vec sum = Product::ToVec(Product::LoadSum(sums + at(i, place, n)));
+        if constexpr (Product::kScaled) sum = sum * Set(row_scale[place.row]);
+        each(n, Softplus(Fma(sum, Load(scale + slot + n), Load(shift + slot + n))),
+             std::min(kLanes, units - n));
+      }
     }
   }
 }
 
 template <typename Product>
-void SecondOf(const DenoiserView& model, const RowsView& rows, std::int64_t chunk, const void* in,
+void SecondOf(const DenoiserView& model, const RowsView& rows, ChunkRange chunks, const void* in,
               const float* row_scale, float* scratch, void* out) {
-  const Tiles tiles(rows.count);
-  HiddenOf<Product>(
-      model, model.layers[1], rows, chunk, in, row_scale, scratch, [&](std::int64_t row) {
-        const Leave<Product> leave(model, tiles, row, out);
-        return [leave, chunk](int n, Vec h, int count) { leave(chunk * kChunk + n, h, count); };
-      });
+  const auto tiles = RowTiles::Of<Product>(rows.count);
+  HiddenOf<Product>(model, model.layers[1], rows, chunks, in, row_scale, scratch,
+                    [&](std::int64_t chunk, const Place& place) {
+                      const Activations<Product> store(model, tiles, place, out);
+                      return [store, chunk](int n, Vec h, int count) {
+                        store(chunk * kChunk + n, h, count);
+                      };
+                    });
+}
+
+// hidden [kChunk / kLanes] . weight, summed in `kOut` lanes, then the lanes by halves.
+template <int kOut>
+float OutputSum(const Vec* hidden, const float* weight, int units) {
+  constexpr int kVectors = kOut / kLanes;
+  Vec sums[kVectors];
+  for (Vec& sum : sums) sum = Zero();
+  for (int i = 0; i < units; i += kLanes) {
+    Vec& sum = sums[i / kLanes % kVectors];
+    sum = Fma(hidden[i / kLanes], Load(weight + i), sum);  // 0 past the end
+  }
+  for (int half = kVectors / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
+  }
+  return Sum(sums[0]);
 }
 
 template <typename Product>
-void ThirdOf(const DenoiserView& model, const RowsView& rows, std::int64_t chunk, const void* in,
+void ThirdOf(const DenoiserView& model, const RowsView& rows, ChunkRange chunks, const void* in,
              const float* row_scale, float* scratch, float* partial) {
-  const int units = UnitsOf(model, chunk);
   Vec hidden[kChunk / kLanes];
-  HiddenOf<Product>(
-      model, model.layers[2], rows, chunk, in, row_scale, scratch, [&](std::int64_t row) {
-        return [&, row](int n, Vec h, int) {
-          hidden[n / kLanes] = h;
-          if (n + kLanes < units) return;
-          for (std::int64_t c = 0; c < model.classes; ++c) {
-            const float* weight = model.output_weight + c * model.stride + chunk * kChunk;
-            Vec sum = Zero();
-            for (int i = 0; i < units; i += kLanes) {
-              sum = Fma(hidden[i / kLanes], Load(weight + i), sum);  // 0 past the end
-            }
-            partial[row * model.classes + c] = Sum(sum);
-          }
-        };
-      });
+  HiddenOf<Product>(model, model.layers[2], rows, chunks, in, row_scale, scratch,
+                    [&](std::int64_t chunk, const Place& place) {
+                      return [&, chunk, row = place.row](int n, Vec h, int) {
+                        hidden[n / kLanes] = h;
+                        const int units = UnitsOf(model, chunk);
+                        if (n + kLanes < units) return;
+                        float* out = partial + (chunk * rows.count + row) * model.classes;
+                        for (std::int64_t c = 0; c < model.classes; ++c) {
+                          const float* weight =
+                              model.output_weight + c * model.stride + chunk * kChunk;
+                          out[c] = OutputSum<kOutputLanes<Product>>(hidden, weight, units);
+                        }
+                      };
+                    });
 }
 
 // Calls work.operator()<Product>() with the products of a precision.
@@ -161,11 +212,11 @@ template <typename Work>
 auto WithProduct(Precision precision, const Work& work) {
   switch (precision) {
     case Precision::kBFloat16:
-      return work.template operator()<BFloat16Product>();
+      return work.template operator()<BFloat16>();
     case Precision::kInt8:
-      return work.template operator()<Int8Product>();
+      return work.template operator()<Int8>();
     default:
-      return work.template operator()<Float32Product>();
+      return work.template operator()<Float32>();
   }
 }
 
@@ -175,41 +226,54 @@ void First(const DenoiserView& model, Precision precision, const RowsView& rows,
               [&]<typename Product>() { FirstOf<Product>(model, rows, chunk, scratch, out); });
 }
 
-void Second(const DenoiserView& model, Precision precision, const RowsView& rows,
-            std::int64_t chunk, const void* in, const float* row_scale, float* scratch, void* out) {
+void Second(const DenoiserView& model, Precision precision, const RowsView& rows, ChunkRange chunks,
+            const void* in, const float* row_scale, float* scratch, void* out) {
   WithProduct(precision, [&]<typename Product>() {
-    SecondOf<Product>(model, rows, chunk, in, row_scale, scratch, out);
+    SecondOf<Product>(model, rows, chunks, in, row_scale, scratch, out);
   });
 }
 
-void Third(const DenoiserView& model, Precision precision, const RowsView& rows, std::int64_t chunk,
+void Third(const DenoiserView& model, Precision precision, const RowsView& rows, ChunkRange chunks,
            const void* in, const float* row_scale, float* scratch, float* partial) {
   WithProduct(precision, [&]<typename Product>() {
-    ThirdOf<Product>(model, rows, chunk, in, row_scale, scratch, partial);
+    ThirdOf<Product>(model, rows, chunks, in, row_scale, scratch, partial);
   });
 }
 
-std::int64_t TilesOf(std::int64_t rows) { return Tiles(rows).count; }
+std::int64_t Group(Precision precision, std::int64_t rows) {
+  return WithProduct(precision, [&]<typename Product>() { return Product::GroupChunks(rows); });
+}
+
+std::int64_t Scratch(Precision precision, std::int64_t rows, std::int64_t slots,
+                     std::int64_t chunks) {
+  const std::int64_t sums = WithProduct(precision, [&]<typename Product>() {
+    // Vector products: the sums of a block besides.
+    return SumsOf<Product>(RowTiles::Of<Product>(rows), chunks).size() +
+           (Product::kAmx ? 0 : rows * kChunk);
+  });
+  return 2 * slots * kChunk + sums;
+}
+
+std::int64_t TilesOf(std::int64_t rows) { return RowTiles::Of<Int8>(rows).count; }
 
 // A few elements of all rows after the other, since rows of a tile share cache lines.
 void ToBytes(const DenoiserView& model, std::int64_t rows, std::int64_t tile, const float* in,
              void* out, float* scale) {
   constexpr std::int64_t kPart = 64;
-  const Tiles tiles(rows);
+  const auto tiles = RowTiles::Of<Int8>(rows);
   const std::int64_t begin = tiles.Begin(tile);
-  float inverse[kTileRows];
+  float inverse[Int8::kMostRows];
   for (int m = 0; m < tiles.Size(tile); ++m) {
     scale[begin + m] = ByteScale(in + (begin + m) * model.stride, model.features, inverse + m);
   }
   for (std::int64_t first = 0; first < model.features; first += kPart) {
     for (int m = 0; m < tiles.Size(tile); ++m) {
-      const ActivationRow<Int8Product> to(tiles, begin + m, model.stride * 4, out);
+      const RowOf<Int8> to(model, tiles, {begin + m, tile, m}, out);
       ForBytes(in + (begin + m) * model.stride + first, std::min(kPart, model.features - first),
                inverse[m], [&](std::int64_t k, const std::int32_t* numbers, int count) {
-                 Int8Product::Activation bytes[kLanes];
+                 Int8::Activation bytes[kLanes];
                  for (int i = 0; i < count; ++i) {
-                   bytes[i] =
-                       static_cast<Int8Product::Activation>(numbers[i] + Int8Product::kOffset);
+                   bytes[i] = static_cast<Int8::Activation>(numbers[i] + Int8::kOffset);
                  }
                  to.Set(first + k, bytes, count);
                });
@@ -260,11 +324,11 @@ float MultiplyAddAll(Precision precision, std::int64_t count) {
   const auto run = [&]<typename Product>() {
     constexpr int kRows = 6;
     const typename Product::Activation a[kRows * 4] = {};
+    constexpr int kPanel = Product::kPanel;
     const typename Product::Weight weights[kPanel * 4] = {};
-    float sums[kRows * kChunk] = {};
-    alignas(64) const std::byte front[4 * kPanel] = {};
+    typename Product::Total sums[kRows * kChunk] = {};
     Sums<Product, kRows> tile;
-    tile.Begin(front);
+    tile.Begin({});
     const auto* hidden_a = a;
     const auto* hidden_w = weights;
     for (std::int64_t i = 0; i < count; i += kRows * kPanel * Product::kGroup) {
@@ -272,12 +336,13 @@ float MultiplyAddAll(Precision precision, std::int64_t count) {
       Hide(hidden_w);
       tile.AddGroup(hidden_a, hidden_w);
     }
-    tile.End(true, sums);
-    return std::accumulate(sums, sums + kRows * kChunk, 0.0f);
+    tile.End({nullptr, 0, nullptr, sums});
+    return static_cast<float>(
+        std::accumulate(sums, sums + kRows * kChunk, typename Product::Total{}));
   };
   constexpr int kSums = 12;
   if (precision == Precision::kInt8) {
-    if constexpr (Int8Product::kOffset != 0) return run.template operator()<Int8Product>();
+    if constexpr (VectorInt8::kOffset != 0) return run.template operator()<VectorInt8>();
     Ints whole[kSums];
 #pragma GCC unroll 12
     for (int s = 0; s < kSums; ++s) whole[s] = ZeroInts();
@@ -293,8 +358,8 @@ float MultiplyAddAll(Precision precision, std::int64_t count) {
     for (int s = 0; s < kSums; ++s) total = total + ToFloat(whole[s]);
     return Sum(total);
   }
-  if (precision == Precision::kBFloat16 && !std::is_same_v<BFloat16Product::Activation, float>) {
-    return run.template operator()<BFloat16Product>();
+  if (precision == Precision::kBFloat16 && !std::is_same_v<VectorBFloat16::Activation, float>) {
+    return run.template operator()<VectorBFloat16>();
   }
   Vec sums[kSums];
   for (int s = 0; s < kSums; ++s) sums[s] = Set(static_cast<float>(s));
@@ -308,8 +373,8 @@ float MultiplyAddAll(Precision precision, std::int64_t count) {
 }
 
 constexpr DenoiseKernels kDenoiseKernels{
-    DIFFMIC_SIMD_NAME, First,     Second,      Third,   TilesOf,        ToBytes,
-    ChunkBytes,        PackChunk, SoftplusAll, ReadAll, MultiplyAddAll,
+    DIFFMIC_SIMD_NAME, Group,      Scratch,   First,       Second,  Third,          TilesOf,
+    ToBytes,           ChunkBytes, PackChunk, SoftplusAll, ReadAll, MultiplyAddAll,
 };
 
 }  // namespace

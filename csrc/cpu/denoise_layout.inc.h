@@ -1,17 +1,17 @@
-// How the weights and activations of `denoise`'s hidden layers lie in memory, by precision, and
-// what one instruction does with them. Part of denoise_kernels.inc.h, compiled once an instruction
-// set.
+// How the weights and activations of `denoise`'s hidden layers lie in memory. Part of
+// denoise_kernels.inc.h, compiled once an instruction set.
 //
-// A hidden layer is out[m, f] = sum over k of in[m, k] W[f, k]. W is packed once (PackChunk) in the
-// order in which a tile of kTileRows x kPanel sums reads it:
+// A hidden layer is out[m, f] = sum over k of in[m, k] W[f, k]. W is packed once (PackChunkOf) in
+// the order in which a product reads it:
 //
 //   chunk of kChunk units | block of kDepth elements of k | panel of kPanel units |
 //   kGroup elements of k | units of the panel | the group's elements
 //
-// so a chunk is one stream, whatever the number of rows. Activations lie in the order in which a
-// tile reads them, too: the rows of a tile side by side, kGroup elements of k of each, and then the
-// next kGroup. (Row after row they would be a stride of pages apart, and a block of many rows would
-// share a few sets of the caches: at 192 rows that costs a tenth of the time.)
+// so a chunk is one stream, whatever the number of rows. Where an instruction takes unsigned
+// activations (kOffset), the initial sums of the chunk's units precede it. The activations of a
+// tile of rows are adjacent, too: kGroup elements of k of each row, and then the next kGroup. (As a
+// row-major matrix, rows would be a stride of pages apart, and a block of many rows would share a
+// few sets of the caches: at 192 rows that costs a tenth of the time.)
 #ifndef DIFFMIC_CPU_DENOISE_LAYOUT_INC_H_
 #define DIFFMIC_CPU_DENOISE_LAYOUT_INC_H_
 
@@ -21,209 +21,44 @@
 #include <cstring>
 
 #include "cpu/denoise_kernels.h"
+#include "cpu/denoise_precisions.inc.h"
 #include "cpu/simd.h"
 
 namespace diffmic::cpu::DIFFMIC_SIMD {
 namespace {
 
-constexpr int kPanel = 2 * kLanes;
-constexpr int kPanels = kChunk / kPanel;
-constexpr int kTileRows = kRegisters == 32 ? 12 : 6;
-static_assert(kChunk % kPanel == 0);
-
-// ---- one precision each: how weights and activations lie, and what is done with them
-
-struct Float32Product {
-  using Weight = float;
-  using Activation = float;
-  using Sum = Vec;
-  struct Operand {
-    Vec v;
-  };
-  static constexpr int kGroup = 1;
-  static constexpr int kParts = 1;
-  static constexpr bool kScaled = false;
-  static constexpr int kStreamRows = kTileRows / 2;
-
-  static Vec Finish(Sum sum) { return sum; }
-  template <int>
-  static Operand LoadWeights(const Weight* w) {
-    return {Load(w)};
-  }
-  template <int>
-  static void MultiplyAdd(const Activation* a, Operand w_low, Operand w_high, Sum& low, Sum& high) {
-    const Vec element = Set(*a);
-    AddProduct(element, w_low.v, low);
-    AddProduct(element, w_high.v, high);
-  }
-  static void Round(Vec value, Activation* numbers) { Store(numbers, value); }
-};
-
-#if defined(DIFFMIC_SIMD_AVX512_BF16)
-
-// Two elements at a time: sum + odd product, rounded, + even product, rounded; denormal numbers
-// count as 0.
-struct BFloat16Product {
-  using Weight = std::uint16_t;
-  using Activation = std::uint16_t;
-  using Sum = Vec;
-  struct Operand {
-    __m512i v;
-  };
-  static constexpr int kGroup = 2;
-  static constexpr int kParts = 1;
-  static constexpr bool kScaled = false;
-  static constexpr int kStreamRows = kTileRows / 2;
-
-  static Vec Finish(Sum sum) { return sum; }
-  template <int>
-  static Operand LoadWeights(const Weight* w) {
-    return {_mm512_loadu_si512(w)};
-  }
-  template <int>
-  static void MultiplyAdd(const Activation* a, Operand w_low, Operand w_high, Sum& low, Sum& high) {
-    std::int32_t pair;
-    std::memcpy(&pair, a, sizeof pair);
-    const auto elements = (__m512bh)_mm512_set1_epi32(pair);
-    low.v = _mm512_dpbf16_ps(low.v, elements, (__m512bh)w_low.v);
-    high.v = _mm512_dpbf16_ps(high.v, elements, (__m512bh)w_high.v);
-  }
-  static void Round(Vec value, Activation* numbers) {
-    StoreBFloat16(numbers, RoundToBFloat16(value));
-  }
-};
-
-#else
-
-// bfloat16 numbers, float32 arithmetic: a product of two of them is exact, and fused with its sum.
-struct BFloat16Product {
-  using Weight = std::uint16_t;
-  using Activation = float;  // rounded
-  using Sum = Vec;
-  struct Operand {
-    Vec v;
-  };
-  static constexpr int kGroup = 2;
-  static constexpr int kParts = 2;  // one after the other, or 16 registers would not do
-  static constexpr bool kScaled = false;
-  static constexpr int kStreamRows = kLanes >= 8 ? 1 : 0;
-
-  static Vec Finish(Sum sum) { return sum; }
-  template <int kPart>
-  static Operand LoadWeights(const Weight* w) {
-    const Pairs pairs = LoadPairs(w);
-    return {kPart == 0 ? Even(pairs) : Odd(pairs)};
-  }
-  template <int kPart>
-  static void MultiplyAdd(const Activation* a, Operand w_low, Operand w_high, Sum& low, Sum& high) {
-    Float32Product::MultiplyAdd<0>(a + kPart, {w_low.v}, {w_high.v}, low, high);
-  }
-  static void Round(Vec value, Activation* numbers) { Store(numbers, RoundToBFloat16(value)); }
-};
-
-#endif
-
-#if defined(DIFFMIC_SIMD_AVX512_BF16)
-
-// The instruction multiplies unsigned bytes by signed ones. Activations are therefore kept 128 too
-// large, and a block's sums begin with what that adds, -128 times the sum of its weights, which
-// lies in front of the block.
-struct Int8Product {
-  using Weight = std::int8_t;
-  using Activation = std::uint8_t;
-  using Sum = Ints;
-  struct Operand {
-    __m512i v;
-  };
-  static constexpr int kGroup = 4;
-  static constexpr int kParts = 1;
-  static constexpr bool kScaled = true;
-  static constexpr int kStreamRows = kTileRows / 2;
-  static constexpr int kOffset = 128;
-
-  static Sum Begin(const std::int32_t* front) { return {_mm512_loadu_si512(front)}; }
-  static Vec Finish(Sum sum) { return ToFloat(sum); }
-  template <int>
-  static Operand LoadWeights(const Weight* w) {
-    return {_mm512_loadu_si512(w)};
-  }
-  template <int>
-  static void MultiplyAdd(const Activation* a, Operand w_low, Operand w_high, Sum& low, Sum& high) {
-    std::int32_t four;
-    std::memcpy(&four, a, sizeof four);
-    const __m512i elements = _mm512_set1_epi32(four);
-    Add(elements, w_low.v, low);
-    Add(elements, w_high.v, high);
-  }
-
- private:
-  // _mm512_dpbusd_epi32, in the sum's own register as in AddProducts of simd.h.
-  static void Add(__m512i a, __m512i w, Sum& sum) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(a), "v"(w));
-  }
-};
-
-#else
-
-// Pairs of bytes widened to 16 bits; sums of their products are exact.
-struct Int8Product {
-  using Weight = std::int8_t;
-  using Activation = std::int16_t;
-  using Sum = Ints;
-  struct Operand {
-    Ints v;
-  };
-  static constexpr int kGroup = 2;
-  static constexpr int kParts = 1;
-  static constexpr bool kScaled = true;
-  static constexpr int kStreamRows = 0;
-  static constexpr int kOffset = 0;
-
-  static Sum Begin(const std::int32_t*) { return ZeroInts(); }
-  static Vec Finish(Sum sum) { return ToFloat(sum); }
-  template <int>
-  static Operand LoadWeights(const Weight* w) {
-    return {LoadBytePairs(w)};
-  }
-  template <int>
-  static void MultiplyAdd(const Activation* a, Operand w_low, Operand w_high, Sum& low, Sum& high) {
-    const Ints pair = SetPair(a);
-    AddProducts(pair, w_low.v, low);
-    AddProducts(pair, w_high.v, high);
-  }
-};
-
-#endif
-
-// A block of int8 products is a whole number below 2^24, which float32 holds.
-static_assert(kDepth * 127 * (127 + 1) < 1 << 24);
-
 // ---- packing
 
-// Bytes in front of a panel's block: where its sums begin, if that is not 0.
+// Bytes before a chunk: the initial sums of its units, if they are not 0.
 template <typename Product>
-constexpr std::int64_t FrontBytes() {
-  if constexpr (Product::kScaled) return Product::kOffset == 0 ? 0 : kPanel * 4;
-  return 0;
+constexpr std::int64_t kFrontBytes = Product::kOffset == 0 ? 0 : kChunk * 4;
+
+// Groups of `depth` elements, as a chunk is padded.
+template <typename Product>
+constexpr std::int64_t GroupsOf(std::int64_t depth) {
+  const std::int64_t groups = (depth + Product::kGroup - 1) / Product::kGroup;
+  return (groups + Product::kStep - 1) / Product::kStep * Product::kStep;
 }
 
 // Bytes of a panel's block of `depth` elements.
 template <typename Product>
 constexpr std::int64_t BlockBytes(std::int64_t depth) {
-  const std::int64_t groups = (depth + Product::kGroup - 1) / Product::kGroup;
-  return FrontBytes<Product>() + groups * Product::kGroup * kPanel *
-                                     static_cast<std::int64_t>(sizeof(typename Product::Weight));
+  return GroupsOf<Product>(depth) * Product::kGroup * Product::kPanel *
+         static_cast<std::int64_t>(sizeof(typename Product::Weight));
 }
 
 template <typename Product>
+constexpr int kPanels = static_cast<int>(kChunk / Product::kPanel);
+
+template <typename Product>
 std::int64_t ChunkBytesOf(std::int64_t features) {
-  const std::int64_t panels = kChunk / kPanel;
-  return panels * (features / kDepth * BlockBytes<Product>(kDepth) +
-                   (features % kDepth == 0 ? 0 : BlockBytes<Product>(features % kDepth)));
+  return kFrontBytes<Product> +
+         kPanels<Product> * (features / kDepth * BlockBytes<Product>(kDepth) +
+                             (features % kDepth == 0 ? 0 : BlockBytes<Product>(features % kDepth)));
 }
 
-// max |x| of a row, and its 127th part: the step of its bytes. Not a number where an element is
-// infinite or not a number, which a byte could not say; 0 for a row of (next to) nothing.
+// The scale of a row's bytes, amax / 127, and its inverse. NaN where an element is infinite or NaN,
+// which a byte cannot represent; 0 for a row of zeros, or next to them.
 inline float ByteScale(const float* x, std::int64_t count, float* inverse) {
   Vec most = Zero();
   Vec invalid = Zero();
@@ -269,77 +104,91 @@ inline void Convert(const float* w, std::int64_t depth, float inverse, std::int8
   });
 }
 
-// Packs `units` rows of W; what is left of the chunk is filled up with zeros.
+// Packs `units` rows of W. The rest of the chunk, and of its last groups, is zero.
 template <typename Product>
 void PackChunkOf(const float* weight, std::int64_t stride, int units, std::int64_t features,
                  std::byte* out, float* unit_scale) {
   using Weight = typename Product::Weight;
   constexpr std::int64_t kGroup = Product::kGroup;
+  constexpr int kPanel = Product::kPanel;
   float inverse[kChunk] = {};
   if constexpr (Product::kScaled) {
     for (int n = 0; n < units; ++n) {
       unit_scale[n] = ByteScale(weight + n * stride, features, inverse + n);
     }
   }
+  std::int32_t front[kChunk] = {};
+  std::byte* block = out + kFrontBytes<Product>;
   for (std::int64_t k = 0; k < features; k += kDepth) {
     const std::int64_t depth = std::min(kDepth, features - k);
     for (int panel = 0; panel < kChunk; panel += kPanel) {
-      const std::int64_t bytes = BlockBytes<Product>(depth);
-      std::memset(out, 0, static_cast<std::size_t>(bytes));
-      auto* packed = reinterpret_cast<Weight*>(out + FrontBytes<Product>());
+      std::memset(block, 0, static_cast<std::size_t>(BlockBytes<Product>(depth)));
+      auto* packed = reinterpret_cast<Weight*>(block);
       for (int n = 0; n < std::min(kPanel, units - panel); ++n) {
         Weight row[kDepth];
         Convert(weight + (panel + n) * stride + k, depth, inverse[panel + n], row);
         for (std::int64_t i = 0; i < depth; ++i) {
           packed[i / kGroup * kGroup * kPanel + n * kGroup + i % kGroup] = row[i];
         }
-        if constexpr (FrontBytes<Product>() > 0) {
-          std::int32_t sum = 0;
-          for (std::int64_t i = 0; i < depth; ++i) sum += row[i];
-          sum *= -Product::kOffset;
-          std::memcpy(out + 4 * n, &sum, sizeof sum);
+        if constexpr (Product::kOffset != 0) {
+          for (std::int64_t i = 0; i < depth; ++i) front[panel + n] -= Product::kOffset * row[i];
         }
       }
-      out += bytes;
+      block += BlockBytes<Product>(depth);
     }
   }
+  if constexpr (kFrontBytes<Product> > 0) std::memcpy(out, front, sizeof front);
 }
 
 // ---- activations
 
-// How rows fall into tiles: of nearly one size, the first ones a row larger where it must be.
-struct Tiles {
-  explicit Tiles(std::int64_t rows)
-      : count((rows + kTileRows - 1) / kTileRows), size(rows / count), larger(rows % count) {}
-
-  std::int64_t Begin(std::int64_t tile) const { return tile * size + std::min(tile, larger); }
-  int Size(std::int64_t tile) const { return static_cast<int>(size + (tile < larger ? 1 : 0)); }
-  std::int64_t Of(std::int64_t row) const {
-    const std::int64_t in_larger = larger * (size + 1);
-    return row < in_larger ? row / (size + 1) : larger + (row - in_larger) / size;
+// How rows are divided into tiles of nearly one size. Vector products: the first ones a row larger
+// where they must be. AMX: all of one size, the last one with rows that are not there.
+struct RowTiles {
+  template <typename Product>
+  static RowTiles Of(std::int64_t rows) {
+    const std::int64_t count = (rows + Product::kMostRows - 1) / Product::kMostRows;
+    if (Product::kAmx) return {rows, count, (rows + count - 1) / count, 0};
+    return {rows, count, rows / count, rows % count};
   }
 
-  std::int64_t count, size, larger;
+  std::int64_t Begin(std::int64_t tile) const { return tile * size + std::min(tile, larger); }
+  int Size(std::int64_t tile) const {
+    return static_cast<int>(std::min(size + (tile < larger ? 1 : 0), rows - Begin(tile)));
+  }
+
+  std::int64_t rows, count, size, larger;
 };
 
-// Where a row's activations lie: kGroup of them at a time, beside those of its tile's other rows.
+// A row and its place in a tile; a loop over rows needs no division.
+struct Place {
+  std::int64_t row = 0, tile = 0;
+  int within = 0;
+
+  void Next(const RowTiles& tiles) {
+    ++row;
+    if (++within < tiles.Size(tile)) return;
+    ++tile;
+    within = 0;
+  }
+};
+
+// Where the vector products read a row's activations: kGroup of them at a time, beside those of the
+// other rows of its tile.
 template <typename Product>
-class ActivationRow {
+class VectorRow {
  public:
   using Activation = typename Product::Activation;
   static constexpr int kGroup = Product::kGroup;
 
-  ActivationRow(const Tiles& tiles, std::int64_t row, std::int64_t row_bytes, void* activations) {
-    const std::int64_t tile = tiles.Of(row);
-    const std::int64_t begin = tiles.Begin(tile);
-    step_ = std::int64_t{tiles.Size(tile)} * kGroup;
-    to_ = reinterpret_cast<Activation*>(static_cast<std::byte*>(activations) + begin * row_bytes) +
-          (row - begin) * kGroup;
-  }
+  VectorRow(const DenoiserView& model, const RowTiles& tiles, const Place& place, void* activations)
+      : to_(reinterpret_cast<Activation*>(static_cast<std::byte*>(activations) +
+                                          (place.row - place.within) * model.stride * 4) +
+            place.within * kGroup),
+        step_(std::int64_t{tiles.Size(place.tile)} * kGroup) {}
 
-  // Elements [k, k + count) of the row, k a multiple of kGroup. What is left of a group at the end
-  // is 0: it meets weights of 0, and must not be what another row left there, which may be
-  // anything.
+  // Elements [k, k + count) of the row, k a multiple of kGroup. The rest of the last group is 0: it
+  // meets weights of 0, and must not be what another row left there, which may be NaN.
   void Set(std::int64_t k, const Activation* numbers, int count) const {
     Activation* to = to_ + k / kGroup * step_;
     int i = 0;

@@ -1,15 +1,19 @@
-// The products of `denoise`: sums along k of activations and packed weights, which lie as
+// The vector products of `denoise`: sums along k of activations and packed weights, which lie as
 // denoise_layout.inc.h says. Part of denoise_kernels.inc.h, compiled once an instruction set.
 //
-// A thread takes a chunk and goes along it: a block of a panel (16 KB of float32 with AVX2) comes
-// from memory once, prefetched while the one before it is in use, and stays in L1 for all tiles of
-// rows. For an element of k a tile reads two vectors of weights and one number a row, and does two
-// multiply-adds a row: with 6 rows (16 registers) or 12 (32), 12 or 24 multiply-adds against 8 or
-// 14 loads, so the sums' arithmetic bounds it, not the caches. A few rows are bound by memory
-// alone, and read several blocks at the same time (StreamBlocks).
+// A thread computes a group of chunks. A block of weights (32 KB of float32 with AVX-512, 16 KB
+// with AVX2) is read once from memory and used by all tiles of rows from the caches. For an element
+// of k a tile reads two vectors of weights and one number a row, and does two multiply-adds a row:
+// with 6 rows (16 registers) or 12 (32), 12 or 24 multiply-adds for 8 or 14 loads, so arithmetic
+// bounds it, not the caches.
 //
-// A sum has one order: element after element within a block, from 0, and block after block. It
-// does not depend on the tile, so not on the rows beside it.
+//   one tile of rows   bound by memory: chunks are read as streams, weights are prefetched
+//   more tiles         block after block, the next one is prefetched to L2 while this one is used
+//   many rows          a group of chunks takes a block of activations from L2 instead of memory
+//
+// A sum has one order: element after element within a block of kDepth, from 0, and block after
+// block (int32 sums are exact). It does not depend on the tile, so not on the other rows, and not
+// on the depth of a step, between which the sums of a block are kept in memory.
 //
 // Arithmetic at F = 6144, a step: 4 F^2 M operations against 8 F^2 bytes of float32 weights (302
 // MB), half of them as bfloat16, a quarter as bytes. With two cores of 100 GFLOP/s and 12 GB/s each
@@ -28,22 +32,21 @@
 namespace diffmic::cpu::DIFFMIC_SIMD {
 namespace {
 
-constexpr int kUnroll = 4;  // groups between two looks at what to prefetch
+constexpr int kUnroll = 4;  // groups between two prefetches
 
-// Where the sums of kLanes units begin; `front` lies in front of their block.
-template <typename Product>
-typename Product::Sum Begin(const std::int32_t* front) {
-  if constexpr (Product::kScaled) {
-    return Product::Begin(front);
-  } else {
-    return Zero();
-  }
-}
-
-// What to fetch while a tile is computed: the next block, a part of it with each tile.
+// Cache lines to fetch while a tile is computed, so many at every kUnroll groups.
 struct Ahead {
   const std::byte* next;
-  int lines;  // a look
+  int lines;
+};
+
+// Where the sums of a tile begin and end. Rows are kChunk sums apart in memory.
+template <typename Total>
+struct Edges {
+  const Total* begin;         // null: 0
+  std::int64_t begin_stride;  // 0: the same for all rows
+  const Total* add;           // null, or what is added at the end
+  Total* end;
 };
 
 // The sums of kM rows and a panel of units. Every loop over the rows is unrolled: only then are the
@@ -51,15 +54,20 @@ struct Ahead {
 template <typename Product, int kM>
 struct Sums {
   using Activation = typename Product::Activation;
+  using Total = typename Product::Total;
 
   typename Product::Sum low[kM], high[kM];
 
-  [[gnu::always_inline]] void Begin(const std::byte* block) {
-    const auto* front = reinterpret_cast<const std::int32_t*>(block);
+  [[gnu::always_inline]] void Begin(const Edges<Total>& edges) {
+    if (edges.begin == nullptr) {
 #pragma GCC unroll 12
-    for (int m = 0; m < kM; ++m) {
-      low[m] = DIFFMIC_SIMD::Begin<Product>(front);
-      high[m] = DIFFMIC_SIMD::Begin<Product>(front + kLanes);
+      for (int m = 0; m < kM; ++m) low[m] = high[m] = Product::ZeroSum();
+    } else {
+#pragma GCC unroll 12
+      for (int m = 0; m < kM; ++m) {
+        low[m] = Product::LoadSum(edges.begin + m * edges.begin_stride);
+        high[m] = Product::LoadSum(edges.begin + m * edges.begin_stride + kLanes);
+      }
     }
   }
 
@@ -79,126 +87,186 @@ struct Sums {
     if constexpr (Product::kParts == 2) Add<1>(a, w);
   }
 
-  [[gnu::always_inline]] void End(bool first, float* sums) const {
+  [[gnu::always_inline]] void End(const Edges<Total>& edges) const {
 #pragma GCC unroll 12
     for (int m = 0; m < kM; ++m) {
-      End(low[m], first, sums + m * kChunk);
-      End(high[m], first, sums + m * kChunk + kLanes);
+      End(low[m], edges, m * kChunk);
+      End(high[m], edges, m * kChunk + kLanes);
     }
   }
 
  private:
-  static void End(typename Product::Sum sum, bool first, float* to) {
-    const Vec block_sum = Product::Finish(sum);
-    Store(to, first ? block_sum : Load(to) + block_sum);
+  static void End(typename Product::Sum sum, const Edges<Total>& edges, std::int64_t at) {
+    if constexpr (!Product::kScaled) {
+      if (edges.add != nullptr) sum = Product::LoadSum(edges.add + at) + sum;
+    }
+    Product::StoreSum(edges.end + at, sum);
   }
 };
 
-// sums[m * kChunk + n] = or += a_m . w_n, for a tile of kM rows and `groups` groups, a multiple of
-// kUnroll, of kStreams blocks of panels that follow each other. A function of its own, without a
+// A tile of kM rows, and `groups` groups, a multiple of kLook. A function of its own, without a
 // loop for a rest: with either beside it, GCC would not keep all sums in registers.
-template <typename Product, int kM, int kStreams, int kUnroll>
-[[gnu::noinline]] void Tile(const typename Product::Activation* a, const std::byte* block,
-                            std::int64_t groups, Ahead ahead, bool first, float* sums) {
+template <typename Product, int kM, int kLook>
+[[gnu::noinline]] void Tile(const typename Product::Activation* a,
+                            const typename Product::Weight* w, std::int64_t groups, Ahead ahead,
+                            const Edges<typename Product::Total>& edges) {
   constexpr int kGroup = Product::kGroup;
-  constexpr std::int64_t kBytes = BlockBytes<Product>(kDepth);
-  const std::byte* w = block + FrontBytes<Product>();
-  Sums<Product, kM> streams[kStreams];
+  Sums<Product, kM> sums;
+  sums.Begin(edges);
+  for (std::int64_t g = 0; g < groups; g += kLook) {
+    for (int line = 0; line < ahead.lines; ++line, ahead.next += 64) PrefetchToL2(ahead.next);
 #pragma GCC unroll 4
-  for (int s = 0; s < kStreams; ++s) streams[s].Begin(block + s * kBytes);
-  for (std::int64_t g = 0; g < groups; g += kUnroll) {
-    for (int line = 0; line < ahead.lines; ++line, ahead.next += 64) Prefetch(ahead.next);
-#pragma GCC unroll 4
-    for (int i = 0; i < kUnroll; ++i) {
-#pragma GCC unroll 4
-      for (int s = 0; s < kStreams; ++s) {
-        const auto* weights = reinterpret_cast<const typename Product::Weight*>(w + s * kBytes);
-        streams[s].AddGroup(a + (s / kPanels * kDepth + (g + i) * kGroup) * kM,
-                            weights + (g + i) * kGroup * kPanel);
-      }
+    for (int i = 0; i < kLook; ++i) {
+      sums.AddGroup(a + (g + i) * kGroup * kM, w + (g + i) * kGroup * Product::kPanel);
     }
   }
-#pragma GCC unroll 4
-  for (int s = 0; s < kStreams; ++s) {
-    streams[s].End(first && s < kPanels, sums + s % kPanels * kPanel);
-  }
+  sums.End(edges);
 }
 
-template <typename Product, int kM = kTileRows>
-void TileOf(int rows, const typename Product::Activation* a, const std::byte* block,
-            std::int64_t groups, Ahead ahead, bool first, float* sums) {
+template <typename Product, int kM = Product::kMostRows>
+void TileOf(int rows, const typename Product::Activation* a, const typename Product::Weight* w,
+            std::int64_t groups, Ahead ahead, const Edges<typename Product::Total>& edges) {
   if constexpr (kM > 1) {
-    if (rows < kM) return TileOf<Product, kM - 1>(rows, a, block, groups, ahead, first, sums);
+    if (rows < kM) return TileOf<Product, kM - 1>(rows, a, w, groups, ahead, edges);
   }
   if (groups % kUnroll == 0) {
-    Tile<Product, kM, 1, kUnroll>(a, block, groups, ahead, first, sums);
+    Tile<Product, kM, kUnroll>(a, w, groups, ahead, edges);
   } else {
-    Tile<Product, kM, 1, 1>(a, block, groups, ahead, first, sums);
+    Tile<Product, kM, 1>(a, w, groups, ahead, edges);
   }
 }
 
-// Blocks that a tile of few rows reads at the same time: memory gives a fifth more to four streams
-// than to one (two cores of a Zen 3 processor), as many as there are registers for. Their reading
-// is even, so the processor's own prefetching does better than ours. Where weights are widened
-// first, arithmetic bounds even a few rows, and they stay with one stream.
-constexpr int StreamsOf(int rows) { return kTileRows >= 4 * rows ? 4 : 2; }
-
-// As many whole blocks of a chunk as go into streams, for all rows, which are one tile. Returns
-// them.
-template <typename Product, int kM = Product::kStreamRows>
-std::int64_t StreamBlocks(std::int64_t rows, const typename Product::Activation* a,
-                          const std::byte* chunk, std::int64_t features, float* sums) {
-  if constexpr (kM > 1) {
-    if (rows < kM) return StreamBlocks<Product, kM - 1>(rows, a, chunk, features, sums);
-  }
-  constexpr int kStreams = StreamsOf(kM);
-  static_assert(kStreams % kPanels == 0 || kPanels % kStreams == 0);
-  constexpr std::int64_t kGroups = kDepth / Product::kGroup;
-  const std::int64_t blocks = features / kDepth * kPanels / kStreams * kStreams;
-  for (std::int64_t i = 0; i < blocks; i += kStreams) {
-    Tile<Product, kM, kStreams, 1>(a + i / kPanels * kDepth * kM,
-                                   chunk + i * BlockBytes<Product>(kDepth), kGroups, {nullptr, 0},
-                                   i < kPanels, sums + i % kPanels * kPanel);
-  }
-  return blocks;
-}
-
-// sums [rows, kChunk] = in . W^T for the chunk of W at `chunk`.
+// Elements of k between two passes over the rows; divides kDepth. Blocks of 16 to 32 rows are bound
+// by memory and arithmetic alike, and shallow steps spread what is fetched.
 template <typename Product>
-void ChunkProduct(const std::byte* chunk, std::int64_t features, std::int64_t rows, const void* in,
-                  std::int64_t row_bytes, float* sums) {
-  using Activation = typename Product::Activation;
-  const Tiles tiles(rows);
-  std::int64_t block = 0;
-  if constexpr (Product::kStreamRows > 0) {
-    if (rows <= Product::kStreamRows) {
-      block =
-          StreamBlocks<Product>(rows, static_cast<const Activation*>(in), chunk, features, sums);
-      chunk += block * BlockBytes<Product>(kDepth);
-    }
+std::int64_t StepDepth(std::int64_t rows) {
+  if (rows <= Product::kMostRows || rows > 32) return kDepth;
+  return rows <= 16 ? 32 : 64;
+}
+
+// Bytes of its own weights that a single tile of rows prefetches ahead. Within a page of 4 KB the
+// processor's own prefetching follows; farther ahead it does not.
+constexpr std::int64_t kBytesAhead = 3072;
+
+// The packed weights of a group of chunks.
+template <typename Product>
+class ChunkGroup {
+ public:
+  using Weight = typename Product::Weight;
+
+  ChunkGroup(const std::byte* weights, std::int64_t chunks, std::int64_t features)
+      : weights_(weights),
+        chunks_(chunks),
+        features_(features),
+        chunk_bytes_(ChunkBytesOf<Product>(features)) {}
+
+  std::int64_t Depth(std::int64_t k) const { return std::min(kDepth, features_ - k); }
+  const std::int32_t* Front(std::int64_t chunk) const {
+    return reinterpret_cast<const std::int32_t*>(weights_ + chunk * chunk_bytes_);
   }
-  for (; block / kPanels * kDepth < features; ++block) {
-    const std::int64_t k = block / kPanels * kDepth;
-    const int panel = static_cast<int>(block % kPanels) * kPanel;
-    const std::int64_t depth = std::min(kDepth, features - k);
-    const std::byte* next = chunk + BlockBytes<Product>(depth);
-    const bool last = k + depth == features && panel + kPanel == kChunk;
-    // Lines a look, so that the tiles together fetch a block.
-    const std::int64_t groups = (depth + Product::kGroup - 1) / Product::kGroup;
+  // A panel's block of the elements from k on, a multiple of kDepth.
+  const std::byte* Block(std::int64_t chunk, std::int64_t k, int panel) const {
+    return weights_ + chunk * chunk_bytes_ + kFrontBytes<Product> +
+           kPanels<Product> * (k / kDepth) * BlockBytes<Product>(kDepth) +
+           panel * BlockBytes<Product>(Depth(k));
+  }
+  // The block that is used next; behind the last one, the chunk that follows the group.
+  const std::byte* BlockAfter(std::int64_t chunk, std::int64_t k, int panel) const {
+    if (panel + 1 < kPanels<Product>) return Block(chunk, k, panel + 1);
+    if (chunk + 1 < chunks_) return Block(chunk + 1, k, 0);
+    if (k + kDepth < features_) return Block(0, k + kDepth, 0);
+    return weights_ + chunks_ * chunk_bytes_;
+  }
+
+ private:
+  const std::byte* weights_;
+  std::int64_t chunks_, features_, chunk_bytes_;
+};
+
+// Where a product's sums lie in memory: [chunks, rows, kChunk].
+class VectorSums {
+ public:
+  VectorSums(const RowTiles& tiles, std::int64_t chunks)
+      : rows_(tiles.rows), size_(chunks * tiles.rows * kChunk) {}
+
+  std::int64_t size() const { return size_; }
+  std::int64_t operator()(std::int64_t chunk, const Place& place, std::int64_t unit) const {
+    return (chunk * rows_ + place.row) * kChunk + unit;
+  }
+
+ private:
+  std::int64_t rows_, size_;
+};
+
+// Sums of float32 of the elements [k, k + depth), which end a block if `ends`: between the steps of
+// a block they are kept in `partial`.
+template <typename Product>
+Edges<float> FloatEdges(std::int64_t k, bool ends, float* sums, float* partial) {
+  const bool begins = k % kDepth == 0;
+  return {begins ? nullptr : partial, kChunk, ends && k >= kDepth ? sums : nullptr,
+          ends ? sums : partial};
+}
+
+// sums (VectorSums) = in . W^T for the chunks of W at `weights`. `partial`: [rows, kChunk].
+template <typename Product>
+void GroupProduct(const std::byte* weights, std::int64_t chunks, std::int64_t features,
+                  const RowTiles& tiles, const void* in, std::int64_t row_bytes,
+                  typename Product::Total* sums, typename Product::Total* partial) {
+  using Total = typename Product::Total;
+  using Activation = typename Product::Activation;
+  constexpr std::int64_t kWeightBytes =
+      Product::kPanel * static_cast<std::int64_t>(sizeof(typename Product::Weight));
+  const ChunkGroup<Product> group(weights, chunks, features);
+  const std::int64_t rows = tiles.rows;
+  const bool stream = tiles.count == 1;
+  const std::int64_t step = StepDepth<Product>(rows);
+
+  // Elements [k, k + depth) of a panel for all rows, and the next ones to L2.
+  const auto pass = [&](std::int64_t chunk, int panel, std::int64_t k, std::int64_t depth,
+                        bool ends, const std::byte* w, const std::byte* next) {
+    const std::int64_t groups = GroupsOf<Product>(depth);
     const std::int64_t looks = groups % kUnroll == 0 ? groups / kUnroll : groups;
-    const std::int64_t lines = BlockBytes<Product>(depth) / 64;
+    const std::int64_t lines = (groups * Product::kGroup * kWeightBytes + 63) / 64;
     const std::int64_t each = (lines + looks * tiles.count - 1) / (looks * tiles.count);
     for (std::int64_t tile = 0; tile < tiles.count; ++tile) {
       const std::int64_t row = tiles.Begin(tile);
       const int size = tiles.Size(tile);
       const auto* a =
           reinterpret_cast<const Activation*>(static_cast<const std::byte*>(in) + row * row_bytes);
-      const std::int64_t ahead = tile * looks * each;
-      TileOf<Product>(size, a + k * size, chunk, groups,
-                      {next + 64 * ahead, last || ahead >= lines ? 0 : static_cast<int>(each)},
-                      k == 0, sums + row * kChunk + panel);
+      const std::int64_t offset = row * kChunk + panel * Product::kPanel;
+      Total* to = sums + chunk * rows * kChunk + offset;
+      Edges<Total> edges{};
+      if constexpr (Product::kScaled) {
+        edges = {k > 0 ? to : nullptr, kChunk, nullptr, to};
+        if (k == 0 && Product::kOffset != 0) {
+          edges.begin = group.Front(chunk) + panel * Product::kPanel;
+          edges.begin_stride = 0;
+        }
+      } else {
+        edges = FloatEdges<Product>(k, ends, to, partial + offset);
+      }
+      const std::int64_t first_line = tile * looks * each;
+      const Ahead ahead{next + 64 * first_line, first_line < lines ? static_cast<int>(each) : 0};
+      TileOf<Product>(size, a + k * size, reinterpret_cast<const typename Product::Weight*>(w),
+                      groups, ahead, edges);
     }
-    chunk = next;
+  };
+  for (std::int64_t block = 0; block < features; block += kDepth) {
+    const std::int64_t depth = group.Depth(block);
+    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+      for (int panel = 0; panel < kPanels<Product>; ++panel) {
+        const std::byte* w = group.Block(chunk, block, panel);
+        for (std::int64_t k = 0; k < depth; k += step) {
+          const std::int64_t taken = std::min(step, depth - k);
+          const std::byte* here = w + k * kWeightBytes;
+          const bool ends = k + taken == depth;
+          const std::byte* next = stream ? here + kBytesAhead
+                                  : ends ? group.BlockAfter(chunk, block, panel)
+                                         : here + taken * kWeightBytes;
+          pass(chunk, panel, block + k, taken, ends, here, next);
+        }
+      }
+    }
   }
 }
 

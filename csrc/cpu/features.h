@@ -16,6 +16,10 @@ std::vector<std::string> AssumedInstructionSets();
 
 const char* Architecture();
 
+// Why the kernels with AMX's tiles cannot run here, or "". The first call asks the operating system
+// for permission to use them, once a process; threads and forked children have it, too.
+const std::string& WhyNoAmx();
+
 }  // namespace diffmic::cpu
 
 #endif  // DIFFMIC_CPU_FEATURES_H_

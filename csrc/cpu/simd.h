@@ -4,9 +4,10 @@
 // A translation unit names its set before it includes this: DIFFMIC_SIMD_AVX512 (with
 // DIFFMIC_SIMD_AVX512_BF16 where it also has the dot products of bfloat16 and of bytes),
 // DIFFMIC_SIMD_AVX2, or none (then vectors of 16 bytes: NEON on Arm, SSE2 on x86, whatever the
-// compiler makes elsewhere). Everything lives in a namespace of that set's name, so that the linker
-// never takes one set's function for another's. Multiplication and addition are fused where the set
-// has it, and only where Fma is written.
+// compiler makes elsewhere). DIFFMIC_SIMD_AMX says that the tiles of AMX are used beside AVX-512,
+// or with DIFFMIC_SIMD_AMX_EMULATED their emulation beside AVX2. Everything lives in a namespace of
+// that set's name, so that the linker never takes one set's function for another's. Multiplication
+// and addition are fused where the set has it, and only where Fma is written.
 #ifndef DIFFMIC_CPU_SIMD_H_
 #define DIFFMIC_CPU_SIMD_H_
 
@@ -21,7 +22,13 @@
 #include <emmintrin.h>
 #endif
 
-#if defined(DIFFMIC_SIMD_AVX512_BF16)
+#if defined(DIFFMIC_SIMD_AMX_EMULATED)
+#define DIFFMIC_SIMD amx_emulated
+#elif defined(DIFFMIC_SIMD_AMX)
+#define DIFFMIC_SIMD amx
+#elif defined(DIFFMIC_SIMD_FUSED)
+#define DIFFMIC_SIMD portable_fused
+#elif defined(DIFFMIC_SIMD_AVX512_BF16)
 #define DIFFMIC_SIMD avx512_bf16
 #elif defined(DIFFMIC_SIMD_AVX512)
 #define DIFFMIC_SIMD avx512
@@ -121,6 +128,7 @@ struct Ints {
   __m512i v;
 };
 inline Ints ZeroInts() { return {_mm512_setzero_si512()}; }
+inline Ints LoadInts(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline Vec ToFloat(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 // Of whole numbers within +-2^22.
 inline Ints ToInts(Vec a) { return {_mm512_cvtps_epi32(a.v)}; }
@@ -139,6 +147,12 @@ inline Ints SetPair(const std::int16_t* p) {
 // own register: left to itself GCC moves the sums of a loop from one register to the other, a move
 // for every two multiply-adds, and does all of an unrolled loop's products of whole numbers first,
 // for which it has no registers left.
+#if defined(DIFFMIC_AVX512_EMULATED)  // tests/native/avx512_on_avx2.h: no such registers
+inline void AddProduct(Vec a, Vec b, Vec& sum) { sum = Fma(a, b, sum); }
+inline void AddProducts(Ints a, Ints b, Ints& sum) {
+  sum.v = _mm512_add_epi32(sum.v, _mm512_madd_epi16(a.v, b.v));
+}
+#else
 inline void AddProduct(Vec a, Vec b, Vec& sum) {
   asm("vfmadd231ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
 }
@@ -148,6 +162,7 @@ inline void AddProducts(Ints a, Ints b, Ints& sum) {
       : "+v"(sum.v), "=&v"(products)
       : "v"(a.v), "v"(b.v));
 }
+#endif
 
 #elif defined(DIFFMIC_SIMD_AVX2)
 
@@ -213,6 +228,9 @@ struct Ints {
   __m256i v;
 };
 inline Ints ZeroInts() { return {_mm256_setzero_si256()}; }
+inline Ints LoadInts(const std::int32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
 inline Vec ToFloat(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline Ints ToInts(Vec a) { return {_mm256_cvtps_epi32(a.v)}; }
 inline void StoreInts(std::int32_t* p, Ints a) {
@@ -278,6 +296,28 @@ inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
 inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
 inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
 inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+#if !defined(__aarch64__) && defined(DIFFMIC_SIMD_FUSED)
+// a b + c rounded once: the product is exact in double, and the sum is rounded to odd there, so
+// that rounding it again to float32 is correct (Boldo and Melquiond, IEEE Trans. Comput. 57, 2008).
+inline Vec Fma(Vec a, Vec b, Vec c) {
+  typedef double Doubles __attribute__((vector_size(32)));
+  typedef std::int64_t Words __attribute__((vector_size(32)));
+  const Doubles product =
+      __builtin_convertvector(a.v, Doubles) * __builtin_convertvector(b.v, Doubles);
+  const Doubles term = __builtin_convertvector(c.v, Doubles);
+  Doubles sum = product + term;
+  const Doubles virtual_term = sum - product;
+  const Doubles error = (product - (sum - virtual_term)) + (term - virtual_term);
+  Words bits;
+  std::memcpy(&bits, &sum, sizeof bits);
+  const Words inexact = (error > 0.0) | (error < 0.0);
+  const Words even = (bits & 1) - 1;
+  const Words toward_zero = (error > 0.0) ^ (sum > 0.0);  // -1, else 0
+  bits += inexact & even & (toward_zero | 1);
+  std::memcpy(&sum, &bits, sizeof sum);
+  return {__builtin_convertvector(sum, Quad)};
+}
+#else
 inline Vec Fma(Vec a, Vec b, Vec c) {
 #if defined(__aarch64__)
   return {(Quad)vfmaq_f32((float32x4_t)c.v, (float32x4_t)a.v, (float32x4_t)b.v)};
@@ -285,6 +325,7 @@ inline Vec Fma(Vec a, Vec b, Vec c) {
   return {a.v * b.v + c.v};
 #endif
 }
+#endif
 inline Vec Max(Vec a, Vec b) { return {Select(a.v > b.v, a.v, b.v)}; }
 inline Vec NegativeAbs(Vec a) { return {FromBits(Bits(a.v) | INT32_MIN)}; }
 // Of |a| < 2^22: adding 1.5 * 2^23 leaves no place for a fraction.
@@ -324,6 +365,11 @@ struct Ints {
   Integers v;
 };
 inline Ints ZeroInts() { return {Integers{0, 0, 0, 0}}; }
+inline Ints LoadInts(const std::int32_t* p) {
+  Ints a;
+  std::memcpy(&a.v, p, sizeof a.v);
+  return a;
+}
 inline Vec ToFloat(Ints a) { return {__builtin_convertvector(a.v, Quad)}; }
 inline Ints ToInts(Vec a) {
   const Vec magic = Set(12582912.0f);
@@ -363,9 +409,10 @@ inline void AddProducts(Ints a, Ints b, Ints& sum) {
 
 #endif
 
-// Asks for a cache line that will be read soon. Inlined always: gcc leaves a prefetch out of a
-// function of its own, which has no effect that it knows of.
+// Fetches a cache line that will be read soon, into L1 or L2. Inlined always: gcc leaves a prefetch
+// out of a function of its own, which has no effect that it knows of.
 [[gnu::always_inline]] inline void Prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+[[gnu::always_inline]] inline void PrefetchToL2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Makes a value one that the compiler knows nothing about.
 template <typename T>
