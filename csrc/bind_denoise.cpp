@@ -247,8 +247,8 @@ std::int64_t Denoise(py::handle features, py::handle prior, py::handle guidance,
   cpu::DenoiseOptions options;
   options.precision = ReadPrecision(precision);
   if (options.precision == cpu::Precision::kInt8 && x.size(1) > cpu::kMostInt8Features) {
-    throw py::value_error(Text(kOperation, ": with precision=\"int8\", features must have at most ",
-                               cpu::kMostInt8Features, " columns, got ", x.size(1)));
+    throw py::value_error(Text(kOperation, ": with int8 there may be at most ",
+                               cpu::kMostInt8Features, " features, got ", x.size(1)));
   }
   options.kernels = ReadKernels(instructions, options.precision);
   options.threads = threads;
@@ -333,7 +333,9 @@ void BindDenoise(py::module_& m) {
         "Write y_0 [M, C] of a whole reverse chain into out, and every state [n + 1, M, C] into "
         "trajectory; return how often the weights were read.");
   m.def("denoise_instructions", &cpu::DenoiseKernelNames,
-        "The instruction sets that `denoise` has kernels for and this processor has.");
+        "The instruction sets that `denoise` has kernels for and this processor has, the one that "
+        "\"auto\" takes first.");
+  m.def("why_no_amx", &cpu::WhyNoAmx, "Why the kernels with AMX's tiles cannot run, or \"\".");
   m.def("softplus", &Softplus, arg("x"), arg("out"), arg("instructions") = "auto",
         "softplus of x [n], as the kernels of `denoise` compute it; for tests.");
   m.def("read_probe", &ReadProbe, arg("x"), arg("threads") = 1, arg("instructions") = "auto",

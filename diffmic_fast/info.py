@@ -40,8 +40,8 @@ def report() -> dict[str, Any]:
         versions: package -> version, or None where it is not installed.
         extension: loaded, reason (why not), file, and the facts of its build.
         installed: what the installation recorded of its build, or None.
-        processor: architecture, name, instruction_sets, cores, threads (that torch uses), bfloat16_convolutions
-            (yes, or why not).
+        processor: architecture, name, instruction_sets, amx (yes, or why not), cores, threads (that torch uses),
+            bfloat16_convolutions (yes, or why not).
         gpu: torch_cuda, torch_devices, driver, devices, reason (why there are none).
         backends: device -> operation -> backend (what "auto" means here, or why it cannot serve),
             variable (DIFFMIC_BACKEND).
@@ -111,6 +111,7 @@ def _processor() -> dict[str, Any]:
         "instruction_sets": (
             module.cpu_features() if module else ["unknown without the extension"]
         ),
+        "amx": f"no: {obstacle}" if (obstacle := _why_no_amx(module)) else "yes",
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -118,6 +119,10 @@ def _processor() -> dict[str, Any]:
             f"no: {obstacle}" if (obstacle := bfloat16_obstacle(torch.device("cpu"))) else "yes"
         ),
     }
+
+
+def _why_no_amx(module: Any) -> str:
+    return module.why_no_amx() if module else "the extension was not loaded"
 
 
 def _gpu() -> dict[str, Any]:

@@ -82,8 +82,10 @@ bool Denoise(const DenoiserWeights& weights, const Steps& steps, const Chain& ch
 const DenoiseKernels* FindDenoiseKernels(const std::string& name, Precision precision) {
   const DenoiseKernels* portable =
       precision == Precision::kInt8 ? PortableInt8DenoiseKernels() : PortableDenoiseKernels();
-  for (const DenoiseKernels* kernels : {AmxDenoiseKernels(), Avx512Bf16DenoiseKernels(),
-                                        Avx512DenoiseKernels(), Avx2DenoiseKernels(), portable}) {
+  // Permission for AMX is asked for where it is going to be used.
+  const DenoiseKernels* amx = name == "auto" || name == "amx" ? AmxDenoiseKernels() : nullptr;
+  for (const DenoiseKernels* kernels :
+       {amx, Avx512Bf16DenoiseKernels(), Avx512DenoiseKernels(), Avx2DenoiseKernels(), portable}) {
     if (kernels != nullptr && (name == "auto" || name == kernels->name)) return kernels;
   }
   const DenoiseKernels* emulated = AmxEmulatedDenoiseKernels();

@@ -41,6 +41,7 @@ _CUDA_ROWS_AT_ONE_READING = 32
 # Readings of the weights in one launch: a few milliseconds of a GPU.
 _READINGS_A_LAUNCH = 64
 _MOST_CUDA_FEATURES, _MOST_CUDA_CLASSES, _MOST_TRITON_CLASSES = 65536, 512, 128
+_MOST_INT8_FEATURES = 133_144  # 127^2 F < 2^31
 _MOST_SAMPLE = 2**32 - 1
 
 __all__ = ["PRECISIONS", "PRECISIONS_OF", "DenoiserWeights", "StepTable", "denoise"]
@@ -88,18 +89,19 @@ def denoise(
         precision: "fp32" (IEEE float32 throughout); "bf16": weights and activations of the two hidden layers in
             bfloat16, sums and everything else in float32; "fp8", backend "cuda": the same with weights in float8
             (e4m3) times a step, the 448th part of the largest of a unit's weights; a unit with a weight that is not
-            finite is not-a-number whole; or "int8", backend "cpu": weights and activations are whole numbers in
-            [-127, 127] times a step, the 127th part of the largest of a unit's weights or of a row's activations,
-            everything else in float32. `PRECISIONS_OF` lists what each backend has. What a rounding changes in labels
+            finite is not-a-number whole; or "int8", backend "cpu", up to 133,144 features: weights and activations are
+            integers in [-127, 127] times a scale, amax / 127 of an output channel's weights or of a row's activations;
+            their products are summed in int32, everything else is float32. `PRECISIONS_OF` lists what each backend has. What a rounding changes in labels
             and probabilities: `python -m benchmarks.precision_labels`.
         backend: a backend's name, or "auto", which takes the reference where a gradient is wanted or a tensor is not
             float32, and on a GPU beyond 512 classes or 65536 features. There "auto" takes "triton", made for chains of
             many rows and for at most 128 classes, only where "cuda" is not built; it takes one step at a time, and a
             row's last bits depend on the number of rows, which chooses the tiles.
-        instructions: the instruction set of the backend "cpu" ("avx512_bf16", "avx512", "avx2", "portable"), or "auto"
-            for the widest of this processor. Sums differ in their last bits between sets, never within one: a row's
-            result does not depend on the other rows, on the number of threads (torch's), or on the run. On a GPU it
-            depends on the number of multiprocessors besides.
+        instructions: the instruction set of the backend "cpu" ("amx", "avx512_bf16", "avx512", "avx2", "portable"), or
+            "auto" for the widest of this processor and operating system. "amx_emulated" has the bits of "amx" on any
+            processor with AVX2, and is slower. In "fp32" and "bf16" sums differ in their last bits between sets, in
+            "int8" they do not. Within a set a row's result does not depend on the other rows, on the number of threads
+            (torch's), or on the run. On a GPU it depends on the number of multiprocessors besides.
         window: the most steps of a chain that the backends "cpu" and "cuda" may take at once, in [1, 192]; fewer where
             that is faster, or where rows are more than a launch takes. It changes the speed alone: the result has the
             sequential chain's bits. Default: for long chains of few rows, which are bound by reading the weights, 64
@@ -111,8 +113,8 @@ def denoise(
             rounding may tip over, by up to 1e-4 (measured in "bf16": 9e-5 over 1000 steps at 1e-5); "int8" takes none.
             The window is then taken as it is, up to 192 rows of a reading (default: what makes 16 rows of the chains,
             8 in "bf16", on a GPU 32, if there are enough steps).
-        progress: called with (steps done, steps in all) every tenth of a second or so; blocks of 192 rows go through
-            the chain one after the other (on a GPU, of up to 64), and their steps are counted together. "triton"
+        progress: called with (steps done, steps in all) every tenth of a second or so; blocks of up to 256 rows go
+            through the chain one after the other (on a GPU, of up to 64), and their steps are counted together. "triton"
             calls it behind every 64 steps of up to 4096 rows, the reference never. On a GPU a call without it returns
             before the chain is done, and one with it does not. An exception there, as Ctrl-C anywhere, stops the chain.
 
@@ -146,6 +148,11 @@ def denoise(
             )  # fmt: skip
     name = _choose(backend, precision, instructions, (features, prior, guidance, noise), weights)
     _check_window(window, tolerance, precision)
+    if precision == "int8" and features.shape[1] > _MOST_INT8_FEATURES:
+        raise ValueError(
+            f"denoise: with precision='int8' there may be at most {_MOST_INT8_FEATURES} features, "
+            f"got {features.shape[1]}"
+        )
     if name == "reference":
         return reference.denoise(
             features,
