@@ -182,12 +182,14 @@ void CheckValues(const Case& c, const kernel::Options& options) {
 
 }  // namespace
 
-int main() {
-  for (const std::string& name : kernel::KernelNames()) {
+int main(int argc, char** argv) {
+  const Request request(argc, argv, kernel::KernelNames());
+  std::vector<Size> sizes{{1, 2, 1, 1}, {2, 33, 129, 3}, {3, 7, 64, 2}};
+  if (!request.quick()) sizes.insert(sizes.end(), {{3, 20, 2500, 5}, {1, 5, 2100, 7}});
+  for (const std::string& name : request.sets()) {
     const kernel::Kernels* kernels = kernel::FindKernels(name);
     for (const bool training : {false, true}) {
-      for (const Size& size : {Size{1, 2, 1, 1}, Size{2, 33, 129, 3}, Size{3, 7, 64, 2},
-                               Size{3, 20, 2500, 5}, Size{1, 5, 2100, 7}}) {
+      for (const Size& size : sizes) {
         const Case c(size, training, size.streams == 2);
         Trace<float> trace("conditioning, " + name);
         for (const int threads : {1, 2, 4}) {
@@ -210,6 +212,7 @@ int main() {
             {empty.running_mean.get(), empty.running_variance.get(), nullptr, nullptr, 0.1},
             {kernels, 2}, statistics.get(), nullptr);
   }
-  if (kernel::FindKernels("sse") != nullptr) Fail("conditioning has kernels of no such name");
-  std::puts("conditioning ran");
+  request.CheckNames("conditioning",
+                     [](const std::string& name) { return kernel::FindKernels(name) != nullptr; });
+  request.Finish("conditioning");
 }

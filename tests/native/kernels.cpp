@@ -93,6 +93,7 @@ void CheckDenoise(const std::string& set, Precision precision, std::int64_t rows
     return out.copy();
   };
   const std::vector<float> first = run(set, 1, 1);
+  Request::Record(first);
   for (const std::int64_t window : {1, 5}) {
     for (const int threads : {1, 2, 4}) {
       const std::vector<float> found = run(set, window, threads);
@@ -177,20 +178,28 @@ void CheckNoise() {
 
 }  // namespace
 
-int main() {
-  for (const std::string& set : diffmic::cpu::DenoiseKernelNames()) {
+int main(int argc, char** argv) {
+  const Request request(argc, argv, diffmic::cpu::DenoiseKernelNames());
+  struct Size {
+    std::int64_t rows, features, classes;
+  };
+  std::vector<Size> sizes{{1, 1, 1}, {1, 71, 5}, {7, 33, 3}, {5, 610, 2}, {13, 129, 3}};
+  if (!request.quick()) {
+    sizes.insert(sizes.end(), {{40, 97, 2}, {66, 37, 2}, {195, 40, 4}, {8, 1030, 3}});
+  }
+  for (const std::string& set : request.sets()) {
     for (const Precision precision :
          {Precision::kFloat32, Precision::kBFloat16, Precision::kInt8}) {
-      CheckDenoise(set, precision, 1, 1, 1);
-      CheckDenoise(set, precision, 1, 71, 5);
-      CheckDenoise(set, precision, 7, 33, 3);
-      CheckDenoise(set, precision, 66, 37, 2);
-      CheckDenoise(set, precision, 195, 40, 4);
-      CheckDenoise(set, precision, 8, 1030, 3);
+      for (const Size& size : sizes) {
+        CheckDenoise(set, precision, size.rows, size.features, size.classes);
+      }
     }
   }
+  request.CheckNames("denoise", [](const std::string& name) {
+    return diffmic::cpu::FindDenoiseKernels(name) != nullptr;
+  });
   CheckStop();
   CheckRois();
   CheckNoise();
-  std::puts("kernels ran");
+  request.Finish("kernels");
 }

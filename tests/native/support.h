@@ -1,6 +1,11 @@
 // What the programs of this folder share. Each runs kernels of csrc/cpu on odd sizes and several
 // threads, in arrays that end where their last element does, for the sanitizers to look at, and
 // checks that the number of threads leaves no trace. Exit status 1 with a sentence where it does.
+//
+//   PROGRAM [--quick] [--results FILE] [INSTRUCTION_SET ...]
+//
+// runs the sets named, or all that the processor has; --quick: the smallest sizes alone. FILE
+// receives every result that depends on the set, as float64.
 #ifndef DIFFMIC_TESTS_NATIVE_SUPPORT_H_
 #define DIFFMIC_TESTS_NATIVE_SUPPORT_H_
 
@@ -9,15 +14,87 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 [[noreturn]] inline void Fail(const std::string& what) {
   std::fprintf(stderr, "%s\n", what.c_str());
   std::exit(1);
 }
+
+// What the arguments of a program ask for.
+class Request {
+ public:
+  Request(int count, char** arguments, const std::vector<std::string>& available) {
+    for (int i = 1; i < count; ++i) {
+      const std::string argument = arguments[i];
+      if (argument == "--quick") {
+        quick_ = true;
+      } else if (argument == "--results" && i + 1 < count) {
+        Results().open(arguments[++i], std::ios::binary);
+        if (!Results()) Fail(std::string("cannot write ") + arguments[i]);
+      } else {
+        sets_.push_back(argument);
+      }
+    }
+    available_ = available;
+    if (sets_.empty()) sets_ = available;
+    for (const std::string& set : sets_) {
+      if (!Available(set)) Fail("no instruction set " + set + " on this processor");
+    }
+  }
+
+  bool quick() const { return quick_; }
+  const std::vector<std::string>& sets() const { return sets_; }
+
+  // An operation must give kernels for the names that are available and for no other.
+  template <typename Find>
+  void CheckNames(const std::string& operation, const Find& find) const {
+    for (const std::string name : {"avx512_bf16", "avx512", "avx2", "portable", "sse", ""}) {
+      if (find(name) != Available(name)) {
+        Fail(operation + ": kernels of " + name + (find(name) ? " run" : " do not run") +
+             ", the list of its instruction sets says otherwise");
+      }
+    }
+  }
+
+  // Says that `program` ran to its end, and with which sets.
+  void Finish(const std::string& program) const {
+    Results().flush();
+    if (Results().is_open() && !Results()) Fail("the results could not be written");
+    std::string names;
+    for (const std::string& set : sets_) names += " " + set;
+    std::printf("%s ran:%s\n", program.c_str(), names.c_str());
+  }
+
+  template <typename T>
+  static void Record(const std::vector<T>& values) {
+    if (!Results().is_open()) return;
+    const std::vector<double> wide(values.begin(), values.end());
+    Results().write(reinterpret_cast<const char*>(wide.data()),
+                    static_cast<std::streamsize>(wide.size() * sizeof(double)));
+  }
+
+ private:
+  static std::ofstream& Results() {
+    static std::ofstream results;
+    return results;
+  }
+
+  bool Available(const std::string& set) const {
+    for (const std::string& name : available_) {
+      if (name == set) return true;
+    }
+    return false;
+  }
+
+  bool quick_ = false;
+  std::vector<std::string> available_, sets_;
+};
 
 // Exactly `count` numbers on the heap: a sanitizer sees the first one beyond.
 template <typename T>
@@ -49,7 +126,10 @@ class Trace {
     for (const T value : found) {
       if (!std::isfinite(value)) Fail(what_ + ": a result is not finite");
     }
-    if (first_.empty()) first_ = found;
+    if (first_.empty()) {
+      first_ = found;
+      Request::Record(found);
+    }
     if (found.size() != first_.size() ||
         std::memcmp(found.data(), first_.data(), found.size() * sizeof(T)) != 0) {
       Fail(what_ + ": " + std::to_string(threads) + " threads leave a trace");

@@ -1,0 +1,185 @@
+"""Builds of csrc/cpu and of the programs of tests/native, with the flags of CMakeLists.txt.
+
+The flags are those of a CMake configuration for the compiler in question, so that they are written once.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[1])
+NATIVE = Path(__file__).parent / "native"
+PROGRAMS = tuple(NATIVE / f"{name}.cpp" for name in ("conditioning", "kernels", "mmd"))
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A translation unit of csrc/cpu.
+
+    Attributes:
+        path: the source file.
+        flags: its compiler options, without include directories and the position-independent output of a module.
+    """
+
+    path: Path
+    flags: tuple[str, ...]
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """Its -m options."""
+        return tuple(flag for flag in self.flags if flag.startswith("-m"))
+
+    @property
+    def contraction(self) -> str:
+        """Its -ffp-contract option; the last one counts."""
+        return [flag for flag in self.flags if flag.startswith("-ffp-contract=")][-1]
+
+
+@functools.cache
+def translation_units(compiler: str, processor: str | None = None) -> tuple[Unit, ...]:
+    """The files of csrc/cpu that CMake builds with a compiler, and their flags.
+
+    Args:
+        compiler: the C++ compiler's name or path.
+        processor: CMAKE_SYSTEM_PROCESSOR of a cross compiler's Linux; by default, this machine's.
+
+    Returns:
+        One Unit a file, in CMake's order.
+    """
+    pybind11 = pytest.importorskip("pybind11")
+    search = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    cmake, ninja = shutil.which("cmake", path=search), shutil.which("ninja", path=search)
+    if cmake is None or ninja is None:
+        pytest.skip("cmake or ninja is not installed")
+    definitions = {
+        "CMAKE_CXX_COMPILER": compiler,
+        "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
+        "CMAKE_MAKE_PROGRAM": ninja,
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
+    if processor is not None:
+        definitions |= {
+            "CMAKE_SYSTEM_NAME": "Linux",
+            "CMAKE_SYSTEM_PROCESSOR": processor,
+            "Python_INCLUDE_DIR": sysconfig.get_path("include"),
+        }
+    with tempfile.TemporaryDirectory() as folder:
+        run(
+            [
+                *(cmake, "-G", "Ninja", "-S", str(SOURCE), "-B", folder),
+                *(f"-D{name}={value}" for name, value in definitions.items()),
+            ]
+        )
+        entries = json.loads((Path(folder) / "compile_commands.json").read_text())
+    units = []
+    for entry in entries:
+        path = Path(entry["file"])
+        if path.parent != SOURCE / "csrc" / "cpu":
+            continue
+        flags = [
+            word
+            for word in shlex.split(entry["command"])[1:]
+            if word.startswith(("-O", "-std=", "-f", "-m", "-W"))
+        ]
+        units.append(Unit(path, tuple(flags)))
+    assert {unit.path.stem for unit in units} >= {"denoise", "conditioning", "mmd", "rois"}
+    return tuple(units)
+
+
+def run(command: Sequence[str | Path], **options: object) -> subprocess.CompletedProcess[str]:
+    """Runs a command and returns what it did; fails with its output where its status is not 0."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+    if done.returncode != 0:
+        words = " ".join(str(word) for word in command)
+        pytest.fail(f"{words}\nstatus {done.returncode}\n{done.stdout}{done.stderr}", pytrace=False)
+    return done
+
+
+def compile_units(
+    compiler: str,
+    units: Iterable[Unit],
+    folder: Path,
+    flags: Callable[[Unit], Sequence[str]] = lambda unit: unit.flags,
+) -> list[Path]:
+    """Compiles units in parallel.
+
+    Args:
+        compiler: the C++ compiler.
+        units: what to compile.
+        folder: where the object files are put, named after their sources.
+        flags: a unit's compiler options; by default, those of CMake.
+
+    Returns:
+        The object files, in the order of the units.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_unit(unit: Unit) -> Path:
+        target = folder / f"{unit.path.stem}.o"
+        include = f"-I{SOURCE / 'csrc'}"
+        run([compiler, *flags(unit), include, "-c", unit.path, "-o", target])
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_unit, units))
+
+
+def link_program(
+    compiler: str, source: Path, objects: Sequence[Path], folder: Path, flags: Sequence[str]
+) -> Path:
+    """Compiles a program of tests/native with `flags` and links it with objects of csrc/cpu."""
+    program = folder / source.stem
+    include = f"-I{SOURCE / 'csrc'}"
+    run([compiler, "-std=c++20", *flags, include, source, *objects, "-pthread", "-o", program])
+    return program
+
+
+def run_program(program: Path, *arguments: str, launcher: Sequence[str] = ()) -> list[str]:
+    """Runs a program of tests/native to its end.
+
+    Args:
+        program: the executable.
+        arguments: `[--quick] [--results FILE] [INSTRUCTION_SET ...]`.
+        launcher: a command that runs it, such as QEMU.
+
+    Returns:
+        The instruction sets that it ran.
+    """
+    last = run([*launcher, program, *arguments]).stdout.splitlines()[-1]
+    name, _, sets = last.partition(" ran:")
+    assert name == program.name, last
+    return sets.split()
+
+
+def emulated_flags(unit: Unit) -> list[str] | None:
+    """Compiler options of a unit of AVX-512 kernels for AVX2, by tests/native/avx512_on_avx2.h.
+
+    mmd.cpp is one: it decides which of its kernels run.
+
+    Returns:
+        The options without -O and sanitizers, or None where a unit is not emulated.
+    """
+    emulated = "-mavx512f" in unit.instructions or unit.path.stem == "mmd"
+    if not emulated or any(flag.startswith("-mamx") for flag in unit.instructions):
+        return None
+    header = str(NATIVE / "avx512_on_avx2.h")
+    return [
+        *("-std=c++20", "-w", "-mavx2", "-mfma", unit.contraction, "-fno-tree-sra"),
+        *("-include", header),
+    ]
