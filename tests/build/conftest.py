@@ -1,0 +1,28 @@
+"""Native builds that several test files and workers share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from native_builds import COMPILER, Unit, build_once, compile_units, translation_units
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the workers of pytest-xdist have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "builds"
+
+
+@pytest.fixture(scope="session")
+def kernel_objects(builds: Path) -> dict[Unit, Path]:
+    """csrc/cpu, compiled as CMake would by the default compiler: the object file of each unit."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    units = translation_units(COMPILER)
+    folder = build_once(
+        builds / "default", lambda folder: compile_units(str(COMPILER), units, folder)
+    )
+    return {unit: folder / f"{unit.path.stem}.o" for unit in units}

@@ -1,0 +1,191 @@
+"""Instruction sets that this machine lacks: AVX-512 on AVX2 by SIMDe, and processors without them by QEMU.
+
+Needs the source tree and a C++ compiler for x86-64.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from native_builds import (
+    COMPILER,
+    NATIVE,
+    PROGRAMS,
+    SOURCE,
+    Unit,
+    assert_within_rounding,
+    build_once,
+    compile_units,
+    emulated_flags,
+    link_program,
+    program_results,
+    run,
+    run_program,
+)
+
+if not (SOURCE / "csrc").is_dir():
+    pytest.skip("no source tree: set DIFFMIC_SOURCE", allow_module_level=True)
+if (platform.system(), platform.machine()) != ("Linux", "x86_64") or COMPILER is None:
+    pytest.skip("needs Linux on x86-64 and a C++ compiler", allow_module_level=True)
+
+DATA = Path(__file__).parents[1] / "data"
+AVX512_BF16 = [
+    *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"),
+    *("-mavx512vnni", "-mavx512bf16"),
+]
+# Sets that are emulated, by program.
+EMULATED = {
+    "conditioning": ["avx512"],
+    "kernels": ["avx512", "avx512_bf16"],
+    "mmd": ["avx512"],
+}
+
+
+def cpu_features() -> set[str]:
+    """The processor's features as Linux names them."""
+    found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return set(found[1].split()) if found else set()
+
+
+def has_simde() -> bool:
+    text = "#if __has_include(<simde/x86/avx512.h>)\nfound\n#endif\n"
+    return "found" in run([str(COMPILER), "-E", "-x", "c++", "-"], input=text).stdout.split()
+
+
+HARDWARE = {"avx512f", "avx512dq", "avx512vl", "avx512bw", "avx512_vnni", "avx512_bf16"}
+has_avx512 = cpu_features() >= HARDWARE
+needs_simde = pytest.mark.skipif(
+    not (cpu_features() >= {"avx2", "fma"} and has_simde()),
+    reason="needs AVX2 and SIMDe (Debian: libsimde-dev)",
+)
+
+
+# ---- AVX-512 on AVX2
+
+
+@needs_simde
+def test_emulated_operations_are_those_of_the_hardware(tmp_path: Path) -> None:
+    """Each operation of simd.h, on random bit patterns, has the digest that AVX-512 hardware gave."""
+    recorded = (DATA / "avx512_operations.txt").read_text()
+    source = NATIVE / "operations.cpp"
+    flags = ["-O1", "-w", "-ffp-contract=off"]
+    header = ["-include", str(NATIVE / "avx512_on_avx2.h")]
+    emulated = link_program(
+        str(COMPILER), source, [], tmp_path, [*flags, "-mavx2", "-mfma", *header]
+    )
+    assert run([emulated]).stdout == recorded
+    if has_avx512:
+        hardware = link_program(str(COMPILER), source, [], tmp_path, [*flags, *AVX512_BF16])
+        assert run([hardware]).stdout == recorded
+
+
+@pytest.fixture(scope="module")
+def emulated_objects(builds: Path, kernel_objects: dict[Unit, Path]) -> list[Path]:
+    """csrc/cpu with AVX-512 kernels that are emulated and take themselves for available."""
+    flags = {unit: emulated_flags(unit) for unit in kernel_objects}
+    units = [unit for unit in kernel_objects if flags[unit] is not None]
+    assert {unit.path.stem for unit in units} >= {
+        *("conditioning_avx512", "denoise_avx512", "denoise_avx512_bf16", "mmd", "mmd_avx512")
+    }
+    folder = build_once(
+        builds / "emulated",
+        lambda folder: compile_units(
+            str(COMPILER), units, folder, lambda unit: ["-O1", *(flags[unit] or [])]
+        ),
+    )
+    return list(replace_objects(kernel_objects, folder).values())
+
+
+@pytest.fixture(scope="module")
+def hardware_objects(builds: Path, kernel_objects: dict[Unit, Path]) -> list[Path]:
+    """csrc/cpu without what compilers fuse by themselves."""
+    units = [unit for unit in kernel_objects if "-ffp-contract=fast" in unit.flags]
+    folder = build_once(
+        builds / "unfused",
+        lambda folder: compile_units(
+            str(COMPILER), units, folder, lambda unit: [*unit.flags, "-ffp-contract=off"]
+        ),
+    )
+    return list(replace_objects(kernel_objects, folder).values())
+
+
+def replace_objects(objects: dict[Unit, Path], folder: Path) -> dict[Unit, Path]:
+    """The object files, those of `folder` instead where it has them."""
+    names = {path.name for path in folder.glob("*.o")}
+    return {u: folder / path.name if path.name in names else path for u, path in objects.items()}
+
+
+@needs_simde
+@pytest.mark.parametrize("source", PROGRAMS, ids=lambda path: path.stem)
+def test_emulated_kernels(
+    source: Path, emulated_objects: list[Path], hardware_objects: list[Path], tmp_path: Path
+) -> None:
+    """Emulated kernels have the hardware's bits, where there is hardware, and AVX2's results within rounding."""
+    programs = []
+    for name, objects in (("emulated", emulated_objects), ("hardware", hardware_objects)):
+        folder = tmp_path / name
+        folder.mkdir()
+        programs.append(link_program(str(COMPILER), source, objects, folder, ["-O1"]))
+    emulated, hardware = programs
+    # Bytes of an instruction on one line; in 64-bit code 62 begins those of AVX-512 and nothing else.
+    listing = run(["objdump", "-d", "--insn-width=16", emulated]).stdout
+    assert re.search(r"^ *[0-9a-f]+:\t(62 |.*%zmm)", listing, re.MULTILINE) is None
+    avx2 = program_results(emulated, "avx2")
+    for name in EMULATED[source.stem]:
+        found = program_results(emulated, name)
+        assert_within_rounding(source.stem, found, avx2)
+        if has_avx512:
+            np.testing.assert_array_equal(found, program_results(hardware, name), name)
+
+
+# ---- processors without an instruction set
+
+QEMU = shutil.which("qemu-x86_64")
+
+
+def qemu_version() -> tuple[int, ...]:
+    if QEMU is None:
+        return (0,)
+    text = subprocess.run([QEMU, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"version (\d+)\.(\d+)", text)
+    return tuple(int(part) for part in found.groups()) if found else (0,)
+
+
+@pytest.mark.skipif(
+    qemu_version() < (7, 2), reason="needs QEMU 7.2, which has AVX2 (Debian: qemu-user)"
+)
+@pytest.mark.parametrize(
+    ("model", "sets"),
+    [
+        ("qemu64", ["portable"]),  # SSE3
+        ("Nehalem", ["portable"]),  # SSE4.2
+        ("Haswell,-fma", ["portable"]),  # AVX2 alone is not enough
+        ("Haswell", ["avx2", "portable"]),
+    ],
+)
+def test_processors_without_an_instruction_set(
+    model: str, sets: list[str], kernel_objects: dict[Unit, Path], builds: Path
+) -> None:
+    """Every operation runs with "auto" and with the sets of the processor; other sets are refused."""
+
+    def link(folder: Path) -> None:
+        for source in PROGRAMS:
+            link_program(str(COMPILER), source, [*kernel_objects.values()], folder, ["-O2"])
+
+    folder = build_once(builds / "programs", link)
+    launcher = [str(QEMU), "-cpu", model]
+    for source in PROGRAMS:
+        program = folder / source.stem
+        assert run_program(program, "--quick", launcher=launcher) == sets
+        for name in {"avx512_bf16", "avx512", "avx2", "portable"} - set(sets):
+            done = subprocess.run(
+                [*launcher, program, name], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 1
+            assert f"no instruction set {name} on this processor" in done.stderr
