@@ -9,6 +9,7 @@ import fcntl
 import functools
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -222,3 +223,27 @@ def emulated_flags(unit: Unit) -> list[str] | None:
         *("-std=c++20", "-w", "-mavx2", "-mfma", "-ffp-contract=off", "-fno-tree-sra"),
         *("-include", header),
     ]
+
+
+def cpu_features() -> set[str]:
+    """The processor's features as Linux on x86 names them; empty elsewhere."""
+    info = Path("/proc/cpuinfo")
+    found = info.is_file() and re.search(r"^flags\s*:(.*)$", info.read_text(), re.MULTILINE)
+    return set(found[1].split()) if found else set()
+
+
+@functools.cache
+def has_simde() -> bool:
+    """Whether tests/native/avx512_on_avx2.h finds SIMDe, and this machine has AVX2 to run it."""
+    text = "#if __has_include(<simde/x86/avx512.h>)\nfound\n#endif\n"
+    preprocess = [str(COMPILER), "-E", "-x", "c++", "-"]
+    return (
+        COMPILER is not None
+        and cpu_features() >= {"avx2", "fma"}
+        and "found" in run(preprocess, input=text).stdout.split()
+    )
+
+
+needs_simde = pytest.mark.skipif(
+    not has_simde(), reason="needs AVX2 and SIMDe (Debian: libsimde-dev)"
+)

@@ -22,8 +22,10 @@ from native_builds import (
     assert_within_rounding,
     build_once,
     compile_units,
+    cpu_features,
     emulated_flags,
     link_program,
+    needs_simde,
     program_results,
     run,
     run_program,
@@ -47,23 +49,8 @@ EMULATED = {
 }
 
 
-def cpu_features() -> set[str]:
-    """The processor's features as Linux names them."""
-    found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return set(found[1].split()) if found else set()
-
-
-def has_simde() -> bool:
-    text = "#if __has_include(<simde/x86/avx512.h>)\nfound\n#endif\n"
-    return "found" in run([str(COMPILER), "-E", "-x", "c++", "-"], input=text).stdout.split()
-
-
 HARDWARE = {"avx512f", "avx512dq", "avx512vl", "avx512bw", "avx512_vnni", "avx512_bf16"}
 has_avx512 = cpu_features() >= HARDWARE
-needs_simde = pytest.mark.skipif(
-    not (cpu_features() >= {"avx2", "fma"} and has_simde()),
-    reason="needs AVX2 and SIMDe (Debian: libsimde-dev)",
-)
 
 
 # ---- AVX-512 on AVX2

@@ -6,64 +6,79 @@ a finding in those of other libraries. Needs the source tree and a C++ compiler 
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from native_builds import (
+    COMPILER,
+    PROGRAMS,
+    SOURCE,
+    Unit,
+    build_once,
+    compile_units,
+    emulated_flags,
+    link_program,
+    needs_simde,
+    run_program,
+    translation_units,
+)
 
-SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[2])
-PROGRAMS = sorted((Path(__file__).parents[1] / "native").glob("*.cpp"))
-COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 if not (SOURCE / "csrc").is_dir():
     pytest.skip("no source tree: set DIFFMIC_SOURCE", allow_module_level=True)
-
-AVX512 = [
-    *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"),
-    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
-]
-SETS = {
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
-}
+if COMPILER is None:
+    pytest.skip("no C++ compiler", allow_module_level=True)
 
 
-def compile_with(sanitizers: str, arguments: list[str]) -> None:
-    assert COMPILER is not None
-    flags = ["-std=c++20", "-O1", "-g", "-ffp-contract=off", f"-fsanitize={sanitizers}"]
-    include = ["-fno-sanitize-recover=all", f"-I{SOURCE / 'csrc'}"]
-    subprocess.run([COMPILER, *flags, *include, *arguments], check=True)
-
-
-@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-def test_kernels(tmp_path: Path, sanitizers: str) -> None:
-    (tmp_path / "empty.cpp").write_text("int main() {}\n")
+def sanitizer_flags(sanitizers: str, folder: Path) -> list[str]:
+    """Compiler options; every finding ends a program with another status than 0. Skips where they do not work."""
+    flags = ["-std=c++20", "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    source, program = folder / "empty.cpp", folder / "empty"
+    source.write_text("int main() {}\n")
     try:
-        compile_with(sanitizers, [str(tmp_path / "empty.cpp"), "-o", str(tmp_path / "empty")])
-        subprocess.run([str(tmp_path / "empty")], check=True)
+        subprocess.run([str(COMPILER), *flags, source, "-o", program], check=True)
+        subprocess.run([program], check=True)
     except subprocess.CalledProcessError:
         pytest.skip(f"{COMPILER} has no working -fsanitize={sanitizers} here")
+    return flags
 
-    def compile_kernels(path: Path) -> str:
-        flags = next((f for name, f in SETS.items() if path.stem.endswith(name)), [])
-        if platform.machine() not in ("x86_64", "AMD64"):
-            flags = []
-        compiled = str(tmp_path / f"{path.stem}.o")
-        compile_with(sanitizers, [*flags, "-c", str(path), "-o", compiled])
-        return compiled
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_kernels, sorted((SOURCE / "csrc" / "cpu").glob("*.cpp"))))
-    assert len(PROGRAMS) >= 3
+def build_kernels(builds: Path, sanitizers: str, flags: list[str]) -> dict[Unit, Path]:
+    """The object file of each unit of csrc/cpu under sanitizers."""
+
+    def flags_of(unit: Unit) -> list[str]:
+        kept = ("-m", "-ffp-contract", "-Wno-")
+        return [*flags, *(flag for flag in unit.flags if flag.startswith(kept))]
+
+    units = translation_units(str(COMPILER))
+    folder = build_once(
+        builds / sanitizers, lambda folder: compile_units(str(COMPILER), units, folder, flags_of)
+    )
+    return {unit: folder / f"{unit.path.stem}.o" for unit in units}
+
+
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_kernels(tmp_path: Path, builds: Path, sanitizers: str) -> None:
+    flags = sanitizer_flags(sanitizers, tmp_path)
+    objects = build_kernels(builds, sanitizers, flags)
     for path in PROGRAMS:
-        program = str(tmp_path / path.stem)
-        compile_with(sanitizers, [str(path), *objects, "-pthread", "-o", program])
-        # Every finding ends the program with another status than 0.
-        done = subprocess.run([program], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{path.name}: {done.stdout}{done.stderr}"
-        assert f"{path.stem} ran" in done.stdout
+        program = link_program(str(COMPILER), path, [*objects.values()], tmp_path, flags)
+        assert "portable" in run_program(program)
+
+
+@needs_simde
+def test_emulated_kernels(tmp_path: Path, builds: Path) -> None:
+    """AVX-512 kernels, also on processors with AVX2 alone; bounds and arithmetic are those of the hardware."""
+    sanitizers = "address,undefined"
+    flags = sanitizer_flags(sanitizers, tmp_path)
+    objects = build_kernels(builds, sanitizers, flags)
+    emulated = {unit: emulated_flags(unit) for unit in objects}
+    units = [unit for unit in objects if emulated[unit] is not None]
+    paths = compile_units(
+        str(COMPILER), units, tmp_path, lambda unit: [*flags, *(emulated[unit] or [])]
+    )
+    objects |= dict(zip(units, paths, strict=True))
+    for path in PROGRAMS:
+        program = link_program(str(COMPILER), path, [*objects.values()], tmp_path, flags)
+        sets = ["avx512", "avx512_bf16"] if path.stem == "kernels" else ["avx512"]
+        assert run_program(program, "--quick", *sets) == sets
