@@ -6,12 +6,11 @@
 #define DIFFMIC_SIMD_AMX
 #define DIFFMIC_SIMD_NAME "amx"
 #include "cpu/denoise_kernels.inc.h"
-#include "cpu/features.h"
 
 namespace diffmic::cpu {
 
 const DenoiseKernels* AmxDenoiseKernels() {
-  const bool available = Avx512Bf16DenoiseKernels() != nullptr && WhyNoAmx().empty();
+  const bool available = Avx512Bf16DenoiseKernels() != nullptr && HasAmx();
   return available ? &amx::kDenoiseKernels : nullptr;
 }
 

@@ -97,7 +97,11 @@ struct DenoiseKernels {
   float (*multiply_add)(Precision, std::int64_t count);
 };
 
-// Null where this build, or this processor, does not have the set. WhyNoAmx: features.h.
+// Whether the processor and the operating system have AMX (features.h: WhyNoAmx). No types of the
+// standard library: their inline functions must not be compiled for an instruction set.
+bool HasAmx();
+
+// Null where this build, or this processor, does not have the set.
 const DenoiseKernels* AmxDenoiseKernels();
 const DenoiseKernels* Avx512Bf16DenoiseKernels();
 const DenoiseKernels* Avx512DenoiseKernels();

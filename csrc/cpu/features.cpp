@@ -1,5 +1,7 @@
 #include "cpu/features.h"
 
+#include "cpu/denoise_kernels.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
 #endif
@@ -113,6 +115,8 @@ const std::string& WhyNoAmx() {
 }
 
 #endif
+
+bool HasAmx() { return WhyNoAmx().empty(); }
 
 std::vector<std::string> AssumedInstructionSets() {
   std::vector<std::string> names;

@@ -29,6 +29,7 @@ from native_builds import (
     program_results,
     run,
     run_program,
+    translation_units,
 )
 
 if not (SOURCE / "csrc").is_dir():
@@ -131,6 +132,30 @@ def test_emulated_kernels(
             np.testing.assert_array_equal(found, program_results(hardware, name), name)
 
 
+# ---- AMX
+
+
+@pytest.mark.skipif(not cpu_features() >= {"avx2", "fma"}, reason="needs AVX2")
+@pytest.mark.parametrize(
+    "sanitizers", [[], ["-fsanitize=address,undefined"]], ids=["", "sanitized"]
+)
+def test_amx_tiles(sanitizers: list[str], tmp_path: Path) -> None:
+    """Emulated tiles have the bits of the instructions' definitions, and products sum in the stated order.
+
+    With AMX at hand the processor's own tiles are held against the same definitions.
+    """
+    units = [unit for unit in translation_units(str(COMPILER)) if unit.path.stem == "features"]
+    flags = ["-O1", "-g", "-mavx2", "-mfma", "-ffp-contract=off", *sanitizers]
+    objects = compile_units(str(COMPILER), units, tmp_path)
+    program = link_program(str(COMPILER), NATIVE / "amx.cpp", objects, tmp_path, flags)
+    assert run_program(program) == ["amx_emulated"]
+    if cpu_features() >= {"amx_tile", "amx_bf16", "amx_int8"}:
+        assert run_program(program, "--hardware") == ["amx"]
+    else:
+        done = subprocess.run([program, "--hardware"], capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and "amx: the processor has no AMX" in done.stderr
+
+
 # ---- processors without an instruction set
 
 QEMU = shutil.which("qemu-x86_64")
@@ -153,7 +178,7 @@ def qemu_version() -> tuple[int, ...]:
         ("qemu64", ["portable"]),  # SSE3
         ("Nehalem", ["portable"]),  # SSE4.2
         ("Haswell,-fma", ["portable"]),  # AVX2 alone is not enough
-        ("Haswell", ["avx2", "portable"]),
+        ("Haswell", ["avx2", "portable", "amx_emulated"]),
     ],
 )
 def test_processors_without_an_instruction_set(
@@ -170,7 +195,7 @@ def test_processors_without_an_instruction_set(
     for source in PROGRAMS:
         program = folder / source.stem
         assert run_program(program, "--quick", launcher=launcher) == sets
-        for name in {"avx512_bf16", "avx512", "avx2", "portable"} - set(sets):
+        for name in {"amx", "avx512_bf16", "avx512", "avx2", "amx_emulated"} - set(sets):
             done = subprocess.run(
                 [*launcher, program, name], capture_output=True, text=True, check=False
             )

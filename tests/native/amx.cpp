@@ -249,5 +249,5 @@ int main(int argc, char** argv) {
   }
   CheckProduct<AmxBFloat16>(70, 1030, 17);
   CheckProduct<AmxInt8>(70, 1030, 17);
-  std::puts("amx ran: amx_emulated");
+  std::puts(hardware ? "amx ran: amx" : "amx ran: amx_emulated");
 }
