@@ -34,10 +34,12 @@ PRECISIONS_OF = {
 # More rows keep the processor busy by themselves; a shorter chain is over before its window has grown.
 _FEW_ROWS, _MANY_STEPS = 4, 50
 _LARGEST_WINDOW = 192
-# Rows of a window whose states may differ by a tolerance: about what two cores evaluate in the time of reading
-# the weights, which takes half as long in bfloat16; and what a GPU does.
-_ROWS_AT_ONE_READING = {"fp32": 16, "bf16": 8}
-_CUDA_ROWS_AT_ONE_READING = 32
+# Rows of a window whose states may differ by a tolerance: what makes sweeps times sweeps' duration least on two cores
+# (benchmarks.bench_denoise), and on a GPU. In bfloat16 the weights are read in half the time, and the tiles of AMX
+# compute many rows in little more than that. The emulation takes AMX's, since results depend on the window.
+_ROWS_A_SWEEP = {"fp32": 16, "bf16": 8}
+_BF16_ROWS_A_SWEEP = {"avx512_bf16": 16, "amx": 128, "amx_emulated": 128}
+_CUDA_ROWS_A_SWEEP = 32
 # Readings of the weights in one launch: a few milliseconds of a GPU.
 _READINGS_A_LAUNCH = 64
 _MOST_CUDA_FEATURES, _MOST_CUDA_CLASSES, _MOST_TRITON_CLASSES = 65536, 512, 128
@@ -91,8 +93,8 @@ def denoise(
             (e4m3) times a step, the 448th part of the largest of a unit's weights; a unit with a weight that is not
             finite is not-a-number whole; or "int8", backend "cpu", up to 133,144 features: weights and activations are
             integers in [-127, 127] times a scale, amax / 127 of an output channel's weights or of a row's activations;
-            their products are summed in int32, everything else is float32. `PRECISIONS_OF` lists what each backend has. What a rounding changes in labels
-            and probabilities: `python -m benchmarks.precision_labels`.
+            their products are summed in int32, everything else is float32. `PRECISIONS_OF` lists what each backend
+            has. What a rounding changes in labels and probabilities: `python -m benchmarks.precision_labels`.
         backend: a backend's name, or "auto", which takes the reference where a gradient is wanted or a tensor is not
             float32, and on a GPU beyond 512 classes or 65536 features. There "auto" takes "triton", made for chains of
             many rows and for at most 128 classes, only where "cuda" is not built; it takes one step at a time, and a
@@ -111,12 +113,13 @@ def denoise(
             sequential chain, and that a row does not depend on the number of rows, for fewer readings: y_0 then
             differs from the sequential chain's by about the tolerance in "fp32", and in "bf16" and "fp8", where a
             rounding may tip over, by up to 1e-4 (measured in "bf16": 9e-5 over 1000 steps at 1e-5); "int8" takes none.
-            The window is then taken as it is, up to 192 rows of a reading (default: what makes 16 rows of the chains,
-            8 in "bf16", on a GPU 32, if there are enough steps).
+            The window is then taken as it is, up to 192 rows of a sweep (default: what makes 16 rows of the chains; in
+            "bf16" 8, with AVX-512's bfloat16 instructions 16, with AMX 128; on a GPU 32; if there are enough steps).
         progress: called with (steps done, steps in all) every tenth of a second or so; blocks of up to 256 rows go
-            through the chain one after the other (on a GPU, of up to 64), and their steps are counted together. "triton"
-            calls it behind every 64 steps of up to 4096 rows, the reference never. On a GPU a call without it returns
-            before the chain is done, and one with it does not. An exception there, as Ctrl-C anywhere, stops the chain.
+            through the chain one after the other (on a GPU, of up to 64), and their steps are counted together.
+            "triton" calls it after every 64 steps of up to 4096 rows, the reference never. On a GPU a call without it
+            returns before the chain is done, and one with it does not. An exception there, as Ctrl-C anywhere, stops
+            the chain.
 
     Returns:
         y_0 [M, C], or with `trajectory` [n + 1, M, C] from the beginning to y_0.
@@ -233,9 +236,15 @@ def _window(call: _Call) -> int:
         return 1
     if call.backend == "cpu" and call.tolerance == 0.0:
         return 64
+    wanted = _CUDA_ROWS_A_SWEEP
     if call.backend == "cpu":
-        return max(_ROWS_AT_ONE_READING[call.precision] // max(rows, 1), 1)
-    return max(_CUDA_ROWS_AT_ONE_READING // max(rows, 1), 1)
+        wanted = _ROWS_A_SWEEP[call.precision]
+        if call.precision == "bf16":
+            instructions = call.instructions
+            if instructions == "auto":
+                instructions = _native.extension().denoise_instructions()[0]
+            wanted = _BF16_ROWS_A_SWEEP.get(instructions, wanted)
+    return max(wanted // max(rows, 1), 1)
 
 
 def _choose(

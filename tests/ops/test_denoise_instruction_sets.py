@@ -10,7 +10,7 @@ from denoise_cases import INSTRUCTIONS, SCHEDULE, make_inputs, make_weights
 from torch import Tensor
 
 from diffmic_fast import _native, info
-from diffmic_fast.diffusion import make_steps
+from diffmic_fast.diffusion import make_schedule, make_steps
 from diffmic_fast.ops.denoise import denoise
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.reference.denoise import DenoiserWeights
@@ -140,3 +140,37 @@ def test_groups_of_chunks_have_the_bits_of_one_chunk(instructions: str, precisio
                 backend="cpu", precision=precision, instructions=instructions,
             )  # fmt: skip
         assert torch.equal(found, expected[-1][part])
+
+
+@pytest.mark.parametrize(
+    ("instructions", "precision", "window"),
+    [
+        ("amx_emulated", "bf16", 128),
+        ("avx512_bf16", "bf16", 16),
+        ("avx2", "bf16", 8),
+        ("avx2", "fp32", 16),
+    ],
+)
+def test_default_window_with_a_tolerance(instructions: str, precision: str, window: int) -> None:
+    """The default has the states of the window that it stands for, and no others."""
+    if instructions not in INSTRUCTIONS:
+        pytest.skip(f"no {instructions}")
+    schedule = make_schedule("linear", 300, 1e-3, 0.05)
+    steps = make_steps(schedule, "ddpm_truncated", 200)
+    weights = make_weights(64, 3)
+    gamma = torch.rand(301, 64, generator=torch.Generator().manual_seed(0))
+    weights = weights._replace(
+        conditioning=weights.conditioning._replace(gamma=gamma),
+        hidden=tuple(layer._replace(gamma=gamma) for layer in weights.hidden),
+    )
+
+    def states(window: int | None) -> Tensor:
+        with torch.no_grad():
+            return denoise(
+                *make_inputs(1, 64, 3), weights, steps, seed=2, trajectory=True, backend="cpu",
+                precision=precision, instructions=instructions, window=window, tolerance=1e-4,
+            )  # fmt: skip
+
+    default = states(None)
+    assert torch.equal(default, states(window))
+    assert not torch.equal(default, states(window // 2))
