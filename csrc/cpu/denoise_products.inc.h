@@ -24,6 +24,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/denoise_kernels.h"
 #include "cpu/denoise_layout.inc.h"
@@ -136,11 +137,13 @@ void TileOf(int rows, const typename Product::Activation* a, const typename Prod
   }
 }
 
-// Elements of k between two passes over the rows; divides kDepth. Blocks of 16 to 32 rows are bound
-// by memory and arithmetic alike, and shallow steps spread what is fetched.
+// Elements of k between two passes over the rows; divides kDepth. 13 to 32 rows of float32 are bound
+// by memory and arithmetic alike, and shallow steps spread what is fetched. With the other precisions
+// the sums' way to memory and back costs more than that gains.
 template <typename Product>
 std::int64_t StepDepth(std::int64_t rows) {
-  if (rows <= Product::kMostRows || rows > 32) return kDepth;
+  const bool spread = std::is_same_v<Product, Float32> && kRegisters == 32;
+  if (!spread || rows <= Product::kMostRows || rows > 32) return kDepth;
   return rows <= 16 ? 32 : 64;
 }
 
