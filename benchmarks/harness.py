@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +23,14 @@ import diffmic_fast
 from diffmic_fast import _native
 
 RESULTS = Path(__file__).parent / "results"
+# What names a processor in /proc/cpuinfo beside, or instead of, its name: x86, then Arm.
+_NUMBERS = {
+    "family": "cpu family",
+    "model": "model",
+    "implementer": "CPU implementer",
+    "part": "CPU part",
+}
+_FOR_PRODUCTS = ("amx_tile", "amx_bf16", "amx_int8", "amx_fp16", "avx_vnni", "i8mm", "bf16")
 _SHORTEST_SAMPLE = 2e-3  # seconds; shorter calls are timed several at once
 
 
@@ -180,6 +189,20 @@ def on_one_thread(call: Callable[[], object]) -> Callable[[], None]:
     return run_it
 
 
+def with_matmul_precision(precision: str, call: Callable[[], object]) -> Callable[[], None]:
+    """The call, with `torch.set_float32_matmul_precision(precision)` meanwhile."""
+
+    def run_it() -> None:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            call()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return run_it
+
+
 def measure(peers: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
     """Time every peer once a round, in turn, after two calls that are not counted."""
     repeats = {}
@@ -206,9 +229,11 @@ def measure(peers: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     extension = _native.extension()
+    cpuinfo = _read(Path("/proc/cpuinfo"))
     return {
-        "processor": _processor_name(),
-        "instruction_sets": extension.cpu_features(),
+        "processor": processor_name(cpuinfo),
+        "instruction_sets": instruction_sets(extension.cpu_features(), cpuinfo),
+        "caches": caches(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
         "torch_threads": torch.get_num_threads(),
@@ -315,10 +340,42 @@ def _duration(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
 
 
-def _processor_name() -> str:
+def processor_name(cpuinfo: str) -> str:
+    """The first processor's name in the text of /proc/cpuinfo, or the machine's architecture.
+
+    A virtual machine may name a whole line of processors ("AMD EPYC"). Then family and model are added, by which its
+    manufacturer's documents tell the microarchitecture.
+    """
+    facts: dict[str, str] = {}
+    for line in cpuinfo.split("\n\n")[0].splitlines():
+        key, _, value = line.partition(":")
+        facts[key.strip()] = value.strip()
+    name = facts.get("model name", "")
+    numbers = [f"{key} {facts[value]}" for key, value in _NUMBERS.items() if value in facts]
+    if re.search(r"\d", name.split("@")[0]) is None and numbers:  # after "@" stands the clock
+        return f"{name or platform.machine()} ({', '.join(numbers)})"
+    return name or platform.processor() or platform.machine()
+
+
+def instruction_sets(known: list[str], cpuinfo: str) -> list[str]:
+    """Those that the extension looks for, and the newer ones for products that /proc/cpuinfo names."""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
+    flags = found.group(1).split() if found else []
+    return known + [flag for flag in flags if flag in _FOR_PRODUCTS and flag not in known]
+
+
+def caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[str, int]:
+    """Bytes of the first processor's caches of data: L1d, L2, L3. Empty where the system does not say."""
+    sizes = {}
+    for index in sorted(folder.glob("index*")):
+        kind, level, size = (_read(index / name).strip() for name in ("type", "level", "size"))
+        if kind in ("Data", "Unified") and re.fullmatch(r"\d+K", size):
+            sizes[f"L{level}d" if kind == "Data" else f"L{level}"] = int(size[:-1]) * 1024
+    return sizes
+
+
+def _read(path: Path) -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8")
     except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+        return ""

@@ -37,7 +37,12 @@ _COLOURS = {
     "bf16": "#009E73",
     "int8": "#D55E00",
     "cpu": "#0072B2",
+    # Of a precision in stock PyTorch: the colour of ours, broken.
+    "stock fp32": "#0072B2",
+    "stock bf16": "#009E73",
+    "stock int8": "#D55E00",
 }
+_MEDIUM = "stock fp32, matmul precision medium"
 _NAMES = {
     "reference": "published formula",
     "Gram": "Gram matrix",
@@ -46,8 +51,12 @@ _NAMES = {
     "cpu": "diffmic_fast",
     "hoisted": "encoder hoisted",
     "hoisted, compiled": "encoder hoisted, compiled",
+    _MEDIUM: "compiled, precision medium",
 }
+# Products alone are no peer of a step, and a few steps no chain.
+_NOT_DRAWN = re.compile(r"limit: |stock \w+ products|.*, \d+ steps$")
 _OWN = ("cpu", "fp32", "bf16", "int8")  # drawn thicker, named in bold
+_WIDEST = ("amx_tile", "avx512bf16", "avx512vnni", "avx512f", "avx2", "neon")
 _TITLES = {
     "rows": re.compile(r"chain, (?P<steps>\d+) steps, (?P<rows>\d+) rows"),
     "steps": re.compile(r"(?P<rows>\d+) row, (?P<steps>\d+) steps, several at once"),
@@ -105,7 +114,7 @@ def _over_rows(cases: Cases, machine: Mapping[str, Any], path: Path) -> Path:
         for peer, timing in case["timings"].items():
             once = peer.endswith(", one step")
             steps = 1 if once else sizes["steps"]
-            if not peer.startswith("limit: "):
+            if not _NOT_DRAWN.match(peer):
                 _add(lines, peer.removesuffix(", one step"), sizes["rows"], timing, steps)
         _add_limits(lines, case, sizes["rows"], sizes["steps"])
     title = "One step of denoise, F = 6144, C = 5"
@@ -116,9 +125,14 @@ def _over_steps(cases: Cases, machine: Mapping[str, Any], path: Path) -> Path:
     lines: dict[str, Line] = {}
     for case, sizes in cases:
         for peer, timing in case["timings"].items():
+            # Of stock PyTorch's ways, those that are left out differ little or are slower.
+            if _NOT_DRAWN.match(peer) or f"{peer}, compiled" in case["timings"] or peer == _MEDIUM:
+                continue
             _add(lines, peer, sizes["steps"], timing, 1)
-            if not peer.endswith("windows"):
-                lines[peer].style = "--" if peer.endswith("one after the other") else "-."
+            if peer.endswith("one after the other"):
+                lines[peer].style = "--"
+            elif "windows, " in peer:  # with a tolerance
+                lines[peer].style = "-."
     title = "denoise, one image: the steps of a chain"
     return _picture(lines, title, "timesteps of the chain, T", "time per chain", machine, path)
 
@@ -140,7 +154,9 @@ def _over_mmd_rows(cases: Cases, machine: Mapping[str, Any], path: Path) -> Path
 
 def _add(lines: dict[str, Line], name: str, at: int, timing: Mapping[str, float], by: int) -> None:
     values = (timing[key] / by for key in ("median", "low", "high"))
-    lines.setdefault(name, Line()).points[at] = tuple(values)  # type: ignore[assignment]
+    compiled = name.endswith(", compiled")
+    style = ("-." if compiled else "--") if name.startswith("stock ") else "-"
+    lines.setdefault(name, Line(style=style)).points[at] = tuple(values)  # type: ignore[assignment]
 
 
 def _add_limits(lines: dict[str, Line], case: Mapping[str, Any], at: int, by: int) -> None:
@@ -160,7 +176,7 @@ def _picture(
     machine: Mapping[str, Any],
     path: Path,
 ) -> Path:
-    figure, axes = plt.subplots(figsize=(8.4, 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.4, 5.4), layout="constrained")
     labels = []
     for name, line in lines.items():
         at, median, low, high = line.columns()
@@ -226,7 +242,13 @@ def _label(
             fontsize=9.5,
             fontweight="bold" if own else "normal",
             va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkB": 3},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.5,
+                "shrinkB": 3,
+                "relpos": (0, 0.5),
+            },
         )
 
 
@@ -245,7 +267,7 @@ def _seconds(value: float, _: object = None) -> str:
 
 def _machine(facts: Mapping[str, Any]) -> str:
     sets = facts.get("instruction_sets", [])
-    widest = next((name for name in ("avx512f", "avx2", "neon") if name in sets), "")
+    widest = next((name for name in _WIDEST if name in sets), "")
     words = [facts["processor"], widest, f"{facts['torch_threads']} threads"]
     words += [f"torch {facts['torch']}", "medians of interleaved rounds, quartiles shaded"]
     return " · ".join(word for word in words if word)

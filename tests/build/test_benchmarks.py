@@ -67,6 +67,51 @@ def test_a_run_is_what_was_set_up(harness: Any) -> None:
     assert calls.count("b") > 3
 
 
+def test_a_processor_of_a_general_name_is_named_by_family_and_model(harness: Any) -> None:
+    def named(name: str) -> str:
+        first = f"processor\t: 0\nmodel name\t: {name}\ncpu family\t: 25\nmodel\t\t: 17\n"
+        return harness.processor_name(first + "\nprocessor\t: 1\nmodel\t\t: 99\n")
+
+    assert named("AMD EPYC") == "AMD EPYC (family 25, model 17)"
+    assert named("Intel(R) Xeon(R) Processor @ 2.10GHz").endswith("2.10GHz (family 25, model 17)")
+    assert named("AMD EPYC 9R14") == "AMD EPYC 9R14"
+    arm = harness.processor_name("CPU implementer\t: 0x41\nCPU part\t: 0xd40\n")
+    assert arm.endswith(" (implementer 0x41, part 0xd40)")
+    assert harness.processor_name("")
+
+
+def test_instruction_sets_for_products_come_from_the_system(harness: Any) -> None:
+    cpuinfo = "flags\t\t: fpu avx2 amx_tile amx_bf16\n\nflags\t\t: amx_int8\n"
+    assert harness.instruction_sets(["avx2"], cpuinfo) == ["avx2", "amx_tile", "amx_bf16"]
+    assert harness.instruction_sets(["neon"], "Features\t: asimd i8mm\n") == ["neon", "i8mm"]
+    assert harness.instruction_sets(["avx2"], "") == ["avx2"]
+
+
+def test_sizes_of_caches(harness: Any, tmp_path: Path) -> None:
+    kinds = [("Data", "1", "32K"), ("Instruction", "1", "32K"), ("Unified", "2", "1024K")]
+    for i, facts in enumerate([*kinds, ("Unified", "3", "unknown")]):
+        (tmp_path / f"index{i}").mkdir()
+        for name, value in zip(("type", "level", "size"), facts, strict=True):
+            (tmp_path / f"index{i}" / name).write_text(value + "\n")
+    assert harness.caches(tmp_path) == {"L1d": 2**15, "L2": 2**20}
+    assert harness.caches(tmp_path / "index0") == {}
+
+
+def test_the_matmul_precision_is_restored(harness: Any) -> None:
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    seen = []
+
+    def call() -> None:
+        seen.append(torch.get_float32_matmul_precision())
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        harness.with_matmul_precision("medium", call)()
+    assert seen == ["medium"] and torch.get_float32_matmul_precision() == before
+
+
 def test_the_committed_results_can_be_drawn(harness: Any, tmp_path: Path) -> None:
     from benchmarks import plots
 
