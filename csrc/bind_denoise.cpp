@@ -4,8 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <exception>
+#include <iterator>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -14,6 +17,7 @@
 
 #include "bindings.h"
 #include "cpu/denoise.h"
+#include "cpu/denoise_probes.h"
 #include "cpu/features.h"
 #include "cpu/parallel.h"
 #include "philox.h"
@@ -283,23 +287,63 @@ void Softplus(py::handle in, py::handle out, const std::string& instructions) {
       ->softplus(x.data_as<float>(), x.size(0), y.mutable_data_as<float>());
 }
 
-float ReadProbe(py::handle array, int threads, const std::string& instructions) {
-  const auto x = TensorView::Input(array, "read_probe", "x");
-  x.OfType({DType::kFloat32});
-  CheckThreads("read_probe", threads);
-  if (!x.is_compact()) throw py::value_error("read_probe: x must be compact");
-  const cpu::DenoiseKernels* kernels = ReadKernels(instructions, cpu::Precision::kFloat32);
-  const py::gil_scoped_release release;
+// The way of reading that read_probe uses, an index of kReaders: which one is fastest differs
+// between processors, and with the number of threads.
+std::atomic<int> chosen_reader{static_cast<int>(std::size(cpu::kReaders)) - 2};
+
+float Read(const TensorView& x, int threads, const cpu::DenoiseKernels* kernels, int reader) {
   std::vector<float> sums(static_cast<std::size_t>(threads));
   cpu::ParallelFor(threads, threads, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t part = begin; part < end; ++part) {
       const std::int64_t first = x.numel() / threads * part;
       const std::int64_t last = part + 1 == threads ? x.numel() : first + x.numel() / threads;
       sums[static_cast<std::size_t>(part)] =
-          kernels->read(x.data_as<float>() + first, last - first);
+          kernels->read(x.data_as<float>() + first, last - first, reader);
     }
   });
   return std::accumulate(sums.begin(), sums.end(), 0.0f);
+}
+
+TensorView ReadProbeInput(py::handle array, const char* operation) {
+  auto x = TensorView::Input(array, operation, "x");
+  x.OfType({DType::kFloat32});
+  if (!x.is_compact()) throw py::value_error(Text(operation, ": x must be compact"));
+  return x;
+}
+
+float ReadProbe(py::handle array, int threads, const std::string& instructions) {
+  const TensorView x = ReadProbeInput(array, "read_probe");
+  CheckThreads("read_probe", threads);
+  const cpu::DenoiseKernels* kernels = ReadKernels(instructions, cpu::Precision::kFloat32);
+  const py::gil_scoped_release release;
+  return Read(x, threads, kernels, chosen_reader);
+}
+
+std::string CalibrateReadProbe(py::handle array, int threads, const std::string& instructions) {
+  using Clock = std::chrono::steady_clock;
+  constexpr int kTrials = 5;
+  const TensorView x = ReadProbeInput(array, "calibrate_read_probe");
+  CheckThreads("calibrate_read_probe", threads);
+  const cpu::DenoiseKernels* kernels = ReadKernels(instructions, cpu::Precision::kFloat32);
+  int fastest = 0;
+  {
+    const py::gil_scoped_release release;
+    auto least = Clock::duration::max();
+    for (int trial = 0; trial < kTrials; ++trial) {
+      for (int reader = 0; reader < static_cast<int>(std::size(cpu::kReaders)); ++reader) {
+        const auto begin = Clock::now();
+        Read(x, threads, kernels, reader);
+        const auto took = Clock::now() - begin;
+        if (took < least) {
+          least = took;
+          fastest = reader;
+        }
+      }
+    }
+    chosen_reader = fastest;
+  }
+  const cpu::Reader& reader = cpu::kReaders[fastest];
+  return Text(reader.streams, " streams, ", reader.ahead, " bytes ahead");
 }
 
 float MultiplyAddProbe(std::int64_t count, int threads, const std::string& instructions,
@@ -340,10 +384,14 @@ void BindDenoise(py::module_& m) {
         "softplus of x [n], as the kernels of `denoise` compute it; for tests.");
   m.def("read_probe", &ReadProbe, arg("x"), arg("threads") = 1, arg("instructions") = "auto",
         "Read an array and return its sum; what bounds `denoise` over few rows, for benchmarks.");
+  m.def("calibrate_read_probe", &CalibrateReadProbe, arg("x"), arg("threads") = 1,
+        arg("instructions") = "auto",
+        "Time every way of reading that `read_probe` has on an array, larger than the caches; from "
+        "then on the process uses the fastest. Return what it is.");
   m.def("multiply_add_probe", &MultiplyAddProbe, arg("count"), arg("threads") = 1,
         arg("instructions") = "auto", arg("precision") = "fp32",
-        "Do `count` multiply-adds of a precision in registers; what bounds `denoise` over many "
-        "rows.");
+        "Do `count` multiply-adds of random operands by the fastest instructions of a precision; "
+        "what bounds `denoise` over many rows.");
 }
 
 }  // namespace diffmic

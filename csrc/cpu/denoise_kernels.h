@@ -91,9 +91,10 @@ struct DenoiseKernels {
                      std::int64_t features, std::byte* out, float* unit_scale);
   // softplus of count numbers, for tests.
   void (*softplus)(const float* in, std::int64_t count, float* out);
-  // What bounds the above, for benchmarks: the sum of `count` floats, read in four streams; and
-  // `count` multiply-adds in registers. The results only keep the compiler from leaving them out.
-  float (*read)(const float* in, std::int64_t count);
+  // What bounds the above, for benchmarks: the sum of `count` floats, read by one of kReaders
+  // (denoise_probes.h); and `count` multiply-adds by the fastest instructions of a precision. The
+  // results only keep the compiler from leaving them out.
+  float (*read)(const float* in, std::int64_t count, int reader);
   float (*multiply_add)(Precision, std::int64_t count);
 };
 

@@ -14,6 +14,7 @@
 #if defined(DIFFMIC_SIMD_AMX)
 #include "cpu/denoise_amx.inc.h"
 #endif
+#include "cpu/denoise_probes.inc.h"
 
 namespace diffmic::cpu::DIFFMIC_SIMD {
 namespace {
@@ -298,78 +299,6 @@ void SoftplusAll(const float* in, std::int64_t count, float* out) {
     const int part = static_cast<int>(std::min<std::int64_t>(kLanes, count - i));
     StorePart(out + i, Softplus(LoadPart(in + i, part)), part);
   }
-}
-
-float ReadAll(const float* in, std::int64_t count) {
-  constexpr int kStreams = 4;
-  const std::int64_t part = count / kStreams / (2 * kLanes) * (2 * kLanes);
-  Vec sums[2 * kStreams];
-  for (Vec& sum : sums) sum = Zero();
-  for (std::int64_t i = 0; i < part; i += 2 * kLanes) {
-    for (int s = 0; s < kStreams; ++s) {
-      sums[2 * s] = sums[2 * s] + Load(in + s * part + i);
-      sums[2 * s + 1] = sums[2 * s + 1] + Load(in + s * part + i + kLanes);
-    }
-  }
-  for (int s = 1; s < 2 * kStreams; ++s) sums[0] = sums[0] + sums[s];
-  float rest = Sum(sums[0]);
-  for (std::int64_t i = kStreams * part; i < count; ++i) rest += in[i];
-  return rest;
-}
-
-// Multiply-adds of a precision's instructions, one for each element, in chains enough to hide each
-// other's latency: in registers alone, or where one instruction does all of it, a tile's own on one
-// group of elements. float32's bound the bfloat16 that is widened to it, too.
-float MultiplyAddAll(Precision precision, std::int64_t count) {
-  const auto run = [&]<typename Product>() {
-    constexpr int kRows = 6;
-    const typename Product::Activation a[kRows * 4] = {};
-    constexpr int kPanel = Product::kPanel;
-    const typename Product::Weight weights[kPanel * 4] = {};
-    typename Product::Total sums[kRows * kChunk] = {};
-    Sums<Product, kRows> tile;
-    tile.Begin({});
-    const auto* hidden_a = a;
-    const auto* hidden_w = weights;
-    for (std::int64_t i = 0; i < count; i += kRows * kPanel * Product::kGroup) {
-      Hide(hidden_a);
-      Hide(hidden_w);
-      tile.AddGroup(hidden_a, hidden_w);
-    }
-    tile.End({nullptr, 0, nullptr, sums});
-    return static_cast<float>(
-        std::accumulate(sums, sums + kRows * kChunk, typename Product::Total{}));
-  };
-  constexpr int kSums = 12;
-  if (precision == Precision::kInt8) {
-    if constexpr (VectorInt8::kOffset != 0) return run.template operator()<VectorInt8>();
-    Ints whole[kSums];
-#pragma GCC unroll 12
-    for (int s = 0; s < kSums; ++s) whole[s] = ZeroInts();
-    const std::int16_t pair[2] = {1, -1};
-    Ints factor = SetPair(pair);
-    for (std::int64_t i = 0; i < count; i += kSums * kLanes * 2) {
-      Hide(factor);  // or its product would be made once
-#pragma GCC unroll 12
-      for (int s = 0; s < kSums; ++s) AddProducts(factor, factor, whole[s]);
-    }
-    Vec total = Zero();
-#pragma GCC unroll 12
-    for (int s = 0; s < kSums; ++s) total = total + ToFloat(whole[s]);
-    return Sum(total);
-  }
-  if (precision == Precision::kBFloat16 && !std::is_same_v<VectorBFloat16::Activation, float>) {
-    return run.template operator()<VectorBFloat16>();
-  }
-  Vec sums[kSums];
-  for (int s = 0; s < kSums; ++s) sums[s] = Set(static_cast<float>(s));
-  const Vec factor = Set(0.999f);
-  const Vec term = Set(0.001f);
-  for (std::int64_t i = 0; i < count; i += kSums * kLanes) {
-    for (Vec& sum : sums) sum = Fma(sum, factor, term);
-  }
-  for (int s = 1; s < kSums; ++s) sums[0] = sums[0] + sums[s];
-  return Sum(sums[0]);
 }
 
 constexpr DenoiseKernels kDenoiseKernels{

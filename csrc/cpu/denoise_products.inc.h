@@ -137,9 +137,9 @@ void TileOf(int rows, const typename Product::Activation* a, const typename Prod
   }
 }
 
-// Elements of k between two passes over the rows; divides kDepth. 13 to 32 rows of float32 are bound
-// by memory and arithmetic alike, and shallow steps spread what is fetched. With the other precisions
-// the sums' way to memory and back costs more than that gains.
+// Elements of k between two passes over the rows; divides kDepth. 13 to 32 rows of float32 are
+// bound by memory and arithmetic alike, and shallow steps spread what is fetched. With the other
+// precisions the sums' way to memory and back costs more than that gains.
 template <typename Product>
 std::int64_t StepDepth(std::int64_t rows) {
   const bool spread = std::is_same_v<Product, Float32> && kRegisters == 32;

@@ -97,6 +97,11 @@ def test_sizes_of_caches(harness: Any, tmp_path: Path) -> None:
     assert harness.caches(tmp_path / "index0") == {}
 
 
+def test_memory_on_large_pages_is_random(harness: Any) -> None:
+    memory = harness.on_large_pages(2**20 + 1)
+    assert memory.shape == (2**20 + 1,) and 0.49 < memory.double().mean() < 0.51
+
+
 def test_the_matmul_precision_is_restored(harness: Any) -> None:
     import torch
 
