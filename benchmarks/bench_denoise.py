@@ -1,8 +1,13 @@
 """`denoise`: steps of a chain at the published size, F = 6144, C = 5, T = 1000.
 
-Peers: the reference, which is the chain with the image encoder hoisted out, in stock PyTorch; the same compiled; and,
-once, the published program's way, a ResNet-18 pass over the images at every step. Beside them, in the same rounds, the
-two limits of the machine: reading the hidden weights once, and doing the two products' multiply-adds in registers.
+Peers: the reference, which is the chain with the image encoder hoisted out, in stock PyTorch; the same compiled; what
+stock PyTorch makes of it in bfloat16, in int8 and with a lower precision of float32 products (`denoise_peers`); its two
+hidden products alone; and, once, the published program's way, a ResNet-18 pass over the images at every step.
+
+Beside them, in the same rounds, two limits of the machine: reading the hidden weights once, and the two products'
+multiply-adds on random operands. Each is the best of several implementations, chosen by timing them on this processor
+before the first round (csrc/cpu/denoise_probes.inc.h): ways of reading by as many threads, memory on large pages as the
+kernels' own; instructions of a precision by one thread.
 
 The weights are those of a small denoiser (F = 256, fitted for some seconds to made-up features), every unit repeated 24
 times with 1/24 of its weight behind it: the function, and so the behaviour of windows of steps, is the small model's.
@@ -16,19 +21,21 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Maker, Setup
+from benchmarks import denoise_peers
+from benchmarks.harness import Maker, Setup, on_large_pages, with_matmul_precision
 from diffmic_fast import _native
 from diffmic_fast.diffusion import make_schedule, make_steps
 from diffmic_fast.models import ConditionalModel
 from diffmic_fast.models.encoders import ImageEncoder
 from diffmic_fast.ops.denoise import PRECISIONS_OF, denoise
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
-from diffmic_fast.reference.denoise import DenoiserWeights, StepTable, chain, predict_noise
+from diffmic_fast.reference.denoise import DenoiserWeights, StepTable
 
 SMALL, REPEATS, CLASSES, T, SIDE = 256, 24, 5, 1000, 224
 FEATURES = SMALL * REPEATS
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 STEPS = (10, 30, 100, 300, T)
+_STOCK_STEPS = 10  # that are timed where a stock chain of more is a multiple of them
 TOLERANCE = 1e-5  # of states, where windows of steps may have one
 _LARGEST_PUBLISHED = 32  # rows; an encoder pass a step
 _READ, _MULTIPLY = "limit: reading the weights", "limit: multiply-adds"
@@ -88,21 +95,6 @@ def _widen(layer: ConditionalLayer, first: bool = False) -> ConditionalLayer:
     )
 
 
-def compiled_reference(
-    features: Tensor, prior: Tensor, weights: DenoiserWeights, steps: StepTable
-) -> Tensor:
-    """The reference's chain with its evaluation of eps compiled."""
-    predict = partial(_compiled, features, guidance=prior, weights=weights)
-    return chain(lambda y, t: predict(y, timesteps=t), prior, steps)
-
-
-@torch.compile(dynamic=False)
-def _compiled(
-    features: Tensor, y: Tensor, guidance: Tensor, weights: DenoiserWeights, timesteps: Tensor
-) -> Tensor:
-    return predict_noise(features, y, guidance, weights, timesteps)
-
-
 def setups() -> Iterator[Setup]:
     """Steps one after the other over rows; then one row's steps over their number, by windows too."""
     for rows in ROWS:
@@ -114,12 +106,9 @@ def setups() -> Iterator[Setup]:
 def _over_rows(rows: int) -> Setup:
     # Beside which the fingerprint of the weights that each call takes, as long as a reading of them, is little.
     steps = max(8, min(60, 1024 // rows))
-    peers: dict[str, Maker] = {
-        "hoisted": partial(_chain, rows, steps, backend="reference"),
-        "hoisted, compiled": partial(_compiled_chain, rows, steps),
-        **{name: partial(_chain, rows, steps, precision=name, window=1) for name in PRECISIONS},
-        _READ: partial(_read, steps),
-    }
+    peers = _stock(rows, steps)
+    peers |= {name: partial(_chain, rows, steps, precision=name, window=1) for name in PRECISIONS}
+    peers[_READ] = partial(_read, steps)
     limits = {}
     for name in PRECISIONS:
         bound = f"{_MULTIPLY}, {name}"
@@ -134,11 +123,19 @@ def _over_rows(rows: int) -> Setup:
         {"rows": rows, "steps": steps, "features": FEATURES},
         1.0 if rows == 1 else 0.5 if rows <= 32 else 0.25,
         limits,
+        skipped=_skipped(),
     )
 
 
 def _over_steps(steps: int) -> Setup:
-    peers: dict[str, Maker] = {}
+    # Stock PyTorch takes the same time for each step: a few of them are timed in every round.
+    part = min(steps, _STOCK_STEPS)
+    stock = _stock(1, part)
+    totals = {}
+    if part < steps:
+        stock = {f"{name}, {part} steps": make for name, make in stock.items()}
+        totals = {name.removesuffix(f", {part} steps"): {name: steps // part} for name in stock}
+    peers = dict(stock)
     for name in PRECISIONS:
         call = partial(_chain, 1, steps, precision=name)
         peers[f"{name}, one after the other"] = partial(call, window=1)
@@ -151,12 +148,38 @@ def _over_steps(steps: int) -> Setup:
         "fp32, one after the other",
         {"rows": 1, "steps": steps, "features": FEATURES},
         0.5 if steps <= 100 else 0.125,
+        skipped=_skipped(),
+        totals=totals,
     )
+
+
+def _stock(rows: int, steps: int) -> dict[str, Maker]:
+    """What PyTorch has: the chain in every way of `denoise_peers`, and its products alone."""
+    peers: dict[str, Maker] = {}
+    for name, dtype in (("hoisted", torch.float32), ("stock bf16", torch.bfloat16)):
+        peers[name] = partial(_floating, rows, steps, dtype)
+        peers[f"{name}, compiled"] = partial(_floating, rows, steps, dtype, compiled=True)
+    peers["stock fp32, matmul precision medium"] = partial(_medium, rows, steps)
+    if not denoise_peers.int8_obstacle():
+        peers["stock int8"] = partial(_int8, rows, steps)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        peers[f"stock {name} products"] = partial(_products, rows, steps, dtype)
+    return peers
+
+
+def _skipped() -> dict[str, str]:
+    obstacle = denoise_peers.int8_obstacle()
+    return {"stock int8": obstacle} if obstacle else {}
 
 
 @cache
 def _weights() -> DenoiserWeights:
     return fitted()
+
+
+@cache
+def _stock_weights(dtype: torch.dtype) -> DenoiserWeights:
+    return denoise_peers.cast(_weights(), dtype)
 
 
 def _inputs(rows: int) -> tuple[Tensor, Tensor]:
@@ -179,23 +202,36 @@ def _without_gradients(call: Callable[[], object]) -> Callable[[], object]:
 def _chain(
     rows: int,
     steps: int,
-    backend: str = "cpu",
     precision: str = "fp32",
     window: int | None = None,
     tolerance: float = 0.0,
 ) -> Callable[[], object]:
     x, prior = _inputs(rows)
-    options = {
-        "backend": backend, "precision": precision, "window": window, "tolerance": tolerance
-    }  # fmt: skip
+    options = {"backend": "cpu", "precision": precision, "window": window, "tolerance": tolerance}
     return _without_gradients(
         partial(denoise, x, prior, prior, _weights(), _table(steps), **options)
     )
 
 
-def _compiled_chain(rows: int, steps: int) -> Callable[[], object]:
-    x, prior = _inputs(rows)
-    return _without_gradients(partial(compiled_reference, x, prior, _weights(), _table(steps)))
+def _floating(
+    rows: int, steps: int, dtype: torch.dtype, compiled: bool = False
+) -> Callable[[], object]:
+    return denoise_peers.floating(
+        *_inputs(rows), _stock_weights(dtype), _table(steps), compiled=compiled
+    )
+
+
+def _medium(rows: int, steps: int) -> Callable[[], object]:
+    call = denoise_peers.floating(*_inputs(rows), _weights(), _table(steps), compiled=True)
+    return with_matmul_precision("medium", call)
+
+
+def _int8(rows: int, steps: int) -> Callable[[], object]:
+    return denoise_peers.int8(*_inputs(rows), _weights(), _table(steps))
+
+
+def _products(rows: int, steps: int, dtype: torch.dtype) -> Callable[[], object]:
+    return denoise_peers.products(rows, _stock_weights(dtype), steps)
 
 
 def _published_step(rows: int) -> Callable[[], object]:
@@ -210,18 +246,26 @@ def _published_step(rows: int) -> Callable[[], object]:
     return _without_gradients(step)
 
 
+@cache
+def _memory() -> Tensor:
+    """As much memory as the hidden weights take in float32; `read_probe` is ready to read it."""
+    memory = on_large_pages(2 * FEATURES * FEATURES)
+    _native.extension().calibrate_read_probe(memory, torch.get_num_threads())
+    return memory
+
+
 def _read(steps: int) -> Callable[[], object]:
     """Every hidden weight once a step."""
+    memory, threads = _memory(), torch.get_num_threads()
 
     def read() -> None:
         for _ in range(steps):
-            for layer in _weights().hidden:
-                _native.extension().read_probe(layer.weight, torch.get_num_threads())
+            _native.extension().read_probe(memory, threads)
 
     return read
 
 
 def _multiply(count: int, precision: str) -> Callable[[], object]:
-    """Multiply-adds of the instructions that `precision` uses on this processor."""
+    """Multiply-adds by the fastest instructions that this processor has for `precision`."""
     extension, threads = _native.extension(), torch.get_num_threads()
     return lambda: extension.multiply_add_probe(count, threads, precision=precision)

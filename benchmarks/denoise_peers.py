@@ -1,0 +1,141 @@
+"""What stock PyTorch makes of a chain of `denoise`: the peers that a user gets by a line or two.
+
+All are the reference's chain, whose states are float32, with another evaluation of eps:
+
+- fp32: the reference itself, or compiled, or with `torch.set_float32_matmul_precision("medium")`, by which oneDNN may
+  compute float32 products in bfloat16. It does so where it gains, as with AMX; elsewhere the setting changes little;
+- bf16: weights, features and activations after `.bfloat16()`, so the products are oneDNN's;
+- int8: the linear layers after `torch.ao.quantization.quantize_dynamic`: bytes, with scales per output channel of the
+  weights and per tensor of the activations.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffmic_fast.reference.conditional_linear import ConditionalLayer, conditional_norm
+from diffmic_fast.reference.denoise import DenoiserWeights, StepTable, chain, predict_noise
+
+
+@torch.compile(dynamic=False)
+def _compiled(
+    features: Tensor, y: Tensor, guidance: Tensor, weights: DenoiserWeights, timesteps: Tensor
+) -> Tensor:
+    return predict_noise(features, y, guidance, weights, timesteps)
+
+
+def floating(
+    features: Tensor,
+    prior: Tensor,
+    weights: DenoiserWeights,
+    steps: StepTable,
+    *,
+    compiled: bool = False,
+) -> Callable[[], Tensor]:
+    """The chain in the weights' own type.
+
+    Args:
+        features: [M, F] float32.
+        prior: [M, C] float32, also the guidance.
+        weights: all float32, or all bfloat16.
+        steps: the sampler.
+        compiled: whether the evaluation of eps is compiled.
+    """
+    dtype = weights.output_weight.dtype
+    x, guidance = features.to(dtype), prior.to(dtype)
+    predict = _compiled if compiled else predict_noise
+
+    def eps(y: Tensor, timesteps: Tensor) -> Tensor:
+        return predict(x, y.to(dtype), guidance, weights, timesteps).float()
+
+    return torch.no_grad()(partial(chain, eps, prior, steps))
+
+
+def cast(weights: DenoiserWeights, dtype: torch.dtype) -> DenoiserWeights:
+    """Every weight in another type, as `nn.Module.to(dtype)` leaves them."""
+
+    def layer(of: ConditionalLayer) -> ConditionalLayer:
+        return ConditionalLayer(*(part.to(dtype) for part in of))
+
+    return DenoiserWeights(
+        layer(weights.conditioning),
+        (layer(weights.hidden[0]), layer(weights.hidden[1])),
+        weights.output_weight.to(dtype),
+        weights.output_bias.to(dtype),
+        weights.eps,
+    )
+
+
+def products(rows: int, weights: DenoiserWeights, steps: int) -> Callable[[], None]:
+    """The two hidden products [rows, F] x [F, F] of each step alone, in the weights' type."""
+    first, second = (layer.weight for layer in weights.hidden)
+    h = torch.randn(rows, len(first)).to(first.dtype)
+
+    def multiply() -> None:
+        for _ in range(steps):
+            F.linear(h, first)
+            F.linear(h, second)
+
+    return torch.no_grad()(multiply)
+
+
+class _Denoiser(nn.Module):
+    """The weights as modules, since quantisation replaces `nn.Linear`."""
+
+    def __init__(self, weights: DenoiserWeights) -> None:
+        super().__init__()
+        self.layers = (weights.conditioning, *weights.hidden)
+        self.eps = weights.eps
+        parts = [(layer.weight, layer.bias) for layer in self.layers]
+        parts.append((weights.output_weight, weights.output_bias))
+        self.linears = nn.ModuleList(_linear(*part) for part in parts)
+
+    def forward(self, features: Tensor, y: Tensor, guidance: Tensor, timesteps: Tensor) -> Tensor:
+        """eps [M, C], as `predict_noise`."""
+        h = torch.cat((y, guidance), dim=-1)
+        for i, (layer, eps) in enumerate(zip(self.layers, self.eps, strict=True)):
+            h = conditional_norm(self.linears[i](h), layer, timesteps, eps=eps)
+            h = features * h if i == 0 else h
+        return self.linears[3](h)
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return linear.eval()
+
+
+def int8_obstacle() -> str:
+    """Why there is no int8 peer; empty where there is one."""
+    try:
+        _quantized(nn.Sequential(nn.Linear(4, 4)))
+    except (ImportError, AttributeError, RuntimeError) as error:
+        return f"torch.ao.quantization.quantize_dynamic: {error}"
+    return ""
+
+
+def int8(
+    features: Tensor, prior: Tensor, weights: DenoiserWeights, steps: StepTable
+) -> Callable[[], Tensor]:
+    """The chain with dynamically quantised linear layers; arguments as those of `floating`."""
+    model = _int8_model(weights)
+    return torch.no_grad()(partial(chain, lambda y, t: model(features, y, prior, t), prior, steps))
+
+
+@cache
+def _int8_model(weights: DenoiserWeights) -> nn.Module:
+    return _quantized(_Denoiser(weights).eval())
+
+
+def _quantized(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchao is to replace it
+        from torch.ao.quantization import quantize_dynamic
+
+        return quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
