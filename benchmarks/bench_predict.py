@@ -3,7 +3,9 @@ truncated steps; whole, and in its three parts.
 
 The published program's way is a model of its work in eager PyTorch, float32, contiguous layout, nothing folded: the
 guidance model twice, then at each step the image encoder and the denoiser's layers. It takes minutes, and its steps are
-alike: one guidance pass and one step are timed in every round, and its row is 2 of the first and 60 of the second.
+alike: one guidance pass and one step are timed in every round, and its row is 2 of the first and 60 of the second. The
+same with what a line changes: under `torch.autocast` in bfloat16, where the processor has such convolutions, and with
+`torch.set_float32_matmul_precision("medium")`.
 
 Weights and images are random, which costs the same; the chain is the native one in all precisions that it has.
 """
@@ -17,27 +19,35 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Maker, Setup
+from benchmarks.harness import Maker, Setup, with_matmul_precision
 from diffmic_fast import DiffMIC, DiffMICConfig
 from diffmic_fast.diffusion import make_steps
 from diffmic_fast.models import inference
-from diffmic_fast.ops.denoise import PRECISIONS_OF, denoise
+from diffmic_fast.ops.denoise import PRECISIONS_OF
+from diffmic_fast.reference.denoise import denoise
 
 IMAGES, SIDE, STEPS = 32, 224, 60
 PRECISIONS = PRECISIONS_OF["cpu"]
 _PUBLISHED = "published way"
-_PARTS = (f"{_PUBLISHED}, one guidance pass", f"{_PUBLISHED}, one step")
+_AUTOCAST, _MEDIUM = f"{_PUBLISHED}, bf16 autocast", f"{_PUBLISHED}, matmul precision medium"
+_GUIDANCE, _STEP = "one guidance pass", "one step"
 
 
 def setups() -> Iterator[Setup]:
     """The whole, and its parts."""
-    peers: dict[str, Maker] = {name: partial(_published, name) for name in _PARTS}
+    obstacle = inference.bfloat16_obstacle(torch.device("cpu"))
+    ways = [_PUBLISHED, _MEDIUM] if obstacle else [_PUBLISHED, _AUTOCAST, _MEDIUM]
+    peers: dict[str, Maker] = {
+        f"{way}, {part}": partial(_published, way, part)
+        for way in ways
+        for part in (_GUIDANCE, _STEP)
+    }
     peers |= {f"predict, {precision}": partial(_predict, precision) for precision in PRECISIONS}
     for part in ("guidance", "encoder"):
         peers[f"{part}, not folded"] = partial(_part, part, "fp32", False)
         peers[part] = partial(_part, part, "fp32", True)
         # Elsewhere it is float32, which is timed.
-        if not inference.bfloat16_obstacle(torch.device("cpu")):
+        if not obstacle:
             peers[f"{part}, bf16"] = partial(_part, part, "bf16", True)
     peers |= {f"chain, {precision}": partial(_chain, precision) for precision in PRECISIONS}
     yield Setup(
@@ -45,7 +55,8 @@ def setups() -> Iterator[Setup]:
         peers,
         _PUBLISHED,
         effort=0.125,
-        totals={_PUBLISHED: dict(zip(_PARTS, (2, STEPS), strict=True))},
+        skipped={_AUTOCAST: obstacle} if obstacle else {},
+        totals={way: {f"{way}, {_GUIDANCE}": 2, f"{way}, {_STEP}": STEPS} for way in ways},
     )
 
 
@@ -62,7 +73,7 @@ def _predict(precision: str) -> Callable[[], object]:
     )
 
 
-def _published(part: str) -> Callable[[], object]:
+def _published(way: str, part: str) -> Callable[[], object]:
     model, images = _model()
     published = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     denoiser = published.denoiser
@@ -70,11 +81,15 @@ def _published(part: str) -> Callable[[], object]:
     one = make_steps(model.schedule, "ddpm_truncated", 1)
 
     def step() -> None:
-        features = denoiser.encode(images)
-        denoise(features, prior, prior, denoiser.weights(), one, backend="reference")
+        denoise(denoiser.encode(images), prior, prior, denoiser.weights(), one)
 
-    call = partial(published.guidance, images) if part == _PARTS[0] else step
-    return torch.no_grad()(partial(_not_folded, call))
+    work = partial(published.guidance, images) if part == _GUIDANCE else step
+    call = torch.no_grad()(partial(_not_folded, work))
+    if way == _AUTOCAST:
+        # A user's block covers all steps, and weights are cast once in it. Nested, so are those here.
+        torch.autocast_increment_nesting()
+        return torch.autocast("cpu", torch.bfloat16)(call)
+    return with_matmul_precision("medium", call) if way == _MEDIUM else call
 
 
 def _part(part: str, precision: str, folded: bool) -> Callable[[], object]:

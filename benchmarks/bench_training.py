@@ -5,6 +5,9 @@ denoiser, each with its own image encoder, of the plain modules; plain mean squa
 and `torch.optim.Adam` as it comes. Ours is `training.steps.Steps`. Both begin with the same weights, and before
 anything is timed both losses are computed from the same noise and compared. Neither keeps a moving average.
 
+The published way is timed with what a line changes, too: its forward passes under `torch.autocast` in bfloat16, where
+the processor has such convolutions, and `torch.set_float32_matmul_precision("medium")`.
+
 A denoiser step has the guidance's probabilities given; a joint step is the guidance's forward pass, a denoiser step and
 a step of the guidance model. Steps in bfloat16 are timed where the processor has such convolutions.
 
@@ -22,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import Maker, Setup
+from benchmarks.harness import Maker, Setup, with_matmul_precision
 from diffmic_fast import DiffMIC, DiffMICConfig
 from diffmic_fast.diffusion.schedule import q_sample
 from diffmic_fast.models.diffmic import antithetic_timesteps
@@ -40,6 +43,7 @@ from diffmic_fast.training.steps import Steps
 BATCH, SIDE, CLASSES = 32, 224, 5
 SMALL_BATCH, SMALL_FEATURES = 8, 64
 _PUBLISHED = "published way"
+_AUTOCAST, _MEDIUM = f"{_PUBLISHED}, bf16 autocast", f"{_PUBLISHED}, matmul precision medium"
 
 Call = Callable[[], object]
 
@@ -51,18 +55,22 @@ def setups() -> Iterator[Setup]:
         _compare(joint)
         peers: dict[str, Maker] = {
             _PUBLISHED: partial(_published, joint),
+            _MEDIUM: partial(_published_medium, joint),
             "fp32": partial(_ours, joint, "fp32"),
             "fp32, recomputed": partial(_ours, joint, "fp32", recompute=True),
         }
+        half = {
+            _AUTOCAST: partial(_published, joint, autocast=True),
+            "bf16": partial(_ours, joint, "bf16"),
+        }
         if not obstacle:
-            peers["bf16"] = partial(_ours, joint, "bf16")
-        skipped = {"bf16": obstacle} if obstacle else {}
+            peers |= half
         yield Setup(
             f"{title}, {BATCH} images",
             peers,
             _PUBLISHED,
             effort=0.125,
-            skipped=skipped,
+            skipped=dict.fromkeys(half, obstacle) if obstacle else {},
             memory=True,
         )
     size = f"B = {SMALL_BATCH}, F = {SMALL_FEATURES}, forward and backward"
@@ -122,7 +130,7 @@ def _ours(joint: bool, precision: str, *, recompute: bool = False) -> Call:
     return step
 
 
-def _published(joint: bool) -> Call:
+def _published(joint: bool, *, autocast: bool = False) -> Call:
     images, labels = _batch()
     model = _model(joint).to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam(model.denoiser.parameters(), lr=1e-3)
@@ -131,16 +139,24 @@ def _published(joint: bool) -> Call:
 
     def step() -> None:
         optimizer.zero_grad()
-        torch.autograd.backward(published_loss(model, images, labels, generator))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = published_loss(model, images, labels, generator)
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.denoiser.parameters(), 1.0)
         optimizer.step()
         if joint:
             of_guidance.zero_grad()
             model.guidance.train()
-            torch.autograd.backward(F.cross_entropy(model.guidance(images)[0], labels))
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = F.cross_entropy(model.guidance(images)[0], labels)
+            torch.autograd.backward(loss)
             of_guidance.step()
 
     return step
+
+
+def _published_medium(joint: bool) -> Call:
+    return with_matmul_precision("medium", _published(joint))
 
 
 def published_loss(
