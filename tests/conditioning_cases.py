@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 from cuda_backends import device_of
+from rounding import assert_within_rounding
 from torch import Tensor
 
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
-
-# Beside float32 PyTorch's own error: a few roundings of the largest element.
-FLOOR = 1e-6
 
 
 class Case:
@@ -45,15 +43,29 @@ class Case:
     ) -> list[Tensor]:
         """h, the running statistics behind the call, and all gradients of sum(h * grad)."""
         device = device_of(backend)
-        leaves = [v.to(device, dtype).requires_grad_() for v in (*self.inputs, *self.parameters)]
+        leaves = [
+            v.to(device, dtype, copy=True).requires_grad_()
+            for v in (*self.inputs, *self.parameters)
+        ]
         running = (v.to(device, dtype, copy=True) for v in self.running)
         layer = ConditionalLayer(*leaves[3:], *running)
         t = (self.timesteps if timesteps is None else timesteps).to(device)
         options: dict[str, Any] = {"training": training, "momentum": 0.3, "eps": 1e-4}
         h = conditioning(*leaves[:3], layer, t, backend=backend, **options)
-        gradients = torch.autograd.grad(h, leaves, self.grad.to(device, dtype))
+        gradients = torch.autograd.grad(h, leaves, self.grad.to(device, dtype, copy=True))
         found = [h.detach(), layer.running_mean, layer.running_var, *gradients]
         return [value.cpu() for value in found]
+
+    def check(
+        self, found: Sequence[Tensor], *, training: bool, timesteps: Tensor | None = None
+    ) -> None:
+        """Asserts that `found`, results of `run` in float32, err no more than rounding explains."""
+
+        def definition() -> list[Tensor]:
+            return self.run(torch.float64, "reference", training=training, timesteps=timesteps)
+
+        assert found[0].dtype == torch.float32
+        assert_within_rounding(found, definition, NAMES)
 
     def floats(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         return tuple(
@@ -66,15 +78,6 @@ NAMES = (
     "h", "running_mean", "running_var", "x", "y_t", "guidance", "weight", "bias", "gamma",
     "norm_weight", "norm_bias",
 )  # fmt: skip
-
-
-def assert_as_good(found: Sequence[Tensor], other: Sequence[Tensor], exact: Sequence[Tensor]):
-    """`found` errs at most twice what `other` does, both against `exact`."""
-    for name, a, b, c in zip(NAMES, found, other, exact, strict=True):
-        scale = float(c.abs().max()) or 1.0
-        error, allowed = (float((v.double() - c).abs().max()) / scale for v in (a, b))
-        assert a.shape == c.shape and a.dtype == b.dtype, name
-        assert error <= 2 * allowed + FLOOR, f"{name}: {error:.1e}, PyTorch's {allowed:.1e}"
 
 
 def sliced(tensor: Tensor, *, rows_only: bool) -> tuple[Tensor, Tensor]:

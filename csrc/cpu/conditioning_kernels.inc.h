@@ -338,6 +338,21 @@ void ThroughNorm(const Call& call, const Chunk<kGroup>& chunk, const Norm& norm,
   }
 }
 
+// d, the gradient of n, becomes d less what the batch's statistics take from it, where the batch
+// has two rows: n is the same of both but for its sign, and the gradient of a row is
+//   d - mean(d) - n mean(d n) = (d - mean(d)) eps / (variance + eps).
+// As a difference it would be the rounding of terms that are (variance + eps) / eps times as large.
+template <int kGroup>
+void ThroughStatisticsOfTwo(const Chunk<kGroup>& chunk, const Norm& norm, float eps, float* d) {
+  const Vec half = Set(0.5f * eps);
+  for (std::int64_t u = 0; u < chunk.end(); u += kLanes) {
+    const Vec inverse = Load(norm.inverse + u);
+    const Vec part = (Load(d + u) - Load(d + kUnits + u)) * (half * inverse * inverse);
+    Store(d + u, part);
+    Store(d + kUnits + u, Zero() - part);
+  }
+}
+
 // The gradients of a chunk's own parameters, summed over the streams.
 struct ParameterSums {
   float* weight;  // [inputs, kUnits]
@@ -371,6 +386,7 @@ void BackwardChunk(const Call& call, const float* grad, const std::int64_t (&gra
   const std::int64_t unit = chunk.unit, count = chunk.count;
   const bool weights = gradients.weight != nullptr || gradients.bias != nullptr;
   const bool scaled = weights || label_sums != nullptr || call.gamma_gradient != nullptr;
+  const bool two = batch.training && rows == 2;
   const bool norms = gradients.norm_weight != nullptr || gradients.norm_bias != nullptr;
 
   float* w = scratch;
@@ -403,11 +419,13 @@ void BackwardChunk(const Call& call, const float* grad, const std::int64_t (&gra
         const double gain = static_cast<double>(norm.gain[u]) * share;
         sums.norm_weight[u] += moment[u] * inverse;
         sums.norm_bias[u] += plain[u];
+        if (two) continue;
         constant[u] = static_cast<float>(gain * plain[u]);
         slope[u] = static_cast<float>(gain * (moment[u] * inverse * inverse));
       }
     }
     if (!scaled) continue;
+    if (two) ThroughStatisticsOfTwo(chunk, norm, call.layer.eps, d);
     ThroughNorm(call, chunk, norm, constant, slope, p, z, d);
     if (weights) AddWeightGradient(call, chunk, labels, d, sums.weight);
     if (label_sums != nullptr) {

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conditioning_cases import NAMES, Case, assert_as_good, sliced
+from conditioning_cases import NAMES, Case, sliced
+from rounding import assert_within_rounding
 from torch import Tensor
 
 from diffmic_fast import _native
@@ -60,13 +61,8 @@ def kernel(
 def test_values_and_gradients(sizes: tuple[int, ...], training: bool) -> None:
     case = Case(*sizes)
     for timesteps in (None, case.timesteps[:1]):
-        found, other, exact = (
-            case.run(dtype, backend, training=training, timesteps=timesteps)
-            for dtype, backend in (
-                (torch.float32, "cpu"), (torch.float32, "reference"), (torch.float64, "reference"),
-            )
-        )  # fmt: skip
-        assert_as_good(found, other, exact)
+        found = case.run(torch.float32, "cpu", training=training, timesteps=timesteps)
+        case.check(found, training=training, timesteps=timesteps)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -75,9 +71,21 @@ def test_every_instruction_set(isa: str, training: bool) -> None:
     for sizes in SIZES:
         case = Case(*sizes)
         parts = (*case.floats(), case.timesteps, case.grad.float())
-        found = kernel(*parts, training=training, isa=isa)
-        other = case.run(torch.float32, "reference", training=training)
-        assert_as_good(found, other, case.run(torch.float64, "reference", training=training))
+        case.check(kernel(*parts, training=training, isa=isa), training=training)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_statistics_of_two_rows_lose_no_digits(isa: str) -> None:
+    """n of two rows is +-1 but for eps: what is left of the gradient is 500 roundings wrong as a difference."""
+    case = Case(1, 2, 1, 3)
+    parts = (*case.floats(), case.timesteps, case.grad.float())
+    found = kernel(*parts, training=True, isa=isa)[3:]
+    assert_within_rounding(
+        found,
+        lambda: case.run(torch.float64, "reference", training=True)[3:],
+        NAMES[3:],
+        factor=0,
+    )
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -104,13 +112,9 @@ def test_statistics_far_from_zero() -> None:
     case = Case(2, 500, 17, 3)
     case.parameters[1] = (case.parameters[1] + 300).float().double()
     case.parameters[2] = torch.ones_like(case.parameters[2])
-    found, other, exact = (
-        case.run(dtype, backend, training=True)
-        for dtype, backend in (
-            (torch.float32, "cpu"), (torch.float32, "reference"), (torch.float64, "reference"),
-        )
-    )  # fmt: skip
-    assert_as_good(found, other, exact)
+    found = case.run(torch.float32, "cpu", training=True)
+    case.check(found, training=True)
+    exact = case.run(torch.float64, "reference", training=True)
     assert float(((found[2].double() - exact[2]) / exact[2]).abs().max()) < 1e-5
 
 

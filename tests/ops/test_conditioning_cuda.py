@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conditioning_cases import NAMES, Case, assert_as_good, sliced
+from conditioning_cases import NAMES, Case, sliced
 from cuda_backends import CUDA_BACKENDS, device_of, schedule, seeds
 from torch import Tensor
 
@@ -71,21 +71,15 @@ def parts(case: Case, backend: str) -> list[Any]:
 @pytest.mark.parametrize("sizes", SIZES)
 def test_values_and_gradients(backend: str, sizes: tuple[int, ...], training: bool) -> None:
     case = Case(*sizes)
-    found = case.run(torch.float32, backend, training=training)
-    other = case.run(torch.float32, "reference", training=training)
-    assert_as_good(found, other, case.run(torch.float64, "reference", training=training))
+    case.check(case.run(torch.float32, backend, training=training), training=training)
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_one_timestep_for_all(backend: str, training: bool) -> None:
     case = Case(2, 33, 40, 4)
-    found, other, exact = (
-        case.run(dtype, name, training=training, timesteps=case.timesteps[:1])
-        for dtype, name in (
-            (torch.float32, backend), (torch.float32, "reference"), (torch.float64, "reference"),
-        )
-    )  # fmt: skip
-    assert_as_good(found, other, exact)
+    t = case.timesteps[:1]
+    found = case.run(torch.float32, backend, training=training, timesteps=t)
+    case.check(found, training=training, timesteps=t)
 
 
 def test_softplus_of_large_and_small_numbers(backend: str) -> None:
@@ -114,13 +108,9 @@ def test_statistics_far_from_zero(backend: str, batch: int) -> None:
     case = Case(2, batch, 5, 3)
     case.parameters[1] = (case.parameters[1] + 300).float().double()
     case.parameters[2] = torch.ones_like(case.parameters[2])
-    found, other, exact = (
-        case.run(dtype, name, training=True)
-        for dtype, name in (
-            (torch.float32, backend), (torch.float32, "reference"), (torch.float64, "reference"),
-        )
-    )  # fmt: skip
-    assert_as_good(found, other, exact)
+    found = case.run(torch.float32, backend, training=True)
+    case.check(found, training=True)
+    exact = case.run(torch.float64, "reference", training=True)
     assert float(((found[2].double() - exact[2]) / exact[2]).abs().max()) < 1e-5
 
 

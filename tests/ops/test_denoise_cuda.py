@@ -9,6 +9,7 @@ from denoise_cases import (
     SCHEDULE,
     T,
     as_double,
+    assert_states,
     exact,
     make_inputs,
     make_weights,
@@ -59,17 +60,12 @@ def test_states_are_those_of_the_definition(backend, rows, features, classes, sa
     noise = torch.randn(
         len(steps.timesteps), rows, classes, generator=torch.Generator().manual_seed(1)
     )
-    expected = exact(inputs, weights, steps, noise)
-    theirs = reference.denoise(*inputs, weights, steps, noise=noise, trajectory=True)
-    there, inputs = case(backend, rows, features, classes)
-    found = denoise(
-        *inputs, there, steps, noise=noise.to(inputs[0].device), trajectory=True, backend=backend
-    )
-    last = denoise(*inputs, there, steps, noise=noise.to(inputs[0].device), backend=backend)
+    there, on_device = case(backend, rows, features, classes)
+    z = noise.to(on_device[0].device)
+    found = denoise(*on_device, there, steps, noise=z, trajectory=True, backend=backend)
+    last = denoise(*on_device, there, steps, noise=z, backend=backend)
     assert torch.equal(last, found[-1])
-    # The chain multiplies an error of its first steps, so the definition's own float32 is the measure.
-    allowed = 4 * float((theirs - expected).abs().max()) + 1e-5
-    assert float((found.cpu() - expected).abs().max()) <= allowed
+    assert_states(found.cpu(), inputs, weights, steps, noise)
 
 
 def test_depth_that_fills_every_place_under_way(backend) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from conditioning_cases import Case, sliced
 from cuda_backends import CUDA_BACKENDS, device_of, schedule, seeds
+from rounding import assert_within_rounding
 from torch import Tensor
 
 from diffmic_fast import _native
@@ -26,6 +28,9 @@ SIZES = [
 ]  # fmt: skip
 BACKENDS = ["cpu", *CUDA_BACKENDS]
 ROWS = 9  # of gamma; the schedule has one less
+GRADIENTS = (
+    "x", "y_0", "guidance", "weight", "bias", "gamma", "norm_weight", "norm_bias", "noise",
+)  # fmt: skip
 SCHEDULE = make_schedule("linear", ROWS - 1, 1e-2, 0.3)
 
 
@@ -39,15 +44,16 @@ def call(
 ) -> tuple[NoisedConditioning, list[Tensor], ConditionalLayer]:
     """The call, the leaves x, y_0, guidance and parameters, and the layer."""
     device = device_of(backend)
-    x, labels, guidance = (v.to(device, dtype) for v in case.inputs)
+    x, labels, guidance = (v.to(device, dtype, copy=True) for v in case.inputs)
     y_0 = (labels[0] if labels.ndim == 3 else labels).clone()
-    leaves = [x, y_0, guidance, *(v.to(device, dtype) for v in case.parameters)]
+    leaves = [x, y_0, guidance, *(v.to(device, dtype, copy=True) for v in case.parameters)]
     for leaf in leaves:
         leaf.requires_grad_()
     layer = ConditionalLayer(*leaves[3:], *(v.to(device, dtype, copy=True) for v in case.running))
     t = (case.timesteps.clamp(max=ROWS - 2) if timesteps is None else timesteps).to(device)
     tables = (
-        v.to(device, dtype) for v in (SCHEDULE.sqrt_alpha_bar, SCHEDULE.sqrt_one_minus_alpha_bar)
+        v.to(device, dtype, copy=True)
+        for v in (SCHEDULE.sqrt_alpha_bar, SCHEDULE.sqrt_one_minus_alpha_bar)
     )
     found = noised_conditioning(*leaves[:3], layer, t, *tables, backend=backend, **options)
     return found, leaves, layer
@@ -74,7 +80,7 @@ def test_it_is_its_parts(backend: str, sizes: tuple[int, ...], training: bool) -
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("sizes", [(0, 6, 5, 2), *SIZES[1:5]])
+@pytest.mark.parametrize("sizes", [(0, 6, 5, 2), *SIZES[:5]])
 def test_gradients(backend: str, sizes: tuple[int, ...], training: bool) -> None:
     """Against float64, through h and through the noisy labels."""
     case = Case(*sizes)
@@ -88,15 +94,12 @@ def test_gradients(backend: str, sizes: tuple[int, ...], training: bool) -> None
         ways = [(found.h, case.grad), (found.y_t, weight)]
         total = sum((ways[i][0] * ways[i][1].to(z)).sum() for i in parts)
         given = torch.autograd.grad(total, [*leaves, z], allow_unused=True)
-        return [torch.zeros(1) if g is None else g.cpu() for g in given]
+        return [z.new_zeros(1).cpu() if g is None else g.cpu() for g in given]
 
     for parts in ((0, 1), (0,), (1,)):
-        exact = gradients("reference", torch.float64, parts)
-        other = gradients("reference", torch.float32, parts)
-        for a, b, c in zip(gradients(backend, torch.float32, parts), other, exact, strict=True):
-            scale = float(c.abs().max()) or 1.0
-            assert a.shape == c.shape
-            assert float((a - c).abs().max()) <= 2 * float((b - c).abs().max()) + 2e-6 * scale
+        definition = partial(gradients, "reference", torch.float64, parts)
+        found = gradients(backend, torch.float32, parts)
+        assert_within_rounding(found, definition, GRADIENTS)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
