@@ -18,6 +18,18 @@
 namespace diffmic::cpu::mmd::DIFFMIC_MMD_NAMESPACE {
 namespace {
 
+// The numbers of a vector's lanes, 0 to kCount - 1.
+template <int...>
+struct Sequence {};
+template <int kCount, int... kRest>
+struct Counted : Counted<kCount - 1, kCount - 1, kRest...> {};
+template <int... kAll>
+struct Counted<0, kAll...> {
+  using Type = Sequence<kAll...>;
+};
+template <std::int64_t kCount>
+using MakeSequence = typename Counted<static_cast<int>(kCount)>::Type;
+
 template <typename T>
 struct Loops {
   using C = Exponential<T>;
@@ -25,9 +37,14 @@ struct Loops {
   using Vector [[gnu::vector_size(DIFFMIC_MMD_BYTES)]] = T;
   using BitVector [[gnu::vector_size(DIFFMIC_MMD_BYTES)]] = Bits;
   static constexpr std::int64_t kWidth = DIFFMIC_MMD_BYTES / sizeof(T);
-  static constexpr std::int64_t kPanel = 2 * kWidth;  // columns side by side in registers
-  static constexpr std::int64_t kBlockRows = 6;       // rows of a register block of distances
-  static constexpr std::int64_t kSlopeRows = 4;       // and of gradients
+  // A register block of distances: rows, and vectors of columns beside each other. A value that is
+  // broadcast serves all of these, and 512 bits have the registers for three.
+  static constexpr std::int64_t kBlockRows = 6;
+  static constexpr int kColumnVectors = DIFFMIC_MMD_BYTES == 64 ? 3 : 2;
+  static constexpr std::int64_t kPanel = kColumnVectors * kWidth;
+  // And of gradients: rows, and vectors of elements beside each other.
+  static constexpr std::int64_t kSlopeRows = 4;
+  static constexpr int kSlopeVectors = DIFFMIC_MMD_BYTES >= 32 ? 2 : 1;
   static constexpr T kRound =
       T{3} * (Bits{1} << (C::kMantissa - 1));  // adding it rounds to an integer
   static_assert(kTileColumns % kPanel == 0);
@@ -40,32 +57,92 @@ struct Loops {
   }
   static void Store(T* to, Vector value) { __builtin_memcpy(to, &value, sizeof value); }
 
-  // The first `count` elements, 0 after them.
+  // In all lanes. One load then serves every use; GCC would make an operand of each.
+  static Vector Broadcast(T value) {
+    Vector all = value - Vector{};
+#if defined(__AVX512F__)
+    asm("" : "+v"(all));
+#endif
+    return all;
+  }
+
+  // count < kWidth elements, in pieces of sizes that the compiler knows.
+  static void CopyPart(T* to, const T* from, std::int64_t count) {
+#pragma GCC unroll 8
+    for (std::int64_t piece = kWidth / 2; piece > 0; piece /= 2) {
+      if ((count & piece) == 0) continue;
+      __builtin_memcpy(to, from, static_cast<std::size_t>(piece) * sizeof(T));
+      to += piece;
+      from += piece;
+    }
+  }
+
+  // The first `count` elements, 0 after them; none where count <= 0.
   static Vector LoadPart(const T* from, std::int64_t count) {
     if (count >= kWidth) return Load(from);
     T values[kWidth] = {};
-    for (std::int64_t i = 0; i < count; ++i) values[i] = from[i];
+    CopyPart(values, from, count);
     return Load(values);
   }
   static void StorePart(T* to, Vector value, std::int64_t count) {
     if (count >= kWidth) return Store(to, value);
     T values[kWidth];
     Store(values, value);
-    for (std::int64_t i = 0; i < count; ++i) to[i] = values[i];
+    CopyPart(to, values, count);
   }
+
+  // ---- distances
+
+#if __has_builtin(__builtin_shufflevector)
+  // A step of the transposition of kWidth vectors: lanes whose numbers differ in the bit kStep
+  // change places between two vectors whose numbers do.
+  template <int kStep, int... kLane>
+  static void Exchange(Vector* a, Vector* b, Sequence<kLane...>) {
+    constexpr int kCount = kWidth;
+    const Vector low =
+        __builtin_shufflevector(*a, *b, (kLane & kStep ? kCount + kLane - kStep : kLane)...);
+    *b = __builtin_shufflevector(*a, *b, (kLane & kStep ? kCount + kLane : kLane + kStep)...);
+    *a = low;
+  }
+  template <int kStep = kWidth / 2>
+  static void Transpose(Vector* rows) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      if ((i & kStep) == 0) Exchange<kStep>(&rows[i], &rows[i + kStep], MakeSequence<kWidth>());
+    }
+    if constexpr (kStep > 1) Transpose<kStep / 2>(rows);
+  }
+#else
+  static void Transpose(Vector* rows) {
+    for (int i = 0; i < kWidth; ++i) {
+      for (int k = 0; k < i; ++k) {
+        const T value = rows[i][k];
+        rows[i][k] = rows[k][i];
+        rows[k][i] = value;
+      }
+    }
+  }
+#endif
 
   static void Pack(const RowBlock<T>& v, std::int64_t depth, T* panels) {
     for (std::int64_t begin = 0; begin < v.count; begin += kPanel) {
       const T* from = v.data + begin * v.stride;
+      std::int64_t k = 0;
       if (begin + kPanel <= v.count) {
-        for (std::int64_t k = 0; k < depth; ++k) {
-          for (std::int64_t c = 0; c < kPanel; ++c) panels[k * kPanel + c] = from[c * v.stride + k];
-        }
-      } else {
-        for (std::int64_t k = 0; k < depth; ++k) {
-          for (std::int64_t c = 0; c < kPanel; ++c) {
-            panels[k * kPanel + c] = begin + c < v.count ? from[c * v.stride + k] : T{0};
+        for (; k + kWidth <= depth; k += kWidth) {
+          for (std::int64_t c = 0; c < kPanel; c += kWidth) {
+            Vector part[kWidth];
+#pragma GCC unroll 16
+            for (std::int64_t i = 0; i < kWidth; ++i) part[i] = Load(from + (c + i) * v.stride + k);
+            Transpose(part);
+#pragma GCC unroll 16
+            for (std::int64_t i = 0; i < kWidth; ++i) Store(panels + (k + i) * kPanel + c, part[i]);
           }
+        }
+      }
+      for (; k < depth; ++k) {
+        for (std::int64_t c = 0; c < kPanel; ++c) {
+          panels[k * kPanel + c] = begin + c < v.count ? from[c * v.stride + k] : T{0};
         }
       }
       panels += depth * kPanel;
@@ -82,24 +159,32 @@ struct Loops {
         for (std::int64_t i = 0; i < kBlockRows; ++i) {
           row[i] = u.data + (r + i < u.count ? r + i : u.count - 1) * u.stride;
         }
-        Vector sum[kBlockRows][2] = {};
+        Vector sum[kBlockRows][kColumnVectors] = {};
         for (std::int64_t k = 0; k < depth; ++k) {
-          const Vector v0 = Load(panel + k * kPanel), v1 = Load(panel + k * kPanel + kWidth);
+          Vector there[kColumnVectors];
+#pragma GCC unroll 4
+          for (int j = 0; j < kColumnVectors; ++j) there[j] = Load(panel + k * kPanel + j * kWidth);
 #pragma GCC unroll 6
           for (std::int64_t i = 0; i < kBlockRows; ++i) {
-            const Vector difference0 = v0 - row[i][k], difference1 = v1 - row[i][k];
-            sum[i][0] += difference0 * difference0;
-            sum[i][1] += difference1 * difference1;
+            const Vector own = Broadcast(row[i][k]);
+#pragma GCC unroll 4
+            for (int j = 0; j < kColumnVectors; ++j) {
+              const Vector difference = there[j] - own;
+              sum[i][j] += difference * difference;
+            }
           }
         }
         for (std::int64_t i = 0; i < kBlockRows; ++i) {
-          T* place = tile + (r + i) * kTileColumns + c;
-          Store(place, first ? sum[i][0] : Load(place) + sum[i][0]);
-          Store(place + kWidth, first ? sum[i][1] : Load(place + kWidth) + sum[i][1]);
+          for (int j = 0; j < kColumnVectors; ++j) {
+            T* place = tile + (r + i) * kTileColumns + c + j * kWidth;
+            Store(place, first ? sum[i][j] : Load(place) + sum[i][j]);
+          }
         }
       }
     }
   }
+
+  // ---- kernel values
 
   static constexpr T Inverse(int factorial) {  // 1 / factorial!
     double product = 1;
@@ -160,7 +245,8 @@ struct Loops {
     }
   }
 
-  // high + low += part, exactly but for the rounding of `low`.
+  // high + low += part, exactly but for the rounding of `low`. The caller's product is rounded for
+  // every row: GCC does not fuse it with these sums across the branches of LoadPart.
   static void AddTo(const SumRows<T>& sums, std::int64_t row, std::int64_t k, std::int64_t count,
                     Vector part) {
     T* high = sums.high + row * sums.stride + k;
@@ -173,47 +259,80 @@ struct Loops {
     StorePart(low, LoadPart(low, count) + lost, count);
   }
 
-  // One vector of elements at a time: it is gathered from all rows v, and walked over by four rows
-  // u in registers. A difference serves both sums, which differ in its sign alone.
+  // kVectors vectors of elements from k on: they are gathered from all rows v, and walked over by
+  // four rows u in registers. A difference serves both sums, which differ in its sign alone.
+  template <bool kToU, bool kToV, int kVectors>
+  static void SlopesOf(std::int64_t k, const RowBlock<T>& u, const RowBlock<T>& v,
+                       std::int64_t width, const T* tile, bool upper, T factor,
+                       const SumRows<T>& u_sums, const SumRows<T>& v_sums) {
+    static constexpr T kZeros[kTileColumns] = {};
+    Vector there[kTileColumns][kVectors], back[kTileColumns][kVectors];
+    for (std::int64_t c = 0; c < v.count; ++c) {
+#pragma GCC unroll 2
+      for (std::int64_t j = 0; j < kVectors; ++j) {
+        const std::int64_t at = k + j * kWidth;
+        there[c][j] = LoadPart(v.data + c * v.stride + at, width - at);
+        back[c][j] = Vector{};
+      }
+    }
+    for (std::int64_t r = 0; r < u.count; r += kSlopeRows) {
+      Vector own[kSlopeRows][kVectors], sum[kSlopeRows][kVectors] = {};
+      const T* slope[kSlopeRows];
+      for (std::int64_t i = 0; i < kSlopeRows; ++i) {
+        const bool inside = r + i < u.count;
+        for (std::int64_t j = 0; j < kVectors; ++j) {
+          const std::int64_t at = k + j * kWidth;
+          own[i][j] = LoadPart(u.data + (inside ? r + i : r) * u.stride + at, width - at);
+        }
+        slope[i] = inside ? tile + (r + i) * kTileColumns : kZeros;
+      }
+      for (std::int64_t c = upper ? r : 0; c < v.count; ++c) {
+        Vector given[kVectors];
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) given[j] = back[c][j];
+#pragma GCC unroll 4
+        for (std::int64_t i = 0; i < kSlopeRows; ++i) {
+          const Vector steep = Broadcast(slope[i][c]);
+#pragma GCC unroll 2
+          for (int j = 0; j < kVectors; ++j) {
+            const Vector difference = there[c][j] - own[i][j];
+            if constexpr (kToU) sum[i][j] += difference * steep;
+            if constexpr (kToV) given[j] -= difference * steep;
+          }
+        }
+        if constexpr (kToV) {
+#pragma GCC unroll 2
+          for (int j = 0; j < kVectors; ++j) back[c][j] = given[j];
+        }
+      }
+      if constexpr (kToU) {
+        for (std::int64_t i = 0; i < kSlopeRows && r + i < u.count; ++i) {
+          for (std::int64_t j = 0; j < kVectors; ++j) {
+            const std::int64_t at = k + j * kWidth;
+            AddTo(u_sums, r + i, at, width - at, sum[i][j] * factor);
+          }
+        }
+      }
+    }
+    if constexpr (kToV) {
+      for (std::int64_t c = 0; c < v.count; ++c) {
+        for (std::int64_t j = 0; j < kVectors; ++j) {
+          const std::int64_t at = k + j * kWidth;
+          AddTo(v_sums, c, at, width - at, back[c][j] * factor);
+        }
+      }
+    }
+  }
+
   template <bool kToU, bool kToV>
   static void Slopes(const RowBlock<T>& u, const RowBlock<T>& v, std::int64_t width, const T* tile,
                      bool upper, T factor, const SumRows<T>& u_sums, const SumRows<T>& v_sums) {
-    static constexpr T kZeros[kTileColumns] = {};
-    Vector there[kTileColumns], back[kTileColumns];
-    for (std::int64_t k = 0; k < width; k += kWidth) {
-      const std::int64_t count = width - k < kWidth ? width - k : kWidth;
-      for (std::int64_t c = 0; c < v.count; ++c) {
-        there[c] = LoadPart(v.data + c * v.stride + k, count);
-        back[c] = Vector{};
-      }
-      for (std::int64_t r = 0; r < u.count; r += kSlopeRows) {
-        Vector own[kSlopeRows], sum[kSlopeRows] = {};
-        const T* slope[kSlopeRows];
-        for (std::int64_t i = 0; i < kSlopeRows; ++i) {
-          const bool inside = r + i < u.count;
-          own[i] = LoadPart(u.data + (inside ? r + i : r) * u.stride + k, count);
-          slope[i] = inside ? tile + (r + i) * kTileColumns : kZeros;
-        }
-        for (std::int64_t c = upper ? r : 0; c < v.count; ++c) {
-          Vector given = back[c];
-#pragma GCC unroll 4
-          for (std::int64_t i = 0; i < kSlopeRows; ++i) {
-            const Vector push = (there[c] - own[i]) * slope[i][c];
-            if constexpr (kToU) sum[i] += push;
-            if constexpr (kToV) given -= push;
-          }
-          if constexpr (kToV) back[c] = given;
-        }
-        if constexpr (kToU) {
-          for (std::int64_t i = 0; i < kSlopeRows && r + i < u.count; ++i) {
-            AddTo(u_sums, r + i, k, count, sum[i] * factor);
-          }
-        }
-      }
-      if constexpr (kToV) {
-        for (std::int64_t c = 0; c < v.count; ++c) AddTo(v_sums, c, k, count, back[c] * factor);
-      }
+    constexpr std::int64_t kTogether = kSlopeVectors * kWidth;
+    std::int64_t k = 0;
+    for (; k + kTogether - kWidth < width; k += kTogether) {
+      SlopesOf<kToU, kToV, kSlopeVectors>(k, u, v, width, tile, upper, factor, u_sums, v_sums);
     }
+    if (k < width) SlopesOf<kToU, kToV, 1>(k, u, v, width, tile, upper, factor, u_sums, v_sums);
   }
 
   static void Gradient(const RowBlock<T>& u, const RowBlock<T>& v, std::int64_t width,
