@@ -18,7 +18,7 @@ from rich.table import Table
 
 import diffmic_fast
 from diffmic_fast import _native
-from diffmic_fast.models.inference import bfloat16_obstacle
+from diffmic_fast.models.inference import bfloat16_convolutions
 from diffmic_fast.ops._backend import IMPLEMENTATIONS, decide
 
 _PACKAGES = (
@@ -41,7 +41,7 @@ def report() -> dict[str, Any]:
         extension: loaded, reason (why not), file, and the facts of its build.
         installed: what the installation recorded of its build, or None.
         processor: architecture, name, instruction_sets, amx (yes, or why not), cores, threads (that torch uses),
-            bfloat16_convolutions (yes, or why not).
+            bfloat16_convolutions (instructions and how, or why not).
         gpu: torch_cuda, torch_devices, driver, devices, reason (why there are none).
         backends: device -> operation -> backend (what "auto" means here, or why it cannot serve),
             variable (DIFFMIC_BACKEND).
@@ -115,9 +115,7 @@ def _processor() -> dict[str, Any]:
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "bfloat16_convolutions": (
-            f"no: {obstacle}" if (obstacle := bfloat16_obstacle(torch.device("cpu"))) else "yes"
-        ),
+        "bfloat16_convolutions": bfloat16_convolutions(),
     }
 
 

@@ -271,7 +271,8 @@ class DiffMIC(nn.Module):
         A prediction depends on the image, the seed and the sample's number, never on the batch: noise is addressed by
         them (`reference.philox`). Guidance and encoder run once an image, however many samples and steps. Beside the
         weights there is memory for the activations of the batch, for one layer's weight at a time (with BatchNorm
-        folded in, `models.folding`) and for [B * S, F] features.
+        folded in, `models.folding`) and for [B * S, F] features; with convolutions in bfloat16 for the weights of one
+        network in bfloat16 and the activations of a few images (`models.fused`).
 
         Args:
             images: [B, 3, H, W] float32, finite.
@@ -280,8 +281,9 @@ class DiffMIC(nn.Module):
             seed: 64-bit key of the noise.
             ids: [B] int64, key of each image's noise (default: a hash of its pixels).
             precision: of the chain (see `ops.denoise`). With "bf16" the convolutions of guidance and encoder are in
-                bfloat16 too if the device has such instructions (`models.inference.bfloat16_obstacle`; shown by
-                `python -m diffmic_fast info`), else in float32, which is faster there. Saliency, choice of patches,
+                bfloat16 too if the device has such instructions (on a CPU AMX or those of AVX-512 or Arm, as the
+                processor reports: `models.inference.bfloat16_obstacle`, shown by `python -m diffmic_fast info`), else
+                in float32, which is faster there. Saliency, choice of patches,
                 attention and softmax are float32 always. Networks put in the place of ours run as they are.
             compile: run the convolutions through `torch.compile`: some percent faster after minutes of compiling, for
                 tens of thousands of images.

@@ -18,16 +18,16 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from torch.fx import Graph
+from torch.fx import Graph, Node
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-_MAKERS = ("torch", "torchvision", "timm", "diffmic_fast")
+MAKERS = ("torch", "torchvision", "timm", "diffmic_fast")
 # Subclasses may do more with their weight than convolve (standardise it, for one).
 _CONVOLUTIONS = ("torch.nn.modules.conv.Conv2d", "timm.layers.conv2d_same.Conv2dSame")
 _NORMS = (
@@ -36,7 +36,9 @@ _NORMS = (
 )
 
 _Pairs = dict[nn.Module, _BatchNorm]
-_known: WeakKeyDictionary[nn.Module, tuple[list[object], nn.Module]] = WeakKeyDictionary()
+T = TypeVar("T")
+Known: TypeAlias = "WeakKeyDictionary[nn.Module, tuple[list[object], T]]"
+_known: Known[nn.Module] = WeakKeyDictionary()
 
 
 def folded(network: nn.Module) -> nn.Module:
@@ -49,18 +51,27 @@ def folded(network: nn.Module) -> nn.Module:
         Modules that share the network's tensors and read them whenever they run. For use at once: a replaced layer, a
         new hook or setting wants another call.
     """
-    if _is_special(network):
+    if is_special(network):
         return network
+    return of_structure(_known, network, _fold)
+
+
+def of_structure(known: Known[T], network: nn.Module, make: Callable[[nn.Module], T]) -> T:
+    """make(network), or its last result while the network's layers, hooks and classes are the same objects.
+
+    Args:
+        known: results of `make`, by network.
+    """
     structure = _structure(network)
-    known = _known.get(network)
+    last = known.get(network)
     if (
-        known is None
-        or len(known[0]) != len(structure)
-        or any(a is not b for a, b in zip(known[0], structure, strict=True))
+        last is None
+        or len(last[0]) != len(structure)
+        or any(a is not b for a, b in zip(last[0], structure, strict=True))
     ):
-        known = structure, _fold(network)
-        _known[network] = known
-    return known[1]
+        last = structure, make(network)
+        known[network] = last
+    return last[1]
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -138,7 +149,7 @@ def _fold(network: nn.Module) -> nn.Module:
             return FoldedConvolution(part, pairs[part])  # type: ignore[arg-type]
         if part in norms:
             return nn.Identity()
-        return part if _is_leaf(part) else None
+        return part if is_leaf(part) else None
 
     return _copy(network, replace)
 
@@ -151,7 +162,7 @@ def _structure(network: nn.Module) -> list[object]:
     found: list[object] = list(network._modules.values())
     for layer in network.children():
         for part in layer.modules():
-            found += (part, type(part), _is_special(part))
+            found += (part, type(part), is_special(part))
             if part._modules:
                 found += part._modules.values()
                 found += vars(part).values()
@@ -169,54 +180,90 @@ def _find_pairs(network: nn.Module) -> _Pairs:
             return {}
         pairs: _Pairs = {}
         for part in network.children():
-            pairs |= {} if _is_leaf(part) else _find_pairs(part)
+            pairs |= {} if is_leaf(part) else _find_pairs(part)
         return pairs
 
 
 def _trace(network: nn.Module) -> _Pairs:
-    recorder = _Recorder()
-    result = _copy(network, lambda part: _Call(part, recorder) if _is_leaf(part) else None)(
-        Proxy(recorder.graph.placeholder("images"), recorder)
-    )
-    recorder.graph.output(recorder.create_arg(result))
-    calls = [node for node in recorder.graph.nodes if node.op == "call_module"]
-    times = Counter(recorder.called(node) for node in calls)
+    recorder = record(network)
     pairs: _Pairs = {}
-    for node in calls:
-        convolution = recorder.called(node)
-        if _name(convolution) not in _CONVOLUTIONS or len(node.users) != 1:
-            continue
-        user = next(iter(node.users))
-        if user.op != "call_module" or user.args != (node,) or user.kwargs:
-            continue
-        norm = recorder.called(user)
-        if _name(norm) in _NORMS and times[convolution] == times[norm] == 1:
-            pairs[convolution] = norm  # type: ignore[assignment]
+    for node in recorder.calls():
+        user = recorder.norm_of(node)
+        if user is not None:
+            pairs[recorder.called(node)] = recorder.called(user)  # type: ignore[assignment]
     return pairs
 
 
-class _Recorder(GraphAppendingTracer):
-    """Writes down which layer is called on what; values besides activations do not matter."""
+def record(network: nn.Module) -> Recorder:
+    """The graph of a forward pass of `network`, whose leaves are layers (`is_leaf`).
+
+    Raises:
+        Exception: whatever its forward raises when it is given a proxy.
+    """
+    recorder = Recorder()
+    result = _copy(network, lambda part: _Call(part, recorder) if is_leaf(part) else None)(
+        Proxy(recorder.graph.placeholder("images"), recorder)
+    )
+    recorder.graph.output(recorder.create_arg(result))
+    return recorder
+
+
+class Recorder(GraphAppendingTracer):
+    """Records which layer is called on what.
+
+    Attributes:
+        layers: the layer of every call; the call's target is its index.
+        reads_tensors: whether something else than a layer reads a tensor besides activations, which is not recorded.
+    """
 
     def __init__(self) -> None:
         super().__init__(Graph())
         self.layers: list[nn.Module] = []
+        self.reads_tensors = False
 
     def call(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proxy:
         self.layers.append(layer)
         return self.create_proxy("call_module", str(len(self.layers) - 1), args, kwargs)
 
-    def called(self, node: Any) -> nn.Module:
-        return self.layers[int(node.target)]
+    def calls(self) -> list[Node]:
+        """The calls of layers."""
+        return [node for node in self.graph.nodes if node.op == "call_module"]
+
+    def called(self, node: Node) -> nn.Module:
+        """The layer of a call."""
+        return self.layers[int(str(node.target))]
+
+    def is_convolution(self, node: Node) -> bool:
+        """Whether a node is the only call of a convolution whose forward is known."""
+        return (
+            node.op == "call_module"
+            and _name(self.called(node)) in _CONVOLUTIONS
+            and self._once(node)
+        )
+
+    def norm_of(self, node: Node) -> Node | None:
+        """The call of the BatchNorm that alone reads the result of a convolution, or None."""
+        if not self.is_convolution(node) or len(node.users) != 1:
+            return None
+        user = next(iter(node.users))
+        if user.op != "call_module" or user.args != (node,) or user.kwargs:
+            return None
+        return user if _name(self.called(user)) in _NORMS and self._once(user) else None
+
+    def _once(self, node: Node) -> bool:
+        return sum(self.called(call) is self.called(node) for call in self.calls()) == 1
 
     def create_arg(self, a: Any) -> Any:
-        return None if isinstance(a, Tensor) else super().create_arg(a)
+        if isinstance(a, Tensor):
+            self.reads_tensors = True
+            return None
+        return super().create_arg(a)
 
 
 class _Call(nn.Module):
     """Stands for a layer while a network is traced."""
 
-    def __init__(self, layer: nn.Module, recorder: _Recorder) -> None:
+    def __init__(self, layer: nn.Module, recorder: Recorder) -> None:
         super().__init__()
         self.training = False
         # Not a submodule: nothing shall be found behind this.
@@ -239,24 +286,24 @@ def _copy(module: nn.Module, replace: Callable[[nn.Module], nn.Module | None]) -
     return clone
 
 
-def _is_leaf(module: nn.Module) -> bool:
+def is_leaf(module: nn.Module) -> bool:
     """Whether a network is not looked into here: nothing is inside, or what its forward does is not known."""
     maker = type(module).__module__.partition(".")[0]
     return (
         next(module.children(), None) is None
-        or maker not in _MAKERS
+        or maker not in MAKERS
         or (maker == "torch" and not isinstance(module, (nn.Sequential, nn.ModuleList)))
         or isinstance(module, _BatchNorm)
-        or _is_special(module)
+        or is_special(module)
     )
 
 
-def _is_special(module: nn.Module) -> bool:
+def is_special(module: nn.Module) -> bool:
     return has_hooks(module) or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _name(layer: nn.Module) -> str:
     """The class's full name; empty for a layer that must be called as it is."""
     kind = type(layer)
-    inside = any(_is_special(part) for part in layer.modules())
+    inside = any(is_special(part) for part in layer.modules())
     return "" if inside else f"{kind.__module__}.{kind.__qualname__}"

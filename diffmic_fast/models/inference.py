@@ -1,4 +1,4 @@
-"""How the convolutional layers of encoder and guidance run when nothing is learned: folded, in bfloat16, or compiled.
+"""How the convolutional layers of encoder and guidance run in inference: folded, fused in bfloat16, or compiled.
 
 `Trunk` and `ImageEncoder` hand their layers to `run_layers`. In training, with gradients, or while somebody else traces
 them, layers run as they are. The choice of precision and compilation holds for a `with` block of this thread, as that
@@ -8,7 +8,6 @@ of `torch.autocast` does, so that nothing has to be handed through modules that 
 from __future__ import annotations
 
 import functools
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from diffmic_fast.models.folding import folded
+from diffmic_fast.models.fused import fused, operators_exist
+from diffmic_fast.processor import bfloat16_instructions
 
 # Pixels of a batch from which folding gains more than it costs: two images of 224 x 224. (AVX2, one thread: ResNet-50
 # 6 % at 8 images and nothing at one; EfficientNet-Lite0, 128 px, 6 % at 32 images, a loss of 3 ms at one.)
@@ -57,11 +58,21 @@ def bfloat16_obstacle(device: torch.device) -> str:
         return f"bfloat16 convolutions are not known to be faster on {device.type}"
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return "bfloat16 convolutions need oneDNN, which this torch lacks or has switched off"
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        has = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "" if has else "this processor has no bfloat16 instructions"
+    return "" if bfloat16_instructions() else "this processor has no bfloat16 instructions"
+
+
+def bfloat16_convolutions() -> str:
+    """How `precision="bf16"` runs convolutions on the CPU, in words, for `python -m diffmic_fast info`."""
+    obstacle = bfloat16_obstacle(torch.device("cpu"))
+    if obstacle:
+        return f"no: {obstacle}"
+    how = "fused with BatchNorm, sum and activation" if _fuses() else "under autocast"
+    return f"yes, with {bfloat16_instructions()}, {how}"
+
+
+def _fuses() -> bool:
+    """Whether oneDNN computes a fused convolution in bfloat16: on x86; on Arm it was not measured."""
+    return operators_exist() and bfloat16_instructions() in ("AMX", "AVX-512")
 
 
 def run_layers(layers: nn.Module, images: Tensor) -> Tensor:
@@ -77,6 +88,17 @@ def run_layers(layers: nn.Module, images: Tensor) -> Tensor:
         return layers(images)
     if not _bfloat16.get() or bfloat16_obstacle(images.device):
         return _run(layers, images)
+    network = None
+    if (
+        images.device.type == "cpu"
+        and images.dtype == torch.float32
+        and not _compile.get()
+        and not _are_few(images)
+        and _fuses()
+    ):
+        network = fused(layers)
+    if network is not None:
+        return network(images).float()
     # Weights are cast when they run; a cache would hold all of them to the end of the block.
     with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False):
         return _run(layers, images).float()
@@ -87,9 +109,12 @@ def _run(layers: nn.Module, images: Tensor) -> Tensor:
         images = images.detach()  # the mark is not the caller's business
         torch._dynamo.maybe_mark_dynamic(images, 0)  # the last batch of a folder is smaller
         return _compiled()(layers, images)
+    return (layers if _are_few(images) else folded(layers))(images)
+
+
+def _are_few(images: Tensor) -> bool:
     height, width = images.shape[2:]
-    few = images.shape[0] * height * width < _LEAST_PIXELS
-    return (layers if few else folded(layers))(images)
+    return images.shape[0] * height * width < _LEAST_PIXELS
 
 
 @functools.cache

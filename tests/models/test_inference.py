@@ -16,7 +16,7 @@ from diffmic_fast import DiffMIC, DiffMICConfig
 from diffmic_fast.models import DCG
 from diffmic_fast.models import inference as module
 from diffmic_fast.models.folding import FoldedConvolution
-from diffmic_fast.models.inference import bfloat16_obstacle, inference
+from diffmic_fast.models.inference import bfloat16_convolutions, bfloat16_obstacle, inference
 
 CPU = torch.device("cpu")
 
@@ -84,6 +84,7 @@ def convolutions(*networks):
     return sum(isinstance(p, nn.Conv2d) for network in networks for p in network.modules())
 
 
+FUSED = ("_convolution_pointwise", "_convolution_pointwise_")
 DDIM = {"sampler": "ddim", "steps": 4}
 
 
@@ -163,7 +164,10 @@ def test_bfloat16_convolutions(model, images, emulated):
     count = operators(lambda: model.predict(images, precision="bf16", **DDIM))
     heads = 1  # the saliency's
     assert count["convolution", torch.float32] == heads
-    assert count["convolution", torch.bfloat16] == convolutions(model) - heads
+    fused = sum(count[name, torch.bfloat16] for name in FUSED)
+    assert count["convolution", torch.bfloat16] + fused == convolutions(model) - heads
+    # The patches have too few pixels.
+    assert fused == (convolutions(model.guidance.ds_net, model.denoiser) if module._fuses() else 0)
     exact = model.predict(images, saliency=True, **DDIM)
     coarse = model.predict(images, precision="bf16", saliency=True, **DDIM)
     assert coarse.saliency.dtype == coarse.guidance.dtype == torch.float32
@@ -181,15 +185,56 @@ def test_bfloat16_where_there_are_no_such_instructions(model, images, monkeypatc
     assert not torch.equal(coarse.samples, exact.samples)
 
 
+def pretend(monkeypatch, instructions):
+    """Let the processor have these bfloat16 instructions."""
+    monkeypatch.setattr(module, "bfloat16_instructions", lambda: instructions)
+
+
 def test_what_stands_in_the_way_of_bfloat16(monkeypatch):
     assert "mps" in bfloat16_obstacle(torch.device("mps"))
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    for has in (False, True):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        assert ("no bfloat16 instructions" in bfloat16_obstacle(CPU)) is not has
+    for instructions in ("", "AVX-512", "AMX", "Arm"):
+        pretend(monkeypatch, instructions)
+        found = bfloat16_obstacle(CPU)
+        assert ("no bfloat16 instructions" in found) is (instructions == "")
+        assert bool(found) is (instructions == "")
     with torch.backends.mkldnn.flags(enabled=False):
         assert "oneDNN" in bfloat16_obstacle(CPU)
+        assert bfloat16_convolutions().startswith("no: ")
+
+
+@pytest.mark.parametrize(
+    ("instructions", "exist", "words"),
+    [
+        ("AMX", True, "yes, with AMX, fused with BatchNorm, sum and activation"),
+        ("AVX-512", True, "yes, with AVX-512, fused with BatchNorm, sum and activation"),
+        ("AMX", False, "yes, with AMX, under autocast"),
+        ("Arm", True, "yes, with Arm, under autocast"),
+        ("", True, "no: this processor has no bfloat16 instructions"),
+    ],
+)
+def test_the_processor_decides_how_convolutions_run(
+    instructions, exist, words, model, images, monkeypatch
+):
+    ran = []
+
+    def network(images, *_):
+        ran.append(images.shape)
+        return torch.zeros(len(images), 96, 2, 2, dtype=torch.bfloat16)
+
+    pretend(monkeypatch, instructions)
+    monkeypatch.setattr(module, "operators_exist", lambda: exist)
+    monkeypatch.setattr(module, "fused", lambda _: network)
+    assert bfloat16_convolutions() == words
+    layers = model.denoiser.encoder_x.f
+    with torch.no_grad():
+        for precise in (False, True):
+            with inference(bfloat16=not precise):
+                module.run_layers(layers, images)
+            assert bool(ran) is ("fused" in words)
+        ran.clear()
+        with inference(bfloat16=True):
+            module.run_layers(layers, images[:1])  # too few pixels
+    assert not ran
 
 
 def test_a_block_holds_for_its_thread_alone(emulated):
