@@ -2,16 +2,16 @@
 
 #include "cpu/denoise_kernels.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <cpuid.h>
-#endif
 #if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstring>
 #endif
+
+#include <cstring>
+
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -72,49 +72,44 @@ std::vector<std::string> AvailableInstructionSets() { return AssumedInstructionS
 
 #endif
 
-#if defined(__x86_64__)
+std::string AmxObstacle(const AmxFacts& facts) {
+  if (!facts.processor) return "the processor has no AMX (amx_tile, amx_bf16, amx_int8)";
+  if (!facts.saved) return "the operating system does not save AMX's tiles";
+  if (facts.refused != 0) {
+    return std::string("the kernel refused permission for AMX's tiles (arch_prctl: ") +
+           std::strerror(facts.refused) + ")";
+  }
+  return "";
+}
 
 namespace {
 
-constexpr char kNoAmx[] = "the processor has no AMX (amx_tile, amx_bf16, amx_int8)";
-
-std::string AskForAmx() {
+AmxFacts FindAmx() {
+  AmxFacts facts;
+#if defined(__x86_64__) && defined(__linux__)
   unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
-  constexpr unsigned kAll = kBf16 | kTile | kInt8;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kAll) != kAll) return kNoAmx;
+  constexpr unsigned kAll = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tile, int8
+  facts.processor = __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAll) == kAll;
   constexpr unsigned kOsxsave = 1u << 27, kTileState = 3u << 17;
-  if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c & kOsxsave) == 0) return kNoAmx;
-  unsigned low = 0, high = 0;
-  asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  if ((low & kTileState) != kTileState) return "the operating system does not save AMX's tiles";
-#if defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
-  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) {
-    return std::string("the kernel refused permission for AMX's tiles (arch_prctl: ") +
-           std::strerror(errno) + ")";
+  if (facts.processor && __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & kOsxsave) != 0) {
+    unsigned low = 0, high = 0;
+    asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    facts.saved = (low & kTileState) == kTileState;
   }
-  return "";
-#else
-  return "permission for AMX's tiles is asked of Linux alone";
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  if (facts.saved && syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) {
+    facts.refused = errno;
+  }
 #endif
+  return facts;
 }
 
 }  // namespace
 
 const std::string& WhyNoAmx() {
-  static const std::string reason = AskForAmx();
+  static const std::string reason = AmxObstacle(FindAmx());
   return reason;
 }
-
-#else
-
-const std::string& WhyNoAmx() {
-  static const std::string reason = "AMX is an extension of x86-64";
-  return reason;
-}
-
-#endif
 
 bool HasAmx() { return WhyNoAmx().empty(); }
 

@@ -7,6 +7,7 @@
 #define DIFFMIC_SIMD_AMX_EMULATED
 #define DIFFMIC_SIMD_NAME "amx_emulated"
 #include <bit>
+#include <cerrno>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -231,6 +232,19 @@ void CheckProduct(std::int64_t rows, std::int64_t features, std::int64_t chunks)
   }
 }
 
+void CheckObstacles() {
+  const auto says = [](const AmxFacts& facts, const std::string& part) {
+    const std::string obstacle = AmxObstacle(facts);
+    return part.empty() ? obstacle.empty() : obstacle.find(part) != std::string::npos;
+  };
+  if (!says({}, "the processor has no AMX") ||
+      !says({true, false, 0}, "the operating system does not save") ||
+      !says({true, true, EPERM}, "refused permission for AMX's tiles (arch_prctl: Operation not") ||
+      !says({true, true, 0}, "")) {
+    Fail("an obstacle is not named");
+  }
+}
+
 }  // namespace
 }  // namespace diffmic::cpu::amx_emulated
 
@@ -239,6 +253,7 @@ int main(int argc, char** argv) {
   using namespace diffmic::cpu::amx_emulated;
   const bool hardware = argc > 1 && std::string(argv[1]) == "--hardware";
   if (hardware && !WhyNoAmx().empty()) Fail(WhyNoAmx());
+  CheckObstacles();
   CheckInstructions(hardware);
   for (const std::int64_t rows :
        {1, 2, 15, 16, 17, 31, 32, 33, 48, 49, 64, 65, 81, 130, 241, 256}) {
