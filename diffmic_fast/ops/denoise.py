@@ -38,7 +38,7 @@ _LARGEST_WINDOW = 192
 # (benchmarks.bench_denoise), and on a GPU. In bfloat16 the weights are read in half the time, and the tiles of AMX
 # compute many rows in little more than that. The emulation takes AMX's, since results depend on the window.
 _ROWS_A_SWEEP = {"fp32": 16, "bf16": 8}
-_BF16_ROWS_A_SWEEP = {"avx512_bf16": 16, "amx": 128, "amx_emulated": 128}
+_BF16_ROWS_A_SWEEP = {"avx512_bf16": 16, "amx": 32, "amx_emulated": 32}
 _CUDA_ROWS_A_SWEEP = 32
 # Readings of the weights in one launch: a few milliseconds of a GPU.
 _READINGS_A_LAUNCH = 64
@@ -114,7 +114,7 @@ def denoise(
             differs from the sequential chain's by about the tolerance in "fp32", and in "bf16" and "fp8", where a
             rounding may tip over, by up to 1e-4 (measured in "bf16": 9e-5 over 1000 steps at 1e-5); "int8" takes none.
             The window is then taken as it is, up to 192 rows of a sweep (default: what makes 16 rows of the chains; in
-            "bf16" 8, with AVX-512's bfloat16 instructions 16, with AMX 128; on a GPU 32; if there are enough steps).
+            "bf16" 8, with AVX-512's bfloat16 instructions 16, with AMX 32; on a GPU 32; if there are enough steps).
         progress: called with (steps done, steps in all) every tenth of a second or so; blocks of up to 256 rows go
             through the chain one after the other (on a GPU, of up to 64), and their steps are counted together.
             "triton" calls it after every 64 steps of up to 4096 rows, the reference never. On a GPU a call without it

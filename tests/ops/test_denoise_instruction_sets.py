@@ -145,7 +145,7 @@ def test_groups_of_chunks_have_the_bits_of_one_chunk(instructions: str, precisio
 @pytest.mark.parametrize(
     ("instructions", "precision", "window"),
     [
-        ("amx_emulated", "bf16", 128),
+        ("amx_emulated", "bf16", 32),
         ("avx512_bf16", "bf16", 16),
         ("avx2", "bf16", 8),
         ("avx2", "fp32", 16),
