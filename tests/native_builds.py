@@ -213,14 +213,16 @@ def emulated_flags(unit: Unit) -> list[str] | None:
     choose differently at other vector sizes.
 
     Returns:
-        The options without -O and sanitizers, or None where a unit is not emulated.
+        The options, or None where a unit is not emulated. All emulated units must be linked together: they share
+        inline functions, which take vectors otherwise than those of other builds.
     """
     emulated = "-mavx512f" in unit.instructions or unit.path.stem == "mmd"
     if not emulated or any(flag.startswith("-mamx") for flag in unit.instructions):
         return None
     header = str(NATIVE / "avx512_on_avx2.h")
     return [
-        *("-std=c++20", "-w", "-mavx2", "-mfma", "-ffp-contract=off", "-fno-tree-sra"),
+        # -O1 takes seven times as long to compile, for programs that are hardly faster.
+        *("-Og", "-std=c++20", "-w", "-mavx2", "-mfma", "-ffp-contract=off", "-fno-tree-sra"),
         *("-include", header),
     ]
 

@@ -83,9 +83,7 @@ def emulated_objects(builds: Path, kernel_objects: dict[Unit, Path]) -> list[Pat
     }
     folder = build_once(
         builds / "emulated",
-        lambda folder: compile_units(
-            str(COMPILER), units, folder, lambda unit: ["-O1", *(flags[unit] or [])]
-        ),
+        lambda folder: compile_units(str(COMPILER), units, folder, lambda unit: flags[unit] or []),
     )
     return list(replace_objects(kernel_objects, folder).values())
 

@@ -1,7 +1,7 @@
 // AVX-512 intrinsics on processors with AVX2, for tests of the AVX-512 kernels: SIMDe (Debian's
 // libsimde-dev 0.7.4) with what it lacks or does otherwise than the hardware. Slow.
 //
-//   g++ -O1 -mavx2 -mfma -fno-tree-sra -include avx512_on_avx2.h -c denoise_avx512.cpp
+//   g++ -Og -mavx2 -mfma -fno-tree-sra -include avx512_on_avx2.h -c denoise_avx512.cpp
 //
 // Without -fno-tree-sra GCC 12 ends with an internal error in conditioning_avx512.cpp.
 //
