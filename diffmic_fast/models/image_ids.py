@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
+
+# Hashed at 1 GB/s a thread, 32 images of 224 pixels in 20 ms; starting threads takes a tenth of a millisecond.
+_THREADED_BYTES = 1 << 20
 
 
 def image_ids(images: Tensor) -> Tensor:
@@ -24,9 +29,18 @@ def image_ids(images: Tensor) -> Tensor:
 @torch.library.custom_op("diffmic_fast::image_ids", mutates_args=())
 def _image_ids(images: Tensor) -> Tensor:
     pixels = images.detach().to("cpu", torch.float32).contiguous().numpy()
-    digests = [hashlib.blake2b(image, digest_size=8).digest() for image in pixels]
-    keys = [int.from_bytes(digest, "little", signed=True) for digest in digests]
+    threads = min(torch.get_num_threads(), len(pixels))
+    if threads == 1 or pixels.nbytes < _THREADED_BYTES:
+        keys = list(map(_key, pixels))
+    else:
+        with ThreadPoolExecutor(threads) as pool:  # hashlib releases the interpreter's lock
+            keys = list(pool.map(_key, pixels))
     return torch.tensor(keys, dtype=torch.int64, device=images.device)
+
+
+def _key(image: np.ndarray) -> int:
+    digest = hashlib.blake2b(image.data, digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 @_image_ids.register_fake

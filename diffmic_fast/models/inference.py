@@ -71,12 +71,16 @@ def bfloat16_convolutions() -> str:
 
 
 def _fuses() -> bool:
-    """Whether oneDNN computes a fused convolution in bfloat16: on x86; on Arm it was not measured."""
-    return operators_exist() and bfloat16_instructions() in ("AMX", "AVX-512")
+    """Whether oneDNN computes fused convolutions in bfloat16: on x86; on Arm they were not measured."""
+    return (
+        bool(torch.backends.mkldnn.enabled)
+        and operators_exist()
+        and bfloat16_instructions() in ("AMX", "AVX-512")
+    )
 
 
 def run_layers(layers: nn.Module, images: Tensor) -> Tensor:
-    """layers(images), by the means that the surrounding `inference` block allows."""
+    """layers(images), by the means that the surrounding `inference` or autocast block allows."""
     if (
         torch.is_grad_enabled()
         or layers.training
@@ -86,11 +90,19 @@ def run_layers(layers: nn.Module, images: Tensor) -> Tensor:
         or images.ndim != 4
     ):
         return layers(images)
-    if not _bfloat16.get() or bfloat16_obstacle(images.device):
+    device = images.device.type
+    half = _bfloat16.get() and not bfloat16_obstacle(images.device)
+    # The guidance of a training step in bfloat16, which learns nothing there.
+    ambient = (
+        device == "cpu"
+        and torch.is_autocast_enabled(device)
+        and torch.get_autocast_dtype(device) == torch.bfloat16
+    )
+    if not half and not ambient:
         return _run(layers, images)
     network = None
     if (
-        images.device.type == "cpu"
+        device == "cpu"
         and images.dtype == torch.float32
         and not _compile.get()
         and not _are_few(images)
@@ -98,9 +110,12 @@ def run_layers(layers: nn.Module, images: Tensor) -> Tensor:
     ):
         network = fused(layers)
     if network is not None:
-        return network(images).float()
+        result = network(images)
+        return result.float() if half else result
+    if not half:
+        return _run(layers, images)
     # Weights are cast when they run; a cache would hold all of them to the end of the block.
-    with torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False):
+    with torch.autocast(device, torch.bfloat16, cache_enabled=False):
         return _run(layers, images).float()
 
 

@@ -44,7 +44,9 @@ class TrainingConfig:
     gradient_clip: largest gradient norm of a denoiser step; null for no clipping.
     ema_decay: of the moving average of the denoiser's weights; null for none. An average over
         1 / (1 - ema_decay) steps: short runs want a smaller value than the published 0.9999.
-    precision: "fp32", or "bf16" for autocast to bfloat16 in the forward passes.
+    precision: "fp32", or "bf16" for autocast to bfloat16 in the forward passes; weights, optimizers, batch
+        statistics and MMD stay in float32. "auto": bf16 where the processor multiplies bfloat16 (AMX, AVX-512),
+        else fp32; what was chosen stands in config.yml and the checkpoint, and a resumed run keeps it.
     validate_every: epochs between two validations (joint epochs; the last one always).
     checkpoint_every: epochs between two checkpoints (the last one and an interruption always).
     select: the validation measure by which the best checkpoint is kept.
@@ -69,7 +71,7 @@ class TrainingConfig:
     guidance_weight_decay: float = 0.0
     guidance_cosine: bool = False
     ema_decay: float | None = 0.9999
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
     validate_every: int = 1
     checkpoint_every: int = 1
     select: Literal["accuracy", "macro_f1", "kappa", "balanced_accuracy"] = "macro_f1"

@@ -21,6 +21,7 @@ from diffmic_fast.training.fsdp import divide, is_divided, share_of, whole
 from diffmic_fast.training.later import LaterGradients
 from diffmic_fast.training.optimize import MovingAverage, half_cosine, warmup_cosine
 from diffmic_fast.training.parallel import Processes, current, sizes
+from diffmic_fast.training.precision import bfloat16_passes
 
 LOSSES = ("loss", "noise_loss", "mmd_global", "mmd_local")
 
@@ -65,6 +66,10 @@ class Steps:
     def __init__(
         self, model: DiffMIC, config: TrainingConfig, seed: int, processes: Processes | None = None
     ) -> None:
+        if config.precision == "auto":
+            raise ValueError(
+                "Steps: precision must be fp32 or bf16, got auto; Trainer chooses one of them"
+            )
         self.model, self.config = model, config
         self.processes = current() if processes is None else processes
         several = self.processes.count > 1
@@ -125,7 +130,7 @@ class Steps:
 
     def _autocast(self, images: Tensor) -> contextlib.AbstractContextManager[Any]:
         if self.config.precision == "bf16":
-            return torch.autocast(images.device.type, dtype=torch.bfloat16)
+            return bfloat16_passes(images.device)
         return contextlib.nullcontext()
 
     def _portions(self, images: Tensor, labels: Tensor) -> list[_Portion]:

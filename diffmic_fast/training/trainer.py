@@ -29,6 +29,7 @@ from diffmic_fast.training.log import CsvLog, Progress, Stopwatch, TensorBoardLo
 from diffmic_fast.training.metrics import NAMES
 from diffmic_fast.training.optimize import epoch_batches
 from diffmic_fast.training.parallel import current
+from diffmic_fast.training.precision import with_precision
 from diffmic_fast.training.steps import LOSSES, Steps
 
 SUMS = (*LOSSES, "guidance_loss")
@@ -117,6 +118,8 @@ class Trainer:
                 "or choose another folder (--out)"
             )
         saved = ckpt.read_checkpoint(resume) if resume is not None else None
+        self.chosen = config.training.precision == "auto"
+        config = self.config = with_precision(config, self.device, self.processes, saved)
         if saved is not None:
             ckpt.check_resume(saved, config, self.processes.count)
 
@@ -245,6 +248,8 @@ class Trainer:
             # checkpoint: both are written again, so that what is kept belongs together.
             self.save()
             self._keep_best()
+        if self.chosen:
+            self.progress.line(f"training.precision auto: {self.config.training.precision}")
         board = None
         if self.processes.first:
             self.config.save(self.out / "config.yml")

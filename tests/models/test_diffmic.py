@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffmic_fast import DiffMIC, DiffMICConfig
-from diffmic_fast.models.diffmic import antithetic_timesteps
+from diffmic_fast.models.diffmic import _check_finite, antithetic_timesteps
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +233,15 @@ def test_a_result_that_is_no_number_is_not_served(model, images):
     model.denoiser.lin4.bias.data[1] = float("nan")
     with pytest.raises(FloatingPointError, match="result: not-a-number or infinite for image 0"):
         model.predict(images, sampler="ddim", steps=2)
+
+
+def test_finite_images_whose_sum_overflows_are_accepted():
+    images = torch.full((3, 3, 2, 2), 3e38)
+    _check_finite("images", images, ValueError)
+    for bad in (float("inf"), float("-inf"), float("nan")):
+        images[1, 0, 1, 0] = bad
+        with pytest.raises(ValueError, match="images: not-a-number or infinite for image 1"):
+            _check_finite("images", images, ValueError)
+    images[2, 0, 0, 0] = float("inf")  # and a not-a-number: their sum is none
+    with pytest.raises(ValueError, match="image 1, 2"):
+        _check_finite("images", images, ValueError)

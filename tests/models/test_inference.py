@@ -229,8 +229,13 @@ def test_the_processor_decides_how_convolutions_run(
     with torch.no_grad():
         for precise in (False, True):
             with inference(bfloat16=not precise):
-                module.run_layers(layers, images)
-            assert bool(ran) is ("fused" in words)
+                assert module.run_layers(layers, images).dtype == torch.float32
+            assert bool(ran) is ("fused" in words and not precise)
+            ran.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            result = module.run_layers(layers, images)
+        assert bool(ran) is (exist and instructions in ("AMX", "AVX-512"))
+        assert result.dtype == torch.bfloat16
         ran.clear()
         with inference(bfloat16=True):
             module.run_layers(layers, images[:1])  # too few pixels

@@ -68,7 +68,7 @@ def test_unknown_key_is_named_with_section_and_nearest_known_key(tmp_path):
         ("training.learning_rate=.inf", "training.learning_rate wants a finite number"),
         ("training.learning_rate=0", "training.learning_rate wants a positive number"),
         ("training.ema_decay=1.0", "training.ema_decay wants a number between 0 and 1"),
-        ("training.precision=fp16", "training.precision wants one of 'fp32', 'bf16'"),
+        ("training.precision=fp16", "training.precision wants one of 'fp32', 'bf16', 'auto'"),
         ("training.tensorboard=1", "training.tensorboard wants true or false"),
         ("training.epochs=", "training.epochs wants a whole number, got None"),
         ("model.classes=1", "model.classes wants at least 2"),

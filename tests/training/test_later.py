@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmic_fast.models import DiffMIC, DiffMICConfig
+from diffmic_fast.training import later as later_module
 from diffmic_fast.training import steps
 from diffmic_fast.training.config import TrainingConfig
 from diffmic_fast.training.later import LaterGradients
@@ -71,6 +72,24 @@ def test_same_gradients(
                 assert torch.equal(found, wanted)
         later.add()  # nothing is left
         assert torch.equal(net.first.weight.grad, gradients(net)[0])
+
+
+def test_a_gradient_is_converted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of seven rows three at a time: the product of bfloat16, as float32."""
+    monkeypatch.setattr(later_module, "_ROWS", 3)
+    net, x = Net(), torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    plain = copy.deepcopy(net)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with LaterGradients([net.first.weight]) as later:
+            value = loss_of_rows(net, x)
+        expected = loss_of_rows(plain, x)
+    value.backward()
+    later.add()
+    expected.backward()
+    found = net.first.weight.grad
+    assert found is not None and found.dtype == torch.float32
+    assert plain.first.weight.grad is not None
+    assert torch.equal(found, plain.first.weight.grad)
 
 
 def test_others_have_theirs_at_once() -> None:

@@ -1,0 +1,87 @@
+"""The precision of a training run, chosen where its configuration says "auto", and its forward passes in bfloat16."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from diffmic_fast.models.inference import bfloat16_obstacle
+from diffmic_fast.processor import bfloat16_instructions
+from diffmic_fast.training.checkpoint import Checkpoint
+from diffmic_fast.training.config import RunConfig
+from diffmic_fast.training.parallel import Processes
+
+
+def with_precision(
+    config: RunConfig, device: torch.device, processes: Processes, resumed: Checkpoint | None
+) -> RunConfig:
+    """The configuration with "auto" replaced by a precision.
+
+    A resumed run keeps that of its checkpoint, whatever the processor: the same numbers as an unbroken run. A new one
+    is in bfloat16 on a CPU with AMX or the bfloat16 instructions of AVX-512, if those of all processes have them, else
+    in float32; on a GPU in float32, for there it was not measured.
+
+    Args:
+        processes: all of them make this call.
+        resumed: the checkpoint to go on from.
+    """
+    if config.training.precision != "auto":
+        return config
+    stored = {} if resumed is None else resumed.extras.get("config", {}).get("training", {})
+    native = (
+        device.type == "cpu"
+        and not bfloat16_obstacle(device)
+        and bfloat16_instructions() in ("AMX", "AVX-512")
+    )
+    chosen = "bf16" if all(processes.all_of(native)) else "fp32"
+    training = dataclasses.replace(config.training, precision=stored.get("precision", chosen))
+    return dataclasses.replace(config, training=training)
+
+
+@contextlib.contextmanager
+def bfloat16_passes(device: torch.device) -> Iterator[None]:
+    """A block of forward passes under autocast to bfloat16."""
+    with torch.autocast(device.type, torch.bfloat16), _UnitStrides():
+        yield
+
+
+class _UnitStrides(TorchFunctionMode):
+    """Convolutions of single pixels have the stride 1, which gives the same numbers, on a CPU.
+
+    With another one oneDNN's gradient of the weight in bfloat16 is wrong, and differs from call to call (torch 2.14,
+    AVX-512: 3 x 3, stride 2, padding 1, as in a ResNet's last stage for patches of 16 pixels).
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Calls of anything else go through."""
+        if func is F.conv2d and not kwargs and len(args) == 7:  # as nn.Conv2d calls it
+            images, weight, bias, _, padding, dilation, groups = args
+            if _is_one_pixel(images, weight, padding, dilation):
+                args = (images, weight, bias, (1, 1), padding, dilation, groups)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_one_pixel(images: Tensor, weight: Tensor, padding: Any, dilation: Any) -> bool:
+    """Whether input and result of a convolution are single pixels, whatever its stride."""
+    return (
+        images.device.type == "cpu"
+        and images.shape[2:] == (1, 1)
+        and not isinstance(padding, str)
+        and all(
+            2 * p == d * (k - 1)
+            for p, d, k in zip(padding, dilation, weight.shape[2:], strict=True)
+        )
+    )
