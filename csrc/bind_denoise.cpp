@@ -375,7 +375,7 @@ void BindDenoise(py::module_& m) {
         arg("threads") = 1, arg("progress") = py::none(), arg("window") = 1,
         arg("cache") = py::none(), arg("tolerance") = 0.0f,
         "Write y_0 [M, C] of a whole reverse chain into out, and every state [n + 1, M, C] into "
-        "trajectory; return how often the weights were read.");
+        "trajectory; return the number of sweeps.");
   m.def("denoise_instructions", &cpu::DenoiseKernelNames,
         "The instruction sets that `denoise` has kernels for and this processor has, the one that "
         "\"auto\" takes first.");

@@ -9,7 +9,7 @@
 //     rounded with an unbounded exponent) becomes 0 of its sign. An operation with a NaN returns
 //     the first NaN of (a, b, c), quiet; an invalid one the default NaN.
 //   TDPBSSD: C + the sum of a b, modulo 2^32.
-//   Rows and bytes beyond a tile's configured size are 0 after a load, a product and a clearing.
+//   Rows and bytes beyond a tile's configured size are 0 after TILELOADD, TDP* and TILEZERO.
 //
 // Those are AVX's own rules with denormal numbers as zero in MXCSR, but for the choice among
 // several NaNs: elements whose result is NaN are computed again one by one.
@@ -116,7 +116,8 @@ class EmulatedTiles {
         float lanes[8];
         _mm256_storeu_ps(lanes, sum);
         for (int i = 0; i < 8; ++i) {
-          if (nans >> i & 1) lanes[i] = Element(groups, a, b, m, 8 * half + i, to[i]);
+          if (nans >> i & 1)
+            lanes[i] = Element(groups, a, b, m, 8 * half + i, Get<float>(*c, m, 8 * half + i));
         }
         std::memcpy(to, lanes, sizeof lanes);
       }

@@ -1,5 +1,5 @@
-// The tile registers of AMX, and their instructions. In assembly: GCC's intrinsics take the tiles'
-// numbers as they are written, so not as template arguments, and GCC 12's _tile_loadconfig declares
+// The tile registers of AMX and their instructions. Inline assembly: GCC's intrinsics require
+// literal tile numbers and do not accept template arguments, and GCC 12's _tile_loadconfig declares
 // 8 of the 64 bytes that it reads.
 //
 // A tile holds up to 16 rows of 64 bytes. EmulatedTiles (amx_emulated_tiles.h) has the same
@@ -9,9 +9,13 @@
 
 #include <cstdint>
 
-namespace diffmic::cpu {
+#include "cpu/simd.h"
 
-// What LDTILECFG reads, of palette 1.
+// Per instruction set and file, so that the linker never takes one set's function for another's.
+namespace diffmic::cpu::DIFFMIC_SIMD {
+namespace {
+
+// Operand of LDTILECFG for palette 1.
 struct alignas(64) TileConfig {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
   std::uint16_t row_bytes[16] = {};
@@ -22,7 +26,7 @@ static_assert(sizeof(TileConfig) == 64);
 // State of the calling thread: every thread configures its own.
 struct HardwareTiles {
   void Configure(const TileConfig& config) { asm volatile("ldtilecfg %0" : : "m"(config)); }
-  // Without it, every switch of threads would save 8 KB of tiles.
+  // Otherwise every context switch saves 8 KB of tile data.
   void Release() { asm volatile("tilerelease"); }
 
   template <int kT>
@@ -48,6 +52,7 @@ struct HardwareTiles {
   }
 };
 
-}  // namespace diffmic::cpu
+}  // namespace
+}  // namespace diffmic::cpu::DIFFMIC_SIMD
 
 #endif  // DIFFMIC_CPU_AMX_TILES_H_

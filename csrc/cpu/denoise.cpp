@@ -82,7 +82,7 @@ bool Denoise(const DenoiserWeights& weights, const Steps& steps, const Chain& ch
 const DenoiseKernels* FindDenoiseKernels(const std::string& name, Precision precision) {
   const DenoiseKernels* portable =
       precision == Precision::kInt8 ? PortableInt8DenoiseKernels() : PortableDenoiseKernels();
-  // Permission for AMX is asked for where it is going to be used.
+  // A set that is asked for by name does not request permission for AMX.
   const DenoiseKernels* amx = name == "auto" || name == "amx" ? AmxDenoiseKernels() : nullptr;
   for (const DenoiseKernels* kernels :
        {amx, Avx512Bf16DenoiseKernels(), Avx512DenoiseKernels(), Avx2DenoiseKernels(), portable}) {

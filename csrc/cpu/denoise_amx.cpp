@@ -1,6 +1,6 @@
 // The kernels of `denoise` for AVX-512 with the tiles of AMX (Sapphire Rapids and later); this file
 // alone is compiled for them.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(DIFFMIC_NO_AMX)
 #define DIFFMIC_SIMD_AVX512
 #define DIFFMIC_SIMD_AVX512_BF16
 #define DIFFMIC_SIMD_AMX

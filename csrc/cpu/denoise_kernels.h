@@ -65,7 +65,7 @@ struct ChunkRange {
 // own, and depend on the number of rows.
 struct DenoiseKernels {
   const char* name;
-  // The most chunks of a group that share a pass over so many rows with advantage.
+  // Preferred number of chunks per group for a number of rows.
   std::int64_t (*group)(Precision, std::int64_t rows);
   // Floats of scratch a thread needs.
   std::int64_t (*scratch)(Precision, std::int64_t rows, std::int64_t slots, std::int64_t chunks);
@@ -79,8 +79,7 @@ struct DenoiseKernels {
   // The third layer, and what each chunk adds to the last product: partial [all chunks, rows, C].
   void (*third)(const DenoiserView&, Precision, const RowsView&, ChunkRange, const void* in,
                 const float* row_scale, float* scratch, float* partial);
-  // kInt8: rows of float32 as the hidden layers take them, and their scales, for one of the tiles
-  // that so many rows are divided into.
+  // kInt8: the number of tiles, and the quantisation of the rows of one tile, with their scales.
   std::int64_t (*tiles)(std::int64_t rows);
   void (*to_bytes)(const DenoiserView&, std::int64_t rows, std::int64_t tile, const float* in,
                    void* out, float* row_scale);
@@ -109,10 +108,12 @@ const DenoiseKernels* Avx512DenoiseKernels();
 const DenoiseKernels* Avx2DenoiseKernels();
 const DenoiseKernels* PortableDenoiseKernels();
 
-// Those for kInt8, whose bits are the same in all instruction sets; the above for the others.
+// Portable kernels for kInt8, bitwise identical to every other instruction set's. The above serve
+// the other precisions.
 const DenoiseKernels* PortableInt8DenoiseKernels();
 
-// The kernels of AMX with its tile instructions emulated, bit for bit, on AVX2: by name only.
+// The kernels of AMX with its tile instructions emulated, bit for bit, on AVX2; selected only by
+// name.
 const DenoiseKernels* AmxEmulatedDenoiseKernels();
 
 }  // namespace diffmic::cpu

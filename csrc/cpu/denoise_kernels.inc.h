@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <numeric>
 #include <type_traits>
 
 #include "cpu/denoise_kernels.h"
@@ -19,7 +18,7 @@
 namespace diffmic::cpu::DIFFMIC_SIMD {
 namespace {
 
-// What a precision's products are done with, where its activations lie, and its sums.
+// GEMM, activation layout and accumulator layout of each precision.
 #if defined(DIFFMIC_SIMD_AMX)
 using BFloat16 = AmxBFloat16;
 using Int8 = AmxInt8;
@@ -257,7 +256,7 @@ std::int64_t Scratch(Precision precision, std::int64_t rows, std::int64_t slots,
 
 std::int64_t TilesOf(std::int64_t rows) { return RowTiles::Of<Int8>(rows).count; }
 
-// A few elements of all rows after the other, since rows of a tile share cache lines.
+// Quantises the rows of a tile, kPart elements of each row at a time: they share cache lines.
 void ToBytes(const DenoiserView& model, std::int64_t rows, std::int64_t tile, const float* in,
              void* out, float* scale) {
   constexpr std::int64_t kPart = 64;

@@ -37,7 +37,7 @@ constexpr std::int64_t kFrontBytes = Product::kOffset == 0 ? 0 : kChunk * 4;
 template <typename Product>
 constexpr std::int64_t GroupsOf(std::int64_t depth) {
   const std::int64_t groups = (depth + Product::kGroup - 1) / Product::kGroup;
-  return (groups + Product::kStep - 1) / Product::kStep * Product::kStep;
+  return (groups + Product::kMultiple - 1) / Product::kMultiple * Product::kMultiple;
 }
 
 // Bytes of a panel's block of `depth` elements.
@@ -87,14 +87,15 @@ inline void Convert(const float* w, std::int64_t depth, float, std::uint16_t* ou
     std::copy_n(numbers, part, out + k);
   }
 }
-// each(k, whole numbers, their count) for kLanes elements of a row at a time.
+// Calls each(k, integers, count) for kLanes elements at a time. NaN becomes 0: its row's scale is
+// NaN.
 template <typename Each>
 void ForBytes(const float* x, std::int64_t count, float inverse, const Each& each) {
   std::int32_t numbers[kLanes];
   for (std::int64_t k = 0; k < count; k += kLanes) {
     const int part = static_cast<int>(std::min<std::int64_t>(kLanes, count - k));
     const Vec v = part == kLanes ? Load(x + k) : LoadPart(x + k, part);
-    StoreInts(numbers, ToInts(Round(v * Set(inverse))));
+    StoreInts(numbers, ToInts(Round(ZeroNan(v * Set(inverse)))));
     each(k, numbers, part);
   }
 }
@@ -117,7 +118,7 @@ void PackChunkOf(const float* weight, std::int64_t stride, int units, std::int64
       unit_scale[n] = ByteScale(weight + n * stride, features, inverse + n);
     }
   }
-  std::int32_t front[kChunk] = {};
+  std::uint32_t front[kChunk] = {};  // modulo 2^32, as the sums that begin with them
   std::byte* block = out + kFrontBytes<Product>;
   for (std::int64_t k = 0; k < features; k += kDepth) {
     const std::int64_t depth = std::min(kDepth, features - k);
@@ -131,7 +132,9 @@ void PackChunkOf(const float* weight, std::int64_t stride, int units, std::int64
           packed[i / kGroup * kGroup * kPanel + n * kGroup + i % kGroup] = row[i];
         }
         if constexpr (Product::kOffset != 0) {
-          for (std::int64_t i = 0; i < depth; ++i) front[panel + n] -= Product::kOffset * row[i];
+          for (std::int64_t i = 0; i < depth; ++i) {
+            front[panel + n] -= static_cast<std::uint32_t>(Product::kOffset * row[i]);
+          }
         }
       }
       block += BlockBytes<Product>(depth);
@@ -143,7 +146,7 @@ void PackChunkOf(const float* weight, std::int64_t stride, int units, std::int64
 // ---- activations
 
 // How rows are divided into tiles of nearly one size. Vector products: the first ones a row larger
-// where they must be. AMX: all of one size, the last one with rows that are not there.
+// where they must be. AMX: tiles of equal size, the last one may have padding rows.
 struct RowTiles {
   template <typename Product>
   static RowTiles Of(std::int64_t rows) {
@@ -187,8 +190,8 @@ class VectorRow {
             place.within * kGroup),
         step_(std::int64_t{tiles.Size(place.tile)} * kGroup) {}
 
-  // Elements [k, k + count) of the row, k a multiple of kGroup. The rest of the last group is 0: it
-  // meets weights of 0, and must not be what another row left there, which may be NaN.
+  // Elements [k, k + count) of the row, k a multiple of kGroup. The rest of the last group is 0:
+  // it is multiplied by weights of 0, and must not be what another row left there, such as NaN.
   void Set(std::int64_t k, const Activation* numbers, int count) const {
     Activation* to = to_ + k / kGroup * step_;
     int i = 0;

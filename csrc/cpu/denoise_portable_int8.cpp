@@ -1,5 +1,5 @@
 // The int8 kernels of `denoise` for any processor. With float32's multiply-adds fused, where the
-// instruction set has none: the bits are those of all other instruction sets.
+// instruction set has none: results are bitwise identical to all other instruction sets.
 #define DIFFMIC_SIMD_FUSED
 #define DIFFMIC_SIMD_NAME "portable"
 #include "cpu/denoise_kernels.inc.h"

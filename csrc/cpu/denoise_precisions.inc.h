@@ -7,7 +7,7 @@
 //   Total                a sum in memory: float, or int32 with kInt8
 //   Sum                  a vector of sums in a register
 //   kGroup               elements of k that lie together
-//   kStep                groups that a packed chunk is padded to
+//   kMultiple                groups that a packed chunk is padded to
 //   kPanel               units that lie together
 //   kOffset              what is added to an activation of kInt8, for an unsigned operand
 #ifndef DIFFMIC_CPU_DENOISE_PRECISIONS_INC_H_
@@ -32,7 +32,7 @@ constexpr bool kAmxSet = false;
 // Common to the vector precisions: tiles of kTileRows rows x 2 vectors of units.
 struct VectorPrecision {
   static constexpr bool kAmx = false;
-  static constexpr int kStep = 1;
+  static constexpr int kMultiple = 1;
   static constexpr int kPanel = 2 * kLanes;
   static constexpr int kMostRows = kTileRows;
 
@@ -167,7 +167,7 @@ struct VectorBFloat16 : FloatSums {
     Vec v;
   };
   static constexpr int kGroup = 2;
-  static constexpr int kParts = 2;  // one after the other, or 16 registers would not do
+  static constexpr int kParts = 2;  // loaded one at a time to fit in 16 registers
 
   template <int kPart>
   static Operand LoadWeights(const Weight* w) {

@@ -257,23 +257,23 @@ float FastestMultiplyAdds(std::int64_t count) {
 }
 
 #if defined(DIFFMIC_SIMD_AMX)
-// 2 x 2 tiles of sums as in a product; operands are other tiles in every step, since the clock
+// 2 x 2 tiles of sums as in a product; operands are other tiles in every slice, since the clock
 // falls with operands that change.
 template <typename Product>
 float TileMultiplyAdds(std::int64_t count) {
-  constexpr std::int64_t kSteps = kOperandBytes / (2 * kStepWeights);
+  constexpr std::int64_t kSlices = kOperandBytes / (2 * kSliceWeights);
   constexpr std::int64_t kStepProducts =
-      2 * kRowsOfTile * kChunk * kStepBytes /
+      2 * kRowsOfTile * kChunk * kSliceBytes /
       static_cast<std::int64_t>(sizeof(typename Product::Weight));
   const std::byte* w = RandomOperands<typename Product::Weight>();
-  const std::byte* a = w + kSteps * kStepWeights;
+  const std::byte* a = w + kSlices * kSliceWeights;
   alignas(64) float sums[4 * kTileBytes / 4];
   TileRegisters tiles;
   const Configured configured(tiles, kRowsOfTile, false);
   ZeroSums<2>(tiles);
-  for (; count > 0; count -= kSteps * kStepProducts) {
+  for (; count > 0; count -= kSlices * kStepProducts) {
     LinesAhead none{w, 0};
-    Steps<Product, 2>(tiles, a, kSteps * kTileBytes, kTileBytes, w, kSteps, none);
+    AddSlices<Product, 2>(tiles, a, kSlices * kTileBytes, kTileBytes, w, kSlices, none);
   }
   StoreSums<2>(tiles, reinterpret_cast<std::byte*>(sums), 2 * kTileBytes);
   return sums[0] + sums[4 * kTileBytes / 4 - 1];

@@ -13,7 +13,7 @@
 //
 // A sum has one order: element after element within a block of kDepth, from 0, and block after
 // block (int32 sums are exact). It does not depend on the tile, so not on the other rows, and not
-// on the depth of a step, between which the sums of a block are kept in memory.
+// on the depth of a slice, between which the sums of a block are kept in memory.
 //
 // Arithmetic at F = 6144, a step: 4 F^2 M operations against 8 F^2 bytes of float32 weights (302
 // MB), half of them as bfloat16, a quarter as bytes. With two cores of 100 GFLOP/s and 12 GB/s each
@@ -137,11 +137,11 @@ void TileOf(int rows, const typename Product::Activation* a, const typename Prod
   }
 }
 
-// Elements of k between two passes over the rows; divides kDepth. 13 to 32 rows of float32 are
-// bound by memory and arithmetic alike, and shallow steps spread what is fetched. With the other
-// precisions the sums' way to memory and back costs more than that gains.
+// Elements of k between two passes over the rows (a slice); divides kDepth. 13 to 32 rows of
+// float32 are bound by memory and arithmetic alike, and shallow slices spread what is fetched. With
+// the other precisions the sums' way to memory and back costs more than that gains.
 template <typename Product>
-std::int64_t StepDepth(std::int64_t rows) {
+std::int64_t SliceDepth(std::int64_t rows) {
   const bool spread = std::is_same_v<Product, Float32> && kRegisters == 32;
   if (!spread || rows <= Product::kMostRows || rows > 32) return kDepth;
   return rows <= 16 ? 32 : 64;
@@ -173,7 +173,7 @@ class ChunkGroup {
            kPanels<Product> * (k / kDepth) * BlockBytes<Product>(kDepth) +
            panel * BlockBytes<Product>(Depth(k));
   }
-  // The block that is used next; behind the last one, the chunk that follows the group.
+  // The block that is used next; after the last one, the chunk that follows the group.
   const std::byte* BlockAfter(std::int64_t chunk, std::int64_t k, int panel) const {
     if (panel + 1 < kPanels<Product>) return Block(chunk, k, panel + 1);
     if (chunk + 1 < chunks_) return Block(chunk + 1, k, 0);
@@ -186,7 +186,7 @@ class ChunkGroup {
   std::int64_t chunks_, features_, chunk_bytes_;
 };
 
-// Where a product's sums lie in memory: [chunks, rows, kChunk].
+// Layout of the accumulators in memory: [chunks, rows, kChunk].
 class VectorSums {
  public:
   VectorSums(const RowTiles& tiles, std::int64_t chunks)
@@ -201,8 +201,8 @@ class VectorSums {
   std::int64_t rows_, size_;
 };
 
-// Sums of float32 of the elements [k, k + depth), which end a block if `ends`: between the steps of
-// a block they are kept in `partial`.
+// Sums of float32 of the elements [k, k + depth), which end a block if `ends`: between the slices
+// of a block they are kept in `partial`.
 template <typename Product>
 Edges<float> FloatEdges(std::int64_t k, bool ends, float* sums, float* partial) {
   const bool begins = k % kDepth == 0;
@@ -222,7 +222,7 @@ void GroupProduct(const std::byte* weights, std::int64_t chunks, std::int64_t fe
   const ChunkGroup<Product> group(weights, chunks, features);
   const std::int64_t rows = tiles.rows;
   const bool stream = tiles.count == 1;
-  const std::int64_t step = StepDepth<Product>(rows);
+  const std::int64_t slice = SliceDepth<Product>(rows);
 
   // Elements [k, k + depth) of a panel for all rows, and the next ones to L2.
   const auto pass = [&](std::int64_t chunk, int panel, std::int64_t k, std::int64_t depth,
@@ -259,8 +259,8 @@ void GroupProduct(const std::byte* weights, std::int64_t chunks, std::int64_t fe
     for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
       for (int panel = 0; panel < kPanels<Product>; ++panel) {
         const std::byte* w = group.Block(chunk, block, panel);
-        for (std::int64_t k = 0; k < depth; k += step) {
-          const std::int64_t taken = std::min(step, depth - k);
+        for (std::int64_t k = 0; k < depth; k += slice) {
+          const std::int64_t taken = std::min(slice, depth - k);
           const std::byte* here = w + k * kWeightBytes;
           const bool ends = k + taken == depth;
           const std::byte* next = stream ? here + kBytesAhead

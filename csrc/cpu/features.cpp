@@ -6,10 +6,9 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#include <cerrno>
 #endif
 
+#include <cerrno>
 #include <cstring>
 
 #if defined(__aarch64__) && defined(__linux__)
@@ -73,10 +72,15 @@ std::vector<std::string> AvailableInstructionSets() { return AssumedInstructionS
 #endif
 
 std::string AmxObstacle(const AmxFacts& facts) {
+  if (!facts.built) return "the assembler of this build does not know AMX (GNU as before 2.36)";
+  if (!facts.linux_x86) return "AMX needs Linux on x86-64";
   if (!facts.processor) return "the processor has no AMX (amx_tile, amx_bf16, amx_int8)";
-  if (!facts.saved) return "the operating system does not save AMX's tiles";
+  if (!facts.saved) return "the operating system does not enable AMX state (XCR0)";
+  if (facts.refused == ENOSPC) {
+    return "the kernel refused permission for AMX: a thread's alternate signal stack is too small";
+  }
   if (facts.refused != 0) {
-    return std::string("the kernel refused permission for AMX's tiles (arch_prctl: ") +
+    return std::string("the kernel refused permission for AMX (arch_prctl: ") +
            std::strerror(facts.refused) + ")";
   }
   return "";
@@ -86,14 +90,19 @@ namespace {
 
 AmxFacts FindAmx() {
   AmxFacts facts;
+#if defined(DIFFMIC_NO_AMX)
+  facts.built = false;
+#endif
 #if defined(__x86_64__) && defined(__linux__)
+  facts.linux_x86 = true;
+  if (!facts.built) return facts;
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kAll = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tile, int8
   facts.processor = __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAll) == kAll;
   constexpr unsigned kOsxsave = 1u << 27, kTileState = 3u << 17;
   if (facts.processor && __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & kOsxsave) != 0) {
     unsigned low = 0, high = 0;
-    asm("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     facts.saved = (low & kTileState) == kTileState;
   }
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA

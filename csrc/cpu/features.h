@@ -16,19 +16,21 @@ std::vector<std::string> AssumedInstructionSets();
 
 const char* Architecture();
 
-// What has to be true for AMX's tiles to be used. Permission is Linux's: it is asked for once a
-// process, since a thread's signal frames grow by the tiles' 8 KB.
+// Requirements of the AMX kernels.
 struct AmxFacts {
+  bool built = true;       // the assembler knew the instructions
+  bool linux_x86 = false;  // permission is requested from Linux
   bool processor = false;  // has the instructions for tiles, bfloat16 and bytes
-  bool saved = false;      // the operating system saves the tiles (XCR0)
+  bool saved = false;      // the operating system enables AMX state (XCR0)
   int refused = 0;         // errno of the request for permission
 };
 
-// What stands in the way, or "".
+// Reason why AMX is unavailable; empty if available.
 std::string AmxObstacle(const AmxFacts& facts);
 
-// Why the kernels with AMX's tiles cannot run here, or "". The first call asks the operating system
-// for permission to use them, once a process; threads and forked children have it, too.
+// The same of this process. The first call requests permission, once: the answer holds for all
+// threads and for forked children. With permission, signal frames grow by 8 KB, and Linux refuses
+// alternate signal stacks that are too small for them.
 const std::string& WhyNoAmx();
 
 }  // namespace diffmic::cpu

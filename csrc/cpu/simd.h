@@ -11,6 +11,7 @@
 #ifndef DIFFMIC_CPU_SIMD_H_
 #define DIFFMIC_CPU_SIMD_H_
 
+#include <cfloat>
 #include <cstdint>
 #include <cstring>
 
@@ -82,6 +83,9 @@ inline Vec Max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Vec NegativeAbs(Vec a) {
   return {
       _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(INT32_MIN)))};
+}
+inline Vec ZeroNan(Vec a) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q), a.v)};
 }
 inline Vec Round(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -188,6 +192,7 @@ inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline Vec Fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline Vec Max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline Vec NegativeAbs(Vec a) { return {_mm256_or_ps(a.v, _mm256_set1_ps(-0.0f))}; }
+inline Vec ZeroNan(Vec a) { return {_mm256_and_ps(_mm256_cmp_ps(a.v, a.v, _CMP_ORD_Q), a.v)}; }
 inline Vec Round(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -299,6 +304,7 @@ inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
 #if !defined(__aarch64__) && defined(DIFFMIC_SIMD_FUSED)
 // a b + c rounded once: the product is exact in double, and the sum is rounded to odd there, so
 // that rounding it again to float32 is correct (Boldo and Melquiond, IEEE Trans. Comput. 57, 2008).
+static_assert(FLT_EVAL_METHOD == 0, "float32 arithmetic must round to float32");
 inline Vec Fma(Vec a, Vec b, Vec c) {
   typedef double Doubles __attribute__((vector_size(32)));
   typedef std::int64_t Words __attribute__((vector_size(32)));
@@ -328,6 +334,7 @@ inline Vec Fma(Vec a, Vec b, Vec c) {
 #endif
 inline Vec Max(Vec a, Vec b) { return {Select(a.v > b.v, a.v, b.v)}; }
 inline Vec NegativeAbs(Vec a) { return {FromBits(Bits(a.v) | INT32_MIN)}; }
+inline Vec ZeroNan(Vec a) { return {FromBits((a.v == a.v) & Bits(a.v))}; }
 // Of |a| < 2^22: adding 1.5 * 2^23 leaves no place for a fraction.
 inline Vec Round(Vec a) {
   const Vec magic = Set(12582912.0f);
@@ -413,12 +420,6 @@ inline void AddProducts(Ints a, Ints b, Ints& sum) {
 // out of a function of its own, which has no effect that it knows of.
 [[gnu::always_inline]] inline void Prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 [[gnu::always_inline]] inline void PrefetchToL2(const void* p) { __builtin_prefetch(p, 0, 2); }
-
-// Makes a value one that the compiler knows nothing about.
-template <typename T>
-[[gnu::always_inline]] inline void Hide(T& value) {
-  asm volatile("" : "+m"(value));
-}
 
 inline float Sum(Vec a) {
   float four[4];

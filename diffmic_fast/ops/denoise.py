@@ -34,12 +34,12 @@ PRECISIONS_OF = {
 # More rows keep the processor busy by themselves; a shorter chain is over before its window has grown.
 _FEW_ROWS, _MANY_STEPS = 4, 50
 _LARGEST_WINDOW = 192
-# Rows of a window whose states may differ by a tolerance: what makes sweeps times sweeps' duration least on two cores
-# (benchmarks.bench_denoise), and on a GPU. In bfloat16 the weights are read in half the time, and the tiles of AMX
+# Rows per sweep of windows whose states may differ by a tolerance: those that minimise the total time, sweeps x time
+# per sweep, on two cores (benchmarks.bench_denoise), and on a GPU. In bfloat16 the weights are read in half the time, and the tiles of AMX
 # compute many rows in little more than that. The emulation takes AMX's, since results depend on the window.
-_ROWS_A_SWEEP = {"fp32": 16, "bf16": 8}
-_BF16_ROWS_A_SWEEP = {"avx512_bf16": 16, "amx": 32, "amx_emulated": 32}
-_CUDA_ROWS_A_SWEEP = 32
+_ROWS_PER_SWEEP = {"fp32": 16, "bf16": 8}
+_BF16_ROWS_PER_SWEEP = {"avx512_bf16": 16, "amx": 32, "amx_emulated": 32}
+_CUDA_ROWS_PER_SWEEP = 32
 # Readings of the weights in one launch: a few milliseconds of a GPU.
 _READINGS_A_LAUNCH = 64
 _MOST_CUDA_FEATURES, _MOST_CUDA_CLASSES, _MOST_TRITON_CLASSES = 65536, 512, 128
@@ -90,8 +90,8 @@ def denoise(
         trajectory: return every state instead of the last.
         precision: "fp32" (IEEE float32 throughout); "bf16": weights and activations of the two hidden layers in
             bfloat16, sums and everything else in float32; "fp8", backend "cuda": the same with weights in float8
-            (e4m3) times a step, the 448th part of the largest of a unit's weights; a unit with a weight that is not
-            finite is not-a-number whole; or "int8", backend "cpu", up to 133,144 features: weights and activations are
+            (e4m3) times a per-channel scale amax / 448; if a weight is not finite, the whole output channel becomes
+            NaN; or "int8", backend "cpu", up to 133,144 features: weights and activations are
             integers in [-127, 127] times a scale, amax / 127 of an output channel's weights or of a row's activations;
             their products are summed in int32, everything else is float32. `PRECISIONS_OF` lists what each backend
             has. What a rounding changes in labels and probabilities: `python -m benchmarks.precision_labels`.
@@ -108,12 +108,12 @@ def denoise(
             that is faster, or where rows are more than a launch takes. It changes the speed alone: the result has the
             sequential chain's bits. Default: for long chains of few rows, which are bound by reading the weights, 64
             on the CPU and what makes 32 rows on a GPU, else 1.
-        tolerance: how far a state of a chain may still move, from one reading of the weights to the next, when the
+        tolerance: how far a state of a chain may still move, from one sweep over the weights to the next, when the
             steps of a window are taken as settled; backends "cpu" and "cuda". More than 0, it gives up the bits of the
-            sequential chain, and that a row does not depend on the number of rows, for fewer readings: y_0 then
+            sequential chain, and that a row does not depend on the number of rows, for fewer sweeps: y_0 then
             differs from the sequential chain's by about the tolerance in "fp32", and in "bf16" and "fp8", where a
             rounding may tip over, by up to 1e-4 (measured in "bf16": 9e-5 over 1000 steps at 1e-5); "int8" takes none.
-            The window is then taken as it is, up to 192 rows of a sweep (default: what makes 16 rows of the chains; in
+            The window is then taken as it is, up to 192 rows of a sweep (default: 16 rows over all chains; in
             "bf16" 8, with AVX-512's bfloat16 instructions 16, with AMX 32; on a GPU 32; if there are enough steps).
         progress: called with (steps done, steps in all) every tenth of a second or so; blocks of up to 256 rows go
             through the chain one after the other (on a GPU, of up to 64), and their steps are counted together.
@@ -236,14 +236,14 @@ def _window(call: _Call) -> int:
         return 1
     if call.backend == "cpu" and call.tolerance == 0.0:
         return 64
-    wanted = _CUDA_ROWS_A_SWEEP
+    wanted = _CUDA_ROWS_PER_SWEEP
     if call.backend == "cpu":
-        wanted = _ROWS_A_SWEEP[call.precision]
+        wanted = _ROWS_PER_SWEEP[call.precision]
         if call.precision == "bf16":
             instructions = call.instructions
             if instructions == "auto":
                 instructions = _native.extension().denoise_instructions()[0]
-            wanted = _BF16_ROWS_A_SWEEP.get(instructions, wanted)
+            wanted = _BF16_ROWS_PER_SWEEP.get(instructions, wanted)
     return max(wanted // max(rows, 1), 1)
 
 

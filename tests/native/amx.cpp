@@ -1,5 +1,5 @@
 // The emulated tiles of AMX against scalar definitions of the instructions, and the products of
-// `denoise` with tiles against sums in the order that denoise_amx.inc.h states. Needs AVX2.
+// `denoise` with tiles against sums in the order that denoise_amx.inc.h documents. Needs AVX2.
 //
 // `amx --hardware` compares the emulation with the processor's own tiles, bit for bit.
 #define DIFFMIC_SIMD_AVX2
@@ -204,9 +204,12 @@ void CheckProduct(std::int64_t rows, std::int64_t features, std::int64_t chunks)
     }
   }
   const AmxSums sums_at(tiles, chunks);
-  std::vector<typename Product::Total> sums(at(sums_at.size() + 16));
-  // Tiles are stored to any address.
+  constexpr auto kSentinel = static_cast<typename Product::Total>(12345);
+  std::vector<typename Product::Total> sums(at(sums_at.size() + 16), kSentinel);
   TileProduct<Product>(weights.data(), chunks, features, tiles, in.data(), sums.data());
+  for (std::int64_t i = sums_at.size(); i < sums_at.size() + 16; ++i) {
+    if (sums[at(i)] != kSentinel) Fail("a product wrote beyond its sums");
+  }
   for (Place place; place.row < rows; place.Next(tiles)) {
     for (std::int64_t n = 0; n < units; n += 1 + static_cast<std::int64_t>(generator() % 7)) {
       const Number* a = x.data() + place.row * features;
@@ -237,10 +240,13 @@ void CheckObstacles() {
     const std::string obstacle = AmxObstacle(facts);
     return part.empty() ? obstacle.empty() : obstacle.find(part) != std::string::npos;
   };
-  if (!says({}, "the processor has no AMX") ||
-      !says({true, false, 0}, "the operating system does not save") ||
-      !says({true, true, EPERM}, "refused permission for AMX's tiles (arch_prctl: Operation not") ||
-      !says({true, true, 0}, "")) {
+  if (!says({}, "needs Linux") ||
+      !says({true, true, false, false, 0}, "the processor has no AMX") ||
+      !says({false, true, true, true, 0}, "assembler") ||
+      !says({true, true, true, false, 0}, "does not enable AMX state") ||
+      !says({true, true, true, true, EPERM}, "refused permission for AMX (arch_prctl: Operation") ||
+      !says({true, true, true, true, ENOSPC}, "alternate signal stack is too small") ||
+      !says({true, true, true, true, 0}, "")) {
     Fail("an obstacle is not named");
   }
 }

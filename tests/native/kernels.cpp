@@ -118,6 +118,18 @@ void CheckDenoise(const std::string& set, Precision precision, std::int64_t rows
   }
 }
 
+// Initial sums of int8 at the largest number of features, where they are beyond int32.
+void CheckPacking(const std::string& set) {
+  constexpr std::int64_t kFeatures = diffmic::cpu::kMostInt8Features;
+  const auto* kernels = diffmic::cpu::FindDenoiseKernels(set, Precision::kInt8);
+  const std::vector<float> ones(kFeatures, 1.0f);
+  std::vector<std::byte> chunk(
+      static_cast<std::size_t>(kernels->chunk_bytes(Precision::kInt8, kFeatures)));
+  float scale = 0.0f;
+  kernels->pack_chunk(Precision::kInt8, ones.data(), kFeatures, 1, kFeatures, chunk.data(), &scale);
+  if (scale != 1.0f / 127.0f) Fail("denoise: " + set + " packs another scale");
+}
+
 void CheckStop() {
   const Model model(64, 3, 3);
   const std::vector<std::int64_t> timesteps{1, 0}, keys(400, 0);
@@ -192,6 +204,7 @@ int main(int argc, char** argv) {
   }
   const std::vector<int> threads = request.quick() ? std::vector{1, 2} : std::vector{1, 2, 4};
   for (const std::string& set : request.sets()) {
+    CheckPacking(set);
     for (const Precision precision :
          {Precision::kFloat32, Precision::kBFloat16, Precision::kInt8}) {
       for (const Size& size : sizes) {

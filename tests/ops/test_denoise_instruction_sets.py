@@ -106,7 +106,7 @@ def test_emulation_is_never_chosen() -> None:
     assert INSTRUCTIONS[0] != "amx_emulated"
 
 
-def test_amx_is_there_or_refused_with_the_reason() -> None:
+def test_amx_is_available_or_the_reason_is_reported() -> None:
     assert ("amx" in INSTRUCTIONS) == (WHY_NO_AMX == "")
     assert ("amx" in _C.cpu_features()) == (WHY_NO_AMX == "")
     shown = info.report()["processor"]["amx"]
@@ -152,7 +152,7 @@ def test_groups_of_chunks_have_the_bits_of_one_chunk(instructions: str, precisio
     ],
 )
 def test_default_window_with_a_tolerance(instructions: str, precision: str, window: int) -> None:
-    """The default has the states of the window that it stands for, and no others."""
+    """The default window gives the states of the same window passed explicitly."""
     if instructions not in INSTRUCTIONS:
         pytest.skip(f"no {instructions}")
     schedule = make_schedule("linear", 300, 1e-3, 0.05)
