@@ -73,15 +73,15 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def decide(operation: str, backend: str, device: torch.device) -> tuple[str, str]:
     """`resolve` without its warning: the backend's name, and what there is to say about it."""
-    _check_name(operation, backend, "backend")
     if backend != "auto":
+        _check_name(operation, backend, "backend")
         _require(operation, backend, device, asked_by=f'backend="{backend}"')
         return backend, ""
 
     wanted = os.environ.get(_VARIABLE) or "auto"
-    _check_name(operation, wanted, f"the variable {_VARIABLE}")
     if wanted == "auto":
         return _fastest(operation, device)
+    _check_name(operation, wanted, f"the variable {_VARIABLE}")
     implementations = IMPLEMENTATIONS[operation]
     if wanted in implementations:
         _require(operation, wanted, device, asked_by=f"{_VARIABLE}={wanted}")
@@ -187,9 +187,9 @@ def _fastest(operation: str, device: torch.device) -> tuple[str, str]:
     if transforming():
         return "reference", ""
     implementations = IMPLEMENTATIONS[operation]
-    reason = ""
-    for name in ("cuda", "triton"):
-        if device.type == "cuda" and name in implementations:
+    reason, on_gpu = "", device.type == "cuda"
+    for name in ("cuda", "triton") if on_gpu else ():
+        if name in implementations:
             why_not = unavailable(operation, name, device)
             if not why_not:
                 remark = f"{operation}: using the {name} implementation, because {reason}"
