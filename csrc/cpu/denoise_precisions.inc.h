@@ -9,6 +9,8 @@
 //   kGroup               elements of k that lie together
 //   kMultiple                groups that a packed chunk is padded to
 //   kPanel               units that lie together
+//   kToL2                whether weights are prefetched to L2, a few rows' own ahead of themselves:
+//                        where memory bounds. Where widening does, the next block goes to L1
 //   kOffset              what is added to an activation of kInt8, for an unsigned operand
 #ifndef DIFFMIC_CPU_DENOISE_PRECISIONS_INC_H_
 #define DIFFMIC_CPU_DENOISE_PRECISIONS_INC_H_
@@ -75,6 +77,7 @@ struct Float32 : FloatSums {
   struct Operand {
     Vec v;
   };
+  static constexpr bool kToL2 = true;
   static constexpr int kGroup = 1;
   static constexpr int kParts = 1;
 
@@ -101,6 +104,7 @@ struct VectorBFloat16 : FloatSums {
   struct Operand {
     __m512i v;
   };
+  static constexpr bool kToL2 = true;
   static constexpr int kGroup = 2;
   static constexpr int kParts = 1;
 
@@ -129,6 +133,7 @@ struct VectorInt8 : IntSums {
   struct Operand {
     __m512i v;
   };
+  static constexpr bool kToL2 = true;
   static constexpr int kGroup = 4;
   static constexpr int kParts = 1;
   static constexpr int kOffset = 128;
@@ -166,6 +171,7 @@ struct VectorBFloat16 : FloatSums {
   struct Operand {
     Vec v;
   };
+  static constexpr bool kToL2 = false;
   static constexpr int kGroup = 2;
   static constexpr int kParts = 2;  // loaded one at a time to fit in 16 registers
 
@@ -188,6 +194,7 @@ struct VectorInt8 : IntSums {
   struct Operand {
     Ints v;
   };
+  static constexpr bool kToL2 = false;
   static constexpr int kGroup = 2;
   static constexpr int kParts = 1;
   static constexpr int kOffset = 0;

@@ -7,8 +7,9 @@
 // with 6 rows (16 registers) or 12 (32), 12 or 24 multiply-adds for 8 or 14 loads, so arithmetic
 // bounds it, not the caches.
 //
-//   one tile of rows   bound by memory: chunks are read as streams, weights are prefetched
-//   more tiles         block after block, the next one is prefetched to L2 while this one is used
+//   one tile of rows   bound by memory: a chunk is one stream, prefetched 3 KB ahead of itself to
+//   L2 more tiles         block after block, the next one is prefetched to L2 while this one is
+//   used widened weights    arithmetic bounds a few rows, too: the next block is prefetched to L1
 //   many rows          a group of chunks takes a block of activations from L2 instead of memory
 //
 // A sum has one order: element after element within a block of kDepth, from 0, and block after
@@ -115,7 +116,9 @@ template <typename Product, int kM, int kLook>
   Sums<Product, kM> sums;
   sums.Begin(edges);
   for (std::int64_t g = 0; g < groups; g += kLook) {
-    for (int line = 0; line < ahead.lines; ++line, ahead.next += 64) PrefetchToL2(ahead.next);
+    for (int line = 0; line < ahead.lines; ++line, ahead.next += 64) {
+      Product::kToL2 ? PrefetchToL2(ahead.next) : Prefetch(ahead.next);
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < kLook; ++i) {
       sums.AddGroup(a + (g + i) * kGroup * kM, w + (g + i) * kGroup * Product::kPanel);
@@ -221,7 +224,7 @@ void GroupProduct(const std::byte* weights, std::int64_t chunks, std::int64_t fe
       Product::kPanel * static_cast<std::int64_t>(sizeof(typename Product::Weight));
   const ChunkGroup<Product> group(weights, chunks, features);
   const std::int64_t rows = tiles.rows;
-  const bool stream = tiles.count == 1;
+  const bool stream = Product::kToL2 && tiles.count == 1;
   const std::int64_t slice = SliceDepth<Product>(rows);
 
   // Elements [k, k + depth) of a panel for all rows, and the next ones to L2.
