@@ -4,7 +4,8 @@ Training is forward and backward of 3 streams of 32 rows, to x and all parameter
 gradient of gamma is dense, 25 MB of zeros but for 32 rows, whoever computes it, so there is a table
 without it too. Eval mode is forward alone, for 32 rows and for one.
 
-Peers: the reference, as written and compiled; the kernel on one thread and on torch's threads. All
+Peers: the reference, as written, compiled, and with
+`torch.set_float32_matmul_precision("medium")`; the kernel on one thread and on torch's threads. All
 but the compiled one through the public call.
 """
 
@@ -16,7 +17,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Maker, Setup, on_one_thread
+from benchmarks.harness import Maker, Setup, on_one_thread, with_matmul_precision
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.reference.conditioning import conditioning as reference
@@ -47,6 +48,7 @@ def setups() -> Iterator[Setup]:
         makers: dict[str, Maker] = {
             name: partial(_make, make, call) for name, call in peers.items()
         }
+        makers["reference, precision medium"] = partial(_medium, make, peers["reference"])
         makers["cpu, 1 thread"] = partial(_on_one_thread, make, peers["cpu"])
         makers["copy"] = partial(_copy, copied)
         yield Setup(
@@ -64,6 +66,10 @@ def _make(make: Callable[[], Callable[..., Call]], call: Callable[..., Tensor]) 
 
 def _on_one_thread(make: Callable[[], Callable[..., Call]], call: Callable[..., Tensor]) -> Call:
     return on_one_thread(make()(call))
+
+
+def _medium(make: Callable[[], Callable[..., Call]], call: Callable[..., Tensor]) -> Call:
+    return with_matmul_precision("medium", make()(call))
 
 
 def _copy(count: int) -> Call:

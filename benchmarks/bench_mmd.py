@@ -1,8 +1,9 @@
 """`mmd`, forward and backward to both row sets: 32 x 5 (training), and n x 64 over n.
 
 Peers: the published formula (the reference), where its n x m x d array is not absurd; the Gram
-formula |u|^2 + |v|^2 - 2uv, as written and compiled; torch.cdist; geomloss and pykeops where they
-are installed (`pip install .[bench]`); the kernel on one thread and on torch's threads, through the
+formula |u|^2 + |v|^2 - 2uv, as written, compiled, and with
+`torch.set_float32_matmul_precision("medium")`; torch.cdist; geomloss and pykeops where they are
+installed (`pip install .[bench]`); the kernel on one thread and on torch's threads, through the
 public call. The limit is three multiply-adds for an element of each pair of rows, in registers.
 """
 
@@ -15,7 +16,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Maker, Setup, on_one_thread
+from benchmarks.harness import Maker, Setup, on_one_thread, with_matmul_precision
 from diffmic_fast import _native
 from diffmic_fast.ops.mmd import mmd
 
@@ -111,6 +112,7 @@ def setups() -> Iterator[Setup]:
             if name not in skipped
         }
         peers["cpu, 1 thread"] = lambda make=peers["cpu"]: on_one_thread(make())  # type: ignore[misc]
+        peers["Gram, precision medium"] = partial(_medium, n, d)
         needed = 3 * (2 * n) ** 2 // 2 * d
         done = max(needed, _LONG_ENOUGH)
         peers[_LIMIT] = partial(_limit, done)
@@ -145,6 +147,12 @@ def _checked(formula: Formula, n: int, d: int) -> Callable[[], object]:
         size = float(want.detach().abs().max())
         torch.testing.assert_close(got, want, rtol=0, atol=2e-3 * size + 1e-6 / n)
     return lambda: torch.autograd.grad(formula(x, y), (x, y))
+
+
+def _medium(n: int, d: int) -> Callable[[], object]:
+    """Where the processor multiplies bfloat16, its products may be of that precision: not compared."""
+    x, y = _rows(n, d)
+    return with_matmul_precision("medium", lambda: torch.autograd.grad(gram(x, y), (x, y)))
 
 
 def _limit(count: int) -> Callable[[], object]:
