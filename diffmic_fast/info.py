@@ -120,7 +120,10 @@ def _processor() -> dict[str, Any]:
 
 
 def _why_no_amx(module: Any) -> str:
-    return module.why_no_amx() if module else "the extension was not loaded"
+    if module is None:
+        return "the extension was not loaded"
+    # As with cuda_state: an extension of another build may lack it.
+    return module.why_no_amx() if hasattr(module, "why_no_amx") else "unknown to this extension"
 
 
 def _gpu() -> dict[str, Any]:

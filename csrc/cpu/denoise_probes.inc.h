@@ -111,14 +111,23 @@ struct BFloat16DotProduct : FusedMultiplyAdd {
   using Element = std::uint16_t;
   static constexpr int kProducts = 2;
   static void Add(Operand a, Operand b, Sum& sum) {
+#if defined(DIFFMIC_AVX512_EMULATED)
+    sum.v = _mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_castps_si512(a.v),
+                             (__m512bh)_mm512_castps_si512(b.v));
+#else
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+#endif
   }
 };
 
 struct ByteDotProduct : IntegerInstruction {
   static constexpr int kProducts = 4;
   static void Add(Operand a, Operand b, Sum& sum) {
+#if defined(DIFFMIC_AVX512_EMULATED)
+    sum.v = _mm512_dpbusd_epi32(sum.v, a.v, b.v);
+#else
     asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+#endif
   }
 };
 
@@ -127,7 +136,10 @@ struct ByteDotProduct : IntegerInstruction {
 struct ByteDotProduct : IntegerInstruction {
   static constexpr int kProducts = 4;
   static void Add(Operand a, Operand b, Sum& sum) {
-#if defined(DIFFMIC_SIMD_AVX512)
+#if defined(DIFFMIC_AVX512_EMULATED)
+    const __m512i pairs = _mm512_maddubs_epi16(a.v, b.v);
+    sum.v = _mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#elif defined(DIFFMIC_SIMD_AVX512)
     __m512i pairs;
     asm("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
         : "+v"(sum.v), "=&v"(pairs)

@@ -18,6 +18,7 @@ if not (SOURCE / "csrc").is_dir():
 
 NAMES = ["g++", "clang++", *(f"g++-{n}" for n in range(11, 17))]
 NAMES += [f"clang++-{n}" for n in range(14, 24)]
+OWN = re.compile(r"diffmic::cpu::(avx2|avx512|avx512_bf16|amx|amx_emulated)::|^DW\.ref\.")
 
 
 def compilers() -> list[str]:
@@ -34,7 +35,8 @@ def shared_symbols(objects: dict[Unit, Path]) -> list[str]:
     """Weak definitions in objects that are compiled for an instruction set, which run-time dispatch guards.
 
     The linker keeps one copy of a function that several objects define weakly, such as an inline function of the
-    standard library. It may keep the copy of an instruction set that the processor lacks, for all callers.
+    standard library. It may keep the copy of an instruction set that the processor lacks, for all callers. Names in the
+    namespace of an instruction set have no other callers, and DW.ref symbols are data of exception handling.
 
     Args:
         objects: object files by translation unit.
@@ -52,7 +54,7 @@ def shared_symbols(objects: dict[Unit, Path]) -> list[str]:
         f"{unit.path.name}: {symbol}"
         for symbol, units in where.items()
         for unit in units
-        if unit.instructions
+        if unit.instructions and not OWN.search(symbol)
     ]
 
 
