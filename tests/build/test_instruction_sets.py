@@ -176,7 +176,7 @@ def qemu_version() -> tuple[int, ...]:
         ("qemu64", ["portable"]),  # SSE3
         ("Nehalem", ["portable"]),  # SSE4.2
         ("Haswell,-fma", ["portable"]),  # AVX2 alone is not enough
-        ("Haswell", ["avx2", "portable", "amx_emulated"]),
+        ("Haswell", ["avx2", "portable"]),
     ],
 )
 def test_processors_without_an_instruction_set(
@@ -192,8 +192,11 @@ def test_processors_without_an_instruction_set(
     launcher = [str(QEMU), "-cpu", model]
     for source in PROGRAMS:
         program = folder / source.stem
-        assert run_program(program, "--quick", launcher=launcher) == sets
-        for name in {"amx", "avx512_bf16", "avx512", "avx2", "amx_emulated"} - set(sets):
+        # The emulation of AMX needs AVX2, and only `denoise` has it.
+        emulated = ["amx_emulated"] if program.stem == "kernels" and "avx2" in sets else []
+        having = [*sets, *emulated]
+        assert run_program(program, "--quick", launcher=launcher) == having
+        for name in {"amx", "avx512_bf16", "avx512", "avx2", "amx_emulated"} - set(having):
             done = subprocess.run(
                 [*launcher, program, name], capture_output=True, text=True, check=False
             )
