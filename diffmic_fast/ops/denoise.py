@@ -35,8 +35,9 @@ PRECISIONS_OF = {
 _FEW_ROWS, _MANY_STEPS = 4, 50
 _LARGEST_WINDOW = 192
 # Rows per sweep of windows whose states may differ by a tolerance: those that minimise the total time, sweeps x time
-# per sweep, on two cores (benchmarks.bench_denoise), and on a GPU. In bfloat16 the weights are read in half the time, and the tiles of AMX
-# compute many rows in little more than that. The emulation takes AMX's, since results depend on the window.
+# per sweep, on two cores (benchmarks.bench_denoise), and on a GPU. In bfloat16 the weights are read in half the time,
+# and the tiles of AMX compute many rows in little more than that. The emulation takes AMX's, since results depend on
+# the window.
 _ROWS_PER_SWEEP = {"fp32": 16, "bf16": 8}
 _BF16_ROWS_PER_SWEEP = {"avx512_bf16": 16, "amx": 32, "amx_emulated": 32}
 _CUDA_ROWS_PER_SWEEP = 32
