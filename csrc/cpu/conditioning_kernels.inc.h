@@ -30,10 +30,6 @@ template <int kGroup>
 struct Chunk {
   static constexpr bool kWhole = kGroup > 1;
   static constexpr std::int64_t kStep = kGroup * kLanes;
-  // Of softplus, which needs more registers for each.
-  static constexpr int kTogether = !kWhole ? 1 : kRegisters == 32 ? 4 : 2;
-  static constexpr std::int64_t kStride = kTogether * kLanes;
-  using Vecs = Pack<kTogether>;
 
   std::int64_t unit, count;
 
@@ -46,14 +42,6 @@ struct Chunk {
   void Write(float* row, std::int64_t u, Vec value) const {
     if (kWhole || count - u >= kLanes) return Store(row + unit + u, value);
     StorePart(row + unit + u, value, static_cast<int>(count - u));
-  }
-  // kTogether vectors, of a row of F and of one of the chunk's own.
-  Vecs ReadAll(const float* row, std::int64_t u) const {
-    return Vecs::Each([&](int i) { return Read(row, u + i * kLanes); });
-  }
-  void WriteAll(float* row, std::int64_t u, const Vecs& values) const {
-#pragma GCC unroll 4
-    for (int i = 0; i < kTogether; ++i) Write(row, u + i * kLanes, values.v[i]);
   }
 };
 
@@ -212,16 +200,6 @@ void AddLabelGradient(const Call& call, const Chunk<kGroup>& chunk, const float*
   }
 }
 
-// n of a row z of the chunk.
-template <int kGroup>
-inline typename Chunk<kGroup>::Vecs Normalised(const Chunk<kGroup>&, const Norm& norm,
-                                               const float* z, std::int64_t u) {
-  return Chunk<kGroup>::Vecs::Each([&](int i) {
-    const std::int64_t at = u + i * kLanes;
-    return Fma(Load(z + at) - Load(norm.mean + at), Load(norm.gain + at), Load(norm.shift + at));
-  });
-}
-
 // ---- forward
 
 template <int kGroup>
@@ -231,9 +209,10 @@ void Activate(const Call& call, const Chunk<kGroup>& chunk, const Norm& norm, co
   for (std::int64_t b = 0; b < rows; ++b) {
     const float* x = batch.x + (first + b) * batch.x_stride;
     float* to = out + (first + b) * call.layer.features;
-    for (std::int64_t u = 0; u < chunk.end(); u += chunk.kStride) {
-      const auto n = Normalised(chunk, norm, z + b * kUnits, u);
-      chunk.WriteAll(to, u, chunk.ReadAll(x, u) * Softplus(n));
+    for (std::int64_t u = 0; u < chunk.end(); u += kLanes) {
+      const Vec n = Fma(Load(z + b * kUnits + u) - Load(norm.mean + u), Load(norm.gain + u),
+                        Load(norm.shift + u));
+      chunk.Write(to, u, chunk.Read(x, u) * Softplus(n));
     }
   }
 }
@@ -308,10 +287,9 @@ void Forward(const Call& call, const Running& running, std::int64_t unit, std::i
 
 // 1 / (1 + exp(-n)), given e = exp(-|n|): 1 or e, by the sign of n, over 1 + e. The product is far
 // beyond 1 on its side of 0 as soon as e is not 1. Not-a-number stays so, through e.
-template <typename V>
-inline V Sigmoid(V n, V e) {
-  const V negative_step = Max(Set(-1.0f), n * Set(-3e38f));
-  return Max(Zero() - negative_step, e) / (e + Set(1.0f));
+inline Vec Sigmoid(Vec n, Vec e) {
+  const Vec negative_step = Max(Set(-1.0f), n * Set(-3e38f));
+  return Max(Zero() - negative_step, e) / (Set(1.0f) + e);
 }
 
 // From grad, that of h1: d = that of n, and, where wanted, x's.
@@ -322,19 +300,16 @@ void Descend(const Call& call, const Chunk<kGroup>& chunk, const Norm& norm, con
   for (std::int64_t b = 0; b < batch.rows; ++b) {
     const float* x = batch.x + b * batch.x_stride;
     const float* from = grad + b * grad_stride;
-    for (std::int64_t u = 0; u < chunk.end(); u += chunk.kStride) {
-      const auto n = Normalised(chunk, norm, z + b * kUnits, u);
-      const auto e = ExpOfNegative(NegativeAbs(n));
-      const auto g = chunk.ReadAll(from, u);
-      const auto slope = g * chunk.ReadAll(x, u) * Sigmoid(n, e);
-#pragma GCC unroll 4
-      for (int i = 0; i < chunk.kTogether; ++i) {
-        Store(d + b * kUnits + u + i * kLanes, slope.v[i]);
-      }
+    for (std::int64_t u = 0; u < chunk.end(); u += kLanes) {
+      const Vec n = Fma(Load(z + b * kUnits + u) - Load(norm.mean + u), Load(norm.gain + u),
+                        Load(norm.shift + u));
+      const Vec e = ExpOfNegative(NegativeAbs(n));
+      const Vec g = chunk.Read(from, u);
+      Store(d + b * kUnits + u, g * chunk.Read(x, u) * Sigmoid(n, e));
       if (x_gradient != nullptr) {
         float* to = x_gradient + b * call.layer.features;
-        const auto share = g * (Max(Zero(), n) + Log1p(e));
-        chunk.WriteAll(to, u, first ? share : chunk.ReadAll(to, u) + share);
+        const Vec share = g * (Max(Zero(), n) + Log1p(e));
+        chunk.Write(to, u, first ? share : chunk.Read(to, u) + share);
       }
     }
   }

@@ -427,22 +427,16 @@ inline float Sum(Vec a) {
   return (four[0] + four[1]) + (four[2] + four[3]);
 }
 
-}  // namespace diffmic::cpu::DIFFMIC_SIMD
-
-#include "cpu/simd_pack.h"
-
-namespace diffmic::cpu::DIFFMIC_SIMD {
-
 // exp(x) of x <= 0, within 1.5 units in the last place of float32 down to exp(-87); smaller results
 // are given as exp(-87) = 1.6e-38. Cody and Waite's reduction, then Taylor's series to degree 7 on
 // |r| <= ln(2) / 2, where the first term left out is 7e-9 of the sum.
-template <typename V>
-inline V ExpOfNegative(V x) {
+inline Vec ExpOfNegative(Vec x) {
   x = Max(Set(-87.0f), x);
-  const V n = Round(x * Set(1.44269504f));
-  V r = Fma(n, Set(-0.693359375f), x);
+  const Vec n = Round(x * Set(1.44269504f));
+  Vec r = Fma(n, Set(-0.693359375f), x);
   r = Fma(n, Set(2.12194440e-4f), r);
-  V p = Fma(r, Set(1.0f / 5040.0f), Set(1.0f / 720.0f));
+  Vec p = Set(1.0f / 5040.0f);
+  p = Fma(p, r, Set(1.0f / 720.0f));
   p = Fma(p, r, Set(1.0f / 120.0f));
   p = Fma(p, r, Set(1.0f / 24.0f));
   p = Fma(p, r, Set(1.0f / 6.0f));
@@ -453,27 +447,24 @@ inline V ExpOfNegative(V x) {
 }
 
 // ln(1 + u) of 0 <= u <= 1: 2 artanh(s), s = u / (u + 2) <= 1/3, as a series to s^17.
-template <typename V>
-inline V Log1p(V u) {
-  const V s = u / (u + Set(2.0f));
-  const V square = s * s;
-  V p = Fma(square, Set(1.0f / 17.0f), Set(1.0f / 15.0f));
+inline Vec Log1p(Vec u) {
+  const Vec s = u / (u + Set(2.0f));
+  const Vec square = s * s;
+  Vec p = Set(1.0f / 17.0f);
+  p = Fma(p, square, Set(1.0f / 15.0f));
   p = Fma(p, square, Set(1.0f / 13.0f));
   p = Fma(p, square, Set(1.0f / 11.0f));
   p = Fma(p, square, Set(1.0f / 9.0f));
   p = Fma(p, square, Set(1.0f / 7.0f));
   p = Fma(p, square, Set(1.0f / 5.0f));
   p = Fma(p, square, Set(1.0f / 3.0f));
-  const V twice = s + s;
+  const Vec twice = s + s;
   return Fma(p * square, twice, twice);
 }
 
 // softplus(x) = ln(1 + exp(x)) = max(x, 0) + ln(1 + exp(-|x|)), relative error below 4e-7 for
 // x >= -87. Not-a-number stays so.
-template <typename V>
-inline V Softplus(V x) {
-  return Max(Zero(), x) + Log1p(ExpOfNegative(NegativeAbs(x)));
-}
+inline Vec Softplus(Vec x) { return Max(Zero(), x) + Log1p(ExpOfNegative(NegativeAbs(x))); }
 
 }  // namespace diffmic::cpu::DIFFMIC_SIMD
 
