@@ -62,7 +62,7 @@ def bfloat16_obstacle(device: torch.device) -> str:
 
 
 def bfloat16_convolutions() -> str:
-    """How `precision="bf16"` runs convolutions on the CPU, in words, for `python -m diffmic_fast info`."""
+    """How `precision="bf16"` runs convolutions on the CPU, or why it does not; shown by `info`."""
     obstacle = bfloat16_obstacle(torch.device("cpu"))
     if obstacle:
         return f"no: {obstacle}"

@@ -203,7 +203,7 @@ def test_what_stands_in_the_way_of_bfloat16(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("instructions", "exist", "words"),
+    ("instructions", "exist", "shown"),
     [
         ("AMX", True, "yes, with AMX, fused with BatchNorm, sum and activation"),
         ("AVX-512", True, "yes, with AVX-512, fused with BatchNorm, sum and activation"),
@@ -213,7 +213,7 @@ def test_what_stands_in_the_way_of_bfloat16(monkeypatch):
     ],
 )
 def test_the_processor_decides_how_convolutions_run(
-    instructions, exist, words, model, images, monkeypatch
+    instructions, exist, shown, model, images, monkeypatch
 ):
     ran = []
 
@@ -224,13 +224,13 @@ def test_the_processor_decides_how_convolutions_run(
     pretend(monkeypatch, instructions)
     monkeypatch.setattr(module, "operators_exist", lambda: exist)
     monkeypatch.setattr(module, "fused", lambda _: network)
-    assert bfloat16_convolutions() == words
+    assert bfloat16_convolutions() == shown
     layers = model.denoiser.encoder_x.f
     with torch.no_grad():
         for precise in (False, True):
             with inference(bfloat16=not precise):
                 assert module.run_layers(layers, images).dtype == torch.float32
-            assert bool(ran) is ("fused" in words and not precise)
+            assert bool(ran) is ("fused" in shown and not precise)
             ran.clear()
         with torch.autocast("cpu", torch.bfloat16):
             result = module.run_layers(layers, images)

@@ -40,7 +40,7 @@ def test_int8_has_the_same_bits_with_every_instruction_set(features: int) -> Non
 
 
 def test_int8_is_summed_exactly_over_all_features() -> None:
-    """Sums beyond 2^24, which float32 would round after every block."""
+    """Sums beyond 2^24, which float32 rounds; those of AMX are compared with exact ones in tests/native/amx.cpp."""
     features, rows = 2100, 3
     weights, (x, prior, guidance) = make_weights(features, 2), make_inputs(rows, features, 2)
     hidden = weights.hidden[0].weight
