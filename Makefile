@@ -17,11 +17,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
-EMULATOR_SOURCES := $(shell find tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+EMULATOR_SOURCES := $(shell find tests/emulator -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 # Whatever the wheel is made of: a change there builds and installs it again.
 SOURCES := $(CXX_SOURCES) $(shell find diffmic_fast -name '*.py' -o -name '*.yml') \
-           csrc/build_config.h.in setup.py pyproject.toml MANIFEST.in CMakeLists.txt
+           csrc/bindings/build_config.h.in setup.py pyproject.toml MANIFEST.in CMakeLists.txt
 
 RUN ?= benchmarks rois
 

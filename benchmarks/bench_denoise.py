@@ -6,8 +6,8 @@ hidden products alone; and, once, the published program's way, a ResNet-18 pass 
 
 Beside them, in the same rounds, two limits of the machine: reading the hidden weights once, and the two products'
 multiply-adds on random operands. Each is the best of several implementations, chosen by timing them on this processor
-before the first round (csrc/cpu/denoise_probes.inc.h): ways of reading by as many threads, memory on large pages as the
-kernels' own; instructions of a precision by one thread.
+before the first round (csrc/cpu/denoise/denoise_probes.inc.h): ways of reading by as many threads, memory on large
+pages as the kernels' own; instructions of a precision by one thread.
 
 The weights are those of a small denoiser (F = 256, fitted for some seconds to made-up features), every unit repeated 24
 times with 1/24 of its weight behind it: the function, and so the behaviour of windows of steps, is the small model's.

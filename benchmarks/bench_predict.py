@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.harness import Maker, Setup, with_matmul_precision
 from diffmic_fast import DiffMIC, DiffMICConfig
 from diffmic_fast.diffusion import make_steps
-from diffmic_fast.models import inference
+from diffmic_fast.models import execution as inference
 from diffmic_fast.ops.denoise import PRECISIONS_OF
 from diffmic_fast.reference.denoise import denoise
 

@@ -27,17 +27,17 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Maker, Setup, with_matmul_precision
 from diffmic_fast import DiffMIC, DiffMICConfig
+from diffmic_fast.config.run import TrainingConfig
 from diffmic_fast.diffusion.schedule import q_sample
 from diffmic_fast.models.diffmic import antithetic_timesteps
 from diffmic_fast.models.encoders import Trunk
-from diffmic_fast.models.inference import bfloat16_obstacle
+from diffmic_fast.models.execution import bfloat16_obstacle
 from diffmic_fast.ops.conditional_linear import conditional_linear
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.ops.mmd import mmd
 from diffmic_fast.ops.noise_losses import noise_losses
 from diffmic_fast.reference import mmd as reference_mmd
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
-from diffmic_fast.training.config import TrainingConfig
 from diffmic_fast.training.steps import Steps
 
 BATCH, SIDE, CLASSES = 32, 224, 5

@@ -31,13 +31,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from diffmic_fast import __version__
+from diffmic_fast.checkpoint import NAME, load_model
+from diffmic_fast.config.run import RunConfig, read_config
 from diffmic_fast.data.sources import open_source
+from diffmic_fast.inference.evaluate import Method, evaluate
+from diffmic_fast.inference.metrics import NAMES, compute_metrics
 from diffmic_fast.models.encoders import ImageEncoder
-from diffmic_fast.training.checkpoint import NAME, load_model
-from diffmic_fast.training.config import RunConfig, read_config
-from diffmic_fast.training.evaluate import Method, evaluate
-from diffmic_fast.training.metrics import NAMES, compute_metrics
-from diffmic_fast.training.optimize import epoch_batches, half_cosine
+from diffmic_fast.training.schedules import epoch_batches, half_cosine
 from diffmic_fast.training.trainer import Trainer, make_dataset
 
 METHODS = ("ddpm_truncated:60", "ddpm", "ddim:20")

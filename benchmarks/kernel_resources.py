@@ -177,13 +177,14 @@ def compiler_version() -> str:
 
 def sources() -> list[Path]:
     """The files that hold kernels."""
-    files = sorted((SOURCE / "csrc" / "cuda").glob("*.cu"))
+    files = sorted((SOURCE / "csrc" / "cuda").rglob("*.cu"))
     return [file for file in files if "__global__" in file.read_text(encoding="utf-8")]
 
 
 def digest(file: Path) -> str:
     """Of a file, all it includes of ours and the flags; comments and blanks apart."""
-    csrc, waiting = SOURCE / "csrc", [(f"{file.parent.name}/{file.name}", file)]
+    csrc = SOURCE / "csrc"
+    waiting = [(file.relative_to(csrc).as_posix(), file)]
     texts: dict[str, str] = {}
     while waiting:
         known_as, path = waiting.pop()

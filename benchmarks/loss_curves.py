@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from benchmarks.bench_training import published_loss
 from benchmarks.harness import machine
 from diffmic_fast import DiffMIC
+from diffmic_fast.config.run import RunConfig, TrainingConfig, read_config
 from diffmic_fast.data.sources import open_source
-from diffmic_fast.training.config import RunConfig, TrainingConfig, read_config
-from diffmic_fast.training.optimize import epoch_batches, half_cosine, warmup_cosine
+from diffmic_fast.training.schedules import epoch_batches, half_cosine, warmup_cosine
 from diffmic_fast.training.steps import Steps
 from diffmic_fast.training.trainer import make_dataset
 

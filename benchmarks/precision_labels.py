@@ -21,15 +21,15 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from diffmic_fast.checkpoint import NAME, load_model, read_checkpoint
+from diffmic_fast.config.run import RunConfig
+from diffmic_fast.config.schema import merge, parse_override
 from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.data.sources import open_source
+from diffmic_fast.inference.evaluate import Method
 from diffmic_fast.models import DiffMIC
-from diffmic_fast.models.inference import bfloat16_obstacle
+from diffmic_fast.models.execution import bfloat16_obstacle
 from diffmic_fast.ops.denoise import PRECISIONS_OF
-from diffmic_fast.training.checkpoint import NAME, load_model, read_checkpoint
-from diffmic_fast.training.config import RunConfig
-from diffmic_fast.training.evaluate import Method
-from diffmic_fast.training.schema import merge, parse_override
 from diffmic_fast.training.trainer import make_dataset
 
 CLEAR = 0.01  # between the two best probabilities

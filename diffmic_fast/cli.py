@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from diffmic_fast.training.config import RunConfig
-    from diffmic_fast.training.predict import Predictions
+    from diffmic_fast.config.run import RunConfig
+    from diffmic_fast.inference.predict import Predictions
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -136,10 +136,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from diffmic_fast.training import parallel
-    from diffmic_fast.training.checkpoint import NAME, read_checkpoint
-    from diffmic_fast.training.config import RunConfig, read_config
-    from diffmic_fast.training.schema import merge, parse_override
+    from diffmic_fast.checkpoint import NAME, read_checkpoint
+    from diffmic_fast.config.run import RunConfig, read_config
+    from diffmic_fast.config.schema import merge, parse_override
+    from diffmic_fast.distributed import processes as parallel
     from diffmic_fast.training.trainer import Trainer
 
     resume: Path | None = None
@@ -176,7 +176,7 @@ def _make_parents(*paths: str | None) -> None:
 
 
 def _checkpoint(text: str) -> Path:
-    from diffmic_fast.training.checkpoint import NAME
+    from diffmic_fast.checkpoint import NAME
 
     path = Path(text)
     return path / NAME if path.is_dir() else path
@@ -184,9 +184,9 @@ def _checkpoint(text: str) -> Path:
 
 def _stored_or_given(args: argparse.Namespace, path: Path) -> RunConfig:
     """The configuration of a command on a checkpoint: the file's own or --config, with --set."""
-    from diffmic_fast.training.checkpoint import read_checkpoint
-    from diffmic_fast.training.config import RunConfig, read_config
-    from diffmic_fast.training.schema import merge, parse_override
+    from diffmic_fast.checkpoint import read_checkpoint
+    from diffmic_fast.config.run import RunConfig, read_config
+    from diffmic_fast.config.schema import merge, parse_override
 
     if args.config is not None:
         return read_config(args.config, args.overrides)
@@ -204,10 +204,10 @@ def _stored_or_given(args: argparse.Namespace, path: Path) -> RunConfig:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    from diffmic_fast.checkpoint import load_model
     from diffmic_fast.data.sources import open_source
-    from diffmic_fast.training import evaluate as ev
-    from diffmic_fast.training import parallel
-    from diffmic_fast.training.checkpoint import load_model
+    from diffmic_fast.distributed import processes as parallel
+    from diffmic_fast.inference import evaluate as ev
     from diffmic_fast.training.trainer import choose_device, make_dataset
 
     _make_parents(args.json, args.confusion)
@@ -242,7 +242,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.json:
         evaluation.save(args.json)
     if args.confusion:
-        from diffmic_fast.training.figure import draw_confusion, save
+        from diffmic_fast.inference.figures import draw_confusion, save
 
         result = evaluation.results[1]
         save(draw_confusion(result.metrics.confusion, table.classes, result.method), args.confusion)
@@ -250,10 +250,10 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    from diffmic_fast.training import parallel
-    from diffmic_fast.training.checkpoint import load_model
-    from diffmic_fast.training.evaluate import Method
-    from diffmic_fast.training.predict import Pictures, collect_files, predict_files, save, to_csv
+    from diffmic_fast.checkpoint import load_model
+    from diffmic_fast.distributed import processes as parallel
+    from diffmic_fast.inference.evaluate import Method
+    from diffmic_fast.inference.predict import Pictures, collect_files, predict_files, save, to_csv
     from diffmic_fast.training.trainer import choose_device
 
     _make_parents(args.out, args.figure)
@@ -321,7 +321,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from diffmic_fast.training.demo import run_demo
+    from diffmic_fast.demo import run_demo
 
     run_demo(args.out, device=args.device)
     return 0

@@ -18,7 +18,7 @@ from rich.table import Table
 
 import diffmic_fast
 from diffmic_fast import _native
-from diffmic_fast.models.inference import bfloat16_convolutions
+from diffmic_fast.models.execution import bfloat16_convolutions
 from diffmic_fast.ops._backend import IMPLEMENTATIONS, decide
 
 _PACKAGES = (

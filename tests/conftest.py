@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from training_fixtures import config, images, shared_config  # noqa: F401 (fixtures)
 
 from diffmic_fast.diffusion import Schedule, make_schedule
 from diffmic_fast.reference.conditional_linear import ConditionalLayer

@@ -92,7 +92,7 @@ def translation_units(compiler: str, processor: str | None = None) -> tuple[Unit
     units = []
     for entry in entries:
         path = Path(entry["file"])
-        if path.parent != SOURCE / "csrc" / "cpu":
+        if not path.is_relative_to(SOURCE / "csrc" / "cpu"):
             continue
         flags = [
             word

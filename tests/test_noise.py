@@ -1,4 +1,4 @@
-"""csrc/philox.h gives the bits of the reference, wherever its keys lie."""
+"""csrc/include/philox.h gives the bits of the reference, wherever its keys lie."""
 
 from __future__ import annotations
 

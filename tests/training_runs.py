@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from diffmic_fast.data.config import DataConfig
+from diffmic_fast.config.data import DataConfig
+from diffmic_fast.config.run import RunConfig, SamplingConfig, TrainingConfig
 from diffmic_fast.models import DiffMICConfig
-from diffmic_fast.training.config import RunConfig, SamplingConfig, TrainingConfig
 
 # Processes that have the batch statistics and the MMD of one with the whole batch.
 TOGETHER = {"sync_batch_norm": True, "gather_mmd": True}

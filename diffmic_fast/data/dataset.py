@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .decode import load_image
-from .table import ImageTable
-from .transforms import ImageTransform
+from diffmic_fast.data.decode import load_image
+from diffmic_fast.data.table import ImageTable
+from diffmic_fast.data.transforms import ImageTransform
 
 
 class ImageDataset(Dataset[tuple[Tensor, int, int]]):

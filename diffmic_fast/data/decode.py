@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-from .synthetic_fundus import generate
-from .table import ArrayImage, ImageSource, SyntheticImage
+from diffmic_fast.data.synthetic_fundus import generate
+from diffmic_fast.data.table import ArrayImage, ImageSource, SyntheticImage
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
 

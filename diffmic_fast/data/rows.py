@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .config import check_class_names
-from .table import ImageEntry, ImageTable
+from diffmic_fast.config.data import check_class_names
+from diffmic_fast.data.table import ImageEntry, ImageTable
 
 INTEGER = re.compile(r"[+-]?\d+")
 _SHOWN = 3

@@ -8,12 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from .config import SPLITS, DataConfig, check_class_names
-from .decode import list_images
-from .pickles import load_plain_pickle
-from .rows import INTEGER, TableBuilder, csv_rows, find_file, is_number, number_labels
-from .synthetic_fundus import GRADES
-from .table import ArrayImage, ImageEntry, ImageTable, SyntheticImage
+from diffmic_fast.config.data import SPLITS, DataConfig, check_class_names
+from diffmic_fast.data.decode import list_images
+from diffmic_fast.data.pickles import load_plain_pickle
+from diffmic_fast.data.rows import (
+    INTEGER,
+    TableBuilder,
+    csv_rows,
+    find_file,
+    is_number,
+    number_labels,
+)
+from diffmic_fast.data.synthetic_fundus import GRADES
+from diffmic_fast.data.table import ArrayImage, ImageEntry, ImageTable, SyntheticImage
 
 HAM10000_CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
 APTOS2019_CLASSES = ("no_dr", "mild", "moderate", "severe", "proliferative")

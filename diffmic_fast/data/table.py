@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import check_class_names
+from diffmic_fast.config.data import check_class_names
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from .config import AugmentationConfig
+from diffmic_fast.config.data import AugmentationConfig
 
 
 class ImageTransform:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from diffmic_fast.checks import Arguments
 from diffmic_fast.diffusion.schedule import Schedule, q_sample
+from diffmic_fast.distributed.sync_batch_norm import SyncBatchNorm
 from diffmic_fast.models.encoders import ImageEncoder, repeated_statistics
 from diffmic_fast.models.feature_cache import FeatureCache, every_module
 from diffmic_fast.models.folding import has_hooks
-from diffmic_fast.models.sync_batch_norm import SyncBatchNorm
 from diffmic_fast.ops.conditional_linear import ConditionalLayer, conditional_linear
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.ops.denoise import DenoiserWeights

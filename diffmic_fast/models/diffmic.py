@@ -16,9 +16,9 @@ from diffmic_fast.diffusion.samplers import make_steps
 from diffmic_fast.diffusion.schedule import make_schedule
 from diffmic_fast.models.denoiser import ConditionalModel, Noising
 from diffmic_fast.models.encoders import evaluation_mode
+from diffmic_fast.models.execution import inference
 from diffmic_fast.models.guidance import DCG, GuidanceDetail
 from diffmic_fast.models.image_ids import image_ids
-from diffmic_fast.models.inference import inference
 from diffmic_fast.ops._backend import BackendError
 from diffmic_fast.ops.denoise import PRECISIONS, StepTable, denoise
 from diffmic_fast.ops.mmd import mmd

@@ -16,8 +16,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from diffmic_fast.models.execution import run_layers
 from diffmic_fast.models.folding import has_hooks
-from diffmic_fast.models.inference import run_layers
 
 # The last child of a torchvision network that belongs to its trunk, and what its own forward does after that.
 _TORCHVISION_TRUNKS: dict[str, tuple[str, type[nn.Module] | None]] = {

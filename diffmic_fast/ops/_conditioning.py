@@ -105,7 +105,7 @@ def outputs(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def forward(call: Call, noising: tuple[Any, ...] | None = None) -> tuple[Tensor, ...]:
-    """`outputs`, filled in; with a noising (csrc/bind_noising.h) y_t too."""
+    """`outputs`, filled in; with a noising (csrc/bindings/noising_arrays.h) y_t too."""
     h, statistics, mean, variance = found = outputs(call)
     kernels, how = _kernels(call.backend, call.x)
     kernels.conditioning(

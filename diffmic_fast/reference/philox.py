@@ -9,7 +9,8 @@ backend computes it. The generator is Salmon et al., "Parallel random numbers: a
 The four words of one counter make four normals by Box-Muller: words 0 and 1 serve classes 4b and 4b + 1, words 2 and 3
 classes 4b + 2 and 4b + 3. The transform is spelled out in float64 additions, multiplications, divisions and one square
 root, each rounded on its own (no fused multiply-add), and rounded to float32 at the end: every step is exactly
-specified by IEEE 754, so the C++ twin (`csrc/philox.h`) gives the same bits, which no library `log` or `cos` promises.
+specified by IEEE 754, so the C++ twin (`csrc/include/philox.h`) gives the same bits, which no library `log` or `cos`
+promises.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from diffmic_fast.training.checkpoint import atomic_file
-from diffmic_fast.training.metrics import NAMES
+from diffmic_fast.checkpoint import atomic_file
+from diffmic_fast.inference.metrics import NAMES
 
 COLUMNS = (
     "epoch", "phase", "step", "images", "learning_rate", "loss", "noise_loss", "mmd_global",

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from diffmic_fast.models.inference import bfloat16_obstacle
-from diffmic_fast.processor import bfloat16_instructions
-from diffmic_fast.training.checkpoint import Checkpoint
-from diffmic_fast.training.config import RunConfig
-from diffmic_fast.training.parallel import Processes
+from diffmic_fast.checkpoint import Checkpoint
+from diffmic_fast.config.run import RunConfig
+from diffmic_fast.cpu_capabilities import bfloat16_instructions
+from diffmic_fast.distributed.processes import Processes
+from diffmic_fast.models.execution import bfloat16_obstacle
 
 
 def with_precision(

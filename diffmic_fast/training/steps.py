@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from diffmic_fast.checkpoint import check_state
+from diffmic_fast.config.run import TrainingConfig
+from diffmic_fast.distributed.fsdp import divide, is_divided, share_of, whole
+from diffmic_fast.distributed.processes import Processes, current, sizes
+from diffmic_fast.distributed.sync_batch_norm import synchronize_statistics
 from diffmic_fast.models import DiffMIC, ImageEncoder, Trunk
 from diffmic_fast.models.diffmic import antithetic_timesteps
-from diffmic_fast.models.sync_batch_norm import synchronize_statistics
-from diffmic_fast.training.checkpoint import check_state
-from diffmic_fast.training.config import TrainingConfig
-from diffmic_fast.training.fsdp import divide, is_divided, share_of, whole
-from diffmic_fast.training.later import LaterGradients
-from diffmic_fast.training.optimize import MovingAverage, half_cosine, warmup_cosine
-from diffmic_fast.training.parallel import Processes, current, sizes
+from diffmic_fast.training.deferred_gradients import LaterGradients
 from diffmic_fast.training.precision import bfloat16_passes
+from diffmic_fast.training.schedules import MovingAverage, half_cosine, warmup_cosine
 
 LOSSES = ("loss", "noise_loss", "mmd_global", "mmd_local")
 

@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from diffmic_fast import checkpoint as ckpt
+from diffmic_fast.config.run import RunConfig
 from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.data.table import ImageTable
 from diffmic_fast.data.transforms import evaluation_transform, training_transform
+from diffmic_fast.distributed.fsdp import undivided
+from diffmic_fast.distributed.processes import current
+from diffmic_fast.inference.evaluate import Evaluation, Method, evaluate
+from diffmic_fast.inference.metrics import NAMES
 from diffmic_fast.models import DiffMIC
-from diffmic_fast.training import checkpoint as ckpt
-from diffmic_fast.training.config import RunConfig
-from diffmic_fast.training.evaluate import Evaluation, Method, evaluate
-from diffmic_fast.training.fsdp import undivided
 from diffmic_fast.training.interruption import Interrupted, Interruption, ignore_in_worker
 from diffmic_fast.training.log import CsvLog, Progress, Stopwatch, TensorBoardLog
-from diffmic_fast.training.metrics import NAMES
-from diffmic_fast.training.optimize import epoch_batches
-from diffmic_fast.training.parallel import current
 from diffmic_fast.training.precision import with_precision
+from diffmic_fast.training.schedules import epoch_batches
 from diffmic_fast.training.steps import LOSSES, Steps
 
 SUMS = (*LOSSES, "guidance_loss")

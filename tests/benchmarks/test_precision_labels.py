@@ -14,11 +14,11 @@ import torch
 from rich.console import Console
 
 from diffmic_fast import DiffMIC, DiffMICConfig
-from diffmic_fast.data.config import AugmentationConfig
+from diffmic_fast.config.data import AugmentationConfig
 from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.data.table import ArrayImage, ImageEntry, ImageTable
 from diffmic_fast.data.transforms import evaluation_transform
-from diffmic_fast.training.evaluate import Method
+from diffmic_fast.inference.evaluate import Method
 
 SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[2])
 

@@ -204,13 +204,13 @@ def test_sdist_holds_what_a_build_needs(sdist: Path) -> None:
         "LICENSE",
         "README.md",
         ".ci/run",
-        "csrc/bindings.cpp",
-        "csrc/build_config.h.in",
-        "csrc/cpu/rois.cpp",
-        "csrc/cuda/device.cu",
+        "csrc/bindings/module.cpp",
+        "csrc/bindings/build_config.h.in",
+        "csrc/cpu/rois/rois.cpp",
+        "csrc/cuda/common/device_query.cu",
         "benchmarks/bench_rois.py",
         "diffmic_fast/py.typed",
-        "diffmic_fast/presets/demo.yml",
+        "diffmic_fast/config/presets/demo.yml",
         "tests/conftest.py",
         "tests/data/guidance.npz",
         "tests/build/test_build.py",
@@ -227,7 +227,10 @@ def test_wheel_of_the_sdist_without_cuda(sdist: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as packed:
         names = packed.namelist()
         packed.extractall(tmp_path / "site")
-    presets = {f"diffmic_fast/presets/{p.name}" for p in SOURCE.glob("diffmic_fast/presets/*.yml")}
+    presets = {
+        f"diffmic_fast/config/presets/{p.name}"
+        for p in SOURCE.glob("diffmic_fast/config/presets/*.yml")
+    }
     assert presets and presets <= set(names)
     assert "diffmic_fast/py.typed" in names
     assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks"))]

@@ -265,9 +265,8 @@ def test_barriers_are_met_in_every_schedule(
     )
     if program is None:
         pytest.skip("sentryward is not installed")
-    ptx = compiler.compile_ptx(
-        SOURCE / "csrc" / "cuda" / f"{file}.cu", 80, tmp_path / "kernels.ptx"
-    )
+    (source,) = (SOURCE / "csrc" / "cuda").rglob(f"{file}.cu")
+    ptx = compiler.compile_ptx(source, 80, tmp_path / "kernels.ptx")
     entries = re.findall(r"\.entry (\S+)\(", ptx.read_text())
     (entry,) = (name for name in entries if re.search(kernel, name))
     configuration = {

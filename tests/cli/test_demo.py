@@ -8,9 +8,9 @@ import signal
 import pytest
 from PIL import Image
 
+from diffmic_fast import demo
 from diffmic_fast.cli import main
-from diffmic_fast.training import demo
-from diffmic_fast.training.demo import run_demo
+from diffmic_fast.demo import run_demo
 
 SMALL = """
 data: {kind: synthetic_fundus, synthetic_size: 32, synthetic_per_class: 2,

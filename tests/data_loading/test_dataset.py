@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 
-from diffmic_fast.data.config import AugmentationConfig, DataConfig
+from diffmic_fast.config.data import AugmentationConfig, DataConfig
 from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.data.decode import UnreadableImageError, list_images, load_image
 from diffmic_fast.data.sources import open_source

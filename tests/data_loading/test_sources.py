@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffmic_fast.data.config import DataConfig
+from diffmic_fast.config.data import DataConfig
 from diffmic_fast.data.decode import load_image
 from diffmic_fast.data.sources import (
     open_source,

@@ -126,7 +126,7 @@ void ReleaseBlock(Block& block);  // from its barrier
 
 // report.cpp
 std::string NameOf(const void* function);
-std::string PlaceOf(const void* address);  // "denoise_kernel.h:120"
+std::string PlaceOf(const void* address);  // "denoise_kernel.cuh:120"
 std::string InWords(const Thread& thread);
 // Adds a fault of the running thread at `place`. Only the first of each kind and place is kept: ask
 // for news where `rest` is costly.

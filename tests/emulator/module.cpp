@@ -4,11 +4,11 @@
 
 #include <string>
 
-#include "cuda/bindings.h"
+#include "bindings/cuda_bindings.h"
 #include "emulator.h"
 #include "traffic.h"
 
-// The one array of dynamic shared memory (csrc/cuda/launch.h), as large as any GPU's.
+// The one array of dynamic shared memory (csrc/cuda/common/launch.cuh), as large as any GPU's.
 alignas(1024) thread_local unsigned char dynamic_shared[232448];
 
 namespace py = pybind11;

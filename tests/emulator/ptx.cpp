@@ -1,6 +1,6 @@
-// Twins of csrc/cuda/ptx.h that need more than a line. Not instrumented: what they touch on behalf
-// of a kernel, they report themselves.
-#include "cuda/ptx.h"
+// Twins of csrc/cuda/common/ptx.cuh that need more than a line. Not instrumented: what they touch
+// on behalf of a kernel, they report themselves.
+#include "cuda/common/ptx.cuh"
 
 #include <bit>
 #include <cstring>

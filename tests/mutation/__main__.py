@@ -73,7 +73,7 @@ class Workplace:
 
     def judge(self, mutant: Mutant) -> str:
         """ "caught", "survived", or "not compiled"."""
-        path = self.csrc / "cuda" / mutant.file
+        (path,) = (self.csrc / "cuda").rglob(mutant.file)
         text = path.read_text(encoding="utf-8")
         lines = text.split("\n")
         line = lines[mutant.line - 1]

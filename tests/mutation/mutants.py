@@ -12,10 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Host code and declarations: the files of the kernels are the others.
-_NO_KERNELS = {
-    "bindings.h", "conditioning.h", "denoise.h", "denoise_pack.h", "device.cu", "device.h", "error.h", "launch.h",
-    "mmd.h", "ptx.h", "rois.h",
-}  # fmt: skip
+_NO_KERNELS = {"device_query.cu", "launch.cuh", "ptx.cuh"}
 
 
 @dataclass(frozen=True)
@@ -84,10 +81,9 @@ _LEFT_ALONE = re.compile(
 def all_mutants(cuda: Path) -> list[Mutant]:
     """Every mutant of every kernel file in `cuda` (csrc/cuda), in the order of files, lines and rules."""
     found = []
-    for path in sorted(cuda.iterdir()):
-        if path.suffix not in (".cu", ".h") or path.name in _NO_KERNELS or "bind_" in path.name:
-            continue
-        found += _of_file(path)
+    for path in sorted(cuda.rglob("*.cu*"), key=lambda path: path.name):
+        if path.name not in _NO_KERNELS:
+            found += _of_file(path)
     return found
 
 

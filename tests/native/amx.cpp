@@ -18,8 +18,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/denoise_kernels.inc.h"
-#include "cpu/features.h"
+#include "cpu/common/cpu_capabilities.h"
+#include "cpu/denoise/denoise_kernels.inc.h"
 
 namespace diffmic::cpu::amx_emulated {
 namespace {

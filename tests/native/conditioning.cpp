@@ -1,6 +1,6 @@
 // `conditioning`: both modes, whole chunks and short ones, every gradient alone and all together;
 // and its values beside plain sums in double, so that they are checked where no Python runs.
-#include "cpu/conditioning.h"
+#include "cpu/conditioning/conditioning.h"
 
 #include "support.h"
 

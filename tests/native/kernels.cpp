@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "cpu/denoise.h"
-#include "cpu/noise.h"
-#include "cpu/rois.h"
+#include "cpu/common/noise.h"
+#include "cpu/denoise/denoise.h"
+#include "cpu/rois/rois.h"
 #include "support.h"
 
 namespace {

@@ -1,6 +1,6 @@
 // `mmd`: both estimators, one scale and several, weights, each choice of gradients, the kernel
 // matrix with its gradients, the median, and the training losses, in float and double.
-#include "cpu/mmd.h"
+#include "cpu/mmd/mmd.h"
 
 #include <limits>
 

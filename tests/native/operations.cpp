@@ -9,7 +9,7 @@
 #include <cstring>
 #include <random>
 
-#include "cpu/simd.h"
+#include "cpu/common/simd.h"
 
 namespace {
 

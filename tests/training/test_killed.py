@@ -13,7 +13,7 @@ import pytest
 import torch
 from training_runs import assert_same_run, flat, rows
 
-from diffmic_fast.training import checkpoint as ckpt
+from diffmic_fast import checkpoint as ckpt
 from diffmic_fast.training.trainer import Trainer
 
 KILLS = 20

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from diffmic_fast.config.run import RunConfig
 from diffmic_fast.models import DiffMIC
-from diffmic_fast.training.config import RunConfig
 from diffmic_fast.training.steps import Steps
 
 SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[2])

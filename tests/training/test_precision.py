@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from diffmic_fast.checkpoint import read_checkpoint
+from diffmic_fast.config.run import TrainingConfig, read_config
+from diffmic_fast.distributed.processes import current
 from diffmic_fast.models import DiffMIC
 from diffmic_fast.training import precision as module
-from diffmic_fast.training.checkpoint import read_checkpoint
-from diffmic_fast.training.config import TrainingConfig, read_config
 from diffmic_fast.training.interruption import Interrupted
-from diffmic_fast.training.parallel import current
 from diffmic_fast.training.precision import bfloat16_passes, with_precision
 from diffmic_fast.training.steps import Steps
 from diffmic_fast.training.trainer import Trainer

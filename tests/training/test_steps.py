@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffmic_fast.config.run import RunConfig
 from diffmic_fast.models import DiffMIC
 from diffmic_fast.models.encoders import ImageEncoder
-from diffmic_fast.training.config import RunConfig
 from diffmic_fast.training.steps import LOSSES, Steps
 
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from training_runs import assert_same_run, rows
 
+from diffmic_fast import checkpoint as ckpt
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.models import DiffMIC
-from diffmic_fast.training import checkpoint as ckpt
 from diffmic_fast.training.interruption import Interrupted
 from diffmic_fast.training.log import COLUMNS
 from diffmic_fast.training.trainer import Trainer, TrainingError
@@ -315,7 +315,7 @@ def test_a_run_draws_nothing_from_generators_it_does_not_own(config, tmp_path):
     script = """
         import random, sys
         import numpy as np
-        from diffmic_fast.training.config import read_config
+        from diffmic_fast.config.run import read_config
         from diffmic_fast.training.trainer import Trainer
 
         trainer = Trainer(read_config(sys.argv[1]), sys.argv[2], quiet=True)

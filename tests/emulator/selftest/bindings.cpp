@@ -5,9 +5,9 @@
 #include <utility>
 
 #include "cases.h"
+#include "include/tensor_view.h"
+#include "include/text.h"
 #include "instructions.h"
-#include "tensor_view.h"
-#include "text.h"
 
 namespace py = pybind11;
 

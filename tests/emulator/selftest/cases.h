@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cuda/launch.h"
+#include "cuda/common/launch.cuh"
 
 namespace diffmic::selftest {
 

@@ -1,6 +1,6 @@
 // A pipeline of asynchronous copies that feeds matrix instructions.
 #include "cases.h"
-#include "cuda/ptx.h"
+#include "cuda/common/ptx.cuh"
 
 namespace diffmic::selftest {
 namespace {

@@ -1,7 +1,7 @@
 // Blocks that wait for each other, and global memory between them.
 #include "cases.h"
-#include "cuda/grid_barrier.h"
-#include "cuda/ptx.h"
+#include "cuda/common/grid_barrier.cuh"
+#include "cuda/common/ptx.cuh"
 
 namespace diffmic::selftest {
 namespace {
@@ -21,7 +21,7 @@ enum class Fault {
   kNoBlockBarrier,
 };
 
-// The barrier of csrc/cuda/grid_barrier.h, written out with one thing left away.
+// The barrier of csrc/cuda/common/grid_barrier.cuh, written out with one thing left away.
 template <Fault kFault>
 __device__ void Cross(std::uint32_t* counter) {
   if constexpr (kFault == Fault::kNoBarrier) return;

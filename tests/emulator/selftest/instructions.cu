@@ -4,7 +4,7 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
-#include "cuda/ptx.h"
+#include "cuda/common/ptx.cuh"
 
 namespace diffmic::selftest {
 namespace {

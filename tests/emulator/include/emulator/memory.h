@@ -1,4 +1,5 @@
-// The memory that kernels may touch: whatever the views of a call name (csrc/tensor_view.cpp).
+// The memory that kernels may touch: whatever the views of a call name
+// (csrc/bindings/tensor_view.cpp).
 #ifndef DIFFMIC_EMULATOR_MEMORY_H_
 #define DIFFMIC_EMULATOR_MEMORY_H_
 

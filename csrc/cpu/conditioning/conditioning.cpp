@@ -1,0 +1,200 @@
+#include "cpu/conditioning/conditioning.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "cpu/common/parallel.h"
+#include "cpu/conditioning/conditioning_kernel_table.h"
+
+namespace diffmic::cpu::conditioning {
+namespace {
+
+std::size_t Size(std::int64_t count) { return static_cast<std::size_t>(count); }
+
+// What a call's chunks read and write besides the arrays that came.
+class Prepared {
+ public:
+  Prepared(const Layer& layer, const Batch& batch, float* gamma_gradient)
+      : call_{layer, batch, 2 * layer.classes + 1, nullptr, nullptr, nullptr} {
+    PackLabels();
+    for (std::int64_t b = 0; b < batch.rows; ++b) {
+      const std::int64_t t = batch.timesteps[b * batch.timestep_stride];
+      gamma_.push_back(layer.gamma + t * layer.gamma_stride);
+      if (gamma_gradient != nullptr) {
+        gamma_gradient_.push_back(gamma_gradient + t * layer.features);
+      }
+    }
+    call_.labels = labels_.get();
+    call_.gamma = gamma_.data();
+    if (gamma_gradient != nullptr) call_.gamma_gradient = gamma_gradient_.data();
+  }
+
+  Prepared(const Prepared&) = delete;
+  Prepared& operator=(const Prepared&) = delete;
+
+  const Call& call() const { return call_; }
+
+ private:
+  void PackLabels() {
+    const Batch& batch = call_.batch;
+    labels_ =
+        std::make_unique_for_overwrite<float[]>(Size(batch.streams * batch.rows * call_.inputs));
+    float* to = labels_.get();
+    for (std::int64_t s = 0; s < batch.streams; ++s) {
+      for (std::int64_t b = 0; b < batch.rows; ++b) {
+        *to++ = 1.0f;
+        for (const Labels* half : {&batch.y, &batch.guidance}) {
+          const float* row = half->data + s * half->stride[0] + b * half->stride[1];
+          for (std::int64_t c = 0; c < call_.layer.classes; ++c) *to++ = row[c * half->stride[2]];
+        }
+      }
+    }
+  }
+
+  Call call_;
+  std::unique_ptr<float[]> labels_;
+  std::vector<const float*> gamma_;
+  std::vector<float*> gamma_gradient_;
+};
+
+void MakeLabels(const Layer& layer, const Batch& batch, const Noising& noising) {
+  const std::int64_t classes = layer.classes;
+  for (std::int64_t b = 0; b < batch.rows; ++b) {
+    const Mixture mixture = MixtureOf(noising, batch.timesteps[b * batch.timestep_stride]);
+    const float* y_0 = noising.y_0 + b * noising.y_0_stride[0];
+    for (std::int64_t block = 0; 4 * block < classes; ++block) {
+      const philox::Normals noise = NoiseOf(noising, b, block, classes);
+      for (std::int64_t c = 4 * block; c < std::min(4 * block + 4, classes); ++c) {
+        const float z = noise.z[c % 4];
+        if (noising.drawn != nullptr) noising.drawn[b * classes + c] = z;
+        for (std::int64_t s = 0; s < batch.streams; ++s) {
+          const auto& stride = batch.guidance.stride;
+          const float prior = batch.guidance.data[s * stride[0] + b * stride[1] + c * stride[2]];
+          noising.y[(s * batch.rows + b) * classes + c] =
+              NoisyLabel(mixture, y_0[c * noising.y_0_stride[1]], prior, z);
+        }
+      }
+    }
+  }
+}
+
+// A thread's scratch, begun at a line of the cache.
+class Scratch {
+ public:
+  explicit Scratch(std::int64_t count) : memory_(new (std::align_val_t{64}) float[Size(count)]) {}
+  float* get() const { return memory_.get(); }
+
+ private:
+  struct Delete {
+    void operator()(float* memory) const { operator delete[](memory, std::align_val_t{64}); }
+  };
+  std::unique_ptr<float, Delete> memory_;
+};
+
+// F in chunks, and these in shares that one thread takes at a time. Labels' gradients have a sum
+// for each share.
+struct Shares {
+  explicit Shares(std::int64_t features)
+      : units(features),
+        chunks((features + kUnits - 1) / kUnits),
+        count(std::min<std::int64_t>(chunks, 32)) {}
+
+  // Calls body(unit, count) for the chunks of a share.
+  template <typename Body>
+  void ForEach(std::int64_t share, const Body& body) const {
+    for (std::int64_t i = chunks * share / count; i < chunks * (share + 1) / count; ++i) {
+      body(i * kUnits, std::min(kUnits, units - i * kUnits));
+    }
+  }
+
+  std::int64_t units, chunks, count;
+};
+
+// Multiply-adds, or what takes as long.
+double Work(const Call& call, bool backward) {
+  const double elements = static_cast<double>(call.batch.streams) *
+                          static_cast<double>(call.batch.rows) *
+                          static_cast<double>(call.layer.features);
+  return elements * (static_cast<double>(call.inputs) * (backward ? 2 : 1) + (backward ? 60 : 30));
+}
+
+// sums [shares, S, B, 2 C] to the two gradients.
+void WriteLabels(const Call& call, std::int64_t shares, const float* sums,
+                 const Gradients& gradients) {
+  const std::int64_t classes = call.layer.classes;
+  const std::int64_t rows = call.batch.streams * call.batch.rows;
+  for (std::int64_t row = 0; row < rows; ++row) {
+    for (std::int64_t c = 0; c < 2 * classes; ++c) {
+      double sum = 0;
+      for (std::int64_t i = 0; i < shares; ++i) {
+        sum += static_cast<double>(sums[(i * rows + row) * 2 * classes + c]);
+      }
+      float* to = c < classes ? gradients.y : gradients.guidance;
+      if (to != nullptr) to[row * classes + c % classes] = static_cast<float>(sum);
+    }
+  }
+}
+
+}  // namespace
+
+std::int64_t StatisticsStreams(const Batch& batch) { return batch.training ? batch.streams : 1; }
+
+void Forward(const Layer& layer, const Batch& batch, const Noising& noising, const Running& running,
+             const Options& options, float* statistics, float* out) {
+  if (noising.y_0 != nullptr) MakeLabels(layer, batch, noising);
+  const Prepared prepared(layer, batch, nullptr);
+  const Call& call = prepared.call();
+  const Shares shares(layer.features);
+  Share(Work(call, false), options.threads, [&](std::atomic<std::int64_t>& next) {
+    const Scratch scratch(ForwardScratch(call));
+    for (std::int64_t i; (i = next++) < shares.count;) {
+      shares.ForEach(i, [&](std::int64_t unit, std::int64_t count) {
+        options.kernels->forward(call, running, unit, count, scratch.get(), statistics, out);
+      });
+    }
+  });
+}
+
+void Backward(const Layer& layer, const Batch& batch, const float* grad,
+              const std::int64_t (&grad_stride)[2], const float* statistics, const Options& options,
+              const Gradients& gradients) {
+  const Prepared prepared(layer, batch, gradients.gamma);
+  const Call& call = prepared.call();
+  const Shares shares(layer.features);
+  const bool labels = gradients.y != nullptr || gradients.guidance != nullptr;
+  const std::int64_t label_count = labels ? batch.streams * batch.rows * 2 * layer.classes : 0;
+  std::vector<float> label_sums(Size(shares.count * label_count));
+  Share(Work(call, true), options.threads, [&](std::atomic<std::int64_t>& next) {
+    const Scratch scratch(BackwardScratch(call));
+    for (std::int64_t i; (i = next++) < shares.count;) {
+      float* sums = labels ? label_sums.data() + i * label_count : nullptr;
+      shares.ForEach(i, [&](std::int64_t unit, std::int64_t count) {
+        options.kernels->backward(call, grad, grad_stride, statistics, gradients, unit, count,
+                                  scratch.get(), sums);
+      });
+    }
+  });
+  if (labels) WriteLabels(call, shares.count, label_sums.data(), gradients);
+}
+
+const Kernels* FindKernels(const std::string& name) {
+  for (const Kernels* kernels : {Avx512Kernels(), Avx2Kernels(), PortableKernels()}) {
+    if (kernels != nullptr && (name == "auto" || name == kernels->name)) return kernels;
+  }
+  return nullptr;
+}
+
+std::vector<std::string> KernelNames() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : {Avx512Kernels(), Avx2Kernels(), PortableKernels()}) {
+    if (kernels != nullptr) names.emplace_back(kernels->name);
+  }
+  return names;
+}
+
+}  // namespace diffmic::cpu::conditioning

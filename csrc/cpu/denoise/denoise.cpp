@@ -1,0 +1,105 @@
+// The driver of `denoise`: blocks of rows go through the whole chain one after the other; within a
+// step the threads of a team take chunks of units, meet behind each layer, and the last one to come
+// to the third meeting moves the chain on, while the others wait:
+//
+//   first layer (chunks) | second layer (chunks) | third layer and its part of the last product
+//   (chunks) | sum of the parts, posterior step, noise
+//
+// Chunks are taken as threads become free, so a thread that is held up is helped by the others.
+// Nothing of a result depends on who computed what: a chunk is the same wherever it is computed,
+// and parts are summed in the order of the chunks.
+#include "cpu/denoise/denoise.h"
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "cpu/common/team.h"
+#include "cpu/denoise/denoise_chain.h"
+
+namespace diffmic::cpu {
+bool Denoise(const DenoiserWeights& weights, const Steps& steps, const Chain& chain,
+             const DenoiseOptions& options) {
+  if (options.window > 1) return DenoiseWindows(weights, steps, chain, options);
+  const std::int64_t classes = weights.classes;
+  const std::int64_t blocks =
+      chain.rows <= kLargestBlock ? 1 : (chain.rows + kBlockRows - 1) / kBlockRows;
+  Watch watch(options, blocks * steps.count);
+  if (chain.rows == 0) return true;
+  const PreparedModel model(weights, options);
+  const std::int64_t max_rows = (chain.rows + blocks - 1) / blocks;
+  Evaluation evaluation(model.view(), options, max_rows, 1);
+  const auto size = static_cast<std::size_t>(max_rows * classes);
+  std::vector<float> y(size), eps(size), z(size);
+  std::vector<const float*> features(static_cast<std::size_t>(max_rows));
+  std::vector<const float*> guidance(features.size());
+  const std::vector<std::int32_t> slots(features.size(), 0);
+
+  for (std::int64_t block = 0; block < blocks && !watch.stopped(); ++block) {
+    const std::int64_t first = block * max_rows;
+    const std::int64_t count = std::clamp<std::int64_t>(chain.rows - first, 0, max_rows);
+    if (count == 0) continue;
+    const float* prior = chain.prior + first * classes;
+    for (std::int64_t row = 0; row < count; ++row) {
+      const auto i = static_cast<std::size_t>(row);
+      features[i] = chain.features + (first + row) * chain.features_stride;
+      guidance[i] = chain.guidance + (first + row) * classes;
+    }
+    const auto keep = [&](std::int64_t moment) {
+      if (chain.trajectory == nullptr) return;
+      std::copy_n(y.data(), count * classes,
+                  chain.trajectory + (moment * chain.rows + first) * classes);
+    };
+    Draw(chain, steps, 0, first, count, classes, z.data());
+    for (std::int64_t j = 0; j < count * classes; ++j) {
+      y[static_cast<std::size_t>(j)] = prior[j] + z[static_cast<std::size_t>(j)];
+    }
+    keep(0);
+
+    bool stop = false;
+    Team team;
+    team.Run(options.threads, [&](int rank) noexcept {
+      for (std::int64_t i = 0; i < steps.count && !stop; ++i) {
+        const RowsView rows{count,    features.data(), guidance.data(),
+                            y.data(), slots.data(),    steps.timesteps + i,
+                            1};
+        evaluation.Step(team, rank, rows, watch, block * steps.count + i, [&] {
+          evaluation.SumParts(count, weights.output_bias, eps.data());
+          if (steps.sigma[i] > 0.0f) Draw(chain, steps, i + 1, first, count, classes, z.data());
+          Move(steps, i, prior, eps.data(), z.data(), count * classes, y.data());
+          keep(i + 1);
+          if (options.sweeps != nullptr) ++*options.sweeps;
+          stop = watch.stopped();
+        });
+      }
+    });
+    std::copy_n(y.data(), count * classes, chain.out + first * classes);
+  }
+  watch.Finish();
+  return !watch.stopped();
+}
+
+const DenoiseKernels* FindDenoiseKernels(const std::string& name, Precision precision) {
+  const DenoiseKernels* portable =
+      precision == Precision::kInt8 ? PortableInt8DenoiseKernels() : PortableDenoiseKernels();
+  // A set that is asked for by name does not request permission for AMX.
+  const DenoiseKernels* amx = name == "auto" || name == "amx" ? AmxDenoiseKernels() : nullptr;
+  for (const DenoiseKernels* kernels :
+       {amx, Avx512Bf16DenoiseKernels(), Avx512DenoiseKernels(), Avx2DenoiseKernels(), portable}) {
+    if (kernels != nullptr && (name == "auto" || name == kernels->name)) return kernels;
+  }
+  const DenoiseKernels* emulated = AmxEmulatedDenoiseKernels();
+  return emulated != nullptr && name == emulated->name ? emulated : nullptr;
+}
+
+std::vector<std::string> DenoiseKernelNames() {
+  std::vector<std::string> names;
+  for (const DenoiseKernels* kernels :
+       {AmxDenoiseKernels(), Avx512Bf16DenoiseKernels(), Avx512DenoiseKernels(),
+        Avx2DenoiseKernels(), PortableDenoiseKernels(), AmxEmulatedDenoiseKernels()}) {
+    if (kernels != nullptr) names.emplace_back(kernels->name);
+  }
+  return names;
+}
+
+}  // namespace diffmic::cpu

@@ -1,0 +1,268 @@
+// Many timesteps of a chain at once (after Shih et al., "Parallel Sampling of Diffusion Models",
+// NeurIPS 2023). One row is bound by reading the weights, once a step; here a sweep reads them once
+// for a window of steps:
+//
+//   1. guess the states of the window's steps
+//   2. eps of all of them, each at its own timestep: rows of one evaluation
+//   3. from the first state, which is the chain's own, walk through the window with these eps
+//   4. as long as the state that is come to is the one that eps was evaluated at, the next one is
+//      the chain's own too: slide the window past them. The others are the next guess.
+//
+// "Is the one" means the same bits, unless the caller allows a tolerance. An evaluation gives a row
+// the same bits in any company, and the walk is the sequential chain's own arithmetic, so the
+// result is then, bit by bit, that of the sequential chain, whatever the windows were: they may be
+// chosen by the clock. The first step of a window is always right, so n steps take n sweeps at
+// most, and a window that does not pay shrinks down to one step at a time.
+//
+// The last bits cost much: a state that differs in one is evaluated with other roundings, and eps
+// with them. With a tolerance, states that moved by less than it since the sweep before count as
+// settled. The clock then has no say, and the window stays what it is, so that the result depends
+// on the arguments alone.
+//
+// Rows of one evaluation: the windows of up to kWindowRows chains, one after another.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "cpu/common/team.h"
+#include "cpu/denoise/denoise.h"
+#include "cpu/denoise/denoise_chain.h"
+
+namespace diffmic::cpu {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Chains that share an evaluation: with more rows than these, one step of each is enough to keep
+// the processor busy.
+constexpr std::int64_t kWindowRows = 16;
+
+// Rows to begin with: few, since a window that is too small costs less than one that is too large.
+constexpr std::int64_t kFirstRows = 4;
+
+// One chain and its present guess of its path.
+class Path {
+ public:
+  Path(const Steps& steps, const Chain& chain, std::int64_t row, std::int64_t classes,
+       float tolerance)
+      : steps_(steps),
+        tolerance_(tolerance),
+        row_(row),
+        classes_(classes),
+        prior_(chain.prior + row * classes),
+        states_(static_cast<std::size_t>((steps.count + 1) * classes)),
+        noise_(static_cast<std::size_t>((steps.count + 1) * classes)),
+        guess_(static_cast<std::size_t>(classes)) {
+    last_eps_.reserve(guess_.size());  // nothing is allocated among the threads
+    for (std::int64_t moment = 0; moment <= steps.count; ++moment) {
+      if (moment > 0 && !(steps.sigma[moment - 1] > 0.0f)) continue;
+      Draw(chain, steps, moment, row, 1, classes, noise_.data() + moment * classes);
+    }
+    for (std::int64_t c = 0; c < classes; ++c) at(0)[c] = prior_[c] + noise_[c];
+  }
+
+  std::int64_t row() const { return row_; }
+  std::int64_t begin() const { return begin_; }
+  std::int64_t end() const { return end_; }
+  bool done() const { return begin_ == steps_.count; }
+  const float* state(std::int64_t i) const { return states_.data() + i * classes_; }
+
+  // Takes the steps [begin, begin + window), guessing the states that were not in it before: as if
+  // eps stayed what it was at the last step evaluated.
+  void Open(std::int64_t window) {
+    const std::int64_t end = std::min(begin_ + window, steps_.count);
+    for (std::int64_t i = std::max(known_, begin_ + 1); i < end; ++i) {
+      if (last_eps_.empty()) {
+        std::copy_n(state(i - 1), classes_, at(i));
+      } else {
+        Walk(i - 1, last_eps_.data());
+      }
+    }
+    known_ = std::max(known_, end);
+    end_ = end;
+  }
+
+  // eps [end - begin, classes] of the window's states are there. Returns the steps slid past.
+  std::int64_t Take(const float* eps) {
+    const std::int64_t first = begin_;
+    bool own = true;
+    for (std::int64_t i = begin_; i < end_; ++i) {
+      // state(i) is by now what the walk came to, guess_ what eps was evaluated at.
+      if (i > first) own = own && Same(state(i), guess_.data());
+      if (own) begin_ = i + 1;
+      guess_.assign(state(i + 1), state(i + 1) + classes_);
+      Walk(i, eps + (i - first) * classes_);
+    }
+    last_eps_.assign(eps + (end_ - 1 - first) * classes_, eps + (end_ - first) * classes_);
+    known_ = end_ + 1;
+    return begin_ - first;
+  }
+
+ private:
+  float* at(std::int64_t i) { return states_.data() + i * classes_; }
+
+  void Walk(std::int64_t i, const float* eps) {
+    std::copy_n(state(i), classes_, at(i + 1));
+    Move(steps_, i, prior_, eps, noise_.data() + (i + 1) * classes_, classes_, at(i + 1));
+  }
+
+  bool Same(const float* a, const float* b) const {
+    if (std::memcmp(a, b, static_cast<std::size_t>(classes_) * sizeof(float)) == 0) return true;
+    return tolerance_ > 0.0f && std::equal(a, a + classes_, b, [&](float x, float y) {
+             return std::abs(x - y) <= tolerance_;
+           });
+  }
+
+  const Steps& steps_;
+  float tolerance_;
+  std::int64_t row_, classes_;
+  const float* prior_;
+  std::vector<float> states_, noise_, guess_, last_eps_;
+  std::int64_t begin_ = 0;  // states up to this one are the chain's own
+  std::int64_t end_ = 0;    // past the last step evaluated
+  std::int64_t known_ = 1;  // states below this one are there, own or guessed
+};
+
+// The window that pays most, in steps a second: it tries the next larger or smaller power of two
+// for a few sweeps, stays where that was better, and tries again after ever longer.
+class WindowSize {
+ public:
+  WindowSize(std::int64_t first, std::int64_t most) : most_(most) {
+    while (2 * size_ <= std::min(first, most)) size_ *= 2;
+    best_ = size_;
+  }
+
+  std::int64_t get() const { return size_; }
+
+  // The last sweep slid by so many steps, in so many seconds.
+  void Learn(std::int64_t slid, double seconds) {
+    slid_ += static_cast<double>(slid);
+    seconds_ += seconds;
+    if (++sweeps_ < trial_) return;
+    const double rate = slid_ / std::max(seconds_, 1e-9);
+    slid_ = seconds_ = 0.0;
+    sweeps_ = 0;
+    if (size_ == best_) {
+      best_rate_ = rate;
+      if (!CanGo(larger_)) larger_ = !larger_;
+      if (CanGo(larger_)) size_ = larger_ ? 2 * size_ : size_ / 2;
+      trial_ = kTrial;
+      return;
+    }
+    if (rate > 1.02 * best_rate_) {
+      best_ = size_;
+      best_rate_ = rate;
+      patience_ = kTrial;
+    } else {
+      size_ = best_;
+      larger_ = !larger_;
+      patience_ = std::min(2 * patience_, 64);
+    }
+    trial_ = patience_;
+  }
+
+ private:
+  static constexpr int kTrial = 3;
+
+  bool CanGo(bool larger) const { return larger ? 2 * size_ <= most_ : size_ > 1; }
+
+  std::int64_t most_, size_ = 1, best_ = 1;
+  double slid_ = 0.0, seconds_ = 0.0, best_rate_ = 0.0;
+  int sweeps_ = 0, trial_ = kTrial, patience_ = kTrial;
+  bool larger_ = true;
+};
+
+}  // namespace
+
+bool DenoiseWindows(const DenoiserWeights& weights, const Steps& steps, const Chain& chain,
+                    const DenoiseOptions& options) {
+  const std::int64_t classes = weights.classes;
+  Watch watch(options, chain.rows * steps.count);
+  if (chain.rows == 0) return true;
+  const PreparedModel model(weights, options);
+  const std::int64_t together = std::min(chain.rows, kWindowRows);
+  const std::int64_t most = std::min({options.window, kBlockRows / together, steps.count});
+  const std::int64_t most_rows = together * std::max<std::int64_t>(most, 1);
+  Evaluation evaluation(model.view(), options, most_rows, most_rows);
+  const auto size = static_cast<std::size_t>(most_rows);
+  std::vector<float> y(size * static_cast<std::size_t>(classes)), eps(y.size());
+  std::vector<const float*> features(size), guidance(size);
+  std::vector<std::int32_t> slots(size);
+  std::vector<std::int64_t> timesteps(size);
+  for (std::size_t i = 0; i < size; ++i) slots[i] = static_cast<std::int32_t>(i);
+  std::int64_t finished = 0;
+
+  for (std::int64_t first = 0; first < chain.rows && !watch.stopped(); first += together) {
+    std::vector<Path> paths;
+    WindowSize window(kFirstRows / together, most);
+    const bool fixed = options.tolerance > 0.0f;
+    for (std::int64_t row = first; row < std::min(first + together, chain.rows); ++row) {
+      paths.emplace_back(steps, chain, row, classes, options.tolerance);
+    }
+    std::int64_t count = 0;
+    const auto gather = [&] {
+      count = 0;
+      for (Path& path : paths) {
+        if (path.done()) continue;
+        path.Open(fixed ? most : window.get());
+        for (std::int64_t i = path.begin(); i < path.end(); ++i, ++count) {
+          const auto row = static_cast<std::size_t>(count);
+          std::copy_n(path.state(i), classes, y.data() + count * classes);
+          features[row] = chain.features + path.row() * chain.features_stride;
+          guidance[row] = chain.guidance + path.row() * classes;
+          timesteps[row] = steps.timesteps[i];
+        }
+      }
+    };
+    Clock::time_point begin = Clock::now();
+    const auto scatter = [&] {
+      std::int64_t row = 0;
+      std::int64_t slid = 0;
+      for (Path& path : paths) {
+        if (path.done()) continue;
+        const std::int64_t steps_taken = path.end() - path.begin();
+        slid += path.Take(eps.data() + row * classes);
+        row += steps_taken;
+      }
+      finished += slid;
+      const Clock::time_point now = Clock::now();
+      if (!(options.tolerance > 0.0f))
+        window.Learn(slid, std::chrono::duration<double>(now - begin).count());
+      begin = now;
+    };
+    gather();
+    bool stop = count == 0;
+    Team team;
+    team.Run(options.threads, [&](int rank) noexcept {
+      while (!stop) {
+        const RowsView rows{count,    features.data(), guidance.data(),
+                            y.data(), slots.data(),    timesteps.data(),
+                            count};
+        evaluation.Step(team, rank, rows, watch, finished, [&] {
+          if (!watch.stopped()) {
+            evaluation.SumParts(count, weights.output_bias, eps.data());
+            scatter();
+            gather();
+          }
+          if (options.sweeps != nullptr) ++*options.sweeps;
+          stop = watch.stopped() || count == 0;
+        });
+      }
+    });
+    for (const Path& path : paths) {
+      std::copy_n(path.state(steps.count), classes, chain.out + path.row() * classes);
+      if (chain.trajectory == nullptr) continue;
+      for (std::int64_t i = 0; i <= steps.count; ++i) {
+        std::copy_n(path.state(i), classes,
+                    chain.trajectory + (i * chain.rows + path.row()) * classes);
+      }
+    }
+  }
+  watch.Finish();
+  return !watch.stopped();
+}
+
+}  // namespace diffmic::cpu

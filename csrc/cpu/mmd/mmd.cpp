@@ -1,0 +1,317 @@
+#include "cpu/mmd/mmd.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "cpu/mmd/mmd_pool.h"
+#include "cpu/mmd/mmd_rounds.h"
+#include "cpu/mmd/mmd_tiles.h"
+
+namespace diffmic::cpu::mmd {
+namespace {
+
+template <typename T>
+std::vector<T> AsType(const std::vector<double>& values) {
+  return {values.begin(), values.end()};
+}
+
+// The weights of one side, and what its means are divided by.
+template <typename T>
+struct SideWeights {
+  std::vector<T> weights;  // padded with zeros to whole tiles
+  double sum = 0;
+  double pairs = 0;  // sum over the pairs of the estimator of the product of weights
+};
+
+// Scaled by a power of two, which loses nothing, to a largest one in [1, 2): products of two stay
+// away from the ends of T.
+template <typename T>
+bool ReadWeights(const Weights<T>& from, std::int64_t count, bool unbiased, SideWeights<T>* share) {
+  share->weights.assign(static_cast<std::size_t>(count + kTileColumns), T{0});
+  const auto read = [&](std::int64_t i) { return from.data ? from.data[i * from.stride] : T{1}; };
+  T most = 0;
+  for (std::int64_t i = 0; i < count; ++i) most = std::max(most, read(i));
+  const bool scales = from.data != nullptr && most > 0 && std::isfinite(most);
+  const int exponent = scales ? std::ilogb(most) : 0;
+  double squares = 0;
+  std::int64_t positive = 0;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const T weight = exponent == 0 ? read(i) : std::ldexp(read(i), -exponent);
+    if (weight < 0) return false;
+    positive += weight != 0;  // not-a-number counts, and goes on into the result
+    share->weights[static_cast<std::size_t>(i)] = weight;
+    share->sum += static_cast<double>(weight);
+    squares += static_cast<double>(weight) * static_cast<double>(weight);
+  }
+  share->pairs = share->sum * share->sum - (unbiased ? squares : 0.0);
+  return positive >= (unbiased ? 2 : 1);
+}
+
+// What the meetings of a block with others of both sides have given.
+struct Sums {
+  double within = 0, between = 0;
+};
+
+// The gradient of one side: the caller's array, and what its sums lose by rounding.
+template <typename T>
+struct SideGradient {
+  T* high = nullptr;
+  std::unique_ptr<T[]> low;
+
+  SumRows<T> rows(const Block& block, std::int64_t width) const {
+    if (high == nullptr) return {nullptr, nullptr, width};
+    return {high + block.begin * width, low.get() + block.begin * width, width};
+  }
+};
+
+// What all threads of `Mmd` share.
+template <typename T>
+struct Task {
+  const Pool<T>& pool;
+  const SideWeights<T> (&shares)[2];
+  const std::vector<T>& scales;
+  const SideGradient<T> (&gradients)[2];
+};
+
+// The tile of two blocks: its part of the value, and of the gradients of both.
+template <typename T>
+void Meet(const Task<T>& task, const Block& rows, const Block& columns, Tile<T>* tile, Sums* sum) {
+  const Pool<T>& pool = task.pool;
+  const bool upper = &rows == &columns, within = rows.side == columns.side;
+  const SumRows<T> to_rows = task.gradients[rows.side].rows(rows, pool.width);
+  const SumRows<T> to_columns = task.gradients[columns.side].rows(columns, pool.width);
+  const bool slope = to_rows.high != nullptr || to_columns.high != nullptr;
+  T* values = tile->Distances(rows, columns, upper);
+  const T* row_weights = task.shares[rows.side].weights.data() + rows.begin;
+  // Columns that a vector has beyond the block's end must weigh nothing.
+  T column_weights[kTileColumns] = {};
+  std::copy_n(task.shares[columns.side].weights.data() + columns.begin, columns.count(),
+              column_weights);
+  double row_sums[kTileRows];
+  pool.kernels.weigh(
+      values, rows.count(), columns.count(), upper,
+      {row_weights, column_weights, task.scales.data(),
+       static_cast<std::int64_t>(task.scales.size()), slope ? Leave::kSlope : Leave::kNothing},
+      row_sums);
+  double total = 0;
+  for (std::int64_t r = 0; r < rows.count(); ++r) {
+    total += static_cast<double>(row_weights[r]) * row_sums[r];
+  }
+  // Both orders of every pair. A row with itself is at distance 0 and adds nothing.
+  (within ? sum->within : sum->between) += within ? 2 * total : total;
+  if (!slope) return;
+  double factor = 4.0 / static_cast<double>(task.scales.size());
+  factor /= within ? task.shares[rows.side].pairs : -task.shares[0].sum * task.shares[1].sum;
+  pool.kernels.gradient(pool.rows(rows), pool.rows(columns), pool.width, values, upper,
+                        static_cast<T>(factor), to_rows, to_columns);
+}
+
+// Begins the sums of a gradient.
+template <typename T>
+void Clear(const SumRows<T>& sums, std::int64_t count) {
+  if (sums.high == nullptr) return;
+  std::fill_n(sums.high, count * sums.stride, T{0});
+  std::fill_n(sums.low, count * sums.stride, T{0});
+}
+
+// On one thread: nothing beside the discrepancies' n^2 pairs.
+template <typename T>
+T MeanSquaredError(const Matrix<T>& noise, const Matrix<T>& prediction, T* gradient) {
+  const double count = static_cast<double>(noise.count) * static_cast<double>(noise.width);
+  const T factor = static_cast<T>(2.0 / count);
+  double sum = 0;
+  for (std::int64_t i = 0; i < noise.count; ++i) {
+    const T* of_noise = noise.data + i * noise.stride[0];
+    const T* predicted = prediction.data + i * prediction.stride[0];
+    for (std::int64_t k = 0; k < noise.width; ++k) {
+      const T difference = predicted[k * prediction.stride[1]] - of_noise[k * noise.stride[1]];
+      sum += static_cast<double>(difference) * static_cast<double>(difference);
+      if (gradient != nullptr) gradient[i * noise.width + k] = factor * difference;
+    }
+  }
+  return static_cast<T>(sum / count);
+}
+
+}  // namespace
+
+bool Runs(Isa isa) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == Isa::kAvx2) return avx2;
+  if (isa == Isa::kAvx512) {
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return isa == Isa::kAuto || isa == Isa::kPortable;
+}
+
+template <typename T>
+Side Mmd(const Matrix<T>& x, const Matrix<T>& y, const Weights<T>& x_weights,
+         const Weights<T>& y_weights, const Options& options, T* value, T* x_gradient,
+         T* y_gradient) {
+  SideWeights<T> shares[2];
+  if (!ReadWeights(x_weights, x.count, options.unbiased, &shares[0])) return Side::kX;
+  if (!ReadWeights(y_weights, y.count, options.unbiased, &shares[1])) return Side::kY;
+  const Pool<T> pool(x, y, options.isa);
+  const std::vector<T> scales = AsType<T>(options.scales);
+  SideGradient<T> gradients[2];
+  gradients[0].high = x_gradient;
+  gradients[1].high = y_gradient;
+  for (int side = 0; side < 2; ++side) {
+    if (gradients[side].high == nullptr) continue;
+    gradients[side].low = std::make_unique_for_overwrite<T[]>(
+        static_cast<std::size_t>(pool.count[side] * pool.width));
+  }
+  const std::vector<Block> blocks = BlocksOf(pool);
+  const Task<T> task = {pool, shares, scales, gradients};
+  std::vector<Sums> sums(blocks.size());
+  Rounds rounds(static_cast<std::int64_t>(blocks.size()));
+  const double all = static_cast<double>(x.count + y.count);
+  const int passes = 1 + (x_gradient != nullptr) + (y_gradient != nullptr);
+  const double work = all * all / 2 * (static_cast<double>(pool.width) * passes + 20);
+  Share(work, options.threads, [&](std::atomic<std::int64_t>& next) {
+    Tile<T> tile(pool);
+    for (std::int64_t i; (i = next++) < rounds.count();) {
+      const Rounds::Meeting meeting = rounds.meeting(i);
+      const auto first = static_cast<std::size_t>(meeting.first);
+      rounds.Begin(meeting);
+      const auto for_each = [&](const auto& body) {
+        for (const std::int64_t index : {meeting.first, meeting.second}) {
+          if (index < 0) continue;
+          const Block& block = blocks[static_cast<std::size_t>(index)];
+          const SumRows<T> rows = gradients[block.side].rows(block, pool.width);
+          if (rows.high != nullptr) body(rows, block.count());
+        }
+      };
+      if (meeting.round == 0) for_each([&](const auto& rows, auto count) { Clear(rows, count); });
+      if (meeting.second >= 0) {
+        Meet(task, blocks[first], blocks[static_cast<std::size_t>(meeting.second)], &tile,
+             &sums[first]);
+      }
+      if (meeting.last) {
+        for_each(
+            [&](const auto& rows, auto count) { pool.kernels.finish(rows, count, pool.width); });
+      }
+      rounds.End(meeting);
+    }
+  });
+  // Means of k - 1: the ones of the three means cancel.
+  double within[2] = {0, 0}, between = 0;
+  for (std::size_t i = 0; i < blocks.size(); ++i) {
+    within[blocks[i].side] += sums[i].within;
+    between += sums[i].between;
+  }
+  const double total = within[0] / shares[0].pairs + within[1] / shares[1].pairs -
+                       2.0 * between / (shares[0].sum * shares[1].sum);
+  *value = static_cast<T>(total / static_cast<double>(scales.size()));
+  return Side::kNone;
+}
+
+template <typename T>
+void NoiseLosses(const Matrix<T>& noise, const Stack<T>& predictions, Isa isa, int threads,
+                 T* losses, T* gradients) {
+  const double width = static_cast<double>(noise.width);
+  const Options options = {{1 / (width * width)}, false, isa, threads};
+  const Weights<T> ones = {nullptr, 0};
+  for (std::int64_t i = 0; i < predictions.count; ++i) {
+    T* const gradient = gradients == nullptr ? nullptr : gradients + i * noise.count * noise.width;
+    if (i == 0) {
+      losses[i] = MeanSquaredError(noise, predictions[i], gradient);
+    } else {
+      Mmd<T>(noise, predictions[i], ones, ones, options, &losses[i], nullptr, gradient);
+    }
+  }
+}
+
+template <typename T>
+void KernelMatrix(const Matrix<T>& x, const Matrix<T>& y, const Options& options, T* kernel) {
+  const Pool<T> pool(x, y, options.isa);
+  const std::vector<T> scales = AsType<T>(options.scales);
+  const std::vector<Block> blocks = BlocksOf(pool, true, false), others = BlocksOf(pool, false);
+  const std::vector<T> ones(kTileColumns, T{1});
+  const double work = static_cast<double>(x.count) * static_cast<double>(y.count) *
+                      static_cast<double>(pool.width + 20);
+  Share(work, options.threads, [&](std::atomic<std::int64_t>& next) {
+    Tile<T> tile(pool);
+    double ignored[kTileRows];
+    for (std::size_t i; (i = static_cast<std::size_t>(next++)) < blocks.size();) {
+      const Block& block = blocks[i];
+      for (const Block& other : others) {
+        T* values = tile.Distances(block, other);
+        pool.kernels.weigh(values, block.count(), other.count(), false,
+                           {ones.data(), ones.data(), scales.data(),
+                            static_cast<std::int64_t>(scales.size()), Leave::kKernel},
+                           ignored);
+        for (std::int64_t r = 0; r < block.count(); ++r) {
+          std::copy_n(values + r * kTileColumns, other.count(),
+                      kernel + (block.begin + r) * y.count + other.begin);
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+void KernelMatrixBackward(const Matrix<T>& cotangent, const Matrix<T>& x, const Matrix<T>& y,
+                          const Options& options, T* x_gradient, T* y_gradient) {
+  const Pool<T> pool(x, y, options.isa);
+  const std::vector<T> scales = AsType<T>(options.scales);
+  T* const gradients[2] = {x_gradient, y_gradient};
+  const std::vector<Block> blocks = BlocksOf(pool);
+  const std::vector<T> ones(kTileColumns, T{1});
+  const T factor = static_cast<T>(2.0 / static_cast<double>(scales.size()));
+  const double work = static_cast<double>(x.count) * static_cast<double>(y.count) *
+                      static_cast<double>(4 * pool.width + 40);
+  Share(work, options.threads, [&](std::atomic<std::int64_t>& next) {
+    Tile<T> tile(pool);
+    const auto low =
+        std::make_unique_for_overwrite<T[]>(static_cast<std::size_t>(kTileRows * pool.width));
+    double ignored[kTileRows];
+    for (std::size_t i; (i = static_cast<std::size_t>(next++)) < blocks.size();) {
+      const Block& block = blocks[i];
+      if (gradients[block.side] == nullptr) continue;
+      const std::int64_t row_stride = cotangent.stride[block.side];
+      const std::int64_t column_stride = cotangent.stride[1 - block.side];
+      const SumRows<T> sums = {gradients[block.side] + block.begin * pool.width, low.get(),
+                               pool.width};
+      Clear(sums, block.count());
+      for (const Block& other : blocks) {
+        if (other.side == block.side) continue;
+        T* values = tile.Distances(block, other);
+        pool.kernels.weigh(values, block.count(), other.count(), false,
+                           {ones.data(), ones.data(), scales.data(),
+                            static_cast<std::int64_t>(scales.size()), Leave::kSlope},
+                           ignored);
+        for (std::int64_t r = 0; r < block.count(); ++r) {
+          const T* line = cotangent.data + (block.begin + r) * row_stride;
+          T* slopes = values + r * kTileColumns;
+          for (std::int64_t c = 0; c < other.count(); ++c) {
+            slopes[c] *= line[(other.begin + c) * column_stride];
+          }
+        }
+        pool.kernels.gradient(pool.rows(block), pool.rows(other), pool.width, values, false, factor,
+                              sums, {nullptr, nullptr, 0});
+      }
+      pool.kernels.finish(sums, block.count(), pool.width);
+    }
+  });
+}
+
+#define DIFFMIC_INSTANTIATE(T)                                                                   \
+  template Side Mmd<T>(const Matrix<T>&, const Matrix<T>&, const Weights<T>&, const Weights<T>&, \
+                       const Options&, T*, T*, T*);                                              \
+  template void NoiseLosses<T>(const Matrix<T>&, const Stack<T>&, Isa, int, T*, T*);             \
+  template void KernelMatrix<T>(const Matrix<T>&, const Matrix<T>&, const Options&, T*);         \
+  template void KernelMatrixBackward<T>(const Matrix<T>&, const Matrix<T>&, const Matrix<T>&,    \
+                                        const Options&, T*, T*);
+DIFFMIC_INSTANTIATE(float)
+DIFFMIC_INSTANTIATE(double)
+#undef DIFFMIC_INSTANTIATE
+
+}  // namespace diffmic::cpu::mmd

@@ -1,3 +1,0 @@
-#define DIFFMIC_MMD_NAMESPACE avx2
-#define DIFFMIC_MMD_BYTES 32
-#include "cpu/mmd_kernel.h"

@@ -1,3 +1,0 @@
-#define DIFFMIC_MMD_NAMESPACE portable
-#define DIFFMIC_MMD_BYTES 16
-#include "cpu/mmd_kernel.h"

@@ -1,0 +1,444 @@
+// Window choice for a batch, and the cut of all its crops.
+//
+// ChooseWindows. A thread takes whole images. An image is widened to float32 class by class, scaled
+// by its own range and added to one map; then the mean of every window is formed as the definition
+// orders it (cells in row-major order), the loops turned so that the innermost one runs over
+// neighbouring windows and vectorises. After a window is chosen only the means that overlap it
+// change, so the K - 1 later rounds cost (2 wh - 1)(2 ww - 1) windows instead of all.
+//   Work: C h w + (h w + K (2 wh - 1)(2 ww - 1)) wh ww additions an image; at 7 x 7 cells a few
+//   thousand, on 1 KB a class: bound by the latency of short loops, and by nothing for big batches.
+//
+// CutCrops. A thread takes whole crops. Only images with a crop that leaves them have their minimum
+// taken, once a channel. Rows of unit stride are copied by memcpy, others element by element; the
+// repeats of channel 0 are copied from the first.
+//   Bytes: every crop is written once and the pixels inside are read once, plus one read of an
+//   image whose minimum is needed: 32 images of 224 x 224 float32 with K = 6 write 2.4 MB and read
+//   0.8 MB, or 6.4 MB more with all their minima. Bound by memory.
+#include "cpu/rois/rois.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/common/parallel.h"
+
+namespace diffmic::cpu {
+namespace {
+
+// Saliency of half types, as bits that Widen reads.
+struct Half {
+  std::uint16_t bits;
+};
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+float FromBits(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+float Widen(float value) { return value; }
+float Widen(double value) { return static_cast<float>(value); }
+float Widen(BFloat16 value) { return FromBits(std::uint32_t{value.bits} << 16); }
+float Widen(Half value) {
+  const std::uint32_t sign = std::uint32_t{value.bits & 0x8000u} << 16;
+  const std::uint32_t magnitude = value.bits & 0x7FFFu;
+  if (magnitude >= 0x7C00u) return FromBits(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
+  if (magnitude < 0x400u) {
+    // A subnormal is a small whole number of 2^-24, and normal in float32.
+    const float value = static_cast<float>(magnitude) * 0x1p-24f;
+    return sign ? -value : value;
+  }
+  return FromBits(sign | ((magnitude << 13) + (112u << 23)));  // exponent bias 127, not 15
+}
+
+// ---- choice of windows
+// ----------------------------------------------------------------------------
+
+// The scratch of one thread: the map of all classes and the mean of every window.
+struct WindowSearch {
+  WindowSearch(const Maps& saliency, Size window_size)
+      : height(saliency.height),
+        width(saliency.width),
+        window(window_size),
+        rows(height - window.height + 1),
+        columns(width - window.width + 1),
+        scaled(static_cast<std::size_t>(height * width)),
+        map(static_cast<std::size_t>(height * width)),
+        means(static_cast<std::size_t>(rows * columns)) {}
+
+  // Adds one class to the map; false where its saliency or the range of it is not finite.
+  template <typename T>
+  bool AddClass(const T* plane, std::int64_t row_stride, std::int64_t column_stride) {
+    float low = std::numeric_limits<float>::infinity();
+    float high = -std::numeric_limits<float>::infinity();
+    bool nan = false;
+    float* cell = scaled.data();
+    for (std::int64_t row = 0; row < height; ++row) {
+      for (std::int64_t column = 0; column < width; ++column) {
+        const float value = Widen(plane[row * row_stride + column * column_stride]);
+        nan |= value != value;
+        low = std::min(low, value);
+        high = std::max(high, value);
+        *cell++ = value;
+      }
+    }
+    const float extent = high - low;
+    if (nan || !std::isfinite(extent)) return false;
+    if (extent > 0) {
+      for (std::size_t i = 0; i < map.size(); ++i) map[i] += (scaled[i] - low) / extent;
+    }
+    return true;
+  }
+
+  // Means of the windows whose upper-left cells are [top, bottom) x [left, right).
+  void UpdateMeans(std::int64_t top, std::int64_t bottom, std::int64_t left, std::int64_t right) {
+    const auto cells_inside = static_cast<float>(window.height * window.width);
+    for (std::int64_t row = top; row < bottom; ++row) {
+      float* mean = means.data() + row * columns;
+      std::fill(mean + left, mean + right, 0.0f);
+      for (std::int64_t i = 0; i < window.height; ++i) {
+        const float* line = map.data() + (row + i) * width;
+        for (std::int64_t j = 0; j < window.width; ++j) {
+          for (std::int64_t column = left; column < right; ++column) {
+            mean[column] += line[column + j];
+          }
+        }
+      }
+      for (std::int64_t column = left; column < right; ++column) mean[column] /= cells_inside;
+    }
+  }
+
+  void Choose(std::int64_t count, std::int64_t* cells) {
+    UpdateMeans(0, rows, 0, columns);
+    for (std::int64_t k = 0; k < count; ++k) {
+      // max_element keeps the first of equal values, as the definition asks.
+      const std::int64_t best = std::max_element(means.begin(), means.end()) - means.begin();
+      const std::int64_t row = best / columns;
+      const std::int64_t column = best % columns;
+      cells[2 * k] = row;
+      cells[2 * k + 1] = column;
+      for (std::int64_t i = 0; i < window.height; ++i) {
+        float* line = map.data() + (row + i) * width + column;
+        std::fill(line, line + window.width, 0.0f);
+      }
+      UpdateMeans(std::max<std::int64_t>(row - window.height + 1, 0),
+                  std::min(row + window.height, rows),
+                  std::max<std::int64_t>(column - window.width + 1, 0),
+                  std::min(column + window.width, columns));
+    }
+  }
+
+  std::int64_t height, width;
+  Size window;
+  std::int64_t rows, columns;
+  std::vector<float> scaled;
+  std::vector<float> map;
+  std::vector<float> means;
+};
+
+template <typename T>
+std::int64_t ChooseWindowsOf(const Maps& saliency, Size window, std::int64_t count,
+                             std::int64_t* cells, int threads) {
+  std::atomic<std::int64_t> first_bad{saliency.batch};
+  // Some 64K additions pay for a thread.
+  const std::int64_t work = saliency.height * saliency.width *
+                            (saliency.depth * 2 + window.height * window.width + count);
+  ParallelFor(saliency.batch, threads, 1 + 65536 / work, [&](std::int64_t begin, std::int64_t end) {
+    WindowSearch search(saliency, window);
+    for (std::int64_t image = begin; image < end; ++image) {
+      const T* planes = static_cast<const T*>(saliency.data) + image * saliency.stride[0];
+      std::fill(search.map.begin(), search.map.end(), 0.0f);
+      bool finite = true;
+      for (std::int64_t c = 0; finite && c < saliency.depth; ++c) {
+        finite = search.AddClass(planes + c * saliency.stride[1], saliency.stride[2],
+                                 saliency.stride[3]);
+      }
+      if (!finite) {
+        std::int64_t seen = first_bad.load();
+        while (image < seen && !first_bad.compare_exchange_weak(seen, image)) {
+        }
+        return;
+      }
+      search.Choose(count, cells + image * count * 2);
+    }
+  });
+  return first_bad == saliency.batch ? -1 : first_bad.load();
+}
+
+// ---- cut of crops
+// ---------------------------------------------------------------------------------
+
+// The minimum of a plane, by type. Not-a-number anywhere makes it not-a-number.
+struct Plane {
+  std::int64_t height, width, row_stride, column_stride;
+};
+
+// float and double, four vectors of running minima side by side: one minimum alone would be a chain
+// of dependent comparisons, which the compiler may not take apart by itself.
+template <typename Float>
+struct FloatOrder {
+  using Flag = std::conditional_t<sizeof(Float) == 4, std::int32_t, std::int64_t>;
+  // 16 bytes is what every processor of x86-64 and ARMv8 has.
+  using Vector [[gnu::vector_size(16)]] = Float;
+  using Flags [[gnu::vector_size(16)]] = Flag;
+  static constexpr std::int64_t kWidth = 16 / sizeof(Float);
+
+  static Float Minimum(const Float* data, const Plane& plane) {
+    constexpr Float kInfinity = std::numeric_limits<Float>::infinity();
+    Vector low0 = Vector{} + kInfinity, low1 = low0, low2 = low0, low3 = low0;
+    Flags unordered = {};
+    Float low = kInfinity;
+    bool nan = false;
+    for (std::int64_t row = 0; row < plane.height; ++row) {
+      const Float* line = data + row * plane.row_stride;
+      std::int64_t column = 0;
+      if (plane.column_stride == 1) {
+        for (; column + 4 * kWidth <= plane.width; column += 4 * kWidth) {
+          Fold(line + column, &low0, &unordered);
+          Fold(line + column + kWidth, &low1, &unordered);
+          Fold(line + column + 2 * kWidth, &low2, &unordered);
+          Fold(line + column + 3 * kWidth, &low3, &unordered);
+        }
+      }
+      for (; column < plane.width; ++column) {
+        const Float value = line[column * plane.column_stride];
+        low = std::min(low, value);
+        nan |= value != value;
+      }
+    }
+    for (std::int64_t i = 0; i < kWidth; ++i) {
+      low = std::min({low, low0[i], low1[i], low2[i], low3[i]});
+      nan |= unordered[i] != 0;
+    }
+    return nan ? std::numeric_limits<Float>::quiet_NaN() : low;
+  }
+
+ private:
+  static void Fold(const Float* line, Vector* low, Flags* unordered) {
+    Vector values;
+    std::memcpy(&values, line, sizeof values);
+    *low = values < *low ? values : *low;
+    *unordered |= values != values;
+  }
+};
+
+// float16 and bfloat16, through their bits: read as integers, with the magnitude of negative ones
+// flipped, they have the order of their values. No processor needs half arithmetic for that.
+template <std::uint16_t kInfinity, std::uint16_t kNaN>
+struct HalfOrder {
+  static std::uint16_t Minimum(const std::uint16_t* data, const Plane& plane) {
+    std::int16_t low = std::numeric_limits<std::int16_t>::max();
+    std::uint16_t largest = 0;  // magnitude
+    for (std::int64_t row = 0; row < plane.height; ++row) {
+      const std::uint16_t* line = data + row * plane.row_stride;
+      // The first loop is the second one with a stride that the compiler knows.
+      if (plane.column_stride == 1) {
+        for (std::int64_t i = 0; i < plane.width; ++i) Fold(line[i], &low, &largest);
+      } else {
+        for (std::int64_t i = 0; i < plane.width; ++i) {
+          Fold(line[i * plane.column_stride], &low, &largest);
+        }
+      }
+    }
+    return largest > kInfinity ? kNaN : static_cast<std::uint16_t>(Mapped(low));
+  }
+
+ private:
+  static std::int16_t Mapped(std::int16_t bits) {  // its own inverse
+    return static_cast<std::int16_t>(bits ^ ((bits >> 15) & 0x7FFF));
+  }
+
+  static void Fold(std::uint16_t bits, std::int16_t* low, std::uint16_t* largest) {
+    *low = std::min(*low, Mapped(static_cast<std::int16_t>(bits)));
+    *largest = std::max(*largest, static_cast<std::uint16_t>(bits & 0x7FFF));
+  }
+};
+
+struct ByteOrder {
+  static std::uint8_t Minimum(const std::uint8_t* data, const Plane& plane) {
+    std::uint8_t low = 255;
+    for (std::int64_t row = 0; row < plane.height; ++row) {
+      const std::uint8_t* line = data + row * plane.row_stride;
+      if (plane.column_stride == 1) {
+        for (std::int64_t i = 0; i < plane.width; ++i) low = std::min(low, line[i]);
+      } else {
+        for (std::int64_t i = 0; i < plane.width; ++i) {
+          low = std::min(low, line[i * plane.column_stride]);
+        }
+      }
+    }
+    return low;
+  }
+};
+
+// The pixels [begin, begin + length) of an image side that a crop covers.
+struct Span {
+  std::int64_t begin, length;
+};
+
+// `origin` may be any int64: both comparisons come before the sum that they keep from overflowing.
+Span Covered(std::int64_t origin, std::int64_t length, std::int64_t side) {
+  if (origin >= side || origin <= -length) return {0, 0};
+  const std::int64_t begin = std::max<std::int64_t>(origin, 0);
+  const std::int64_t end = std::min(origin + length, side);
+  return {begin, end - begin};
+}
+
+bool Leaves(std::int64_t origin, std::int64_t length, std::int64_t side) {
+  return origin < 0 || origin > side - length;
+}
+
+template <typename Pixel>
+struct Cutter {
+  // One crop of one channel: the covered part in the lower right, `fill` above and to its left.
+  void Cut(const Pixel* plane, std::int64_t top, std::int64_t left, Pixel fill, Pixel* crop) const {
+    const Span rows = Covered(top, size.height, images.height);
+    Span columns = Covered(left, size.width, images.width);
+    if (rows.length == 0) columns.length = 0;
+    const std::int64_t margin = size.width - columns.length;
+    const std::int64_t above = columns.length ? size.height - rows.length : size.height;
+    crop = std::fill_n(crop, above * size.width, fill);
+    const std::int64_t column_stride = images.stride[3];
+    for (std::int64_t row = above; row < size.height; ++row) {
+      crop = std::fill_n(crop, margin, fill);
+      const Pixel* line =
+          plane + (rows.begin + row - above) * images.stride[2] + columns.begin * column_stride;
+      if (column_stride == 1) {
+        std::memcpy(crop, line, static_cast<std::size_t>(columns.length) * sizeof(Pixel));
+      } else {
+        for (std::int64_t i = 0; i < columns.length; ++i) crop[i] = line[i * column_stride];
+      }
+      crop += columns.length;
+    }
+  }
+
+  const Maps& images;
+  Size size;
+};
+
+template <typename Pixel, typename Order>
+void CutCropsOf(const Maps& images, const Pairs& origins, std::int64_t count, Size size,
+                std::int64_t copies, void* crops, int threads) {
+  const Pixel* pixels = static_cast<const Pixel*>(images.data);
+  const std::int64_t plane_count = images.batch * images.depth;
+  const auto plane_of = [&](std::int64_t index) {
+    return pixels + index / images.depth * images.stride[0] +
+           index % images.depth * images.stride[1];
+  };
+  const auto origin_of = [&](std::int64_t image, std::int64_t k, int axis) {
+    return origins
+        .data[image * origins.stride[0] + k * origins.stride[1] + axis * origins.stride[2]];
+  };
+
+  std::vector<std::int64_t> to_fold;  // planes whose minimum some crop needs
+  for (std::int64_t image = 0; image < images.batch; ++image) {
+    for (std::int64_t k = 0; k < count; ++k) {
+      if (Leaves(origin_of(image, k, 0), size.height, images.height) ||
+          Leaves(origin_of(image, k, 1), size.width, images.width)) {
+        for (std::int64_t c = 0; c < images.depth; ++c) to_fold.push_back(image * images.depth + c);
+        break;
+      }
+    }
+  }
+  std::vector<Pixel> fills(to_fold.empty() ? 0 : static_cast<std::size_t>(plane_count));
+  // Four megabytes read or written, some 150 us, pay for a thread.
+  constexpr std::int64_t kGrainBytes = 4 * 1024 * 1024;
+  const Plane plane{images.height, images.width, images.stride[2], images.stride[3]};
+  const std::int64_t plane_bytes =
+      images.height * images.width * static_cast<std::int64_t>(sizeof(Pixel));
+  ParallelFor(static_cast<std::int64_t>(to_fold.size()), threads,
+              1 + kGrainBytes / std::max<std::int64_t>(plane_bytes, 1),
+              [&](std::int64_t begin, std::int64_t end) {
+                for (std::int64_t i = begin; i < end; ++i) {
+                  const std::int64_t index = to_fold[static_cast<std::size_t>(i)];
+                  fills[static_cast<std::size_t>(index)] = Order::Minimum(plane_of(index), plane);
+                }
+              });
+
+  const Cutter<Pixel> cutter{images, size};
+  const std::int64_t area = size.height * size.width;
+  const std::int64_t crop_elements = images.depth * copies * area;
+  const std::int64_t crop_bytes = crop_elements * static_cast<std::int64_t>(sizeof(Pixel));
+  ParallelFor(
+      images.batch * count, threads, 1 + kGrainBytes / std::max<std::int64_t>(crop_bytes, 1),
+      [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t item = begin; item < end; ++item) {
+          const std::int64_t image = item / count;
+          const std::int64_t k = item % count;
+          Pixel* crop = static_cast<Pixel*>(crops) + item * crop_elements;
+          for (std::int64_t c = 0; c < images.depth; ++c) {
+            const std::int64_t index = image * images.depth + c;
+            // A crop inside its image leaves nothing to fill.
+            const Pixel fill = fills.empty() ? Pixel{0} : fills[static_cast<std::size_t>(index)];
+            cutter.Cut(plane_of(index), origin_of(image, k, 0), origin_of(image, k, 1), fill, crop);
+            for (std::int64_t copy = 1; copy < copies; ++copy) {
+              std::memcpy(crop + copy * area, crop, static_cast<std::size_t>(area) * sizeof(Pixel));
+            }
+            crop += copies * area;
+          }
+        }
+      });
+}
+
+}  // namespace
+
+std::int64_t ChooseWindows(const Maps& saliency, SaliencyType type, Size window, std::int64_t count,
+                           std::int64_t* cells, int threads) {
+  if (saliency.batch == 0) return -1;
+  switch (type) {
+    case SaliencyType::kFloat16:
+      return ChooseWindowsOf<Half>(saliency, window, count, cells, threads);
+    case SaliencyType::kBFloat16:
+      return ChooseWindowsOf<BFloat16>(saliency, window, count, cells, threads);
+    case SaliencyType::kFloat32:
+      return ChooseWindowsOf<float>(saliency, window, count, cells, threads);
+    case SaliencyType::kFloat64:
+      return ChooseWindowsOf<double>(saliency, window, count, cells, threads);
+  }
+  return -1;
+}
+
+void CellsToPixels(const std::int64_t* cells, std::int64_t count, Size grid, Size image,
+                   std::int64_t* origins) {
+  const auto pixel = [](std::int64_t cell, std::int64_t cells_in_all, std::int64_t pixels) {
+    const double share = static_cast<double>(cell) / static_cast<double>(cells_in_all);
+    return static_cast<std::int64_t>(std::nearbyint(share * static_cast<double>(pixels)));
+  };
+  for (std::int64_t i = 0; i < count; ++i) {
+    origins[2 * i] = pixel(cells[2 * i], grid.height, image.height);
+    origins[2 * i + 1] = pixel(cells[2 * i + 1], grid.width, image.width);
+  }
+}
+
+void CutCrops(const Maps& images, PixelType type, const Pairs& origins, std::int64_t count,
+              Size size, std::int64_t copies, void* crops, int threads) {
+  if (images.batch == 0 || images.depth == 0 || count == 0) return;
+  using Float16Order = HalfOrder<0x7C00, 0x7E00>;
+  using BFloat16Order = HalfOrder<0x7F80, 0x7FC0>;
+  switch (type) {
+    case PixelType::kUInt8:
+      return CutCropsOf<std::uint8_t, ByteOrder>(images, origins, count, size, copies, crops,
+                                                 threads);
+    case PixelType::kFloat16:
+      return CutCropsOf<std::uint16_t, Float16Order>(images, origins, count, size, copies, crops,
+                                                     threads);
+    case PixelType::kBFloat16:
+      return CutCropsOf<std::uint16_t, BFloat16Order>(images, origins, count, size, copies, crops,
+                                                      threads);
+    case PixelType::kFloat32:
+      return CutCropsOf<float, FloatOrder<float>>(images, origins, count, size, copies, crops,
+                                                  threads);
+    case PixelType::kFloat64:
+      return CutCropsOf<double, FloatOrder<double>>(images, origins, count, size, copies, crops,
+                                                    threads);
+  }
+}
+
+}  // namespace diffmic::cpu

@@ -1,0 +1,38 @@
+// What a launch of the persistent kernel of `denoise` is given.
+#ifndef DIFFMIC_CUDA_DENOISE_DENOISE_ARGUMENTS_H_
+#define DIFFMIC_CUDA_DENOISE_DENOISE_ARGUMENTS_H_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/denoise/denoise.h"
+
+namespace diffmic::cuda::denoise {
+
+struct KernelArguments {
+  int features, classes, unit_tiles, stages, pass_tiles, slots, resident;
+  const uint4* packed;
+  const float4* affine;  // [3][16 unit_tiles]: gain, bias, offset, scale (denoise_pack.cu)
+  Weights weights;
+
+  Steps steps;
+  Chain chain;  // of all rows; the launch serves those from first_row on
+  std::int64_t first_row;
+  int chains, window;
+  float tolerance;
+  bool fresh;  // the chains begin with this launch
+  int sweeps;
+
+  // Kept from launch to launch: where each chain stands, and its window's states.
+  int* begin;     // [chains]
+  float* states;  // [chains * window, C]
+
+  unsigned char* activations[2];  // h1 and h2
+  float* parts;                   // [chains * window * C, blocks]
+  std::uint32_t* counter;         // zero
+};
+
+}  // namespace diffmic::cuda::denoise
+
+#endif  // DIFFMIC_CUDA_DENOISE_DENOISE_ARGUMENTS_H_

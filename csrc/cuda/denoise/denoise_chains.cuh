@@ -1,0 +1,283 @@
+// Where the chains of a launch of `denoise` stand: states, noise, and the walk through a window of
+// steps (csrc/cpu/denoise/denoise_window.cpp tells the method). Every block keeps all of it in its
+// own shared memory and does the same with the same numbers, so that none has to be told. It is
+// little: 20 bytes a row and class, and 12 a chain and class.
+#ifndef DIFFMIC_CUDA_DENOISE_DENOISE_CHAINS_CUH_
+#define DIFFMIC_CUDA_DENOISE_DENOISE_CHAINS_CUH_
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/denoise/denoise_arguments.h"
+#include "cuda/denoise/denoise_layout.cuh"
+#include "include/philox.h"
+
+namespace diffmic::cuda::denoise {
+
+// The numbers of a launch's rows that each block keeps for itself, in shared memory. Row r is step
+// r % window of the window of chain r / window.
+struct BlockState {
+  float* y;         // [rows, C], what eps is evaluated at
+  float* eps;       // [rows, C]
+  float* walked;    // [chains, window + 1, C]
+  float* noise;     // [chains, 2 window, C]: of step i in place i % (2 window)
+  float* prior;     // [chains, C]
+  float* guidance;  // [chains, C]
+  int* begin;       // [chains]: the first step that is not settled
+  int* advance;     // [chains]: steps settled by the last evaluation
+  int* timestep;    // [rows]
+};
+
+__host__ __device__ inline std::size_t BlockStateBytes(int chains, int window, int classes) {
+  const std::size_t rows = static_cast<std::size_t>(chains) * window;
+  const std::size_t vectors = 4 * rows + 3 * static_cast<std::size_t>(chains) + rows;
+  return (vectors * classes + 2 * static_cast<std::size_t>(chains) + rows) * 4;
+}
+
+__device__ inline BlockState CarveState(void* memory, int chains, int window, int classes) {
+  const int rows = chains * window;
+  BlockState state;
+  state.y = static_cast<float*>(memory);
+  state.eps = state.y + rows * classes;
+  state.walked = state.eps + rows * classes;
+  state.noise = state.walked + (rows + chains) * classes;
+  state.prior = state.noise + 2 * rows * classes;
+  state.guidance = state.prior + chains * classes;
+  state.begin = reinterpret_cast<int*>(state.guidance + chains * classes);
+  state.advance = state.begin + chains;
+  state.timestep = state.advance + chains;
+  return state;
+}
+
+// The chains of a launch, from step to step. Methods are for all threads of the block at once.
+class Chains {
+ public:
+  __device__ Chains(const KernelArguments& a, void* memory)
+      : a_(a),
+        state_(CarveState(memory, a.chains, a.window, a.classes)),
+        rows_(a.chains * a.window) {}
+
+  __device__ int rows() const { return rows_; }
+  __device__ const float* y(int row) const { return state_.y + row * a_.classes; }
+  __device__ const float* guidance(int row) const {
+    return state_.guidance + row / a_.window * a_.classes;
+  }
+  __device__ int timestep(int row) const { return state_.timestep[row]; }
+  // [rows, C], to be filled between PlaceRows and Walk.
+  __device__ float* eps() const { return state_.eps; }
+
+  __device__ void Load() {
+    const int classes = a_.classes;
+    for (int i = threadIdx.x; i < a_.chains * classes; i += kThreads) {
+      const std::int64_t from = a_.first_row * classes + i;
+      state_.prior[i] = a_.chain.prior[from];
+      state_.guidance[i] = a_.chain.guidance[from];
+    }
+    for (int chain = threadIdx.x; chain < a_.chains; chain += kThreads) {
+      state_.begin[chain] = a_.fresh ? 0 : a_.begin[chain];
+      state_.advance[chain] = Windows();  // no noise is there yet
+    }
+    if (!a_.fresh) {
+      for (int i = threadIdx.x; i < rows_ * classes; i += kThreads) state_.y[i] = a_.states[i];
+    }
+    __syncthreads();
+    if (a_.fresh) BeginChains();
+    DrawNoise();
+    __syncthreads();
+    for (int chain = threadIdx.x; chain < a_.chains; chain += kThreads) state_.advance[chain] = 0;
+    __syncthreads();
+  }
+
+  __device__ bool Finished() const {
+    for (int chain = 0; chain < a_.chains; ++chain) {
+      if (state_.begin[chain] < Count()) return false;
+    }
+    return true;
+  }
+
+  // The timestep of every row. Rows beyond a chain's end repeat its last step, for nobody.
+  __device__ void PlaceRows() {
+    for (int row = threadIdx.x; row < rows_; row += kThreads) {
+      const int step = min(state_.begin[row / a_.window] + row % a_.window, Count() - 1);
+      state_.timestep[row] = static_cast<int>(a_.steps.timesteps[step]);
+    }
+    __syncthreads();
+  }
+
+  // The noise of the steps that came into reach with the last advance: up to two windows ahead.
+  __device__ void DrawNoise() {
+    const int quads = (a_.classes + 3) / 4;
+    for (int i = threadIdx.x; i < a_.chains * Windows() * quads; i += kThreads) {
+      const int chain = i / (Windows() * quads);
+      const int ahead = i / quads % Windows();
+      const int step = state_.begin[chain] + ahead;
+      if (ahead < Windows() - state_.advance[chain] || step >= Count()) continue;
+      if (!(Coefficient(6, step) > 0.0f)) continue;  // a step without noise draws none
+      const int quad = i % quads;
+      const philox::Normals noise = Draw(chain, step + 1, quad);
+      float* to = NoiseOf(chain, step) + 4 * quad;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (4 * quad + k < a_.classes) to[k] = noise.z[k];
+      }
+    }
+  }
+
+  // From the first state of each window, which is the chain's own, through the window with the eps
+  // that were evaluated at its guesses. As far as the states come to are those guesses, they are
+  // the chain's own too. A thread walks one class of a chain.
+  __device__ void Walk() {
+    const int classes = a_.classes;
+    const int all = a_.chains * classes;
+    for (int chain = threadIdx.x; chain < a_.chains; chain += kThreads) {
+      state_.advance[chain] = Length(chain);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < all; i += kThreads) {
+      const int chain = i / classes;
+      const int c = i % classes;
+      const int length = Length(chain);
+      int own = length;
+      float y = length > 0 ? GuessOf(chain, 0)[c] : 0.0f;
+      for (int k = 0; k < length; ++k) {
+        if (k > 0 && own == length && !Same(y, GuessOf(chain, k)[c])) own = k;
+        y = Move(chain, state_.begin[chain] + k, c, EpsOf(chain, k)[c], y);
+        WalkedOf(chain, k + 1)[c] = y;
+      }
+      if (own < length) atomicMin(&state_.advance[chain], own);  // all classes have to agree
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < all; i += kThreads) Slide(i / classes, i % classes);
+    __syncthreads();
+    for (int chain = threadIdx.x; chain < a_.chains; chain += kThreads) {
+      state_.begin[chain] += state_.advance[chain];
+    }
+    __syncthreads();
+  }
+
+  __device__ void Save() {
+    if (blockIdx.x != 0) return;
+    for (int i = threadIdx.x; i < rows_ * a_.classes; i += kThreads) a_.states[i] = state_.y[i];
+    for (int chain = threadIdx.x; chain < a_.chains; chain += kThreads) {
+      a_.begin[chain] = state_.begin[chain];
+    }
+  }
+
+ private:
+  __device__ int Count() const { return static_cast<int>(a_.steps.count); }
+  __device__ int Windows() const { return 2 * a_.window; }
+
+  // Every state of the first window is guessed to be the chain's beginning.
+  __device__ void BeginChains() {
+    const int quads = (a_.classes + 3) / 4;
+    for (int i = threadIdx.x; i < a_.chains * quads; i += kThreads) {
+      const int chain = i / quads;
+      const int quad = i % quads;
+      const philox::Normals noise = Draw(chain, 0, quad);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int c = 4 * quad + k;
+        if (c >= a_.classes) continue;
+        const float y = __fadd_rn(state_.prior[chain * a_.classes + c], noise.z[k]);
+        for (int step = 0; step < a_.window; ++step) GuessOf(chain, step)[c] = y;
+        Tell(chain, 0, c, y);
+      }
+    }
+  }
+
+  // A settled state: `moment` steps are done.
+  __device__ void Tell(int chain, int moment, int c, float y) const {
+    if (blockIdx.x != 0) return;
+    const std::int64_t row = a_.first_row + chain;
+    if (a_.chain.trajectory != nullptr) {
+      a_.chain.trajectory[(moment * a_.chain.rows + row) * a_.classes + c] = y;
+    }
+    if (moment == Count()) a_.chain.out[row * a_.classes + c] = y;
+  }
+
+  // Four classes of the noise of a moment: 0 makes the beginning, i is z of step i - 1.
+  __device__ philox::Normals Draw(int chain, int moment, int quad) const {
+    const std::int64_t row = a_.first_row + chain;
+    if (a_.chain.noise != nullptr) {
+      const float* from = a_.chain.noise + (moment * a_.chain.rows + row) * a_.classes;
+      philox::Normals given;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        given.z[k] = 4 * quad + k < a_.classes ? from[4 * quad + k] : 0.0f;
+      }
+      return given;
+    }
+    const auto timestep =
+        static_cast<std::uint32_t>(moment == 0 ? a_.steps.start : a_.steps.timesteps[moment - 1]);
+    return philox::Normal(a_.chain.seed, static_cast<std::uint64_t>(a_.chain.images[row]),
+                          static_cast<std::uint32_t>(a_.chain.samples[row]), timestep,
+                          static_cast<std::uint32_t>(quad));
+  }
+
+  // One step of one class, each operation rounded on its own, in the definition's order.
+  __device__ float Move(int chain, int step, int c, float eps, float y) const {
+    const float s = Coefficient(0, step);
+    const float prior = state_.prior[chain * a_.classes + c];
+    const float rest = __fsub_rn(y, __fmul_rn(__fsub_rn(1.0f, s), prior));
+    const float y0 =
+        __fmul_rn(__fdiv_rn(1.0f, s), __fsub_rn(rest, __fmul_rn(eps, Coefficient(1, step))));
+    const float mean = __fadd_rn(
+        __fadd_rn(__fmul_rn(Coefficient(2, step), y0), __fmul_rn(Coefficient(3, step), y)),
+        __fmul_rn(Coefficient(4, step), prior));
+    const float moved = __fadd_rn(mean, __fmul_rn(Coefficient(5, step), eps));
+    const float sigma = Coefficient(6, step);
+    if (!(sigma > 0.0f)) return moved;
+    return __fadd_rn(moved, __fmul_rn(sigma, NoiseOf(chain, step)[c]));
+  }
+
+  __device__ bool Same(float a, float b) const {
+    if (__float_as_uint(a) == __float_as_uint(b)) return true;
+    return a_.tolerance > 0.0f && fabsf(a - b) <= a_.tolerance;
+  }
+
+  // Moves a chain's window past what is settled. States beyond those come to are guessed as if eps
+  // stayed what it was at the last of them.
+  __device__ void Slide(int chain, int c) {
+    const int begin = state_.begin[chain];
+    const int length = Length(chain);
+    const int advance = state_.advance[chain];
+    for (int k = 1; k <= advance; ++k) Tell(chain, begin + k, c, WalkedOf(chain, k)[c]);
+    float y = 0.0f;
+    for (int k = 0; k < a_.window && begin + advance + k < Count(); ++k) {
+      y = advance + k <= length
+              ? WalkedOf(chain, advance + k)[c]
+              : Move(chain, begin + advance + k - 1, c, EpsOf(chain, length - 1)[c], y);
+      GuessOf(chain, k)[c] = y;
+    }
+  }
+
+  // Steps that are in the window.
+  __device__ int Length(int chain) const { return min(a_.window, Count() - state_.begin[chain]); }
+  __device__ float* GuessOf(int chain, int k) const {
+    return state_.y + (chain * a_.window + k) * a_.classes;
+  }
+  __device__ float* EpsOf(int chain, int k) const {
+    return state_.eps + (chain * a_.window + k) * a_.classes;
+  }
+  __device__ float* WalkedOf(int chain, int k) const {
+    return state_.walked + (chain * (a_.window + 1) + k) * a_.classes;
+  }
+
+  __device__ float* NoiseOf(int chain, int step) const {
+    return state_.noise + (chain * Windows() + step % Windows()) * a_.classes;
+  }
+
+  __device__ float Coefficient(int column, int step) const {
+    return a_.steps.table[column * a_.steps.count + step];
+  }
+
+  const KernelArguments& a_;
+  BlockState state_;
+  int rows_;
+};
+
+}  // namespace diffmic::cuda::denoise
+
+#endif  // DIFFMIC_CUDA_DENOISE_DENOISE_CHAINS_CUH_

@@ -1,0 +1,410 @@
+// The discrepancy and its gradients. Pairs of all rows, those of x and behind them those of y, are
+// cut into tiles (mmd_tiles.cuh). Block (i, s) takes row tile i and every gridDim.y-th column tile
+// from s on: for the gradients of its rows it needs them all, and sums what no other block adds to;
+// the value is of the pairs on and above the diagonal alone, which count twice.
+//
+// The training loss has several y, and (i, s, z) takes y z, or of z = 0, whose loss is the mean
+// squared error, elements as far apart as there are threads.
+//
+// Launches. Up to 64 rows in all, or 128 short ones, are one block's, which finishes its work
+// itself: one launch. Else blocks leave sums in scratch memory, and a second launch adds them up.
+//
+// Arithmetic, for an element of a pair: one subtraction and one multiply-add for the distance, the
+// same for the gradient, and some 30 operations a pair for the exponential: bound by the
+// multiply-adds. Rows are read from the second level of the cache, for a tile 64 of them: 512 bytes
+// an element of a row for 16384 operations. From memory x and y are read once and gradients written
+// once; one block reads them once from anywhere.
+//
+// Precision: distances and kernel values in T, in sums of at most 64 terms. The value adds these up
+// in double, gradients as pairs of T (high and low part).
+#include <math.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/common/launch.cuh"
+#include "cuda/common/reduce.cuh"
+#include "cuda/mmd/mmd.h"
+#include "cuda/mmd/mmd_gradients.cuh"
+#include "cuda/mmd/mmd_tiles.cuh"
+#include "cuda/mmd/mmd_values.cuh"
+
+namespace diffmic::cuda::mmd {
+namespace {
+
+template <typename T>
+struct Problem {
+  Pool<T> pool;
+  Weights<T> weights[2];
+  Scales<T> scales;
+  bool unbiased;
+  bool squares;  // of y 0 the value is the mean squared error
+  Gradients<T> gradients;
+  T* value;      // [gridDim.z]
+  double* sums;  // [gridDim.z, 3, blocks]: of the pairs x x, x y, y y; NULL for one block
+
+  __device__ bool SumsSquares() const { return squares && blockIdx.z == 0; }
+};
+
+// ---- weights -----------------------------------------------------------------------------------
+
+// The weights of one side, and what its means are divided by; not-a-number where that is nothing.
+struct Share {
+  double sum;
+  double pairs;  // sum over the pairs of the estimator of the product of weights
+  int exponent;  // weights are taken times 2^-exponent
+};
+
+__device__ double BlockSum(double value) {
+  return BlockReduce<kWarps>(value, [](double a, double b) { return a + b; });
+}
+
+// For all threads of a block at once. Weights are scaled by a power of two, which loses nothing, to
+// a largest one in [1, 2): products of two stay away from the ends of T.
+template <typename T>
+__device__ Share ShareOf(const Weights<T>& weights, std::int64_t count, bool unbiased) {
+  Share share{};
+  double squares = static_cast<double>(count);
+  if (weights.data == nullptr) {
+    share.sum = static_cast<double>(count);
+  } else {
+    T most = 0;
+    for (std::int64_t i = threadIdx.x; i < count; i += kThreads) {
+      const T weight = weights.data[i * weights.stride];
+      most = weight > most ? weight : most;
+    }
+    most = BlockReduce<kWarps>(most, [](T a, T b) { return b > a ? b : a; });
+    share.exponent = most > 0 && isfinite(most) ? ilogb(most) : 0;
+    double positive = 0, negative = 0;  // not-a-number counts, and goes on into the result
+    squares = 0;
+    for (std::int64_t i = threadIdx.x; i < count; i += kThreads) {
+      const double weight =
+          static_cast<double>(ldexp(weights.data[i * weights.stride], -share.exponent));
+      positive += weight != 0 ? 1 : 0;
+      negative += weight < 0 ? 1 : 0;
+      share.sum += weight;
+      squares += weight * weight;
+    }
+    share.sum = BlockSum(share.sum);
+    squares = BlockSum(squares);
+    positive = BlockSum(positive);
+    negative = BlockSum(negative);
+    if (negative > 0 || positive < (unbiased ? 2 : 1)) share.sum = static_cast<double>(NAN);
+  }
+  share.pairs = share.sum * share.sum - (unbiased ? squares : 0.0);
+  return share;
+}
+
+template <typename T>
+__device__ __forceinline__ T WeightOf(const Problem<T>& p, const Share (&shares)[2],
+                                      std::int64_t row) {
+  const std::int64_t border = p.pool.count[0];
+  const auto scaled = [](const Weights<T>& weights, std::int64_t i, int exponent) {
+    return weights.data == nullptr ? T{1} : ldexp(weights.data[i * weights.stride], -exponent);
+  };
+  return row < border ? scaled(p.weights[0], row, shares[0].exponent)
+                      : scaled(p.weights[1], row - border, shares[1].exponent);
+}
+
+// ---- the value ---------------------------------------------------------------------------------
+
+// Sums over pairs, of which those within a side are counted in one order only. Of squared errors
+// the sum is in xy.
+struct ValueSums {
+  double xx = 0, xy = 0, yy = 0;
+};
+
+template <typename T>
+__device__ void WriteValue(const Problem<T>& p, const Share (&shares)[2], const ValueSums& sums) {
+  if (p.SumsSquares()) {
+    p.value[0] = static_cast<T>(sums.xy / static_cast<double>(p.pool.count[0] * p.pool.width));
+    return;
+  }
+  // Means of k - 1: the ones of the three means cancel.
+  const double total = 2 * sums.xx / shares[0].pairs + 2 * sums.yy / shares[1].pairs -
+                       2 * sums.xy / (shares[0].sum * shares[1].sum);
+  p.value[blockIdx.z] = static_cast<T>(total / p.scales.count);
+}
+
+// By one thread of a block: the value if the block did all, else its part.
+template <typename T>
+__device__ void WriteSums(const Problem<T>& p, const Share (&shares)[2], const ValueSums& sums) {
+  if (p.sums == nullptr) {
+    WriteValue(p, shares, sums);
+    return;
+  }
+  const std::int64_t blocks = std::int64_t{gridDim.x} * gridDim.y;
+  double* to = p.sums + 3 * blocks * blockIdx.z + std::int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
+  to[0] = sums.xx;
+  to[blocks] = sums.xy;
+  to[2 * blocks] = sums.yy;
+}
+
+// The block's part of the squared errors, and of their gradient.
+template <typename T>
+__device__ double SquaredErrors(const Problem<T>& p) {
+  const Pool<T>& pool = p.pool;
+  const std::int64_t count = pool.count[0] * pool.width;
+  const std::int64_t threads = std::int64_t{gridDim.x} * gridDim.y * kThreads;
+  const T factor = static_cast<T>(2.0 / static_cast<double>(count));
+  double sum = 0;
+  for (std::int64_t i =
+           (std::int64_t{blockIdx.y} * gridDim.x + blockIdx.x) * kThreads + threadIdx.x;
+       i < count; i += threads) {
+    const std::int64_t row = i / pool.width, element = i % pool.width;
+    const T difference = pool.data[1][row * pool.stride[1][0] + element * pool.stride[1][1]] -
+                         pool.data[0][row * pool.stride[0][0] + element * pool.stride[0][1]];
+    sum += static_cast<double>(difference) * static_cast<double>(difference);
+    if (p.gradients.data[1] != nullptr) p.gradients.data[1][i] = factor * difference;
+  }
+  return BlockSum(sum);
+}
+
+// ---- tiles -------------------------------------------------------------------------------------
+
+// What the slope of a pair of two weights counts in a gradient, and the first scale.
+template <typename T>
+struct Factors {
+  T within_x, within_y, between;
+  T scale;
+};
+
+// Makes the distances of a tile into its part of the value, and where `slopes`, into the slopes of
+// the gradient in shared memory, factors and weights included. A thread's distances wait in shared
+// memory, where its slopes will be: exponentials of 16 pairs at once take too many registers.
+template <typename T>
+__device__ __forceinline__ void Weigh(const Problem<T>& p, const Factors<T>& factors,
+                                      const Range& u, const Range& v, const Pairs<T>& distances,
+                                      bool slopes) {
+  TileMemory<T>& memory = Memory<T>();
+  const std::int64_t border = p.pool.count[0];
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    memory.slopes[RowOf(i / 4)][ColumnOf(i % 4)] = distances[i / 4][i % 4];
+  }
+#pragma unroll 1
+  for (int i = 0; i < 4; ++i) {
+    const int row = RowOf(i);
+    const bool row_of_x = u.begin + row < border;
+    const T row_weight = memory.weights[0][row];
+    T to_x = 0, to_y = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int column = ColumnOf(j);
+      const bool column_of_x = v.begin + column < border;
+      const T weight = memory.weights[1][column];
+      const KernelSums<T> kernels = KernelsOf(p.scales, factors.scale, memory.slopes[row][column]);
+      // A row with itself is at distance 0 and adds nothing.
+      const T part = v.begin + column >= u.begin + row ? weight * kernels.less_one : T{0};
+      to_x += column_of_x ? part : T{0};
+      to_y += column_of_x ? T{0} : part;
+      if (slopes) {
+        const T factor = row_of_x != column_of_x ? factors.between
+                         : row_of_x              ? factors.within_x
+                                                 : factors.within_y;
+        memory.slopes[row][column] = row_weight * weight * kernels.slope * factor;
+      }
+    }
+    const double weight = static_cast<double>(row_weight);
+    const double from_x = weight * static_cast<double>(to_x);
+    const double from_y = weight * static_cast<double>(to_y);
+    if (row_of_x) {
+      memory.sums[0][threadIdx.x] += from_x;
+      memory.sums[1][threadIdx.x] += from_y;
+    } else {
+      memory.sums[2][threadIdx.x] += from_y;
+    }
+  }
+}
+
+// kShort: width <= kDepth.
+template <bool kShort, typename T>
+__global__ void __launch_bounds__(kThreads, kResident<T>) MmdKernel(Problem<T> p) {
+  __shared__ Share shares[2];
+  for (int side = 0; side < 2; ++side) {
+    const Share share = ShareOf(p.weights[side], p.pool.count[side], p.unbiased);
+    if (threadIdx.x == 0) shares[side] = share;
+  }
+  if (p.SumsSquares()) {
+    const double sum = SquaredErrors(p);
+    if (threadIdx.x == 0) WriteSums(p, shares, {0, sum, 0});
+    return;
+  }
+  TileMemory<T>& memory = Memory<T>();
+  // In shared memory for want of registers.
+  __shared__ Factors<T> factors;
+  if (threadIdx.x == 0) {
+    const double mean = 4.0 / p.scales.count;
+    factors = {static_cast<T>(mean / shares[0].pairs), static_cast<T>(mean / shares[1].pairs),
+               static_cast<T>(-mean / (shares[0].sum * shares[1].sum)), p.scales.First()};
+  }
+  const std::int64_t rows = p.pool.rows();
+  const auto tile_count = static_cast<unsigned>((rows + kTile - 1) / kTile);
+  RowTiles<T> tiles(p.pool);
+  for (int kind = 0; kind < 3; ++kind) memory.sums[kind][threadIdx.x] = 0;
+  for (unsigned i = blockIdx.x; i < tile_count; i += gridDim.x) {
+    const Range u = RangeOf(std::int64_t{i} * kTile, rows);
+    const bool slopes = p.gradients.Wants(u);
+    GradientSums<kShort, T> gradient;
+    for (unsigned j = blockIdx.y; j < tile_count; j += gridDim.y) {
+      if (j < i && !slopes) continue;
+      const Range v = RangeOf(std::int64_t{j} * kTile, rows);
+      __syncthreads();  // weights and slopes of the tile before have been read
+      if (threadIdx.x < 2 * kTile) {
+        const bool of_u = threadIdx.x < kTile;
+        const int row = static_cast<int>(threadIdx.x % kTile);
+        memory.weights[of_u ? 0 : 1][row] =
+            row < (of_u ? u.count : v.count) ? WeightOf(p, shares, (of_u ? u.begin : v.begin) + row)
+                                             : T{0};
+      }
+      __syncthreads();
+      Pairs<T> distances;
+      Distances<kShort>(tiles, u, v, distances);
+      Weigh(p, factors, u, v, distances, slopes);
+      if (!slopes) continue;
+      __syncthreads();
+      gradient.Add(tiles, p.gradients, u, v, j < gridDim.y, j + gridDim.y >= tile_count);
+    }
+  }
+  const ValueSums sums = {BlockSum(memory.sums[0][threadIdx.x]),
+                          BlockSum(memory.sums[1][threadIdx.x]),
+                          BlockSum(memory.sums[2][threadIdx.x])};
+  if (threadIdx.x == 0) WriteSums(p, shares, sums);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) FinishKernel(Problem<T> p, std::int64_t blocks) {
+  if (!p.SumsSquares()) AddSplits(p.gradients);
+  if (blockIdx.x != 0) return;
+  const Share shares[2] = {ShareOf(p.weights[0], p.pool.count[0], p.unbiased),
+                           ShareOf(p.weights[1], p.pool.count[1], p.unbiased)};
+  ValueSums sums;
+  const double* const parts = p.sums + 3 * blocks * blockIdx.z;
+  for (std::int64_t i = threadIdx.x; i < blocks; i += kThreads) {
+    sums.xx += parts[i];
+    sums.xy += parts[blocks + i];
+    sums.yy += parts[2 * blocks + i];
+  }
+  sums = {BlockSum(sums.xx), BlockSum(sums.xy), BlockSum(sums.yy)};
+  if (threadIdx.x == 0) WriteValue(p, shares, sums);
+}
+
+// ---- launches ----------------------------------------------------------------------------------
+
+struct Plan {
+  std::int64_t blocks;  // of row tiles
+  unsigned splits;
+  bool one;  // block does all
+};
+
+template <typename T>
+Plan PlanOf(std::int64_t rows, std::int64_t width) {
+  const std::int64_t tiles = TilesOf(rows);
+  if (tiles == 1 || (tiles == 2 && width <= kDepth<T>)) return {1, 1, true};
+  return {tiles, Splits(tiles, tiles), false};
+}
+
+// Doubles of scratch memory: the blocks' sums for gradients, and behind them those for the value.
+struct ScratchSizes {
+  std::int64_t gradients, value;
+};
+
+template <typename T>
+ScratchSizes ScratchOf(const Plan& plan, std::int64_t rows, std::int64_t width, bool gradients) {
+  if (plan.one) return {0, 0};
+  return {gradients ? PartialBytes<T>(plan.splits, plan.blocks, rows, width) / 8 : 0,
+          3 * plan.blocks * plan.splits};
+}
+
+template <typename T>
+std::int64_t Scratch(std::int64_t rows, std::int64_t width, bool gradients) {
+  const ScratchSizes sizes = ScratchOf<T>(PlanOf<T>(rows, width), rows, width, gradients);
+  return sizes.gradients + sizes.value;
+}
+
+// What a call asks for beside the rows.
+template <typename T>
+struct Request {
+  Weights<T> x_weights, y_weights;
+  const Kernel& kernel;
+  bool unbiased, squares;
+  T *value, *x_gradient, *y_gradient;
+};
+
+template <typename T>
+void Run(const char* operation, const Matrix<T>& x, const Stack<T>& ys, const Request<T>& request,
+         double* scratch, cudaStream_t stream) {
+  const Matrix<T>& y = ys.first;
+  const std::int64_t rows = x.count + y.count, width = x.width;
+  const Plan plan = PlanOf<T>(rows, width);
+  const int splits = static_cast<int>(plan.splits);
+  const auto several = static_cast<unsigned>(ys.count);
+  const std::int64_t blocks = plan.blocks * splits;
+  const bool gradients = request.x_gradient != nullptr || request.y_gradient != nullptr;
+  double* const sums =
+      plan.one ? nullptr
+               : scratch + ys.count * ScratchOf<T>(plan, rows, width, gradients).gradients;
+  const Problem<T> problem{Pool<T>(x, y, ys.apart),
+                           {request.x_weights, request.y_weights},
+                           Scales<T>(request.kernel),
+                           request.unbiased,
+                           request.squares,
+                           {{request.x_gradient, request.y_gradient},
+                            {splits, splits},
+                            x.count,
+                            rows,
+                            width,
+                            reinterpret_cast<Sum<T>*>(scratch)},
+                           request.value,
+                           sums};
+  Launch(operation, width <= kDepth<T> ? MmdKernel<true, T> : MmdKernel<false, T>,
+         {dim3(static_cast<unsigned>(plan.blocks), plan.splits, several), dim3(kThreads),
+          sizeof(TileMemory<T>), stream},
+         problem);
+  if (plan.one) return;
+  const unsigned finishing = gradients && splits > 1 ? AddSplitsBlocks(rows, width) : 1;
+  Launch(operation, FinishKernel<T>, {dim3(finishing, 1, several), dim3(kThreads), 0, stream},
+         problem, blocks);
+}
+
+}  // namespace
+
+std::int64_t MmdScratch(std::int64_t n, std::int64_t m, std::int64_t width,
+                        std::int64_t element_bytes, bool gradients) {
+  return element_bytes == 4 ? Scratch<float>(n + m, width, gradients)
+                            : Scratch<double>(n + m, width, gradients);
+}
+
+std::int64_t NoiseLossesScratch(std::int64_t count, std::int64_t n, std::int64_t width,
+                                std::int64_t element_bytes, bool gradients) {
+  return count * MmdScratch(n, n, width, element_bytes, gradients);
+}
+
+template <typename T>
+void Mmd(const Matrix<T>& x, const Matrix<T>& y, const Weights<T>& x_weights,
+         const Weights<T>& y_weights, const Kernel& kernel, bool unbiased, T* value, T* x_gradient,
+         T* y_gradient, double* scratch, cudaStream_t stream) {
+  Run("mmd", x, {y, 1, 0},
+      {x_weights, y_weights, kernel, unbiased, false, value, x_gradient, y_gradient}, scratch,
+      stream);
+}
+
+template <typename T>
+void NoiseLosses(const Matrix<T>& noise, const Stack<T>& predictions, T* losses, T* gradients,
+                 double* scratch, cudaStream_t stream) {
+  const double width = static_cast<double>(noise.width);
+  const Kernel kernel = {{1 / (width * width)}, nullptr};
+  const Weights<T> ones = {nullptr, 0};
+  Run("noise_losses", noise, predictions,
+      {ones, ones, kernel, false, true, losses, nullptr, gradients}, scratch, stream);
+}
+
+#define DIFFMIC_INSTANTIATE(T)                                                                   \
+  template void Mmd<T>(const Matrix<T>&, const Matrix<T>&, const Weights<T>&, const Weights<T>&, \
+                       const Kernel&, bool, T*, T*, T*, double*, cudaStream_t);                  \
+  template void NoiseLosses<T>(const Matrix<T>&, const Stack<T>&, T*, T*, double*, cudaStream_t);
+DIFFMIC_INSTANTIATE(float)
+DIFFMIC_INSTANTIATE(double)
+#undef DIFFMIC_INSTANTIATE
+
+}  // namespace diffmic::cuda::mmd

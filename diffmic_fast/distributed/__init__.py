@@ -1,0 +1,1 @@
+"""Several processes: collectives, sharded parameters, batch statistics over all processes."""

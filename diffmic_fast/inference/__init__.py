@@ -1,0 +1,1 @@
+"""Prediction of folders, evaluation against labels, metrics and figures."""

@@ -1,0 +1,72 @@
+"""Measures against values worked out by hand and by definition."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from diffmic_fast.inference.metrics import compute_metrics, expected_calibration_error
+
+
+def one_hot(predicted, classes=3, sure=0.8):
+    p = np.full((len(predicted), classes), (1 - sure) / (classes - 1))
+    p[np.arange(len(predicted)), predicted] = sure
+    return p
+
+
+def test_by_hand():
+    labels = np.array([0, 0, 1, 1, 2, 2])
+    predicted = np.array([0, 1, 1, 1, 2, 0])
+    m = compute_metrics(one_hot(predicted), labels)
+    assert m.accuracy == pytest.approx(4 / 6)
+    assert m.balanced_accuracy == pytest.approx((0.5 + 1 + 0.5) / 3)
+    assert m.macro_f1 == pytest.approx((0.5 + 0.8 + 2 / 3) / 3)
+    assert m.confusion.tolist() == [[1, 1, 0], [0, 2, 0], [1, 0, 1]]
+    # Quadratic weights: observed 1 + 4; expected sum_ij (i - j)^2 * true_i * predicted_j / 6.
+    expected = sum((i - j) ** 2 * 2 * n / 6 for i in range(3) for j, n in enumerate([2, 3, 1]))
+    assert m.kappa == pytest.approx(1 - 5 / expected)
+    assert m.ece == pytest.approx(0.8 - 4 / 6)
+    assert m.notes == {}
+
+
+def test_calibration_error_bins():
+    p = np.array([[0.55, 0.45], [0.57, 0.43], [0.95, 0.05], [1.0, 0.0]])
+    labels = np.array([0, 1, 0, 1])
+    # Bins of width 1/15: 0.55 and 0.57 share (8/15, 9/15], 0.95 and 1.0 the last one.
+    by_hand = (abs(0.55 + 0.57 - 1) + abs(1.95 - 1)) / 4
+    assert expected_calibration_error(p, labels) == pytest.approx(by_hand)
+
+
+def test_auc_is_perfect_and_binary():
+    labels = np.array([0, 1, 2, 0, 1, 2])
+    assert compute_metrics(one_hot(labels), labels).auc_ovo == 1.0
+    p = np.array([[0.9, 0.1], [0.4, 0.6], [0.6, 0.4], [0.2, 0.8]])
+    assert compute_metrics(p, np.array([0, 0, 1, 1])).auc_ovo == pytest.approx(0.75)
+
+
+def test_missing_class_gives_nan_with_the_reason():
+    m = compute_metrics(one_hot([0, 1, 1]), np.array([0, 1, 1]))
+    assert math.isnan(m.auc_ovo) and "no image of class 2" in m.notes["auc_ovo"]
+    assert m.accuracy == 1.0 and m.macro_f1 == 1.0
+    assert json.loads(json.dumps(m.to_dict(), allow_nan=False))["auc_ovo"] is None
+    single = compute_metrics(one_hot([1, 1]), np.array([1, 1]))
+    assert math.isnan(single.kappa) and "one class" in single.notes["kappa"]
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "labels", "message"),
+    [
+        ([[np.nan, 1.0]], [0], "not-a-number"),
+        ([[0.7, 0.7]], [0], "add up to 1"),
+        ([[1.2, -0.2]], [0], "at least 0"),
+        ([[0.5, 0.5]], [2], "labels must be in 0..1, got 2..2"),
+        ([[0.5, 0.5]], [0.0], "labels must be whole numbers"),
+        ([[0.5, 0.5]], [0, 1], "labels must be whole numbers"),
+        ([[1.0]], [0], "C >= 2"),
+        (np.zeros((0, 2)), np.zeros(0, dtype=np.int64), "no images"),
+    ],
+)
+def test_bad_input(probabilities, labels, message):
+    with pytest.raises(ValueError, match=message):
+        compute_metrics(np.array(probabilities), np.array(labels))

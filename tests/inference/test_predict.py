@@ -1,0 +1,121 @@
+"""Prediction of files: rows, unreadable files, formats, pictures."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffmic_fast.inference import figures as figure
+from diffmic_fast.inference import predict as pr
+from diffmic_fast.inference.evaluate import Method
+from diffmic_fast.models import DiffMIC
+
+NAMES = ("blue", "green", "red")
+
+
+@pytest.fixture
+def model(config):
+    torch.manual_seed(1)
+    return DiffMIC(config.model).eval()
+
+
+def run(model, config, files, **options):
+    return pr.predict_files(
+        model, files, NAMES, config.data.augmentation, Method("ddim", 3), **options
+    )
+
+
+def test_rows_follow_the_files_and_do_not_depend_on_batches(model, config, images):
+    files = pr.collect_files([images / "test"])
+    assert len(files) == 6 and files == sorted(files)
+    many = run(model, config, files, samples=3, batch_size=4)
+    single = [run(model, config, [f], samples=3).rows[0] for f in files]
+    assert [r.file for r in many.rows] == [str(f) for f in files]
+    for a, b in zip(many.rows, single, strict=True):
+        np.testing.assert_allclose(a.probabilities, b.probabilities, atol=1e-5)
+        assert sum(a.probabilities) == pytest.approx(1, abs=1e-5)
+        assert a.name == NAMES[a.label] and a.label == int(np.argmax(a.probabilities))
+        assert max(a.spread) > 0
+
+
+def test_unreadable_files_are_data_not_exceptions(model, config, images, tmp_path):
+    good = pr.collect_files([images / "test" / "red"])
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(good[0].read_bytes()[:200])
+    text = tmp_path / "text.jpg"
+    text.write_text("no image")
+    files = pr.collect_files([cut, good[0], tmp_path / "nothere.png", text, good[1]])
+    result = run(model, config, files, batch_size=2)
+    assert [r.file for r in result.rows] == [str(g) for g in good]
+    assert [f for f, _ in result.unreadable] == [
+        str(cut), str(tmp_path / "nothere.png"), str(text),
+    ]  # fmt: skip
+    assert "no such file" in result.unreadable[1][1]
+
+
+def test_collecting(images, tmp_path):
+    twice = pr.collect_files([images / "test" / "red", images / "test" / "red" / "red_00.png"])
+    assert len(twice) == 2
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="there is no image file in"):
+        pr.collect_files([tmp_path])
+    with pytest.raises(ValueError, match="no files"):
+        pr.collect_files([])
+
+
+def test_csv_and_json_hold_the_same(model, config, images, tmp_path):
+    result = run(model, config, pr.collect_files([images / "test" / "blue"]), samples=2)
+    pr.save(result, tmp_path / "p.csv")
+    pr.save(result, tmp_path / "p.json")
+    with open(tmp_path / "p.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    value = json.loads((tmp_path / "p.json").read_text())
+    assert list(table[0])[:4] == ["file", "label", "class", "probability_blue"]
+    assert value["classes"] == list(NAMES) and value["unreadable"] == []
+    for row, record, own in zip(table, value["predictions"], result.rows, strict=True):
+        assert row["file"] == record["file"] == own.file
+        assert int(row["label"]) == record["label"] == own.label
+        for name in NAMES:
+            assert float(row[f"probability_{name}"]) == pytest.approx(
+                record["probabilities"][name], abs=1e-6
+            )
+            assert float(row[f"spread_{name}"]) == pytest.approx(record["spread"][name], abs=1e-6)
+    with pytest.raises(ValueError, match=r"\.csv or \.json, got .*p\.txt"):
+        pr.save(result, tmp_path / "p.txt")
+
+
+def test_pictures(model, config, images, tmp_path):
+    files = pr.collect_files([images / "test"])
+    pictures = pr.Pictures(NAMES, config.data.augmentation, tmp_path / "a.png", tmp_path / "each")
+    run(model, config, files, batch_size=4, explain=True, on_batch=pictures.add)
+    pictures.finish()
+    with Image.open(tmp_path / "a.png") as sheet:
+        assert sheet.format == "PNG" and sheet.height > 1000
+        assert len(np.unique(np.asarray(sheet))) > 50
+    each = sorted(p.name for p in (tmp_path / "each").iterdir())
+    assert len(each) == 6 and each[0] == "00000_blue_00.png"
+    # The panel shows the pixels that the model saw.
+    shown = pictures.panels[0].image
+    with Image.open(files[0]) as original:
+        small = np.asarray(original.resize((32, 32), Image.Resampling.BILINEAR), dtype=float)
+    assert np.abs(shown - small).mean() < 20
+    assert shown.shape == (32, 32, 3)
+
+
+def test_figures_refuse_what_they_cannot_draw(model, config):
+    plain = model.predict(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="wants trajectory, saliency and boxes"):
+        figure.make_panels(torch.zeros(1, 3, 32, 32), plain, ["a"], (0, 0, 0), (1, 1, 1))
+    with pytest.raises(ValueError, match="wants 1 to 16 images, got 0"):
+        figure.draw_predictions([], NAMES)
+    with pytest.raises(ValueError, match="2 class names for a model of 3"):
+        pr.predict_files(model, [], NAMES[:2], config.data.augmentation, Method("ddim", 3))
+
+
+def test_confusion_matrix_as_a_picture(tmp_path):
+    figure.save(figure.draw_confusion(np.array([[3, 1], [0, 4]]), ("a", "b")), tmp_path / "c.png")
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.width > 200
