@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from training_fixtures import config, images, shared_config  # noqa: F401 (fixtures)
 
 from diffmic_fast.diffusion import Schedule, make_schedule
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
@@ -19,6 +18,8 @@ from diffmic_fast.reference.denoise import DenoiserWeights
 # Before anything imports a Triton kernel: without a GPU they run in Triton's interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from training_fixtures import config, images, shared_config  # noqa: F401 (fixtures)
 
 DATA = Path(__file__).parent / "data"
 

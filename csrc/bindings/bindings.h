@@ -7,6 +7,13 @@
 #include <pybind11/pybind11.h>
 
 #include "include/text.h"
+#if defined(DIFFMIC_EMULATED)  // tests/emulator: the CUDA kernels alone, on the host
+#define DIFFMIC_WITH_CPU 0
+#define DIFFMIC_WITH_CUDA 1
+#else
+#include "build_config.h"
+#define DIFFMIC_WITH_CPU 1
+#endif
 
 namespace diffmic {
 
@@ -14,7 +21,13 @@ void BindConditioning(pybind11::module_& m);
 void BindDenoise(pybind11::module_& m);
 void BindMmd(pybind11::module_& m);
 void BindNoise(pybind11::module_& m);
+void BindProbes(pybind11::module_& m);
 void BindRois(pybind11::module_& m);
+
+// Those of the CUDA kernels, bound into _C.cuda.
+namespace cuda {
+void BindDenoise(pybind11::module_& m);
+}
 
 inline void CheckThreads(const char* operation, int threads) {
   if (threads < 1) {

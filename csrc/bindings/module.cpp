@@ -5,7 +5,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "build_config.h"
 #include "cpu/common/cpu_capabilities.h"
 #include "cpu/common/parallel.h"
 #if DIFFMIC_WITH_CUDA
@@ -69,6 +68,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   diffmic::BindDenoise(m);
   diffmic::BindMmd(m);
   diffmic::BindNoise(m);
+  diffmic::BindProbes(m);
   diffmic::BindRois(m);
   m.def("build_info", &diffmic::BuildInfo, "What this extension was built from, as a dict.");
   m.def(

@@ -63,6 +63,20 @@ class StepTable(NamedTuple):
     sigma: Tensor
     start: int
 
+    def coefficients(self) -> Tensor:
+        """[7, n], the columns from `sqrt_alpha_bar` to `sigma`."""
+        return torch.stack(
+            [
+                *(
+                    self.sqrt_alpha_bar,
+                    self.sqrt_one_minus_alpha_bar,
+                    self.y0_weight,
+                    self.y_weight,
+                ),
+                *(self.prior_weight, self.eps_weight, self.sigma),
+            ]
+        )
+
 
 def predict_noise(
     features: Tensor, y: Tensor, guidance: Tensor, weights: DenoiserWeights, timesteps: Tensor

@@ -16,7 +16,7 @@ in the GPU's memory, so that every step is the same graph. Buffers are allocated
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -28,6 +28,9 @@ from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.triton.conditional_linear import launch
 from diffmic_fast.triton.conditional_norm import load_columns, load_rows
 from diffmic_fast.triton.scalar import device_of, rounded, softplus
+
+if TYPE_CHECKING:
+    from diffmic_fast.ops.denoise import Call
 
 # Rows of a chain at a time: beyond, the matrix units are busy, and activations of 6144 features take 100 MB each.
 MOST_ROWS = 4096
@@ -244,45 +247,31 @@ class _Chain:
 
 
 def denoise(
-    features: Tensor,
-    prior: Tensor,
-    guidance: Tensor,
-    layers: Sequence[ConditionalLayer],
-    eps: Sequence[float],
-    output: tuple[Tensor, Tensor],
-    timesteps: Tensor,
-    coefficients: Tensor,
-    start: int,
-    noise: Tensor | None,
-    seed: int,
-    image_ids: Tensor,
-    sample_ids: Tensor,
-    out: Tensor,
-    states: Tensor | None,
-    *,
-    precision: str,
-    progress: Callable[[int, int], None] | None,
+    call: Call, out: Tensor, states: Tensor | None, progress: Callable[[int, int], None] | None
 ) -> None:
-    """A whole reverse chain, as `ops.denoise` describes it.
+    """Run a reverse chain, as `ops.denoise` describes it.
 
     Args:
-        features: [M, F] float32, columns with unit stride; F may be any.
-        prior, guidance: [M, C] float32, contiguous; C <= MOST_CLASSES.
-        layers: the three layers, float32; matrices with unit rows, vectors contiguous.
-        eps: BatchNorm's, of each.
-        output: weight [C, F] with unit rows, bias [C].
-        timesteps: [n] int64, there.
-        coefficients: [n, 7] float32, there, contiguous: a step's numbers in the order of `StepTable`.
-        start, noise, seed, image_ids, sample_ids: as in `ops.denoise`.
+        call: the prepared arguments of `ops.denoise`; at most MOST_CLASSES classes.
         out: [M, C] float32, contiguous, written.
         states: [n + 1, M, C] float32, contiguous, written; or None.
-        precision: "fp32" or "bf16".
-        progress: as in `ops.denoise`; called behind each block of noise.
+        progress: as in `ops.denoise`; called after each block of noise.
     """
+    features, prior, guidance, eps = call.features, call.prior, call.guidance, call.eps
+    layers = [ConditionalLayer(*each) for each in (call.conditioning, call.hidden_1, call.hidden_2)]
+    output = call.output_weight, call.output_bias
+    timesteps, coefficients = call.timesteps, call.coefficients.T.contiguous()
+    noise, seed, image_ids, sample_ids = (
+        call.noise,
+        call.seed % 2**64,
+        call.image_ids,
+        call.sample_ids,
+    )
+    assert image_ids is not None and sample_ids is not None  # filled in by `ops.denoise`
     rows, steps = features.shape[0], len(timesteps)
-    if precision == "bf16":
+    if call.precision == "bf16":
         layers = [layers[0], *(part._replace(weight=part.weight.bfloat16()) for part in layers[1:])]
-    moments = torch.cat((timesteps.new_tensor([start]), timesteps)).cpu()
+    moments = torch.cat((timesteps.new_tensor([call.start]), timesteps)).cpu()
     total = -(-rows // MOST_ROWS) * steps
     for number, begin in enumerate(range(0, rows, MOST_ROWS)):
         block = slice(begin, min(begin + MOST_ROWS, rows))

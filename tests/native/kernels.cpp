@@ -3,7 +3,9 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/common/noise.h"
@@ -13,11 +15,11 @@
 
 namespace {
 
-using diffmic::cpu::Chain;
+using diffmic::DenoiseCall;
+using diffmic::DenoiserWeights;
+using diffmic::Precision;
+using diffmic::StepTable;
 using diffmic::cpu::DenoiseOptions;
-using diffmic::cpu::DenoiserWeights;
-using diffmic::cpu::Precision;
-using diffmic::cpu::Steps;
 
 struct Model {
   Model(std::int64_t features, std::int64_t classes, std::int64_t timesteps) {
@@ -31,9 +33,10 @@ struct Model {
       const std::int64_t width = i == 0 ? 2 * classes : features;
       const float scale = 1.0f / std::sqrt(static_cast<float>(width));
       weights.layers[i] = {make(features * width, -scale, scale),
-                           width,
+                           {width, 1},
                            make(features, -0.1f, 0.1f),
                            make(timesteps * features, 0.0f, 1.0f),
+                           timesteps,
                            features,
                            make(features, 0.5f, 1.5f),
                            make(features, -0.1f, 0.1f),
@@ -61,36 +64,45 @@ void CheckDenoise(const std::string& set, Precision precision, std::int64_t rows
     images.push_back(row * 1'000'003);
     samples.push_back(row % 3);
   }
-  const Numbers s(kSteps, 0.6f, 0.95f), q(kSteps, 0.3f, 0.7f), y0(kSteps, 0.1f, 0.3f),
-      y(kSteps, 0.4f, 0.7f), prior_weight(kSteps, 0.0f, 0.2f), eps(kSteps, 0.0f, 0.1f),
-      sigma(kSteps, 0.01f, 0.1f);
-  const Steps steps{kSteps,  timesteps.data(),   s.get(),   q.get(),     y0.get(),
-                    y.get(), prior_weight.get(), eps.get(), sigma.get(), kSteps};
+  std::vector<float> coefficients;
+  for (const auto [low, high] : std::initializer_list<std::pair<float, float>>{{0.6f, 0.95f},
+                                                                               {0.3f, 0.7f},
+                                                                               {0.1f, 0.3f},
+                                                                               {0.4f, 0.7f},
+                                                                               {0.0f, 0.2f},
+                                                                               {0.0f, 0.1f},
+                                                                               {0.01f, 0.1f}}) {
+    const std::vector<float> column = Numbers(kSteps, low, high).copy();
+    coefficients.insert(coefficients.end(), column.begin(), column.end());
+  }
+  const StepTable steps{kSteps, timesteps.data(), coefficients.data(), kSteps};
   const Numbers x(rows * features, -1.0f, 1.0f), prior(rows * classes, 0.0f, 1.0f),
       guidance(rows * classes, 0.0f, 1.0f);
   diffmic::cpu::WeightCache cache;
   const auto run = [&](const std::string& with, std::int64_t window, int threads) {
     const Numbers out(rows * classes, 0.0f, 0.0f);
     const Numbers states((kSteps + 1) * rows * classes, 0.0f, 0.0f);
-    Chain chain{};
-    chain.rows = rows;
-    chain.features = x.get();
-    chain.features_stride = features;
-    chain.prior = prior.get();
-    chain.guidance = guidance.get();
-    chain.seed = 5;
-    chain.images = images.data();
-    chain.samples = samples.data();
-    chain.out = out.get();
-    chain.trajectory = states.get();
+    DenoiseCall call{};
+    call.weights = model.weights;
+    call.steps = steps;
+    call.rows = rows;
+    call.features = x.get();
+    call.features_stride = features;
+    call.prior = prior.get();
+    call.guidance = guidance.get();
+    call.seed = 5;
+    call.image_ids = images.data();
+    call.sample_ids = samples.data();
+    call.out = out.get();
+    call.trajectory = states.get();
+    call.precision = precision;
+    call.window = window;
     DenoiseOptions options;
-    options.precision = precision;
     options.kernels = diffmic::cpu::FindDenoiseKernels(with, precision);
     options.threads = threads;
-    options.window = window;
     options.cache = threads == 2 ? nullptr : &cache;
     options.watch = [](std::int64_t, std::int64_t) { return true; };
-    if (!Denoise(model.weights, steps, chain, options)) Fail("denoise stopped by itself");
+    if (!Denoise(call, options)) Fail("denoise stopped by itself");
     return out.copy();
   };
   const std::vector<float> first = run(set, 1, 1);
@@ -133,11 +145,20 @@ void CheckPacking(const std::string& set) {
 void CheckStop() {
   const Model model(64, 3, 3);
   const std::vector<std::int64_t> timesteps{1, 0}, keys(400, 0);
-  const Numbers table(2, 0.5f, 0.6f), x(400 * 64, -1.0f, 1.0f), labels(400 * 3, 0.0f, 1.0f);
-  const float* t = table.get();
+  const Numbers coefficients(7 * 2, 0.5f, 0.6f), x(400 * 64, -1.0f, 1.0f),
+      labels(400 * 3, 0.0f, 1.0f);
   const Numbers out(400 * 3, 0.0f, 0.0f);
-  Chain chain{400, x.get(),     64,          labels.get(), labels.get(), nullptr,
-              1,   keys.data(), keys.data(), out.get(),    nullptr};
+  DenoiseCall call{};
+  call.weights = model.weights;
+  call.steps = {2, timesteps.data(), coefficients.get(), 2};
+  call.rows = 400;
+  call.features = x.get();
+  call.features_stride = 64;
+  call.prior = call.guidance = labels.get();
+  call.seed = 1;
+  call.image_ids = call.sample_ids = keys.data();
+  call.out = out.get();
+  call.window = 1;
   DenoiseOptions options;
   options.kernels = diffmic::cpu::FindDenoiseKernels("auto", Precision::kFloat32);
   options.threads = 3;
@@ -146,8 +167,7 @@ void CheckStop() {
     ++asked;
     return done < total;
   };
-  const Steps steps{2, timesteps.data(), t, t, t, t, t, t, t, 2};
-  if (Denoise(model.weights, steps, chain, options)) Fail("denoise went on after a stop");
+  if (Denoise(call, options)) Fail("denoise went on after a stop");
   if (asked == 0) Fail("denoise asked nobody");
 }
 

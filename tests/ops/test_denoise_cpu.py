@@ -30,7 +30,7 @@ from torch import Tensor
 
 from diffmic_fast import _native
 from diffmic_fast.diffusion import make_steps
-from diffmic_fast.ops.denoise import denoise
+from diffmic_fast.ops.denoise import Call, denoise
 from diffmic_fast.reference import denoise as reference
 
 _C = _native.extension()
@@ -167,15 +167,14 @@ def test_a_window_of_steps_gives_the_bits_of_one_after_the_other(
                     assert torch.equal(run(window), expected), (rows, window)
 
 
-def count_sweeps(weights, inputs, steps, **options) -> int:
-    parts = [*(t.contiguous() for layer in (weights.conditioning, *weights.hidden) for t in layer)]
-    x, prior, guidance = (t.contiguous() for t in inputs)
-    zeros = torch.zeros(len(x), dtype=torch.int64)
-    return _C.denoise(
-        x, prior, guidance, [parts[i : i + 7] for i in (0, 7, 14)], list(weights.eps),
-        weights.output_weight.contiguous(), weights.output_bias, list(steps[:-1]), steps.start,
-        None, 0, zeros, zeros, torch.empty_like(prior), None, threads=1, **options,
+def count_sweeps(weights, inputs, steps, window=1, tolerance=0.0) -> int:
+    zeros, out = torch.zeros(len(inputs[0]), dtype=torch.int64), torch.empty_like(inputs[1])
+    call = Call(
+        *inputs, weights.conditioning, *weights.hidden, weights.output_weight, weights.output_bias, weights.eps,
+        steps.timesteps, steps.coefficients(), steps.start, None, 0, zeros, zeros, False, "fp32", "auto", window,
+        tolerance, "cpu",
     )  # fmt: skip
+    return _C.denoise(call, out, None)
 
 
 def test_windows_need_fewer_readings_of_the_weights() -> None:
@@ -442,12 +441,13 @@ def test_opcheck() -> None:
     weights, inputs = make_weights(33, 3), make_inputs(4, 33, 3)
     steps = make_steps(SCHEDULE, "ddim", 3)
     operator = torch.ops.diffmic_fast.denoise.default
-    layers = (weights.conditioning, *weights.hidden)
-    parts = [*(t for layer in layers for t in layer), weights.output_weight, weights.output_bias]
     for noise in (None, torch.randn(3, 4, 3)):
         for trajectory in (False, True):
-            arguments = (*inputs, parts, list(weights.eps), list(steps[:-1]), steps.start, noise,
-                         -5, None, None, trajectory, "bf16", "auto", 2, 0.0, "cpu")  # fmt: skip
+            arguments = Call(
+                *inputs, weights.conditioning, *weights.hidden, weights.output_weight, weights.output_bias,
+                list(weights.eps), steps.timesteps, steps.coefficients(), steps.start, noise, -5, None, None,
+                trajectory, "bf16", "auto", 2, 0.0, "cpu",
+            )  # fmt: skip
             torch.library.opcheck(operator, arguments)
 
 

@@ -18,17 +18,17 @@
 #include "cpu/denoise/denoise_chain.h"
 
 namespace diffmic::cpu {
-bool Denoise(const DenoiserWeights& weights, const Steps& steps, const Chain& chain,
-             const DenoiseOptions& options) {
-  if (options.window > 1) return DenoiseWindows(weights, steps, chain, options);
-  const std::int64_t classes = weights.classes;
+bool Denoise(const DenoiseCall& call, const DenoiseOptions& options) {
+  if (call.window > 1) return DenoiseWindows(call, options);
+  const StepTable& steps = call.steps;
+  const std::int64_t classes = call.weights.classes;
   const std::int64_t blocks =
-      chain.rows <= kLargestBlock ? 1 : (chain.rows + kBlockRows - 1) / kBlockRows;
+      call.rows <= kLargestBlock ? 1 : (call.rows + kBlockRows - 1) / kBlockRows;
   Watch watch(options, blocks * steps.count);
-  if (chain.rows == 0) return true;
-  const PreparedModel model(weights, options);
-  const std::int64_t max_rows = (chain.rows + blocks - 1) / blocks;
-  Evaluation evaluation(model.view(), options, max_rows, 1);
+  if (call.rows == 0) return true;
+  const PreparedModel model(call, options);
+  const std::int64_t max_rows = (call.rows + blocks - 1) / blocks;
+  Evaluation evaluation(model.view(), call.precision, options, max_rows, 1);
   const auto size = static_cast<std::size_t>(max_rows * classes);
   std::vector<float> y(size), eps(size), z(size);
   std::vector<const float*> features(static_cast<std::size_t>(max_rows));
@@ -37,20 +37,20 @@ bool Denoise(const DenoiserWeights& weights, const Steps& steps, const Chain& ch
 
   for (std::int64_t block = 0; block < blocks && !watch.stopped(); ++block) {
     const std::int64_t first = block * max_rows;
-    const std::int64_t count = std::clamp<std::int64_t>(chain.rows - first, 0, max_rows);
+    const std::int64_t count = std::clamp<std::int64_t>(call.rows - first, 0, max_rows);
     if (count == 0) continue;
-    const float* prior = chain.prior + first * classes;
+    const float* prior = call.prior + first * classes;
     for (std::int64_t row = 0; row < count; ++row) {
       const auto i = static_cast<std::size_t>(row);
-      features[i] = chain.features + (first + row) * chain.features_stride;
-      guidance[i] = chain.guidance + (first + row) * classes;
+      features[i] = call.features + (first + row) * call.features_stride;
+      guidance[i] = call.guidance + (first + row) * classes;
     }
     const auto keep = [&](std::int64_t moment) {
-      if (chain.trajectory == nullptr) return;
+      if (call.trajectory == nullptr) return;
       std::copy_n(y.data(), count * classes,
-                  chain.trajectory + (moment * chain.rows + first) * classes);
+                  call.trajectory + (moment * call.rows + first) * classes);
     };
-    Draw(chain, steps, 0, first, count, classes, z.data());
+    Draw(call, 0, first, count, classes, z.data());
     for (std::int64_t j = 0; j < count * classes; ++j) {
       y[static_cast<std::size_t>(j)] = prior[j] + z[static_cast<std::size_t>(j)];
     }
@@ -64,8 +64,8 @@ bool Denoise(const DenoiserWeights& weights, const Steps& steps, const Chain& ch
                             y.data(), slots.data(),    steps.timesteps + i,
                             1};
         evaluation.Step(team, rank, rows, watch, block * steps.count + i, [&] {
-          evaluation.SumParts(count, weights.output_bias, eps.data());
-          if (steps.sigma[i] > 0.0f) Draw(chain, steps, i + 1, first, count, classes, z.data());
+          evaluation.SumParts(count, call.weights.output_bias, eps.data());
+          if (steps.sigma()[i] > 0.0f) Draw(call, i + 1, first, count, classes, z.data());
           Move(steps, i, prior, eps.data(), z.data(), count * classes, y.data());
           keep(i + 1);
           if (options.sweeps != nullptr) ++*options.sweeps;
@@ -73,7 +73,7 @@ bool Denoise(const DenoiserWeights& weights, const Steps& steps, const Chain& ch
         });
       }
     });
-    std::copy_n(y.data(), count * classes, chain.out + first * classes);
+    std::copy_n(y.data(), count * classes, call.out + first * classes);
   }
   watch.Finish();
   return !watch.stopped();

@@ -40,17 +40,18 @@ class Floats {
 // The model in the form the kernels want: folded, transposed where it is small, and packed.
 class PreparedModel {
  public:
-  PreparedModel(const DenoiserWeights& weights, const DenoiseOptions& options)
-      : stride_(RoundUp(weights.features, 32) + 16),
+  PreparedModel(const DenoiseCall& call, const DenoiseOptions& options)
+      : stride_(RoundUp(call.weights.features, 32) + 16),
         folded_(6 * stride_),
-        small_(3 * weights.classes * stride_),
-        packed_(Pack(weights, options)) {
+        small_(3 * call.weights.classes * stride_),
+        packed_(Pack(call, options)) {
+    const DenoiserWeights& weights = call.weights;
     const std::int64_t features = weights.features;
     view_.features = features;
     view_.classes = weights.classes;
     view_.stride = stride_;
     for (int i = 0; i < 3; ++i) {
-      const ConditionalLayerWeights& layer = weights.layers[i];
+      const ConditionalLayer& layer = weights.layers[i];
       float* gain = folded_.get() + 2 * i * stride_;
       float* offset = gain + stride_;
       for (std::int64_t f = 0; f < features; ++f) {
@@ -70,7 +71,8 @@ class PreparedModel {
     float* label = small_.get();
     for (std::int64_t c = 0; c < 2 * weights.classes; ++c) {
       for (std::int64_t f = 0; f < features; ++f) {
-        label[c * stride_ + f] = weights.layers[0].weight[f * weights.layers[0].weight_stride + c];
+        label[c * stride_ + f] =
+            weights.layers[0].weight[f * weights.layers[0].weight_stride[0] + c];
       }
     }
     view_.label_weight = label;
@@ -85,16 +87,16 @@ class PreparedModel {
   const DenoiserView& view() const { return view_; }
 
  private:
-  static std::shared_ptr<const PackedWeights> Pack(const DenoiserWeights& weights,
+  static std::shared_ptr<const PackedWeights> Pack(const DenoiseCall& call,
                                                    const DenoiseOptions& options) {
-    const ConditionalLayerWeights* hidden = weights.layers + 1;
-    const HiddenWeights matrices{weights.features,
+    const ConditionalLayer* hidden = call.weights.layers + 1;
+    const HiddenWeights matrices{call.weights.features,
                                  {hidden[0].weight, hidden[1].weight},
-                                 {hidden[0].weight_stride, hidden[1].weight_stride}};
+                                 {hidden[0].weight_stride[0], hidden[1].weight_stride[0]}};
     if (options.cache != nullptr) {
-      return options.cache->Get(matrices, options.precision, *options.kernels, options.threads);
+      return options.cache->Get(matrices, call.precision, *options.kernels, options.threads);
     }
-    return std::make_shared<PackedWeights>(matrices, options.precision, *options.kernels,
+    return std::make_shared<PackedWeights>(matrices, call.precision, *options.kernels,
                                            options.threads);
   }
 
@@ -138,18 +140,18 @@ class Watch {
 // eps of the rows in work: what the threads of a team compute together, phase by phase.
 class Evaluation {
  public:
-  Evaluation(const DenoiserView& model, const DenoiseOptions& options, std::int64_t max_rows,
-             std::int64_t max_slots)
+  Evaluation(const DenoiserView& model, Precision precision, const DenoiseOptions& options,
+             std::int64_t max_rows, std::int64_t max_slots)
       : model_(model),
+        precision_(precision),
         options_(options),
         chunks_((model.features + kChunk - 1) / kChunk),
         first_(max_rows * model.stride),
         second_(max_rows * model.stride),
-        row_scale_(options.precision == Precision::kInt8 ? max_rows : 0),
+        row_scale_(precision == Precision::kInt8 ? max_rows : 0),
         partial_(chunks_ * max_rows * model.classes),
         scratch_stride_(RoundUp(
-            options.kernels->scratch(options.precision, max_rows, max_slots, GroupOf(max_rows)),
-            16)),
+            options.kernels->scratch(precision, max_rows, max_slots, GroupOf(max_rows)), 16)),
         scratch_(scratch_stride_ * options.threads) {}
 
   // Every thread calls it; between() is called once, when eps(row, c) can be had.
@@ -157,7 +159,7 @@ class Evaluation {
   void Step(Team& team, int rank, const RowsView& rows, Watch& watch, std::int64_t done,
             const Between& between) {
     const DenoiseKernels& kernels = *options_.kernels;
-    const Precision precision = options_.precision;
+    const Precision precision = precision_;
     float* scratch = scratch_.get() + rank * scratch_stride_;
     const auto phase = [&](std::int64_t count, const auto& work) {
       for (std::int64_t i = team.Take(); i < count && !watch.stopped(); i = team.Take()) {
@@ -215,10 +217,11 @@ class Evaluation {
   // as each thread has several groups. No result depends on it.
   std::int64_t GroupOf(std::int64_t rows) const {
     const std::int64_t fair = chunks_ / (4 * options_.threads);
-    return std::clamp<std::int64_t>(fair, 1, options_.kernels->group(options_.precision, rows));
+    return std::clamp<std::int64_t>(fair, 1, options_.kernels->group(precision_, rows));
   }
 
   const DenoiserView& model_;
+  Precision precision_;
   const DenoiseOptions& options_;
   std::int64_t chunks_;
   Floats first_, second_, row_scale_, partial_;
@@ -227,36 +230,36 @@ class Evaluation {
 };
 
 // The noise of one moment of a chain: moment 0 makes its beginning, moment i is z of step i - 1.
-inline void Draw(const Chain& chain, const Steps& steps, std::int64_t moment,
-                 std::int64_t first_row, std::int64_t rows, std::int64_t classes, float* z) {
-  if (chain.noise != nullptr) {
-    std::copy_n(chain.noise + (moment * chain.rows + first_row) * classes, rows * classes, z);
+inline void Draw(const DenoiseCall& call, std::int64_t moment, std::int64_t first_row,
+                 std::int64_t rows, std::int64_t classes, float* z) {
+  if (call.noise != nullptr) {
+    std::copy_n(call.noise + (moment * call.rows + first_row) * classes, rows * classes, z);
     return;
   }
   const auto timestep =
-      static_cast<std::uint32_t>(moment == 0 ? steps.start : steps.timesteps[moment - 1]);
+      static_cast<std::uint32_t>(moment == 0 ? call.steps.start : call.steps.timesteps[moment - 1]);
   for (std::int64_t row = 0; row < rows; ++row) {
-    const auto image = static_cast<std::uint64_t>(chain.images[first_row + row]);
-    const auto sample = static_cast<std::uint32_t>(chain.samples[first_row + row]);
+    const auto image = static_cast<std::uint64_t>(call.image_ids[first_row + row]);
+    const auto sample = static_cast<std::uint32_t>(call.sample_ids[first_row + row]);
     for (std::int64_t c = 0; c < classes; c += 4) {
       const philox::Normals normals =
-          philox::Normal(chain.seed, image, sample, timestep, static_cast<std::uint32_t>(c / 4));
+          philox::Normal(call.seed, image, sample, timestep, static_cast<std::uint32_t>(c / 4));
       std::copy_n(normals.z, std::min<std::int64_t>(4, classes - c), z + row * classes + c);
     }
   }
 }
 
 // One step of one row, each operation rounded on its own, in the definition's order.
-inline void Move(const Steps& steps, std::int64_t i, const float* prior, const float* eps,
+inline void Move(const StepTable& steps, std::int64_t i, const float* prior, const float* eps,
                  const float* z, std::int64_t count, float* y) {
-  const float inverse = 1.0f / steps.s[i];
-  const float rest = 1.0f - steps.s[i];
+  const float inverse = 1.0f / steps.s()[i];
+  const float rest = 1.0f - steps.s()[i];
   for (std::int64_t j = 0; j < count; ++j) {
-    const float y0 = inverse * (y[j] - rest * prior[j] - eps[j] * steps.q[i]);
+    const float y0 = inverse * (y[j] - rest * prior[j] - eps[j] * steps.q()[i]);
     const float mean =
-        steps.y0_weight[i] * y0 + steps.y_weight[i] * y[j] + steps.prior_weight[i] * prior[j];
-    y[j] = mean + steps.eps_weight[i] * eps[j];
-    if (steps.sigma[i] > 0.0f) y[j] += steps.sigma[i] * z[j];
+        steps.y0_weight()[i] * y0 + steps.y_weight()[i] * y[j] + steps.prior_weight()[i] * prior[j];
+    y[j] = mean + steps.eps_weight()[i] * eps[j];
+    if (steps.sigma()[i] > 0.0f) y[j] += steps.sigma()[i] * z[j];
   }
 }
 

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "include/precision.h"
+
 namespace diffmic::cpu {
 
 // Outputs of a layer that one thread computes at a time. Fixed, because the last product is summed
@@ -15,10 +17,6 @@ inline constexpr std::int64_t kChunk = 32;
 // Elements of a product that are summed in registers before they are added to the sum so far. With
 // the units that are computed together, a block of weights then fills half of the L1 cache.
 inline constexpr std::int64_t kDepth = 256;
-
-// kInt8: integers in [-127, 127] times a scale of each unit (weights) and of each row
-// (activations), in the two hidden products.
-enum class Precision { kFloat32, kBFloat16, kInt8 };
 
 // The largest F whose sums of kInt8 fit into int32: 127^2 F < 2^31.
 inline constexpr std::int64_t kMostInt8Features = 133'144;

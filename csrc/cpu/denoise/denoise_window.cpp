@@ -46,22 +46,21 @@ constexpr std::int64_t kFirstRows = 4;
 // One chain and its present guess of its path.
 class Path {
  public:
-  Path(const Steps& steps, const Chain& chain, std::int64_t row, std::int64_t classes,
-       float tolerance)
-      : steps_(steps),
-        tolerance_(tolerance),
+  Path(const DenoiseCall& call, std::int64_t row)
+      : steps_(call.steps),
+        tolerance_(call.tolerance),
         row_(row),
-        classes_(classes),
-        prior_(chain.prior + row * classes),
-        states_(static_cast<std::size_t>((steps.count + 1) * classes)),
-        noise_(static_cast<std::size_t>((steps.count + 1) * classes)),
-        guess_(static_cast<std::size_t>(classes)) {
+        classes_(call.weights.classes),
+        prior_(call.prior + row * classes_),
+        states_(static_cast<std::size_t>((steps_.count + 1) * classes_)),
+        noise_(states_.size()),
+        guess_(static_cast<std::size_t>(classes_)) {
     last_eps_.reserve(guess_.size());  // nothing is allocated among the threads
-    for (std::int64_t moment = 0; moment <= steps.count; ++moment) {
-      if (moment > 0 && !(steps.sigma[moment - 1] > 0.0f)) continue;
-      Draw(chain, steps, moment, row, 1, classes, noise_.data() + moment * classes);
+    for (std::int64_t moment = 0; moment <= steps_.count; ++moment) {
+      if (moment > 0 && !(steps_.sigma()[moment - 1] > 0.0f)) continue;
+      Draw(call, moment, row, 1, classes_, noise_.data() + moment * classes_);
     }
-    for (std::int64_t c = 0; c < classes; ++c) at(0)[c] = prior_[c] + noise_[c];
+    for (std::int64_t c = 0; c < classes_; ++c) at(0)[c] = prior_[c] + noise_[c];
   }
 
   std::int64_t row() const { return row_; }
@@ -116,7 +115,7 @@ class Path {
            });
   }
 
-  const Steps& steps_;
+  const StepTable& steps_;
   float tolerance_;
   std::int64_t row_, classes_;
   const float* prior_;
@@ -177,16 +176,16 @@ class WindowSize {
 
 }  // namespace
 
-bool DenoiseWindows(const DenoiserWeights& weights, const Steps& steps, const Chain& chain,
-                    const DenoiseOptions& options) {
-  const std::int64_t classes = weights.classes;
-  Watch watch(options, chain.rows * steps.count);
-  if (chain.rows == 0) return true;
-  const PreparedModel model(weights, options);
-  const std::int64_t together = std::min(chain.rows, kWindowRows);
-  const std::int64_t most = std::min({options.window, kBlockRows / together, steps.count});
+bool DenoiseWindows(const DenoiseCall& call, const DenoiseOptions& options) {
+  const StepTable& steps = call.steps;
+  const std::int64_t classes = call.weights.classes;
+  Watch watch(options, call.rows * steps.count);
+  if (call.rows == 0) return true;
+  const PreparedModel model(call, options);
+  const std::int64_t together = std::min(call.rows, kWindowRows);
+  const std::int64_t most = std::min({call.window, kBlockRows / together, steps.count});
   const std::int64_t most_rows = together * std::max<std::int64_t>(most, 1);
-  Evaluation evaluation(model.view(), options, most_rows, most_rows);
+  Evaluation evaluation(model.view(), call.precision, options, most_rows, most_rows);
   const auto size = static_cast<std::size_t>(most_rows);
   std::vector<float> y(size * static_cast<std::size_t>(classes)), eps(y.size());
   std::vector<const float*> features(size), guidance(size);
@@ -195,12 +194,12 @@ bool DenoiseWindows(const DenoiserWeights& weights, const Steps& steps, const Ch
   for (std::size_t i = 0; i < size; ++i) slots[i] = static_cast<std::int32_t>(i);
   std::int64_t finished = 0;
 
-  for (std::int64_t first = 0; first < chain.rows && !watch.stopped(); first += together) {
+  for (std::int64_t first = 0; first < call.rows && !watch.stopped(); first += together) {
     std::vector<Path> paths;
     WindowSize window(kFirstRows / together, most);
-    const bool fixed = options.tolerance > 0.0f;
-    for (std::int64_t row = first; row < std::min(first + together, chain.rows); ++row) {
-      paths.emplace_back(steps, chain, row, classes, options.tolerance);
+    const bool fixed = call.tolerance > 0.0f;
+    for (std::int64_t row = first; row < std::min(first + together, call.rows); ++row) {
+      paths.emplace_back(call, row);
     }
     std::int64_t count = 0;
     const auto gather = [&] {
@@ -211,8 +210,8 @@ bool DenoiseWindows(const DenoiserWeights& weights, const Steps& steps, const Ch
         for (std::int64_t i = path.begin(); i < path.end(); ++i, ++count) {
           const auto row = static_cast<std::size_t>(count);
           std::copy_n(path.state(i), classes, y.data() + count * classes);
-          features[row] = chain.features + path.row() * chain.features_stride;
-          guidance[row] = chain.guidance + path.row() * classes;
+          features[row] = call.features + path.row() * call.features_stride;
+          guidance[row] = call.guidance + path.row() * classes;
           timesteps[row] = steps.timesteps[i];
         }
       }
@@ -229,7 +228,7 @@ bool DenoiseWindows(const DenoiserWeights& weights, const Steps& steps, const Ch
       }
       finished += slid;
       const Clock::time_point now = Clock::now();
-      if (!(options.tolerance > 0.0f))
+      if (!(call.tolerance > 0.0f))
         window.Learn(slid, std::chrono::duration<double>(now - begin).count());
       begin = now;
     };
@@ -243,7 +242,7 @@ bool DenoiseWindows(const DenoiserWeights& weights, const Steps& steps, const Ch
                             count};
         evaluation.Step(team, rank, rows, watch, finished, [&] {
           if (!watch.stopped()) {
-            evaluation.SumParts(count, weights.output_bias, eps.data());
+            evaluation.SumParts(count, call.weights.output_bias, eps.data());
             scatter();
             gather();
           }
@@ -253,11 +252,11 @@ bool DenoiseWindows(const DenoiserWeights& weights, const Steps& steps, const Ch
       }
     });
     for (const Path& path : paths) {
-      std::copy_n(path.state(steps.count), classes, chain.out + path.row() * classes);
-      if (chain.trajectory == nullptr) continue;
+      std::copy_n(path.state(steps.count), classes, call.out + path.row() * classes);
+      if (call.trajectory == nullptr) continue;
       for (std::int64_t i = 0; i <= steps.count; ++i) {
         std::copy_n(path.state(i), classes,
-                    chain.trajectory + (i * chain.rows + path.row()) * classes);
+                    call.trajectory + (i * call.rows + path.row()) * classes);
       }
     }
   }

@@ -136,40 +136,38 @@ Shape Plan(std::int64_t features, std::int64_t classes, std::int64_t rows, std::
   throw Error("denoise: this GPU has too little shared memory for the kernel");
 }
 
-Run::Run(const Weights& weights, const Steps& steps, const Chain& chain, const Shape& shape,
-         const Options& options, void* workspace, cudaStream_t stream)
-    : weights_(weights),
-      steps_(steps),
-      chain_(chain),
+Run::Run(const DenoiseCall& call, const Shape& shape, std::int64_t sweeps, void* workspace,
+         cudaStream_t stream)
+    : call_(call),
       shape_(shape),
-      options_(options),
+      launch_sweeps_(sweeps),
       workspace_(static_cast<unsigned char*>(workspace)),
       stream_(stream) {}
 
 std::int64_t Run::Wait() const {
-  std::int64_t settled = row_ * steps_.count;
+  std::int64_t settled = row_ * call_.steps.count;
   std::vector<int> begins(static_cast<std::size_t>(shape_.chains));
   if (sweeps_ > 0) {
-    const Workspace at(weights_.features, weights_.classes, shape_, options_.precision);
+    const Workspace at(call_.weights.features, call_.weights.classes, shape_, call_.precision);
     Check(cudaMemcpyAsync(begins.data(), workspace_ + at.begins, begins.size() * sizeof(int),
                           cudaMemcpyDeviceToHost, stream_),
           kOperation, "cudaMemcpyAsync");
   }
   Check(cudaStreamSynchronize(stream_), kOperation, "cudaStreamSynchronize");
-  for (std::int64_t i = 0; i < std::min<std::int64_t>(shape_.chains, chain_.rows - row_); ++i) {
+  for (std::int64_t i = 0; i < std::min<std::int64_t>(shape_.chains, call_.rows - row_); ++i) {
     settled += begins[static_cast<std::size_t>(i)];
   }
-  return std::min(settled, chain_.rows * steps_.count);
+  return std::min(settled, call_.rows * call_.steps.count);
 }
 
 bool Run::Next() {
-  if (row_ >= chain_.rows) return false;
-  const Workspace at(weights_.features, weights_.classes, shape_, options_.precision);
-  const int stages = Stages(weights_.features, options_.precision);
+  if (row_ >= call_.rows) return false;
+  const Workspace at(call_.weights.features, call_.weights.classes, shape_, call_.precision);
+  const int stages = Stages(call_.weights.features, call_.precision);
   auto* packed = reinterpret_cast<uint4*>(workspace_ + at.packed);
   auto* affine = reinterpret_cast<float4*>(workspace_ + at.affine);
   if (!packed_) {
-    PackWeights(weights_, options_.precision, packed, affine, stream_);
+    PackWeights(call_.weights, call_.precision, packed, affine, stream_);
     const std::int64_t bytes = at.bytes - at.activations[0];
     Check(cudaMemsetAsync(workspace_ + at.activations[0], 0, static_cast<std::size_t>(bytes),
                           stream_),
@@ -178,24 +176,21 @@ bool Run::Next() {
   }
   Check(cudaMemsetAsync(workspace_ + at.counter, 0, 4, stream_), kOperation, "cudaMemsetAsync");
   KernelArguments a{};
-  a.features = static_cast<int>(weights_.features);
-  a.classes = static_cast<int>(weights_.classes);
-  a.unit_tiles = UnitTiles(weights_.features);
+  a.features = static_cast<int>(call_.weights.features);
+  a.classes = static_cast<int>(call_.weights.classes);
+  a.unit_tiles = UnitTiles(call_.weights.features);
   a.stages = stages;
   a.pass_tiles = shape_.pass_tiles;
   a.slots = shape_.slots;
   a.resident = shape_.resident;
   a.packed = packed;
   a.affine = affine;
-  a.weights = weights_;
-  a.steps = steps_;
-  a.chain = chain_;
+  a.call = call_;
   a.first_row = row_;
-  a.chains = static_cast<int>(std::min<std::int64_t>(shape_.chains, chain_.rows - row_));
+  a.chains = static_cast<int>(std::min<std::int64_t>(shape_.chains, call_.rows - row_));
   a.window = shape_.window;
-  a.tolerance = options_.tolerance;
   a.fresh = sweeps_ == 0;
-  a.sweeps = static_cast<int>(std::min(options_.sweeps, steps_.count - sweeps_));
+  a.sweeps = static_cast<int>(std::min(launch_sweeps_, call_.steps.count - sweeps_));
   a.begin = reinterpret_cast<int*>(workspace_ + at.begins);
   a.states = reinterpret_cast<float*>(workspace_ + at.states);
   a.activations[0] = workspace_ + at.activations[0];
@@ -208,13 +203,13 @@ bool Run::Next() {
   launch.shared = shape_.shared_bytes;
   launch.stream = stream_;
   launch.cooperative = true;
-  Launch(kOperation, KernelOf(shape_.row_tiles, options_.precision), launch, a);
+  Launch(kOperation, KernelOf(shape_.row_tiles, call_.precision), launch, a);
   sweeps_ += a.sweeps;
-  if (sweeps_ >= steps_.count) {
+  if (sweeps_ >= call_.steps.count) {
     row_ += shape_.chains;
     sweeps_ = 0;
   }
-  return row_ < chain_.rows;
+  return row_ < call_.rows;
 }
 
 }  // namespace diffmic::cuda::denoise

@@ -14,13 +14,9 @@ struct KernelArguments {
   int features, classes, unit_tiles, stages, pass_tiles, slots, resident;
   const uint4* packed;
   const float4* affine;  // [3][16 unit_tiles]: gain, bias, offset, scale (denoise_pack.cu)
-  Weights weights;
-
-  Steps steps;
-  Chain chain;  // of all rows; the launch serves those from first_row on
+  DenoiseCall call;      // of all rows; the launch serves those from first_row on
   std::int64_t first_row;
   int chains, window;
-  float tolerance;
   bool fresh;  // the chains begin with this launch
   int sweeps;
 

@@ -72,8 +72,8 @@ class Chains {
     const int classes = a_.classes;
     for (int i = threadIdx.x; i < a_.chains * classes; i += kThreads) {
       const std::int64_t from = a_.first_row * classes + i;
-      state_.prior[i] = a_.chain.prior[from];
-      state_.guidance[i] = a_.chain.guidance[from];
+      state_.prior[i] = a_.call.prior[from];
+      state_.guidance[i] = a_.call.guidance[from];
     }
     for (int chain = threadIdx.x; chain < a_.chains; chain += kThreads) {
       state_.begin[chain] = a_.fresh ? 0 : a_.begin[chain];
@@ -101,7 +101,7 @@ class Chains {
   __device__ void PlaceRows() {
     for (int row = threadIdx.x; row < rows_; row += kThreads) {
       const int step = min(state_.begin[row / a_.window] + row % a_.window, Count() - 1);
-      state_.timestep[row] = static_cast<int>(a_.steps.timesteps[step]);
+      state_.timestep[row] = static_cast<int>(a_.call.steps.timesteps[step]);
     }
     __syncthreads();
   }
@@ -166,7 +166,7 @@ class Chains {
   }
 
  private:
-  __device__ int Count() const { return static_cast<int>(a_.steps.count); }
+  __device__ int Count() const { return static_cast<int>(a_.call.steps.count); }
   __device__ int Windows() const { return 2 * a_.window; }
 
   // Every state of the first window is guessed to be the chain's beginning.
@@ -191,17 +191,17 @@ class Chains {
   __device__ void Tell(int chain, int moment, int c, float y) const {
     if (blockIdx.x != 0) return;
     const std::int64_t row = a_.first_row + chain;
-    if (a_.chain.trajectory != nullptr) {
-      a_.chain.trajectory[(moment * a_.chain.rows + row) * a_.classes + c] = y;
+    if (a_.call.trajectory != nullptr) {
+      a_.call.trajectory[(moment * a_.call.rows + row) * a_.classes + c] = y;
     }
-    if (moment == Count()) a_.chain.out[row * a_.classes + c] = y;
+    if (moment == Count()) a_.call.out[row * a_.classes + c] = y;
   }
 
   // Four classes of the noise of a moment: 0 makes the beginning, i is z of step i - 1.
   __device__ philox::Normals Draw(int chain, int moment, int quad) const {
     const std::int64_t row = a_.first_row + chain;
-    if (a_.chain.noise != nullptr) {
-      const float* from = a_.chain.noise + (moment * a_.chain.rows + row) * a_.classes;
+    if (a_.call.noise != nullptr) {
+      const float* from = a_.call.noise + (moment * a_.call.rows + row) * a_.classes;
       philox::Normals given;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -209,10 +209,10 @@ class Chains {
       }
       return given;
     }
-    const auto timestep =
-        static_cast<std::uint32_t>(moment == 0 ? a_.steps.start : a_.steps.timesteps[moment - 1]);
-    return philox::Normal(a_.chain.seed, static_cast<std::uint64_t>(a_.chain.images[row]),
-                          static_cast<std::uint32_t>(a_.chain.samples[row]), timestep,
+    const auto timestep = static_cast<std::uint32_t>(
+        moment == 0 ? a_.call.steps.start : a_.call.steps.timesteps[moment - 1]);
+    return philox::Normal(a_.call.seed, static_cast<std::uint64_t>(a_.call.image_ids[row]),
+                          static_cast<std::uint32_t>(a_.call.sample_ids[row]), timestep,
                           static_cast<std::uint32_t>(quad));
   }
 
@@ -234,7 +234,7 @@ class Chains {
 
   __device__ bool Same(float a, float b) const {
     if (__float_as_uint(a) == __float_as_uint(b)) return true;
-    return a_.tolerance > 0.0f && fabsf(a - b) <= a_.tolerance;
+    return a_.call.tolerance > 0.0f && fabsf(a - b) <= a_.call.tolerance;
   }
 
   // Moves a chain's window past what is settled. States beyond those come to are guessed as if eps
@@ -270,7 +270,7 @@ class Chains {
   }
 
   __device__ float Coefficient(int column, int step) const {
-    return a_.steps.table[column * a_.steps.count + step];
+    return a_.call.steps.coefficients[column * a_.call.steps.count + step];
   }
 
   const KernelArguments& a_;

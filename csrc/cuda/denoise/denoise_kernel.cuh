@@ -100,7 +100,7 @@ class Block {
   // softplus of the conditional layer around `sum`; gain, bias, offset and scale hold BatchNorm
   // and what the weights were divided by.
   __device__ float Activate(int layer, int unit, int row, float sum) const {
-    const Layer& weights = a_.weights.layers[layer];
+    const ConditionalLayer& weights = a_.call.weights.layers[layer];
     const float4 affine = a_.affine[layer * a_.unit_tiles * kTileUnits + unit];
     const float gamma = weights.gamma[chains_.timestep(row) * weights.gamma_stride + unit];
     return Softplus(fmaf(gamma * affine.x, fmaf(sum, affine.w, affine.y), affine.z));
@@ -116,15 +116,15 @@ class Block {
       float h[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       if (row < chains_.rows()) {
         const int chain = row / a_.window;
-        const float* x = a_.chain.features + (a_.first_row + chain) * a_.chain.features_stride;
+        const float* x = a_.call.features + (a_.first_row + chain) * a_.call.features_stride;
         const float* y = chains_.y(row);
         const float* guidance = chains_.guidance(row);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int unit = tile * kTileUnits + LaneUnit(lane_, i);
           if (unit >= a_.features) continue;
-          const Layer& layer = a_.weights.layers[0];
-          const float* w = layer.weight + unit * layer.weight_stride;
+          const ConditionalLayer& layer = a_.call.weights.layers[0];
+          const float* w = layer.weight + unit * layer.weight_stride[0];
           float sum = 0.0f;
           for (int c = 0; c < classes; ++c) sum = fmaf(w[c], y[c], sum);
           for (int c = 0; c < classes; ++c) sum = fmaf(w[classes + c], guidance[c], sum);
@@ -223,7 +223,8 @@ class Block {
       for (int i = 0; i < 4; ++i) {
         const int unit = tile * kTileUnits + LaneUnit(lane_, i);
         if (unit < a_.features) {
-          part = fmaf(a_.weights.output_weight[c * a_.weights.output_stride + unit], h[i], part);
+          part = fmaf(a_.call.weights.output_weight[c * a_.call.weights.output_stride + unit], h[i],
+                      part);
         }
       }
       part += __shfl_xor_sync(0xFFFFFFFFu, part, 1);
@@ -249,7 +250,7 @@ class Block {
       }
 #pragma unroll
       for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, other);
-      if (lane_ == 0) chains_.eps()[i] = sum + a_.weights.output_bias[i % a_.classes];
+      if (lane_ == 0) chains_.eps()[i] = sum + a_.call.weights.output_bias[i % a_.classes];
     }
     __syncthreads();
   }

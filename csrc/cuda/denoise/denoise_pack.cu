@@ -109,14 +109,15 @@ __global__ void Pack(const PackArguments a) {
   }
 }
 
-__global__ void FoldNorm(const Weights weights, int units, float4* affine) {
+__global__ void FoldNorm(const DenoiserWeights weights, int units, float4* affine) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= 3 * units) return;
-  const Layer& layer = weights.layers[i / units];
+  const ConditionalLayer& layer = weights.layers[i / units];
   const int unit = i % units;
   float4 found = make_float4(0.0f, 0.0f, 0.0f, 1.0f);
   if (unit < weights.features) {
-    found.x = layer.norm_weight[unit] / sqrtf(layer.running_var[unit] + layer.eps);
+    found.x =
+        layer.norm_weight[unit] / sqrtf(layer.running_var[unit] + static_cast<float>(layer.eps));
     found.y = layer.bias[unit];
     found.z = layer.norm_bias[unit] - layer.running_mean[unit] * found.x;
   }
@@ -147,11 +148,11 @@ __global__ void ScaleUnits(const Matrix first, const Matrix second, std::int64_t
 
 }  // namespace
 
-void PackWeights(const Weights& weights, Precision precision, uint4* packed, float4* affine,
+void PackWeights(const DenoiserWeights& weights, Precision precision, uint4* packed, float4* affine,
                  cudaStream_t stream) {
   constexpr unsigned kBlock = 256;
-  const Matrix first{weights.layers[1].weight, weights.layers[1].weight_stride};
-  const Matrix second{weights.layers[2].weight, weights.layers[2].weight_stride};
+  const Matrix first{weights.layers[1].weight, weights.layers[1].weight_stride[0]};
+  const Matrix second{weights.layers[2].weight, weights.layers[2].weight_stride[0]};
   const int tiles = UnitTiles(weights.features);
   const int units = tiles * kTileUnits;
   LaunchShape shape;

@@ -13,7 +13,7 @@ namespace diffmic::cuda::denoise {
 // every unit of the three layers to `affine` [3, 16 UnitTiles]: a layer is then
 //   softplus(gamma_t gain (sum scale + bias) + offset)
 // where scale is 1 but for float8.
-void PackWeights(const Weights& weights, Precision precision, uint4* packed, float4* affine,
+void PackWeights(const DenoiserWeights& weights, Precision precision, uint4* packed, float4* affine,
                  cudaStream_t stream);
 
 }  // namespace diffmic::cuda::denoise
