@@ -1,4 +1,4 @@
-"""The choice of a backend: what auto means, and what a backend asked for by name says."""
+"""Backend dispatch: "auto", DIFFMIC_BACKEND, and backends requested by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REASON = "nothing was there to compile it"
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("DIFFMIC_BACKEND", raising=False)
-    monkeypatch.setattr(_backend, "_said", set())
+    monkeypatch.setattr(_backend, "_warned", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
@@ -41,13 +41,13 @@ def test_every_operation_has_a_reference() -> None:
         assert resolve(operation, "reference", torch.device("cuda", 1)) == "reference"
 
 
-def test_auto_takes_the_kernel_that_can_serve() -> None:
+def test_auto_selects_the_fastest_available_backend() -> None:
     assert resolve("rois", "auto", CPU) == "cpu"
     assert resolve("conditional_linear", "auto", CPU) == "reference"
 
 
 @pytest.mark.parametrize("reason", ["", "there is no Triton here"])
-def test_auto_takes_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+def test_auto_selects_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
     monkeypatch.setattr(triton, "unavailable", lambda device: reason)
     if not reason:
         assert resolve("conditional_linear", "auto", torch.device("cuda")) == "triton"
@@ -56,29 +56,31 @@ def test_auto_takes_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch, reason: str
         assert resolve("conditional_linear", "auto", torch.device("cuda")) == "reference"
 
 
-def test_an_unknown_name_lists_the_names() -> None:
-    with pytest.raises(ValueError, match=r"rois: backend must be auto, reference, cpu.*'fast'"):
+def test_unknown_backend_raises() -> None:
+    with pytest.raises(
+        ValueError, match=r"rois: backend must be one of auto, reference, cpu.*'fast'"
+    ):
         resolve("rois", "fast", CPU)
 
 
-def test_a_named_backend_that_does_not_exist_raises() -> None:
+def test_missing_implementation_requested_by_name_raises() -> None:
     with pytest.raises(
-        RuntimeError, match=r"conditional_linear: backend=\"cpu\" cannot serve: there is no cpu"
+        RuntimeError, match=r"conditional_linear: backend=\"cpu\" cannot serve: it has no cpu"
     ):
         resolve("conditional_linear", "cpu", CPU)
     for name in ("cuda", "cuda-emulated"):
         with pytest.raises(
-            RuntimeError, match=f"conditional_linear: .*there is no {name} implementation"
+            RuntimeError, match=f"conditional_linear: .*it has no {name} implementation"
         ):
             resolve("conditional_linear", name, CPU)
 
 
-def test_a_named_backend_on_another_device_raises() -> None:
-    with pytest.raises(RuntimeError, match="takes tensors on the CPU, these are on cuda:1"):
+def test_backend_requested_by_name_on_another_device_raises() -> None:
+    with pytest.raises(RuntimeError, match="takes tensors on the CPU, got cuda:1"):
         resolve("rois", "cpu", torch.device("cuda", 1))
 
 
-def test_without_the_extension_auto_says_so_once(no_extension: None) -> None:
+def test_auto_warns_once_without_the_extension(no_extension: None) -> None:
     with pytest.warns(RuntimeWarning, match=f"rois: using the slower reference.*{REASON}"):
         assert resolve("rois", "auto", CPU) == "reference"
     assert resolve("rois", "auto", CPU) == "reference"  # a second warning would be an error
@@ -87,7 +89,7 @@ def test_without_the_extension_auto_says_so_once(no_extension: None) -> None:
         resolve("rois", "cpu", CPU)
 
 
-def test_the_variable_sets_what_auto_means(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable_sets_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFMIC_BACKEND", "reference")
     assert resolve("rois", "auto", CPU) == "reference"
     assert resolve("rois", "cpu", CPU) == "cpu"
@@ -96,11 +98,11 @@ def test_the_variable_sets_what_auto_means(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("DIFFMIC_BACKEND", "")
     assert resolve("rois", "auto", CPU) == "cpu"
     monkeypatch.setenv("DIFFMIC_BACKEND", "fast")
-    with pytest.raises(ValueError, match="the variable DIFFMIC_BACKEND must be auto"):
+    with pytest.raises(ValueError, match="the variable DIFFMIC_BACKEND must be one of auto"):
         resolve("rois", "auto", CPU)
 
 
-def test_the_variable_raises_where_its_kernel_cannot_serve(
+def test_environment_variable_raises_if_its_backend_is_unavailable(
     monkeypatch: pytest.MonkeyPatch, no_extension: None
 ) -> None:
     monkeypatch.setenv("DIFFMIC_BACKEND", "cpu")
@@ -108,7 +110,7 @@ def test_the_variable_raises_where_its_kernel_cannot_serve(
         resolve("rois", "auto", CPU)
 
 
-def test_the_variable_says_once_where_an_operation_has_no_such_kernel(
+def test_environment_variable_warns_once_if_an_operation_lacks_its_backend(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DIFFMIC_BACKEND", "cpu")
@@ -119,7 +121,7 @@ def test_the_variable_says_once_where_an_operation_has_no_such_kernel(
     assert resolve("conditional_linear", "auto", CPU) == "reference"
 
 
-def test_resolve_is_a_constant_of_a_compiled_graph() -> None:
+def test_resolve_is_constant_in_a_compiled_graph() -> None:
     @torch.compile(fullgraph=True, backend="eager")
     def add(x: torch.Tensor) -> torch.Tensor:
         return x + (1 if resolve("conditional_linear", "auto", x.device) == "reference" else 2)
@@ -127,7 +129,7 @@ def test_resolve_is_a_constant_of_a_compiled_graph() -> None:
     assert add(torch.zeros(2)).tolist() == [1, 1]
 
 
-def test_an_operation_passes_the_reason_on(no_extension: None) -> None:
+def test_operation_reports_why_the_extension_is_missing(no_extension: None) -> None:
     with pytest.raises(RuntimeError, match=REASON):
         choose_windows(torch.rand(1, 2, 3, 3), (1, 1), 1, backend="cpu")
 

@@ -1,16 +1,13 @@
-"""Which implementation serves an operation: the grid of design decisions, as one small table.
+"""Backend dispatch: which implementation serves an operation.
 
-Five names: ``reference`` (plain PyTorch, the definition), ``cpu`` (C++), ``cuda`` (CUDA C++),
-``triton``, and ``cuda-emulated`` (CUDA sources run on the CPU, for tests). ``auto`` takes the
-fastest one that can serve the tensors at hand.
+`reference` is plain PyTorch, the definition; `cpu` is C++, `cuda` CUDA C++, `triton` Triton; `cuda-emulated` runs the
+CUDA sources on the CPU, for tests. "auto" selects the fastest one that supports the tensors. The environment variable
+``DIFFMIC_BACKEND`` sets what "auto" means for a process: an operation that has an implementation of that name uses it or
+raises; one that has none uses the ordinary choice and warns once.
 
-The environment variable ``DIFFMIC_BACKEND`` sets what ``auto`` means for a process. An operation
-that has an implementation of that name uses it or raises; one that has none of that name (no
-operation has all of them) keeps the ordinary choice and says so once.
-
-Kernels have derivatives for `backward()` and nothing else. Under a transform of `torch.func` (`grad`,
-`jvp`, `vmap`, …) and where a forward-mode derivative is under way ``auto`` takes the reference, which
-has them all; a kernel asked for by name raises there, for it would drop tangents without a word.
+Kernels implement `backward()` only. Under a transform of `torch.func` (`grad`, `jvp`, `vmap`, …) and in forward mode
+"auto" selects the reference, which is differentiable in every way; a kernel requested by name raises, since it would drop
+the tangents silently.
 """
 
 from __future__ import annotations
@@ -26,7 +23,7 @@ from diffmic_fast import _native, triton
 
 
 class BackendError(RuntimeError):
-    """What was asked for by name, a backend or a precision, cannot serve here; the message says why."""
+    """The requested backend, precision or instruction set is not available; the message says why."""
 
 
 BACKENDS = ("reference", "cpu", "cuda", "triton", "cuda-emulated")
@@ -40,39 +37,39 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
 }
 
 _VARIABLE = "DIFFMIC_BACKEND"
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
 def resolve(operation: str, backend: str, device: torch.device) -> str:
-    """Name the backend that serves one call.
+    """Return the backend that serves a call, and warn once where it is not the one expected.
 
     Args:
         operation: a key of `IMPLEMENTATIONS`.
-        backend: ``"auto"`` or one of `BACKENDS`.
-        device: where the operation's tensors are.
+        backend: "auto" or one of `BACKENDS`.
+        device: device of the operation's tensors.
 
     Returns:
-        One of `BACKENDS`, never ``"auto"``.
+        One of `BACKENDS`, never "auto".
 
     Raises:
-        ValueError: the name is none of these.
-        BackendError: the backend was asked for by name and cannot serve; says why.
+        ValueError: there is no backend of that name.
+        BackendError: the backend was requested by name and is not available.
     """
     name, remark = decide(operation, backend, device)
-    if remark and remark not in _said:
-        _said.add(remark)
+    if remark and remark not in _warned:
+        _warned.add(remark)
         warnings.warn(remark, RuntimeWarning, stacklevel=3)
     return name
 
 
-# torch.compile takes the answer as a constant of the graph instead of tracing through the
-# environment and the extension's loading. This is the mark that torch.compiler.
-# assume_constant_result sets; calling that here would import all of torch._dynamo.
+# A constant of a compiled graph: torch.compile does not trace the environment and the loading of the extension. This is
+# the attribute that torch.compiler.assume_constant_result sets; that function would import all of torch._dynamo. Without
+# it (another version of torch) torch.compile reports a graph break here.
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def decide(operation: str, backend: str, device: torch.device) -> tuple[str, str]:
-    """`resolve` without its warning: the backend's name, and what there is to say about it."""
+    """Return the backend of `resolve` and the text of its warning ("" for none)."""
     if backend != "auto":
         _check_name(operation, backend, "backend")
         _require(operation, backend, device, asked_by=f'backend="{backend}"')
@@ -94,7 +91,7 @@ def decide(operation: str, backend: str, device: torch.device) -> tuple[str, str
 
 
 def asked_by_name(operation: str, backend: str) -> bool:
-    """Whether the caller or the environment named the backend, so that none may take its place."""
+    """Whether the caller or the environment requested the backend by name, so that no other may replace it."""
     return (backend if backend != "auto" else os.environ.get(_VARIABLE, "auto")) in (
         IMPLEMENTATIONS[operation]
     )
@@ -108,16 +105,16 @@ def choose(
     *,
     caller: str = "",
 ) -> str:
-    """`resolve` for kernels of some dtypes: where "auto" would take one that has not these tensors', the reference.
+    """Return the backend of `resolve`, or the reference if "auto" selects kernels without the tensors' dtypes.
 
     Args:
         operation, backend: as in `resolve`.
-        tensors: of the call, on one device.
-        dtypes: those that kernels take.
-        caller: who is named in an error (default: the operation).
+        tensors: those of the call, on one device.
+        dtypes: dtypes that the kernels support.
+        caller: the name in an error (default: the operation).
 
     Raises:
-        BackendError: the backend was asked for by name and cannot serve; says why.
+        BackendError: the backend was requested by name and does not support the tensors.
     """
     name = resolve(operation, backend, tensors[0].device)
     if name == "reference" or all(tensor.dtype in dtypes for tensor in tensors):
@@ -132,40 +129,43 @@ def choose(
 
 
 def transforming() -> bool:
-    """Whether derivatives other than those of `backward()` may be asked of a call made now."""
+    """Whether a transform of `torch.func` or forward-mode AD is active.
+
+    Uses private functions of torch, which has no public query. If one is gone, the AttributeError names it.
+    """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def unavailable(operation: str, backend: str, device: torch.device) -> str:
-    """Why `backend` cannot serve `operation` for tensors on `device`; empty when it can."""
+    """Return why `backend` cannot serve `operation` for tensors on `device`; "" if it can."""
     if backend not in IMPLEMENTATIONS[operation]:
         names = ", ".join(IMPLEMENTATIONS[operation])
-        return f"there is no {backend} implementation of it, only {names}"
+        return f"it has no {backend} implementation, only {names}"
     if backend != "reference" and transforming():
         return (
-            "a transform of torch.func or a forward-mode derivative is under way, which only the reference "
-            'can serve (backend="auto" takes it)'
+            "a transform of torch.func or forward-mode AD is active, which only the reference supports "
+            '(backend="auto" selects it)'
         )
     if backend == "cpu":
         if device.type != "cpu":
-            return f"it takes tensors on the CPU, these are on {device}"
+            return f"it takes tensors on the CPU, got {device}"
         if _native.failure():
             return f"the compiled extension is not available: {_native.failure()}"
     if backend == "cuda":
         if device.type != "cuda":
-            return f"it takes tensors on a GPU, these are on {device}"
-        return _native.cuda_failure() or _unserved(device)
+            return f"it takes tensors on a GPU, got {device}"
+        return _native.cuda_failure() or _missing_architecture(device)
     if backend == "cuda-emulated":
         if device.type != "cpu":
-            return f"it takes tensors on the CPU, these are on {device}"
+            return f"it takes tensors on the CPU, got {device}"
         return _native.attempt_emulated()[1]
     if backend == "triton":
         return triton.unavailable(device)
     return ""
 
 
-def _unserved(device: torch.device) -> str:
-    """Why the CUDA kernels of this build do not run on that GPU; empty when they do."""
+def _missing_architecture(device: torch.device) -> str:
+    """Return why the CUDA kernels of this build do not run on a GPU; "" if they do."""
     major, minor = torch.cuda.get_device_capability(device)
     module = _native.extension()
     built_for = module.build_info()["cuda_architectures"]
@@ -179,7 +179,7 @@ def _unserved(device: torch.device) -> str:
 
 
 def stream_of(tensor: torch.Tensor) -> int:
-    """The CUDA stream that PyTorch is using on the tensor's device, as an address; 0 on the CPU."""
+    """Return PyTorch's current CUDA stream on the tensor's device as a cudaStream_t; 0 on the CPU."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
 
 
@@ -218,5 +218,5 @@ def _require(operation: str, backend: str, device: torch.device, *, asked_by: st
 def _check_name(operation: str, backend: str, argument: str) -> None:
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(
-            f"{operation}: {argument} must be auto, {', '.join(BACKENDS)}; got {backend!r}"
+            f"{operation}: {argument} must be one of auto, {', '.join(BACKENDS)}, got {backend!r}"
         )

@@ -254,7 +254,7 @@ def _backend_of(call: Call) -> str:
     if name != "reference":
         reason = _obstacle(name, call)
         if reason and asked_by_name("denoise", call.backend):
-            raise BackendError(f"denoise: the backend {name} cannot serve this call: {reason}")
+            raise BackendError(f"denoise: the backend {name} cannot serve: {reason}")
         if reason:
             name = "reference"
     served_by = f"this call is served by {name}{': ' + reason if reason else ''}"

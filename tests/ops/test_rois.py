@@ -370,7 +370,7 @@ MAPS = torch.zeros(2, 3, 5, 5)
         (
             lambda: ops.cut_crops(IMAGES, CORNERS, (2, 2), backend="cuda"),
             RuntimeError,
-            "it takes tensors on a GPU, these are on cpu",
+            "it takes tensors on a GPU, got cpu",
         ),
         (lambda: ops.rois(MAPS, IMAGES, (2, 2), 2, backend="x"), ValueError, "backend must be"),
     ],
