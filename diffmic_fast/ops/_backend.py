@@ -2,12 +2,12 @@
 
 `reference` is plain PyTorch, the definition; `cpu` is C++, `cuda` CUDA C++, `triton` Triton; `cuda-emulated` runs the
 CUDA sources on the CPU, for tests. "auto" selects the fastest one that supports the tensors. The environment variable
-``DIFFMIC_BACKEND`` sets what "auto" means for a process: an operation that has an implementation of that name uses it or
-raises; one that has none uses the ordinary choice and warns once.
+``DIFFMIC_BACKEND`` sets what "auto" means for a process: an operation that has an implementation of that name uses it
+or raises; one that has none uses the ordinary choice and warns once.
 
 Kernels implement `backward()` only. Under a transform of `torch.func` (`grad`, `jvp`, `vmap`, …) and in forward mode
-"auto" selects the reference, which is differentiable in every way; a kernel requested by name raises, since it would drop
-the tangents silently.
+"auto" selects the reference, which is differentiable in every way; a kernel requested by name raises, since it would
+drop the tangents silently.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def resolve(operation: str, backend: str, device: torch.device) -> str:
     return name
 
 
-# A constant of a compiled graph: torch.compile does not trace the environment and the loading of the extension. This is
-# the attribute that torch.compiler.assume_constant_result sets; that function would import all of torch._dynamo. Without
-# it (another version of torch) torch.compile reports a graph break here.
+# A constant of a compiled graph: torch.compile does not trace the environment and the loading of the extension. This
+# is the attribute that torch.compiler.assume_constant_result sets; that function would import all of torch._dynamo. In
+# a version of torch without it torch.compile reports a graph break here.
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
