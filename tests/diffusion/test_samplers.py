@@ -52,7 +52,8 @@ def test_coefficients_keep_a_noiseless_label(schedule):
 def test_schedules_that_lose_the_label_are_refused_before_the_chain(name, timesteps):
     schedule = make_schedule(name, timesteps)
     with pytest.raises(
-        ValueError, match=r"cannot walk this schedule: at timestep .* nothing is left"
+        ValueError,
+        match=r"cannot walk this schedule: .* got 0 at timestep .* label cannot be estimated",
     ):
         make_steps(schedule, "ddpm")
     assert len(make_steps(schedule, "ddpm_truncated", 50).timesteps) == 50
@@ -75,13 +76,13 @@ def test_bad_samplers_are_named(schedule):
         make_steps(schedule, "euler")
     with pytest.raises(ValueError, match=r"'ddpm' walks all 100 timesteps, got steps=60"):
         make_steps(schedule, "ddpm", 60)
-    with pytest.raises(ValueError, match="needs steps"):
+    with pytest.raises(ValueError, match=r"steps must be in \[1, 100\] .*'ddim', got None"):
         make_steps(schedule, "ddim")
-    with pytest.raises(ValueError, match=r"steps must be in \[1, 100\]"):
+    with pytest.raises(ValueError, match=r"steps must be in \[1, 100\] .* got 101"):
         make_steps(schedule, "ddpm_truncated", 101)
     with pytest.raises(ValueError, match=r"eta must be in \[0, 1\]"):
         make_steps(schedule, "ddim", 10, 1.5)
-    with pytest.raises(ValueError, match="eta belongs to the sampler 'ddim'"):
+    with pytest.raises(ValueError, match=r"eta must be 0 for the sampler 'ddpm', got 0\.5"):
         make_steps(schedule, "ddpm", None, 0.5)
 
 
