@@ -34,7 +34,8 @@ from diffmic_fast import __version__
 from diffmic_fast.checkpoint import NAME, load_model
 from diffmic_fast.config.run import RunConfig, read_config
 from diffmic_fast.data.sources import open_source
-from diffmic_fast.inference.evaluate import Method, evaluate
+from diffmic_fast.diffusion.sampling_options import SamplingOptions
+from diffmic_fast.inference.evaluate import evaluate
 from diffmic_fast.inference.metrics import NAMES, compute_metrics
 from diffmic_fast.models.encoders import ImageEncoder
 from diffmic_fast.training.schedules import epoch_batches, half_cosine
@@ -65,12 +66,11 @@ def run_diffmic(config: RunConfig, out: Path) -> dict[str, Row]:
     checkpoint = out / NAME
     trainer = Trainer(config, out, resume=checkpoint if checkpoint.exists() else None)
     model, _ = load_model(trainer.fit())
+    options = SamplingOptions.from_config(config.sampling)
     evaluation = evaluate(
         model,
         make_dataset(config, open_source(config.data, "test"), train=False),
-        [Method.parse(name) for name in METHODS],
-        samples=config.sampling.samples,
-        seed=config.sampling.seed,
+        [options.with_sampler(name) for name in METHODS],
         batch_size=config.sampling.batch_size,
     )
     evaluation.print()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from diffmic_fast.config.run import RunConfig
 from diffmic_fast.config.schema import merge, parse_override
 from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.data.sources import open_source
-from diffmic_fast.inference.evaluate import Method
+from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.models import DiffMIC
 from diffmic_fast.models.execution import bfloat16_obstacle
 from diffmic_fast.ops.denoise import PRECISIONS_OF
@@ -82,10 +82,8 @@ def compare(precision: str, exact: Tensor, other: Tensor, files: list[str]) -> A
 def agreements(
     model: DiffMIC,
     dataset: ImageDataset,
-    method: Method,
+    options: SamplingOptions,
     *,
-    samples: int = 1,
-    seed: int = 0,
     batch_size: int = 32,
     precisions: tuple[str, ...] = PRECISIONS_OF["cpu"],
 ) -> list[Agreement]:
@@ -93,15 +91,7 @@ def agreements(
     rows: dict[str, list[Tensor]] = {precision: [] for precision in precisions}
     for images, _, _ in DataLoader(dataset, batch_size):
         for precision, parts in rows.items():
-            prediction = model.predict(
-                images,
-                sampler=method.sampler,
-                steps=method.steps,
-                eta=method.eta,
-                samples=samples,
-                seed=seed,
-                precision=precision,
-            )
+            prediction = model.predict(images, **asdict(replace(options, precision=precision)))
             parts.append(prediction.probabilities)
     exact, *others = (torch.cat(parts) for parts in rows.values())
     files = [entry.name for entry in dataset.table.entries]
@@ -154,14 +144,12 @@ def main() -> None:
         values = merge(values, parse_override(override))
     config = RunConfig.from_dict(values)
     model, _ = load_model(path, None, config)
-    sampling = config.sampling
+    sampling = SamplingOptions.from_config(config.sampling)
     results = agreements(
         model,
         make_dataset(config, open_source(config.data, options.split), train=False),
-        Method.parse(options.sampler) if options.sampler else Method.of(sampling),
-        samples=sampling.samples,
-        seed=sampling.seed,
-        batch_size=sampling.batch_size,
+        sampling.with_sampler(options.sampler) if options.sampler else sampling,
+        batch_size=config.sampling.batch_size,
     )
     show(results, Console())
     if options.json:

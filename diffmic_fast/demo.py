@@ -1,132 +1,153 @@
-"""The demonstration: synthetic fundus images, from drawing them to pictures of the diagnosis."""
+"""The demonstration: draw synthetic fundus images, train on them, evaluate, predict and draw the results."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from diffmic_fast.checkpoint import NAME, load_model
 from diffmic_fast.config.run import RunConfig, read_config
+from diffmic_fast.data.sources import open_source
 from diffmic_fast.data.synthetic_fundus import write_dataset
-from diffmic_fast.inference import evaluate as ev
-from diffmic_fast.inference import predict as pr
-from diffmic_fast.inference.figures import draw_confusion, save
+from diffmic_fast.diffusion.sampling_options import SamplingOptions
+from diffmic_fast.inference.evaluate import Evaluation, evaluate
+from diffmic_fast.inference.figures import draw_confusion, save_figure
+from diffmic_fast.inference.output import save
+from diffmic_fast.inference.pictures import Pictures
+from diffmic_fast.inference.predict import collect_files, predict_files
+from diffmic_fast.models import DiffMIC
 from diffmic_fast.training.trainer import Trainer, choose_device, make_dataset
 
 WARNING = (
     "These are synthetic images, drawn by a program. What is learned and measured here shows that "
     "the parts work; it says nothing about patients."
 )
-_SHEET = 6  # images on the demonstration's picture
-
-
-def demo_config(out: Path, preset: str = "demo") -> RunConfig:
-    """The demo preset, with the images as folders of classes below `out`/images."""
-    config = read_config(preset)
-    data = dataclasses.replace(
-        config.data,
-        kind="folder",
-        root=str(out / "images"),
-        train_table="train",
-        test_table="test",
-        synthetic_per_class=0,
-        synthetic_test_per_class=0,
-    )
-    return dataclasses.replace(config, data=data)
+_SHEET = 6  # images on the picture
 
 
 def run_demo(
     out: str | Path, *, device: str = "auto", preset: str = "demo", quiet: bool = False
 ) -> dict[str, Path]:
-    """Draw images, train, evaluate, predict a folder, draw the picture; returns what it wrote.
+    """Run the demonstration.
 
-    A second run in the same folder takes up the first where it stopped. Raises what Trainer does.
+    A second run in the same folder resumes the training of the first.
+
+    Args:
+        out: Folder for everything that is written.
+        device: As in `training.trainer.choose_device`.
+        preset: Preset or YAML file with the sizes.
+        quiet: Print nothing.
+
+    Returns:
+        The files and folders written, by name.
+
+    Raises:
+        TrainingError, Interrupted: As `Trainer.fit`.
     """
-    from diffmic_fast.data.sources import open_source
-
-    def say(text: str) -> None:
-        if not quiet:
-            print(text, flush=True)
-
+    say = (lambda text: None) if quiet else partial(print, flush=True)
     start = time.perf_counter()
     out = Path(out)
-    say(WARNING)
-    source = read_config(preset).data
-    config = demo_config(out, preset)
-    images = out / "images"
-    first = 0
-    for split, count in (
-        ("train", source.synthetic_per_class),
-        ("test", source.synthetic_test_per_class),
-    ):
-        write_dataset(
-            images / split, count, source.synthetic_size, source.synthetic_seed, first_index=first
-        )
-        first += count
-    say(f"drew {source.synthetic_per_class} training and {source.synthetic_test_per_class} test "
-        f"images of each grade in {images}")  # fmt: skip
-
-    run = out / "run"
-    resume = run / NAME if (run / NAME).exists() else None
-    trainer = Trainer(config, run, device=device, resume=resume, quiet=quiet)
-    checkpoint = trainer.fit()
-
-    model, names = load_model(checkpoint)
-    table = open_source(config.data, "test")
-    classes = names or table.classes
-    chosen = choose_device(device)
-    s = config.sampling
-    # The configured sampler first, then the published truncation and a short respaced chain.
-    methods = [ev.Method.of(s), ev.Method("ddpm_truncated", 60), ev.Method("ddim", 20)]
-    evaluation = ev.evaluate(
-        model,
-        make_dataset(config, table, train=False),
-        methods,
-        samples=s.samples,
-        seed=s.seed,
-        batch_size=s.batch_size,
-        device=chosen,
-    )
-    if not quiet:
-        evaluation.print()
     paths = {
-        "images": images,
-        "checkpoint": checkpoint,
-        "log": run / "log.csv",
+        "images": out / "images",
+        "checkpoint": out / "run" / NAME,
+        "log": out / "run" / "log.csv",
         "measures": out / "evaluation.json",
         "confusions": out / "confusion.png",
         "predictions": out / "predictions.csv",
         "picture": out / "picture.png",
     }
+    say(WARNING)
+    source = read_config(preset)
+    say(_draw_images(source, paths["images"]))
+    config = _on_files(source, paths["images"])
+    resume = paths["checkpoint"] if paths["checkpoint"].exists() else None
+    trainer = Trainer(config, out / "run", device=device, resume=resume, quiet=quiet)
+    model, classes = load_model(trainer.fit())
+    chosen = choose_device(device)
+    evaluation = _evaluate(model, config, chosen)
+    if not quiet:
+        evaluation.print()
     evaluation.save(paths["measures"])
     shown = evaluation.results[1]
-    save(draw_confusion(shown.metrics.confusion, classes, shown.method), paths["confusions"])
-
-    files = pr.collect_files([images / "test"])
-    # The picture shows files from all over the folder, not the first ones of one class.
-    chosen_files = files[len(files) // (2 * _SHEET) :: max(len(files) // _SHEET, 1)][:_SHEET]
-    predictions = pr.predict_files(
-        model, files, classes, config.data.augmentation, methods[0],
-        samples=s.samples, seed=s.seed, batch_size=s.batch_size, device=chosen,
-    )  # fmt: skip
-    pr.save(predictions, paths["predictions"])
-    pictures = pr.Pictures(
-        classes,
-        config.data.augmentation,
-        paths["picture"],
-        None,
-        truth={path: classes.index(path.parent.name) for path in chosen_files},
-        title="DiffMIC on synthetic fundus images (drawn by a program, not patients)",
-    )
-    pr.predict_files(
-        model, chosen_files, classes, config.data.augmentation, methods[0],
-        samples=s.samples, seed=s.seed, batch_size=s.batch_size, device=chosen,
-        explain=True, on_batch=pictures.add,
-    )  # fmt: skip
-    pictures.finish()
+    figure = draw_confusion(shown.metrics.confusion, evaluation.classes, shown.method)
+    save_figure(figure, paths["confusions"])
+    _predict(model, config, classes or evaluation.classes, paths, chosen)
     say(f"done in {time.perf_counter() - start:.0f} seconds; everything is in {out}:")
     for name, path in paths.items():
         say(f"  {name:<12} {path}")
     say(WARNING)
     return paths
+
+
+def _draw_images(config: RunConfig, folder: Path) -> str:
+    """Draw training and test images into folders of classes; returns a sentence about them."""
+    data = config.data
+    train, test = data.synthetic_per_class, data.synthetic_test_per_class
+    for split, count, first in (("train", train, 0), ("test", test, train)):
+        write_dataset(
+            folder / split, count, data.synthetic_size, data.synthetic_seed, first_index=first
+        )
+    return f"drew {train} training and {test} test images of each grade in {folder}"
+
+
+def _on_files(config: RunConfig, folder: Path) -> RunConfig:
+    """The configuration with the drawn images, read as any others."""
+    data = replace(
+        config.data,
+        kind="folder",
+        root=str(folder),
+        train_table="train",
+        test_table="test",
+        synthetic_per_class=0,
+        synthetic_test_per_class=0,
+    )
+    return replace(config, data=data)
+
+
+def _evaluate(model: DiffMIC, config: RunConfig, device: torch.device) -> Evaluation:
+    """Measure the configured sampler, the published truncation and a short respaced chain."""
+    options = SamplingOptions.from_config(config.sampling)
+    return evaluate(
+        model,
+        make_dataset(config, open_source(config.data, "test"), train=False),
+        [options, options.with_sampler("ddpm_truncated:60"), options.with_sampler("ddim:20")],
+        batch_size=config.sampling.batch_size,
+        device=device,
+    )
+
+
+def _predict(
+    model: DiffMIC,
+    config: RunConfig,
+    classes: tuple[str, ...],
+    paths: dict[str, Path],
+    device: torch.device,
+) -> None:
+    """Write the predictions for the test images, and a picture of a few of them."""
+    augmentation, sampling = config.data.augmentation, config.sampling
+    files = collect_files([paths["images"] / "test"])
+    # Evenly spaced, so that the picture shows every class.
+    few = files[len(files) // (2 * _SHEET) :: max(len(files) // _SHEET, 1)][:_SHEET]
+    pictures = Pictures(
+        classes,
+        augmentation,
+        paths["picture"],
+        truth={path: classes.index(path.parent.name) for path in few},
+        title="DiffMIC on synthetic fundus images (drawn by a program, not patients)",
+    )
+    predict = partial(
+        predict_files,
+        model,
+        classes=classes,
+        augmentation=augmentation,
+        options=SamplingOptions.from_config(sampling),
+        batch_size=sampling.batch_size,
+        device=device,
+    )
+    save(predict(files), paths["predictions"])
+    predict(few, on_batch=pictures.add)
+    pictures.finish()

@@ -1,4 +1,4 @@
-"""Pictures of predictions: the image, where the guidance model looked, and the label's way."""
+"""Figures of predictions and of confusion matrices."""
 
 from __future__ import annotations
 
@@ -18,23 +18,31 @@ from diffmic_fast.models import Prediction
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; then dashes for more classes.
+# The palette of Okabe and Ito, which colour-blind readers can tell apart; further classes have dashes.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1)))
+_HEADINGS = (
+    "saliency of\nthe predicted class",
+    "patches, most\nsalient first",
+    "trajectory of the label\n(mean and spread of samples)",
+    "result",
+)
 MAX_ROWS = 16
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One image's row of a picture.
+    """What `draw_predictions` shows of one image.
 
-    image: uint8 [H, W, 3], as the model saw it.
-    saliency: float [h, w], of the predicted class.
-    boxes: int [K, 4], patches as top, left, bottom, right in pixels.
-    trajectory: float [S, n + 1, C], label vectors of S samples from the chain's beginning to its
-        end; their mean is drawn as a line, their standard deviation as a band.
-    guidance, probabilities: float [C], of the guidance model alone and after the diffusion.
-    name: shown above the image; truth: the right class where it is known.
+    Attributes:
+        name: Shown above the image.
+        image: [H, W, 3], as the model saw it.
+        saliency: [h, w], of the predicted class.
+        boxes: [K, 4] patches in pixels: top, left, bottom, right.
+        trajectory: [S, n + 1, C], states of S chains. Their mean is drawn as a line, their standard deviation as a
+            band.
+        guidance, probabilities: [C], of the guidance model alone and after the diffusion.
+        truth: Number of the true class, or None.
     """
 
     name: str
@@ -46,6 +54,11 @@ class Panel:
     probabilities: NDArray[np.float32]
     truth: int | None = None
 
+    @property
+    def label(self) -> int:
+        """Number of the predicted class."""
+        return int(self.probabilities.argmax())
+
 
 def make_panels(
     images: Tensor,
@@ -55,13 +68,21 @@ def make_panels(
     std: Sequence[float],
     truths: Sequence[int] | None = None,
 ) -> list[Panel]:
-    """Panels of a batch of normalised images [B, 3, H, W] and their prediction.
+    """Make a panel for each image of a batch.
 
-    The prediction must carry trajectory, saliency and boxes; ValueError if it does not.
+    Args:
+        images: [B, 3, H, W], normalised by `mean` and `std`.
+        prediction: With trajectory, saliency and boxes.
+        names: B names to show.
+        mean, std: For each channel.
+        truths: B numbers of true classes, where they are known.
+
+    Raises:
+        ValueError: The prediction lacks trajectory, saliency or boxes.
     """
     if prediction.trajectory is None or prediction.saliency is None or prediction.boxes is None:
         raise ValueError(
-            "figure: the prediction wants trajectory, saliency and boxes; "
+            "figure: the prediction must have trajectory, saliency and boxes; "
             "call predict(..., trajectory=True, saliency=True, boxes=True)"
         )
     scale = torch.tensor(list(std)).view(1, 3, 1, 1)
@@ -69,12 +90,11 @@ def make_panels(
     pixels = ((images.float().cpu() * scale + shift) * 255).round().clamp(0, 255).byte()
     panels = []
     for i, name in enumerate(names):
-        label = int(prediction.label[i])
         panels.append(
             Panel(
                 name=name,
                 image=pixels[i].permute(1, 2, 0).numpy(),
-                saliency=prediction.saliency[i, label].float().cpu().numpy(),
+                saliency=prediction.saliency[i, int(prediction.label[i])].float().cpu().numpy(),
                 boxes=prediction.boxes[i].cpu().numpy(),
                 trajectory=prediction.trajectory[i].float().cpu().numpy(),
                 guidance=prediction.guidance[i, 0].float().cpu().numpy(),
@@ -85,6 +105,73 @@ def make_panels(
     return panels
 
 
+def draw_predictions(panels: Sequence[Panel], classes: Sequence[str], title: str = "") -> Figure:
+    """Draw a row for each image: image, saliency, patches, trajectory of the label, probabilities.
+
+    Raises:
+        ValueError: There are no panels, or more than `MAX_ROWS`.
+    """
+    rows = len(panels)
+    if not 1 <= rows <= MAX_ROWS:
+        raise ValueError(f"figure: there must be 1 to {MAX_ROWS} images, got {rows}")
+    figure = _new_figure(13.0, 2.25 * rows + 0.9)
+    axes = figure.subplots(rows, 5, squeeze=False, width_ratios=(1, 1, 1, 2.1, 1.5))
+    for row, panel in zip(axes, panels, strict=True):
+        _draw_image(row[0], panel, classes)
+        _draw_saliency(row[1], panel)
+        _draw_patches(row[2], panel)
+        for axis in row[:3]:
+            axis.set_xticks([])
+            axis.set_yticks([])
+        _draw_trajectory(row[3], panel)
+        _draw_probabilities(row[4], panel, classes)
+    for axis, heading in zip(axes[0, 1:], _HEADINGS, strict=True):
+        axis.set_title(heading, fontsize=9)
+    axes[-1, 3].set_xlabel("denoising steps done", fontsize=8)
+    axes[-1, 4].set_xlabel("probability (pale: guidance alone)", fontsize=8)
+    figure.legend(
+        handles=_legend(classes), loc="outside lower center", ncols=min(len(classes), 7),
+        fontsize=8, frameon=False,
+    )  # fmt: skip
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str], title: str = "") -> Figure:
+    """Draw a confusion matrix [C, C], rows true classes, columns predicted ones."""
+    side = 2.2 + 0.55 * len(classes)
+    figure = _new_figure(side + 0.6, side)
+    axis = figure.add_subplot()
+    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (i, j), count in np.ndenumerate(confusion):
+        axis.text(
+            j, i, str(count), ha="center", va="center", fontsize=8,
+            color="white" if share[i, j] > 0.5 else "black",
+        )  # fmt: skip
+    names = [_short(c, 18) for c in classes]
+    axis.set_xticks(range(len(classes)), names, rotation=45, ha="right", fontsize=8)
+    axis.set_yticks(range(len(classes)), names, fontsize=8)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    axis.set_title(title, fontsize=9)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG; an interrupted write leaves no file."""
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png")
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    """A figure of this size in inches, drawn without pyplot, whose figures are global state."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
 def _style(number: int) -> dict[str, Any]:
     return {
         "color": _COLOURS[number % len(_COLOURS)],
@@ -92,8 +179,18 @@ def _style(number: int) -> dict[str, Any]:
     }
 
 
-def _overlay(axis: Any, panel: Panel) -> None:
-    """Saliency in colour over the image in grey, opaque where the saliency is high."""
+def _draw_image(axis: Any, panel: Panel, classes: Sequence[str]) -> None:
+    axis.imshow(panel.image)
+    text, colour = f"{_short(panel.name, 26)}\n{_short(classes[panel.label], 18)}", "black"
+    if panel.truth == panel.label:
+        text, colour = f"{text} (right)", "#006644"
+    elif panel.truth is not None:
+        text, colour = f"{text},\nbut it is {_short(classes[panel.truth], 18)}", "#B00020"
+    axis.set_title(text, fontsize=8, color=colour)
+
+
+def _draw_saliency(axis: Any, panel: Panel) -> None:
+    """Saliency in colour over the image in grey, more opaque where it is higher."""
     height, width = panel.image.shape[:2]
     low, high = float(panel.saliency.min()), float(panel.saliency.max())
     heat = (panel.saliency - low) / (high - low) if high > low else np.zeros_like(panel.saliency)
@@ -105,12 +202,13 @@ def _overlay(axis: Any, panel: Panel) -> None:
     axis.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.15 + 0.5 * heat)
 
 
-def _patches(axis: Any, panel: Panel) -> None:
+def _draw_patches(axis: Any, panel: Panel) -> None:
+    """Boxes around the patches, numbered from the most salient one; equal boxes share their numbers' label."""
     from matplotlib.patches import Rectangle
 
     height, width = panel.image.shape[:2]
     axis.imshow(panel.image)
-    seen: dict[tuple[int, int], list[int]] = {}
+    numbers_at: dict[tuple[int, int], list[int]] = {}
     for number, (top, left, bottom, right) in enumerate(panel.boxes.tolist(), start=1):
         axis.add_patch(
             Rectangle(
@@ -118,8 +216,8 @@ def _patches(axis: Any, panel: Panel) -> None:
                 fill=False, edgecolor="white", linewidth=1.2,
             )
         )  # fmt: skip
-        seen.setdefault((top, left), []).append(number)
-    for (top, left), numbers in seen.items():
+        numbers_at.setdefault((top, left), []).append(number)
+    for (top, left), numbers in numbers_at.items():
         axis.text(
             left + 0.02 * width, top + 0.02 * height, ",".join(map(str, numbers)),
             color="black", fontsize=6, va="top", ha="left", clip_on=True,
@@ -129,130 +227,52 @@ def _patches(axis: Any, panel: Panel) -> None:
     axis.set_ylim(height - 0.5, -0.5)
 
 
-def _trajectory(axis: Any, panel: Panel, last: bool) -> None:
+def _draw_trajectory(axis: Any, panel: Panel) -> None:
+    """Mean and standard deviation of the label vectors over the samples, step by step."""
     samples, states, classes = panel.trajectory.shape
-    place = np.arange(states)
+    steps = np.arange(states)
     mean, std = panel.trajectory.mean(axis=0), panel.trajectory.std(axis=0)
-    winner = int(panel.probabilities.argmax())
     for c in range(classes):
+        winner = c == panel.label
         axis.plot(
-            place, mean[:, c], **_style(c), linewidth=1.8 if c == winner else 1.0,
-            zorder=3 if c == winner else 2,
+            steps, mean[:, c], **_style(c), linewidth=1.8 if winner else 1.0,
+            zorder=3 if winner else 2,
         )  # fmt: skip
         if samples > 1:
             axis.fill_between(
-                place, mean[:, c] - std[:, c], mean[:, c] + std[:, c],
+                steps, mean[:, c] - std[:, c], mean[:, c] + std[:, c],
                 color=_style(c)["color"], alpha=0.12, linewidth=0, zorder=1.5,
             )  # fmt: skip
     axis.axhline(0, color="0.8", linewidth=0.8, zorder=1)
     axis.axhline(1, color="0.8", linewidth=0.8, zorder=1)
     axis.set_xlim(0, states - 1)
     axis.set_ylabel("label $y_t$", fontsize=8)
-    if last:
-        axis.set_xlabel("denoising steps done", fontsize=8)
     axis.tick_params(labelsize=7)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
-def _bars(axis: Any, panel: Panel, classes: Sequence[str], last: bool) -> None:
-    places = np.arange(len(classes))
+def _draw_probabilities(axis: Any, panel: Panel, classes: Sequence[str]) -> None:
+    """Bars of each class after the diffusion, and paler those of the guidance model alone."""
+    rows = np.arange(len(classes))
     colours = [_style(c)["color"] for c in range(len(classes))]
-    axis.barh(places - 0.2, panel.probabilities, height=0.38, color=colours)
-    axis.barh(places + 0.2, panel.guidance, height=0.38, color=colours, alpha=0.35)
-    axis.set_yticks(places, [_short(c, 16) for c in classes], fontsize=7)
+    axis.barh(rows - 0.2, panel.probabilities, height=0.38, color=colours)
+    axis.barh(rows + 0.2, panel.guidance, height=0.38, color=colours, alpha=0.35)
+    axis.set_yticks(rows, [_short(c, 16) for c in classes], fontsize=7)
     axis.invert_yaxis()
     axis.set_xlim(0, 1)
     axis.tick_params(axis="x", labelsize=7)
-    if last:
-        axis.set_xlabel("probability (pale: guidance alone)", fontsize=8)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(classes: Sequence[str]) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    return [
+        Line2D([], [], linewidth=2, label=_short(name, 24), **_style(c))
+        for c, name in enumerate(classes)
+    ]
 
 
 def _short(text: str, length: int) -> str:
+    """The end of a text, at most `length` characters."""
     return text if len(text) <= length else f"…{text[1 - length :]}"
-
-
-def draw_predictions(panels: Sequence[Panel], classes: Sequence[str], title: str = "") -> Figure:
-    """A figure with a row an image: image, saliency, patches, the label's way, probabilities.
-
-    At most MAX_ROWS images; ValueError for none or more.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    if not 1 <= len(panels) <= MAX_ROWS:
-        raise ValueError(f"figure: wants 1 to {MAX_ROWS} images, got {len(panels)}")
-    rows = len(panels)
-    figure = Figure(figsize=(13.0, 2.25 * rows + 0.9), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(rows, 5, width_ratios=(1, 1, 1, 2.1, 1.5))
-    headings = ("", "saliency of\nthe predicted class", "patches, most\nsalient first",
-                "the label on its way\n(mean and spread of samples)", "result")  # fmt: skip
-    for row, panel in enumerate(panels):
-        last = row == rows - 1
-        axes = [figure.add_subplot(grid[row, column]) for column in range(5)]
-        axes[0].imshow(panel.image)
-        winner = int(panel.probabilities.argmax())
-        text = f"{_short(panel.name, 26)}\n{_short(classes[winner], 18)}"
-        colour = "black"
-        if panel.truth is not None:
-            right = panel.truth == winner
-            text += " (right)" if right else f",\nbut it is {_short(classes[panel.truth], 18)}"
-            colour = "#006644" if right else "#B00020"
-        axes[0].set_title(text, fontsize=8, color=colour)
-        _overlay(axes[1], panel)
-        _patches(axes[2], panel)
-        for axis in axes[:3]:
-            axis.set_xticks([])
-            axis.set_yticks([])
-        _trajectory(axes[3], panel, last)
-        _bars(axes[4], panel, classes, last)
-        if row == 0:
-            for axis, heading in zip(axes[1:], headings[1:], strict=True):
-                axis.set_title(heading, fontsize=9)
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], linewidth=2, label=_short(n, 24), **_style(c))
-               for c, n in enumerate(classes)]  # fmt: skip
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(classes), 7), fontsize=8,
-        frameon=False,
-    )  # fmt: skip
-    if title:
-        figure.suptitle(title, fontsize=10)
-    return figure
-
-
-def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str], title: str = "") -> Figure:
-    """A figure of a confusion matrix [C, C]: rows true classes, columns predicted ones."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    side = 2.2 + 0.55 * len(classes)
-    figure = Figure(figsize=(side + 0.6, side), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.add_subplot()
-    totals = np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    share = confusion / totals
-    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for i in range(len(classes)):
-        for j in range(len(classes)):
-            axis.text(
-                j, i, str(confusion[i, j]), ha="center", va="center", fontsize=8,
-                color="white" if share[i, j] > 0.5 else "black",
-            )  # fmt: skip
-    names = [_short(c, 18) for c in classes]
-    axis.set_xticks(range(len(classes)), names, rotation=45, ha="right", fontsize=8)
-    axis.set_yticks(range(len(classes)), names, fontsize=8)
-    axis.set_xlabel("predicted")
-    axis.set_ylabel("true")
-    axis.set_title(title, fontsize=9)
-    return figure
-
-
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png")

@@ -21,9 +21,10 @@ from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.data.table import ImageTable
 from diffmic_fast.data.transforms import evaluation_transform, training_transform
+from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.distributed.fsdp import undivided
 from diffmic_fast.distributed.processes import current
-from diffmic_fast.inference.evaluate import Evaluation, Method, evaluate
+from diffmic_fast.inference.evaluate import Evaluation, evaluate
 from diffmic_fast.inference.metrics import NAMES
 from diffmic_fast.models import DiffMIC
 from diffmic_fast.training.interruption import Interrupted, Interruption, ignore_in_worker
@@ -444,9 +445,7 @@ class Trainer:
             self.last_evaluation = evaluate(
                 self.model,
                 self.validation,
-                [Method.of(s)] if joint else [],
-                samples=s.samples,
-                seed=s.seed,
+                [SamplingOptions.from_config(s)] if joint else [],
                 batch_size=s.batch_size,
                 workers=self.config.data.workers,
                 device=self.device,

@@ -18,7 +18,7 @@ from diffmic_fast.config.data import AugmentationConfig
 from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.data.table import ArrayImage, ImageEntry, ImageTable
 from diffmic_fast.data.transforms import evaluation_transform
-from diffmic_fast.inference.evaluate import Method
+from diffmic_fast.diffusion.sampling_options import SamplingOptions
 
 SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[2])
 
@@ -62,7 +62,7 @@ def test_a_small_model(precision_labels):
         ImageTable(("no", "yes"), entries), evaluation_transform(32, AugmentationConfig())
     )
     results = precision_labels.agreements(
-        model, dataset, Method("ddim", 3), batch_size=2, precisions=("fp32", "bf16")
+        model, dataset, SamplingOptions("ddim", 3), batch_size=2, precisions=("fp32", "bf16")
     )
     assert [r.precision for r in results] == ["bf16"] and results[0].images == 5
     assert 0 < results[0].largest < 0.1 and results[0].mean < results[0].largest

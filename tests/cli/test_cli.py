@@ -1,4 +1,4 @@
-"""The command line, end to end on a few small images, and what it says when something is wrong."""
+"""The command line, end to end on a few small images, and its error messages."""
 
 import csv
 import json
@@ -48,7 +48,7 @@ def work(tmp_path_factory):
     return root
 
 
-def test_train_writes_a_run(work):
+def test_train_writes_checkpoint_and_log(work):
     assert (work / "run" / "ckpt.pth").is_file()
     with open(work / "run" / "log.csv", newline="") as file:
         assert [r["epoch"] for r in csv.DictReader(file)] == ["0", "1"]
@@ -70,7 +70,7 @@ def test_evaluate_prints_a_table_and_writes_files(work, tmp_path, capsys):
         assert picture.format == "PNG"
 
 
-def test_predict_with_a_corrupt_image_writes_the_good_ones_and_exits_3(work, tmp_path, capsys):
+def test_predict_skips_an_unreadable_image_and_exits_with_3(work, tmp_path, capsys):
     folder = tmp_path / "mixed"
     folder.mkdir()
     good = (work / "images/test/dark/0.png").read_bytes()
@@ -93,13 +93,13 @@ def test_predict_with_a_corrupt_image_writes_the_good_ones_and_exits_3(work, tmp
     assert picture.is_file() and len(list((tmp_path / "each").iterdir())) == 2
 
 
-def test_predict_to_standard_output_is_csv_alone(work, capsys):
+def test_predict_prints_csv_alone_to_standard_output(work, capsys):
     assert main(["predict", str(work / "run"), str(work / "images/test/light")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("file,label,class,probability_dark") and len(lines) == 3
 
 
-def test_predict_with_nothing_readable_fails_and_writes_nothing(work, tmp_path, capsys):
+def test_predict_without_a_readable_image_fails_and_writes_nothing(work, tmp_path, capsys):
     (tmp_path / "x.png").write_text("no image")
     out = tmp_path / "p.json"
     assert main(["predict", str(work / "run"), str(tmp_path / "x.png"), "--out", str(out)]) == 1
@@ -107,8 +107,8 @@ def test_predict_with_nothing_readable_fails_and_writes_nothing(work, tmp_path, 
     assert not out.exists()
 
 
-def test_published_files_with_a_configuration(work, tmp_path, capsys):
-    """A checkpoint without our extras: needs --config, then works; its labels are numbers."""
+def test_published_checkpoints_need_a_configuration(work, tmp_path, capsys):
+    """A checkpoint without the extras of this package; its classes are named by numbers."""
     parts = torch.load(work / "run" / "ckpt.pth", weights_only=True)
     del parts[1]["diffmic_fast"]
     torch.save(parts, tmp_path / "published.pth")
@@ -121,7 +121,7 @@ def test_published_files_with_a_configuration(work, tmp_path, capsys):
 
 
 def one_error(capsys, argv, *parts):
-    """The command exits with 2 and a single line that holds all parts."""
+    """Assert that the command exits with 2 and prints a single line that contains all parts."""
     assert main(argv) == 2
     err = capsys.readouterr().err.strip()
     assert err.startswith("error: ") and "\n" not in err
@@ -129,7 +129,7 @@ def one_error(capsys, argv, *parts):
         assert part in err
 
 
-def test_bad_input_is_one_clear_line(work, tmp_path, capsys):
+def test_bad_input_is_one_line(work, tmp_path, capsys):
     run, config = str(work / "run"), str(work / "c.yml")
     new = str(tmp_path / "new")
     train = ["train", "--config", config, "--out", new]
@@ -146,7 +146,9 @@ def test_bad_input_is_one_clear_line(work, tmp_path, capsys):
     one_error(capsys, ["evaluate", str(tmp_path / "text.pth")], "is no checkpoint")
     one_error(capsys, ["evaluate", run, "--set", "model.classes=4"], "classes 2", "says 4")
     one_error(capsys, ["evaluate", run, "--set", "model.timesteps=99"], "timesteps 10", "says 99")
-    one_error(capsys, ["evaluate", run, "--sampler", "ddim:500"], "steps from 1 to 10")
+    one_error(
+        capsys, ["evaluate", run, "--sampler", "ddim:500"], "steps must be in [1, 10]", "got 500"
+    )
     one_error(capsys, ["evaluate", run, "--split", "validation"], "validation")
     one_error(capsys, ["predict", run, str(tmp_path / "empty")], "there is no image file in")
     one_error(capsys, ["predict", run, str(tmp_path / "gone")], "no folder", str(tmp_path / "gone"))
@@ -167,17 +169,19 @@ def test_bad_input_is_one_clear_line(work, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("auto_backend")
-def test_a_precision_that_is_not_served_here_is_one_clear_line(work, capsys):
+def test_a_precision_without_a_backend_is_one_line(work, capsys):
     one_error(capsys, ["predict", str(work / "run"), str(work / "images/test/light"),
                        "--device", "cpu", "--precision", "fp8"],
               "precision='fp8' needs a backend that has it (cuda, cuda-emulated)", "served by")  # fmt: skip
 
 
-def test_precisions_are_those_of_the_chain():
-    commands = next(a for a in make_parser()._actions if isinstance(a.choices, dict)).choices
-    for name in ("predict", "evaluate"):
-        (option,) = (a for a in commands[name]._actions if "--precision" in a.option_strings)
-        assert option.choices == PRECISIONS
+@pytest.mark.parametrize("command", [["predict", "x", "y"], ["evaluate", "x"]])
+def test_precisions_are_those_of_the_chain(command, capsys):
+    for precision in PRECISIONS:
+        assert make_parser().parse_args([*command, "--precision", precision]).precision == precision
+    with pytest.raises(SystemExit):
+        make_parser().parse_args([*command, "--precision", "fp16"])
+    assert f"choose from {', '.join(PRECISIONS)}" in capsys.readouterr().err.replace("'", "")
 
 
 def test_debug_shows_the_traceback(work):
@@ -190,19 +194,19 @@ def test_usage_errors_exit_with_2(capsys):
         with pytest.raises(SystemExit) as stop:
             main(argv)
         assert stop.value.code == 2
-    assert "wants a positive whole number" in capsys.readouterr().err
+    assert "must be a positive whole number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_resumes_to_the_same_numbers(work, tmp_path, signum):
-    """Ctrl-C and SIGTERM to a real process; then --resume from the command line."""
+    """Ctrl-C and SIGTERM to a process of its own, then --resume."""
     unbroken = work / "unbroken"
     config = str(work / "long.yml")
     if not unbroken.exists():
         assert main(["train", "--config", config, "--out", str(unbroken), "--threads", "1"]) == 0
     command = [sys.executable, "-m", "diffmic_fast", "train", "--config", config]
     command += ["--out", str(tmp_path), "--threads", "1"]
-    # A shell in the background would have SIGINT ignored; the child must start with the default.
+    # A background job of a shell ignores SIGINT; the child must start with the default.
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -231,10 +235,10 @@ def test_info_names_the_package_version(capsys):
     assert diffmic_fast.__version__ in capsys.readouterr().out
 
 
-def test_without_torch_info_is_one_line_that_says_how_to_install_it():
+def test_info_without_torch_is_one_line_with_the_remedy():
     code = """if True:
         import runpy, sys
-        sys.modules["torch"] = None  # an import of it fails
+        sys.modules["torch"] = None  # importing it fails
         sys.argv = ["diffmic_fast", "info"]
         runpy.run_module("diffmic_fast", run_name="__main__")
     """
@@ -246,7 +250,7 @@ def test_without_torch_info_is_one_line_that_says_how_to_install_it():
 
 @pytest.mark.skipif(not (SOURCE / "README.md").is_file(), reason="no source tree: DIFFMIC_SOURCE")
 def test_the_first_training_command_of_the_readme_needs_no_data(tmp_path, monkeypatch):
-    """It runs in an empty folder, here on a smaller model and fewer images."""
+    """In an empty folder, with a smaller model and fewer images."""
     monkeypatch.chdir(tmp_path)
     readme = (SOURCE / "README.md").read_text(encoding="utf-8").splitlines()
     command = next(line for line in readme if line.startswith("diffmic-fast train "))

@@ -1,4 +1,4 @@
-"""The demonstration, made small."""
+"""The demonstration, with a small model."""
 
 import csv
 import functools
@@ -29,7 +29,7 @@ def preset(tmp_path):
     return str(path)
 
 
-def test_demo_makes_everything_it_names(preset, tmp_path, capsys):
+def test_demo_writes_every_file_that_it_returns(preset, tmp_path, capsys):
     paths = run_demo(tmp_path / "out", preset=preset, device="cpu")
     assert all(p.exists() for p in paths.values())
     out = capsys.readouterr().out
@@ -43,20 +43,20 @@ def test_demo_makes_everything_it_names(preset, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_stopped_demo_goes_on_with_the_same_command(preset, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_demo_resumes_with_the_same_command(preset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "run_demo", functools.partial(run_demo, preset=preset))
     command = ["demo", "--out", str(tmp_path / "out"), "--device", "cpu"]
 
-    def strike(epoch, step):
+    def interrupt(epoch, step):
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "Trainer", functools.partial(demo.Trainer, on_step=strike))
+        patch.setattr(demo, "Trainer", functools.partial(demo.Trainer, on_step=interrupt))
         assert main(command) == 128 + signal.SIGTERM
     err = capsys.readouterr().err
     assert "interrupted in epoch 1 of 2, after 1 steps" in err
     assert err.endswith("ckpt.pth, go on with the same command\n") and "--resume" not in err
     assert main(command) == 0
-    # The interrupted epoch went on after its first step: every epoch has one row.
+    # The interrupted epoch resumed after its first step: every epoch has one row.
     with open(tmp_path / "out" / "run" / "log.csv", newline="") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1"]

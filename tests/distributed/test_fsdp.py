@@ -17,9 +17,10 @@ from diffmic_fast.checkpoint import NAME, load_model
 from diffmic_fast.config.run import RunConfig
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.diffusion import make_steps as make_table
+from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.distributed.fsdp import divide, own_share, undivided, whole
 from diffmic_fast.distributed.processes import Processes
-from diffmic_fast.inference.evaluate import Method, evaluate
+from diffmic_fast.inference.evaluate import evaluate
 from diffmic_fast.models import DiffMIC, DiffMICConfig
 from diffmic_fast.ops.denoise import denoise
 from diffmic_fast.training.interruption import Interrupted
@@ -60,9 +61,7 @@ def test_a_run_of_divided_weights(shared_config: RunConfig, tmp_path: Path) -> N
     model, _ = load_model(divided / NAME)
     dataset = make_dataset(config, open_source(config.data, "validation"), train=False)
     s = config.sampling
-    again = evaluate(
-        model, dataset, [Method.of(s)], samples=s.samples, seed=s.seed, batch_size=s.batch_size
-    )
+    again = evaluate(model, dataset, [SamplingOptions.from_config(s)], batch_size=s.batch_size)
     for result, seen in zip(again.results, last, strict=True):
         torch.testing.assert_close(
             torch.as_tensor(result.probabilities), torch.as_tensor(seen), rtol=1e-4, atol=1e-5

@@ -18,12 +18,13 @@ from training_runs import TOGETHER, assert_same_run, rows, with_training
 from diffmic_fast.checkpoint import NAME, load_model
 from diffmic_fast.config.run import RunConfig
 from diffmic_fast.data.sources import open_source
+from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.distributed.processes import (
     Processes,
     sizes,
     started,
 )
-from diffmic_fast.inference.evaluate import Method, evaluate
+from diffmic_fast.inference.evaluate import evaluate
 from diffmic_fast.inference.predict import predict_files
 from diffmic_fast.models import DiffMIC
 from diffmic_fast.training.interruption import Interrupted
@@ -79,14 +80,14 @@ def run_whole(rank: int, config: RunConfig, folder: Path, files: list[Path]) -> 
 
 def whole_evaluation(model: DiffMIC, config: RunConfig) -> Any:
     dataset = make_dataset(config, open_source(config.data, "validation"), train=False)
-    found = evaluate(model, dataset, [Method("ddim", 3)], samples=2, batch_size=2)
+    found = evaluate(model, dataset, [SamplingOptions("ddim", 3, samples=2)], batch_size=2)
     return found.labels, [result.probabilities for result in found.results]
 
 
 def whole_prediction(model: DiffMIC, config: RunConfig, files: list[Path]) -> Any:
     classes = ("blue", "green", "red")
     return predict_files(
-        model, files, classes, config.data.augmentation, Method("ddim", 3), batch_size=2
+        model, files, classes, config.data.augmentation, SamplingOptions("ddim", 3), batch_size=2
     )
 
 

@@ -1,19 +1,25 @@
-"""Evaluation: guidance and samplers side by side, independent of batches, and its outputs."""
+"""Evaluation: the guidance model and samplers side by side, batch invariance, outputs."""
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from diffmic_fast.data.sources import open_source
-from diffmic_fast.inference.evaluate import GUIDANCE, Method, evaluate
+from diffmic_fast.diffusion.sampling_options import SamplingOptions
+from diffmic_fast.inference.evaluate import GUIDANCE, evaluate
 from diffmic_fast.inference.metrics import compute_metrics
 from diffmic_fast.models import DiffMIC
 from diffmic_fast.training.trainer import make_dataset
 
-METHODS = [Method("ddpm"), Method("ddpm_truncated", 5), Method("ddim", 3, 0.5)]
+METHODS = [
+    SamplingOptions("ddpm"),
+    SamplingOptions("ddpm_truncated", 5),
+    SamplingOptions("ddim", 3, 0.5),
+]
 
 
 @pytest.fixture
@@ -28,7 +34,9 @@ def dataset(config):
 
 
 def test_guidance_and_samplers_side_by_side(model, dataset):
-    result = evaluate(model, dataset, METHODS, samples=2, seed=3, batch_size=4)
+    result = evaluate(
+        model, dataset, [replace(m, samples=2, seed=3) for m in METHODS], batch_size=4
+    )
     assert [r.method for r in result.results] == [
         GUIDANCE, "ddpm", "ddpm_truncated 5", "ddim 3 eta 0.5",
     ]  # fmt: skip
@@ -50,7 +58,7 @@ def test_results_do_not_depend_on_the_batch_size(model, dataset):
     one, three = (evaluate(model, dataset, METHODS, batch_size=b) for b in (1, 4))
     for a, b in zip(one.results, three.results, strict=True):
         np.testing.assert_allclose(a.probabilities, b.probabilities, atol=1e-5)
-    other = evaluate(model, dataset, METHODS[:1], seed=1)
+    other = evaluate(model, dataset, [SamplingOptions("ddpm", seed=1)])
     assert not np.allclose(other.results[1].probabilities, one.results[1].probabilities)
 
 
@@ -75,23 +83,12 @@ def test_a_missing_class_is_explained_in_the_table(model, dataset, config):
     assert result.to_dict()["results"][0]["auc_ovo"] is None
 
 
-def test_methods_by_name():
-    assert Method.parse("ddim:20:0.5") == Method("ddim", 20, 0.5)
-    assert Method.parse("ddpm") == Method("ddpm")
-    for text, message in (
-        ("ddmp:3", "NAME one of ddpm"),
-        ("ddim:many", "want numbers"),
-        ("ddpm_truncated:3:0.5", "only ddim has an eta"),
-        ("ddim:1:2:3", "NAME one of"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Method.parse(text)
-
-
-def test_bad_calls(model, dataset, config):
-    with pytest.raises(ValueError, match="steps from 1 to 12"):
-        evaluate(model, dataset, [Method("ddim", 13)])
-    with pytest.raises(ValueError, match="walks all 12 timesteps, got steps 5"):
-        evaluate(model, dataset, [Method("ddpm", 5)])
-    with pytest.raises(ValueError, match="steps from 1 to 12"):
-        evaluate(model, dataset, [Method("ddpm_truncated")])
+def test_methods_must_fit_the_model_and_each_other(model, dataset):
+    with pytest.raises(ValueError, match=r"steps must be in \[1, 12\] .* got 13"):
+        evaluate(model, dataset, [SamplingOptions("ddim", 13)])
+    with pytest.raises(ValueError, match="walks all 12 timesteps, got steps=5"):
+        evaluate(model, dataset, [SamplingOptions("ddpm", 5)])
+    for name, value in (("samples", 2), ("seed", 1), ("precision", "bf16"), ("compile", True)):
+        other = replace(METHODS[1], **{name: value})
+        with pytest.raises(ValueError, match=f"{name} must be the same for all methods"):
+            evaluate(model, dataset, [METHODS[0], other])

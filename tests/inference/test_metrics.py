@@ -1,4 +1,4 @@
-"""Measures against values worked out by hand and by definition."""
+"""Measures against values computed by hand."""
 
 import json
 import math
@@ -15,7 +15,7 @@ def one_hot(predicted, classes=3, sure=0.8):
     return p
 
 
-def test_by_hand():
+def test_measures_of_three_classes():
     labels = np.array([0, 0, 1, 1, 2, 2])
     predicted = np.array([0, 1, 1, 1, 2, 0])
     m = compute_metrics(one_hot(predicted), labels)
@@ -33,19 +33,19 @@ def test_by_hand():
 def test_calibration_error_bins():
     p = np.array([[0.55, 0.45], [0.57, 0.43], [0.95, 0.05], [1.0, 0.0]])
     labels = np.array([0, 1, 0, 1])
-    # Bins of width 1/15: 0.55 and 0.57 share (8/15, 9/15], 0.95 and 1.0 the last one.
+    # Bins of width 1/15: 0.55 and 0.57 are in (8/15, 9/15], 0.95 and 1.0 in the last one.
     by_hand = (abs(0.55 + 0.57 - 1) + abs(1.95 - 1)) / 4
     assert expected_calibration_error(p, labels) == pytest.approx(by_hand)
 
 
-def test_auc_is_perfect_and_binary():
+def test_auc_of_a_perfect_and_of_a_binary_classifier():
     labels = np.array([0, 1, 2, 0, 1, 2])
     assert compute_metrics(one_hot(labels), labels).auc_ovo == 1.0
     p = np.array([[0.9, 0.1], [0.4, 0.6], [0.6, 0.4], [0.2, 0.8]])
     assert compute_metrics(p, np.array([0, 0, 1, 1])).auc_ovo == pytest.approx(0.75)
 
 
-def test_missing_class_gives_nan_with_the_reason():
+def test_a_missing_class_gives_nan_and_the_reason():
     m = compute_metrics(one_hot([0, 1, 1]), np.array([0, 1, 1]))
     assert math.isnan(m.auc_ovo) and "no image of class 2" in m.notes["auc_ovo"]
     assert m.accuracy == 1.0 and m.macro_f1 == 1.0
@@ -57,16 +57,16 @@ def test_missing_class_gives_nan_with_the_reason():
 @pytest.mark.parametrize(
     ("probabilities", "labels", "message"),
     [
-        ([[np.nan, 1.0]], [0], "not-a-number"),
+        ([[np.nan, 1.0]], [0], "must be finite, got NaN or infinity in 1 of 1 rows"),
         ([[0.7, 0.7]], [0], "add up to 1"),
         ([[1.2, -0.2]], [0], "at least 0"),
         ([[0.5, 0.5]], [2], "labels must be in 0..1, got 2..2"),
         ([[0.5, 0.5]], [0.0], "labels must be whole numbers"),
         ([[0.5, 0.5]], [0, 1], "labels must be whole numbers"),
         ([[1.0]], [0], "C >= 2"),
-        (np.zeros((0, 2)), np.zeros(0, dtype=np.int64), "no images"),
+        (np.zeros((0, 2)), np.zeros(0, dtype=np.int64), "at least one image"),
     ],
 )
-def test_bad_input(probabilities, labels, message):
+def test_bad_input_is_rejected(probabilities, labels, message):
     with pytest.raises(ValueError, match=message):
         compute_metrics(np.array(probabilities), np.array(labels))

@@ -8,9 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from diffmic_fast.inference import figures as figure
-from diffmic_fast.inference import predict as pr
-from diffmic_fast.inference.evaluate import Method
+from diffmic_fast.diffusion.sampling_options import SamplingOptions
+from diffmic_fast.inference.figures import (
+    draw_confusion,
+    draw_predictions,
+    make_panels,
+    save_figure,
+)
+from diffmic_fast.inference.output import save
+from diffmic_fast.inference.pictures import Pictures
+from diffmic_fast.inference.predict import collect_files, predict_files
 from diffmic_fast.models import DiffMIC
 
 NAMES = ("blue", "green", "red")
@@ -22,14 +29,13 @@ def model(config):
     return DiffMIC(config.model).eval()
 
 
-def run(model, config, files, **options):
-    return pr.predict_files(
-        model, files, NAMES, config.data.augmentation, Method("ddim", 3), **options
-    )
+def run(model, config, files, samples=1, **options):
+    sampling = SamplingOptions("ddim", 3, samples=samples)
+    return predict_files(model, files, NAMES, config.data.augmentation, sampling, **options)
 
 
-def test_rows_follow_the_files_and_do_not_depend_on_batches(model, config, images):
-    files = pr.collect_files([images / "test"])
+def test_rows_are_in_the_order_of_the_files_and_batch_invariant(model, config, images):
+    files = collect_files([images / "test"])
     assert len(files) == 6 and files == sorted(files)
     many = run(model, config, files, samples=3, batch_size=4)
     single = [run(model, config, [f], samples=3).rows[0] for f in files]
@@ -41,13 +47,13 @@ def test_rows_follow_the_files_and_do_not_depend_on_batches(model, config, image
         assert max(a.spread) > 0
 
 
-def test_unreadable_files_are_data_not_exceptions(model, config, images, tmp_path):
-    good = pr.collect_files([images / "test" / "red"])
+def test_unreadable_files_are_listed(model, config, images, tmp_path):
+    good = collect_files([images / "test" / "red"])
     cut = tmp_path / "cut.png"
     cut.write_bytes(good[0].read_bytes()[:200])
     text = tmp_path / "text.jpg"
     text.write_text("no image")
-    files = pr.collect_files([cut, good[0], tmp_path / "nothere.png", text, good[1]])
+    files = collect_files([cut, good[0], tmp_path / "nothere.png", text, good[1]])
     result = run(model, config, files, batch_size=2)
     assert [r.file for r in result.rows] == [str(g) for g in good]
     assert [f for f, _ in result.unreadable] == [
@@ -56,20 +62,20 @@ def test_unreadable_files_are_data_not_exceptions(model, config, images, tmp_pat
     assert "no such file" in result.unreadable[1][1]
 
 
-def test_collecting(images, tmp_path):
-    twice = pr.collect_files([images / "test" / "red", images / "test" / "red" / "red_00.png"])
+def test_files_are_collected_once(images, tmp_path):
+    twice = collect_files([images / "test" / "red", images / "test" / "red" / "red_00.png"])
     assert len(twice) == 2
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match="there is no image file in"):
-        pr.collect_files([tmp_path])
+        collect_files([tmp_path])
     with pytest.raises(ValueError, match="no files"):
-        pr.collect_files([])
+        collect_files([])
 
 
-def test_csv_and_json_hold_the_same(model, config, images, tmp_path):
-    result = run(model, config, pr.collect_files([images / "test" / "blue"]), samples=2)
-    pr.save(result, tmp_path / "p.csv")
-    pr.save(result, tmp_path / "p.json")
+def test_csv_and_json_have_the_same_values(model, config, images, tmp_path):
+    result = run(model, config, collect_files([images / "test" / "blue"]), samples=2)
+    save(result, tmp_path / "p.csv")
+    save(result, tmp_path / "p.json")
     with open(tmp_path / "p.csv", newline="") as file:
         table = list(csv.DictReader(file))
     value = json.loads((tmp_path / "p.json").read_text())
@@ -83,21 +89,20 @@ def test_csv_and_json_hold_the_same(model, config, images, tmp_path):
                 record["probabilities"][name], abs=1e-6
             )
             assert float(row[f"spread_{name}"]) == pytest.approx(record["spread"][name], abs=1e-6)
-    with pytest.raises(ValueError, match=r"\.csv or \.json, got .*p\.txt"):
-        pr.save(result, tmp_path / "p.txt")
+    with pytest.raises(ValueError, match=r"must end in \.csv or \.json, got .*p\.txt"):
+        save(result, tmp_path / "p.txt")
 
 
-def test_pictures(model, config, images, tmp_path):
-    files = pr.collect_files([images / "test"])
-    pictures = pr.Pictures(NAMES, config.data.augmentation, tmp_path / "a.png", tmp_path / "each")
-    run(model, config, files, batch_size=4, explain=True, on_batch=pictures.add)
+def test_pictures_show_the_images_that_the_model_saw(model, config, images, tmp_path):
+    files = collect_files([images / "test"])
+    pictures = Pictures(NAMES, config.data.augmentation, tmp_path / "a.png", tmp_path / "each")
+    run(model, config, files, batch_size=4, on_batch=pictures.add)
     pictures.finish()
     with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.format == "PNG" and sheet.height > 1000
         assert len(np.unique(np.asarray(sheet))) > 50
     each = sorted(p.name for p in (tmp_path / "each").iterdir())
     assert len(each) == 6 and each[0] == "00000_blue_00.png"
-    # The panel shows the pixels that the model saw.
     shown = pictures.panels[0].image
     with Image.open(files[0]) as original:
         small = np.asarray(original.resize((32, 32), Image.Resampling.BILINEAR), dtype=float)
@@ -105,17 +110,17 @@ def test_pictures(model, config, images, tmp_path):
     assert shown.shape == (32, 32, 3)
 
 
-def test_figures_refuse_what_they_cannot_draw(model, config):
+def test_bad_input_is_rejected(model, config):
     plain = model.predict(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(ValueError, match="wants trajectory, saliency and boxes"):
-        figure.make_panels(torch.zeros(1, 3, 32, 32), plain, ["a"], (0, 0, 0), (1, 1, 1))
-    with pytest.raises(ValueError, match="wants 1 to 16 images, got 0"):
-        figure.draw_predictions([], NAMES)
-    with pytest.raises(ValueError, match="2 class names for a model of 3"):
-        pr.predict_files(model, [], NAMES[:2], config.data.augmentation, Method("ddim", 3))
+    with pytest.raises(ValueError, match="must have trajectory, saliency and boxes"):
+        make_panels(torch.zeros(1, 3, 32, 32), plain, ["a"], (0, 0, 0), (1, 1, 1))
+    with pytest.raises(ValueError, match="must be 1 to 16 images, got 0"):
+        draw_predictions([], NAMES)
+    with pytest.raises(ValueError, match=r"must be 3 class names, .* got 2"):
+        predict_files(model, [], NAMES[:2], config.data.augmentation, SamplingOptions("ddim", 3))
 
 
-def test_confusion_matrix_as_a_picture(tmp_path):
-    figure.save(figure.draw_confusion(np.array([[3, 1], [0, 4]]), ("a", "b")), tmp_path / "c.png")
+def test_confusion_matrix_is_drawn(tmp_path):
+    save_figure(draw_confusion(np.array([[3, 1], [0, 4]]), ("a", "b")), tmp_path / "c.png")
     with Image.open(tmp_path / "c.png") as picture:
         assert picture.width > 200

@@ -1,0 +1,188 @@
+"""The commands of the command line that need a model; each returns the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from diffmic_fast import demo
+from diffmic_fast.checkpoint import NAME, load_model, read_checkpoint
+from diffmic_fast.cli import EXIT_FAILED, EXIT_UNREADABLE
+from diffmic_fast.config.run import RunConfig, read_config
+from diffmic_fast.config.schema import merge, parse_override
+from diffmic_fast.data.sources import open_source
+from diffmic_fast.diffusion.sampling_options import SamplingOptions
+from diffmic_fast.distributed.processes import current, started
+from diffmic_fast.inference.evaluate import evaluate
+from diffmic_fast.inference.figures import draw_confusion, save_figure
+from diffmic_fast.inference.output import check_suffix, save, to_csv
+from diffmic_fast.inference.pictures import Pictures
+from diffmic_fast.inference.predict import Predictions, collect_files, predict_files
+from diffmic_fast.training.trainer import Trainer, choose_device, make_dataset
+
+
+def _train(args: argparse.Namespace) -> int:
+    resume = None
+    if args.resume is not None:
+        resume = _checkpoint(args.resume) if args.resume else Path(args.out) / NAME
+    if args.config is None and resume is None:
+        raise ValueError("train: give --config (a preset or a YAML file), or --resume")
+    config = _config(args, resume)
+    with started(args.device) as device:
+        trainer = Trainer(config, args.out, device=device, resume=resume, quiet=args.quiet)
+        path = trainer.fit()
+    if not trainer.processes.first:
+        return 0
+    print(f"trained {trainer.epochs} epochs; the model is {path}")
+    if trainer.best is not None:
+        best = path.with_name("ckpt_best.pth")
+        print(f"best validation {config.training.select}: {trainer.best:.4f}, {best}")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    _make_parents(args.json, args.confusion)
+    path = _checkpoint(args.checkpoint)
+    config = _config(args, path)
+    model, names = load_model(path, args.guidance, config, ema=args.ema)
+    table = open_source(config.data, args.split)
+    if names is not None and tuple(names) != table.classes:
+        raise ValueError(
+            f"evaluate: the classes of the images must be those of the model, {', '.join(names)}, got "
+            f"{', '.join(table.classes)}"
+        )
+    options = _sampling(args, config)
+    methods = [options.with_sampler(text) for text in args.sampler or []] or [options]
+    with started(args.device) as device:
+        evaluation = evaluate(
+            model,
+            make_dataset(config, table, train=False),
+            methods,
+            batch_size=args.batch_size or config.sampling.batch_size,
+            workers=args.workers,
+            device=choose_device(device),
+        )
+        first = current().first
+    if not first:
+        return 0
+    evaluation.print()
+    if args.json:
+        evaluation.save(args.json)
+    if args.confusion:
+        result = evaluation.results[1]
+        confusion = result.metrics.confusion
+        save_figure(draw_confusion(confusion, table.classes, result.method), args.confusion)
+    return 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    _make_parents(args.out, args.figure)
+    if args.out:
+        check_suffix(args.out)
+    files = collect_files(args.inputs)
+    path = _checkpoint(args.checkpoint)
+    config = _config(args, path)
+    model, names = load_model(path, args.guidance, config, ema=args.ema)
+    classes = names or config.data.class_names or tuple(str(c) for c in range(config.model.classes))
+    options = _sampling(args, config)
+    if args.sampler:
+        options = options.with_sampler(args.sampler)
+    pictures = Pictures(classes, config.data.augmentation, args.figure, args.images_out)
+    with started(args.device) as device:
+        if pictures.wanted and current().count > 1:
+            raise ValueError(
+                "predict: --figure and --images-out need a single process; leave them out, or torchrun"
+            )
+        predictions = predict_files(
+            model,
+            files,
+            classes,
+            config.data.augmentation,
+            options,
+            batch_size=args.batch_size or config.sampling.batch_size,
+            workers=args.workers,
+            device=choose_device(device),
+            on_batch=pictures.add if pictures.wanted else None,
+        )
+        first = current().first
+    if first:
+        _write(predictions, args.out)
+        pictures.finish()
+    if not predictions.rows:
+        return EXIT_FAILED
+    return EXIT_UNREADABLE if predictions.unreadable else 0
+
+
+def _write(predictions: Predictions, out: str | None) -> None:
+    """Write the rows to the file `out` or to standard output, and unreadable files to standard error."""
+    failed = predictions.unreadable
+    for file, reason in failed:
+        print(f"unreadable: {file}: {reason}", file=sys.stderr)
+    if not predictions.rows:
+        print(f"error: none of the {len(failed)} files could be read", file=sys.stderr)
+        return
+    if out:
+        save(predictions, out)
+    else:
+        sys.stdout.write(to_csv(predictions))
+    if failed:
+        count = f"{len(failed)} of {len(failed) + len(predictions.rows)}"
+        print(f"{count} files were unreadable and left out", file=sys.stderr)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    demo.run_demo(args.out, device=args.device)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "demo": _demo,
+}
+
+
+def _checkpoint(text: str) -> Path:
+    """A checkpoint given by its file or by the folder of its run."""
+    path = Path(text)
+    return path / NAME if path.is_dir() else path
+
+
+def _config(args: argparse.Namespace, checkpoint: Path | None) -> RunConfig:
+    """The configuration of --config, or else the checkpoint's own, with the changes of --set."""
+    if args.config is not None or checkpoint is None:
+        return read_config(args.config, args.overrides)
+    file = read_checkpoint(checkpoint, mmap=True)
+    values = file.extras.get("config")
+    if values is None:
+        sizes = ", ".join(f"{k} {v}" for k, v in file.sizes.items())
+        raise ValueError(
+            f"checkpoint: {checkpoint} has no configuration inside (its weights say {sizes}); give --config with the "
+            "one it was trained with"
+        )
+    for override in args.overrides:
+        values = merge(values, parse_override(override))
+    return RunConfig.from_dict(values)
+
+
+def _sampling(args: argparse.Namespace, config: RunConfig) -> SamplingOptions:
+    """The options of the configuration, with those of the command line in their place."""
+    options = SamplingOptions.from_config(config.sampling)
+    return replace(
+        options,
+        samples=args.samples or options.samples,
+        seed=options.seed if args.seed is None else args.seed,
+        precision=args.precision,
+        compile=args.compile,
+    )
+
+
+def _make_parents(*paths: str | None) -> None:
+    """Create the folders of output files before the work whose results they will hold."""
+    for path in paths:
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
