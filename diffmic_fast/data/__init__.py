@@ -1,1 +1,1 @@
-"""Images with labels: sources, splits, transforms and datasets."""
+"""Labelled images: tables, decoding, transforms and data sets."""

@@ -1,4 +1,4 @@
-"""A table of images as a data set that PyTorch's loaders read."""
+"""A table of images as a `torch.utils.data.Dataset`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from diffmic_fast.data.transforms import ImageTransform
 
 
 class ImageDataset(Dataset[tuple[Tensor, int, int]]):
-    """Images of a table: (image float32 [3, H, W], label, index).
+    """Images of a table, as (image [3, size, size] float32, label, index).
 
-    What augmentation does to an image is decided by (seed, epoch, index) alone, so a resumed run,
-    another order or another number of workers sees the same images.
+    The augmentation of an image is a function of (seed, epoch, index), so a resumed run, another order or another
+    number of workers gives the same images.
 
     Attributes:
-        table: the images and labels.
-        transform: applied to their pixels.
+        table: The images and labels.
+        transform: Applied to their pixels.
     """
 
     def __init__(
@@ -32,33 +32,32 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         cache: bool = False,
         shared: bool = False,
     ) -> None:
-        """Read images on demand.
+        """Create the data set; files are read on demand.
 
         Args:
-            table: what to read.
-            transform: see `transforms.training_transform` and `evaluation_transform`.
-            seed: of the augmentation.
-            cache: keep prepared images in memory, 3 * size**2 bytes each.
-            shared: keep them in memory that a loader's worker processes share (of which containers
-                may have little).
+            table: The images and labels.
+            transform: From `transforms.training_transform` or `evaluation_transform`.
+            seed: Of the augmentation.
+            cache: Keep images as `transform.prepare` returns them, in 3 * size**2 bytes each.
+            shared: Keep them in shared memory, for the worker processes of a loader. Containers may have little of it.
         """
         self.table = table
         self.transform = transform
         self._seed = seed
-        # Shared, because workers may outlive an epoch.
+        # In shared memory, because workers may outlive an epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._prepared: Tensor | None = None
-        self._known: Tensor | None = None
+        self._cache: tuple[Tensor, Tensor] | None = None  # images, and which of them are filled in
         if cache:
             shape = (len(table), 3, transform.size, transform.size)
-            self._prepared = torch.empty(shape, dtype=torch.uint8)
-            self._known = torch.zeros(len(table), dtype=torch.bool)
+            images = torch.empty(shape, dtype=torch.uint8)
+            filled = torch.zeros(len(table), dtype=torch.bool)
             if shared:
-                self._prepared.share_memory_()
-                self._known.share_memory_()
+                images.share_memory_()
+                filled.share_memory_()
+            self._cache = images, filled
 
     def set_epoch(self, epoch: int) -> None:
-        """Number the epoch, which decides the augmentation together with seed and index."""
+        """Set the epoch of the augmentation."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -69,22 +68,23 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         """Image, label and index.
 
         Raises:
-            UnreadableImageError: the file is missing or damaged, by its name.
+            UnreadableImageError: The file is unreadable (`decode.load_image`).
         """
         prepared = self._prepare(index)
         key = np.random.SeedSequence([self._seed % 2**64, int(self._epoch), index])
-        # The transforms draw from torch's global generator; it gets its own state back.
+        # The transforms draw from torch's global generator, whose state is restored.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
             image = self.transform.finish(prepared)
         return image, self.table.entries[index].label, index
 
     def _prepare(self, index: int) -> Tensor:
-        if self._known is not None and self._prepared is not None and self._known[index]:
-            return self._prepared[index]
+        if self._cache is not None and self._cache[1][index]:
+            return self._cache[0][index]
         source = self.table.entries[index].source
         prepared = self.transform.prepare(load_image(source, bit_depth=self.transform.bit_depth))
-        if self._known is not None and self._prepared is not None:
-            self._prepared[index] = prepared
-            self._known[index] = True
+        if self._cache is not None:
+            images, filled = self._cache
+            images[index] = prepared
+            filled[index] = True
         return prepared

@@ -1,4 +1,4 @@
-"""Pixels of one image: files of any common format, arrays and synthetic images, as RGB."""
+"""Decoding: the pixels of an image file, array or synthetic image as 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -14,38 +14,52 @@ from PIL import Image, ImageFile, ImageOps
 from diffmic_fast.data.synthetic_fundus import generate
 from diffmic_fast.data.table import ArrayImage, ImageSource, SyntheticImage
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
-
 
 class UnreadableImageError(ValueError):
-    """An image file that is missing, damaged or of a kind that has no sensible RGB form.
+    """An image file is missing or damaged, or has no well-defined RGB form.
 
     Attributes:
-        path: the file, as text.
-        reason: what is wrong with it, in words.
+        path: The file.
+        reason: What is wrong with it.
     """
 
     def __init__(self, path: str | Path, reason: str = "") -> None:
-        """Make the error; ``reason`` may be empty when another process passes on a whole text."""
+        """Create the error. Without a `reason`, `path` is the whole message, passed on from another process."""
         self.path = str(path)
         self.reason = reason
         super().__init__(f"cannot read image {self.path}: {reason}" if reason else self.path)
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        """Keep both parts when the error crosses to another process."""
+        """Keep both attributes when the error is pickled by a worker process."""
         return (UnreadableImageError, (self.path, self.reason))
 
 
 def load_image(source: ImageSource | str, *, bit_depth: int = 16) -> np.ndarray:
-    """Pixels of ``source`` as uint8 [H, W, 3], RGB.
+    """Decode an image to RGB.
 
-    Files: the EXIF orientation is applied; palettes, CMYK and bilevel images are converted; what
-    is transparent becomes black; of several frames the first counts. 16-bit gray is scaled from
-    0 ... 2**bit_depth - 1 to 0 ... 255.
+    What happens to a file depends on its pixels:
+
+    - 16-bit grey (PNG, TIFF): scaled linearly from [0, 2**bit_depth - 1] to [0, 255] and rounded. A larger value makes
+      the file unreadable; nothing is clipped.
+    - 16-bit RGB, and 16-bit with transparency (PNG): the upper 8 bits of each channel, as Pillow reads them.
+    - 8-bit grey, bilevel, palette and CMYK: converted to RGB.
+    - Transparent: composited over black.
+    - Several frames: the first one.
+    - Floating point, or integers of which some are negative or above `bit_depth` bits: unreadable, since their range is
+      not known.
+
+    The orientation in the EXIF data is applied.
+
+    Args:
+        source: A file, or an image of memory or of the synthetic generator.
+        bit_depth: Bits in use in 16-bit grey files (`AugmentationConfig.bit_depth`), for example 12 for much of
+            radiography.
+
+    Returns:
+        [H, W, 3] uint8, RGB.
 
     Raises:
-        UnreadableImageError: for a file that is missing, truncated, damaged or no image, or that
-            has pixels above ``bit_depth`` bits or without a known range (float, 32-bit integer).
+        UnreadableImageError: The file is missing, truncated, damaged, not an image, or unreadable as above.
     """
     if isinstance(source, ArrayImage):
         pixels = source.images[source.index]
@@ -53,8 +67,8 @@ def load_image(source: ImageSource | str, *, bit_depth: int = 16) -> np.ndarray:
     if isinstance(source, SyntheticImage):
         return generate(source.grade, source.seed, source.size, source.index)
     try:
-        with _whole_files_only(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged EXIF and palette transparency notes
+        with _truncated_files_rejected(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged EXIF data, transparency of palettes
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(source) as image:
                 image.load()
@@ -67,88 +81,54 @@ def load_image(source: ImageSource | str, *, bit_depth: int = 16) -> np.ndarray:
         reason = "the file is empty" if Path(source).stat().st_size == 0 else "it is not an image"
         raise UnreadableImageError(source, reason) from None
     except Exception as error:
-        # Pillow's decoders raise almost any type on damaged files (OSError, SyntaxError,
-        # IndexError, struct.error, zlib.error, ...); all mean the same here.
+        # Pillow's decoders raise many types on damaged files: OSError, SyntaxError, IndexError, struct.error ...
         text = str(error) or type(error).__name__
         raise UnreadableImageError(source, text.replace(str(source), "it")) from error
 
 
 def _to_rgb(image: Image.Image, bit_depth: int) -> np.ndarray:
-    mode = image.mode
-    if mode.startswith("I"):
-        return _gray_to_rgb(np.asarray(image), bit_depth)
-    if mode == "F":
+    if image.mode.startswith("I"):
+        return _grey_to_rgb(np.asarray(image), bit_depth)
+    if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, whose range is not known")
-    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
         image.alpha_composite(rgba)
     return np.array(image.convert("RGB"))
 
 
-def _gray_to_rgb(pixels: np.ndarray, bit_depth: int) -> np.ndarray:
+def _grey_to_rgb(pixels: np.ndarray, bit_depth: int) -> np.ndarray:
     top = 2**bit_depth - 1
     low, high = int(pixels.min()), int(pixels.max())
     if low < 0 or high > top:
         raise ValueError(
-            f"its gray values go from {low} to {high}, outside 0 to {top} "
-            f"(setting bit_depth is {bit_depth})"
+            f"its grey values must be in [0, {top}] (the setting bit_depth is {bit_depth}), got {low} … {high}"
         )
-    gray = ((pixels.astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
-    return np.repeat(gray[:, :, None], 3, axis=2)
+    grey = ((pixels.astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
+    return np.repeat(grey[:, :, None], 3, axis=2)
 
 
-_whole_files_lock = threading.Lock()
-_whole_files_users = 0
-_whole_files_saved = False
+_lock = threading.Lock()
+_users = 0
+_saved = False
 
 
 @contextmanager
-def _whole_files_only() -> Iterator[None]:
-    # Other code in the process may have switched Pillow to padding truncated files with gray; a
-    # half image must not be diagnosed. Counted, because threads decode side by side.
-    global _whole_files_users, _whole_files_saved
-    with _whole_files_lock:
-        if _whole_files_users == 0:
-            _whole_files_saved = ImageFile.LOAD_TRUNCATED_IMAGES
-            ImageFile.LOAD_TRUNCATED_IMAGES = False
-        _whole_files_users += 1
+def _truncated_files_rejected() -> Iterator[None]:
+    """Make Pillow raise on truncated files, even if other code has told it to pad them with grey.
+
+    Pillow's switch is global, and threads decode side by side: the first one sets it, the last one restores it.
+    """
+    global _users, _saved
+    with _lock:
+        if _users == 0:
+            _saved, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        _users += 1
     try:
         yield
     finally:
-        with _whole_files_lock:
-            _whole_files_users -= 1
-            if _whole_files_users == 0:
-                ImageFile.LOAD_TRUNCATED_IMAGES = _whole_files_saved
-
-
-def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
-    """Image files of ``folder``, known by their ending in either case, sorted by path.
-
-    Hidden files and folders are left out, and so is everything that is no image.
-
-    Raises:
-        ValueError: when ``folder`` is no folder or holds no image.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"data: {folder} is not a folder")
-    found = _walk(folder, recursive)
-    if not found:
-        hint = "" if recursive else " (folders inside it were not searched)"
-        raise ValueError(f"data: there is no image file in {folder}{hint}")
-    return sorted(found)
-
-
-def _walk(folder: Path, recursive: bool) -> list[Path]:
-    found: list[Path] = []
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            # A link to a folder could lead round in a circle.
-            if recursive and not path.is_symlink():
-                found += _walk(path, recursive)
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
-            found.append(path)
-    return found
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                ImageFile.LOAD_TRUNCATED_IMAGES = _saved

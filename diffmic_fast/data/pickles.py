@@ -1,8 +1,8 @@
-"""Reading pickle files that hold plain data, without running anything they ask for.
+"""Pickle files that hold plain data, read without running anything that they ask for.
 
-Python's reader lets a pickle call whatever `find_class` hands it. Here that is never an imported object: a handful of
-names, which NumPy numbers and sets are written with, get harmless stand-ins of this module, every other one is refused.
-Three kinds of instruction reach objects without `find_class`; the file is searched for them before it is read.
+A pickle can call whatever `Unpickler.find_class` returns. Here that is never an imported object: the few names that
+NumPy numbers and sets are written with get harmless stand-ins of this module, and all others are rejected. Opcodes that
+reach objects without `find_class` are searched for before the file is read.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-# A list of images is small, and memory taken while reading grows with the file.
+# A list of images is small, and reading takes memory in proportion to the file.
 MAX_BYTES = 64 * 2**20
 
-_PLAIN = "a plain pickle holds only dict, list, tuple, set, str, bytes, numbers, bool and None"
+_PLAIN = "a plain pickle (dict, list, tuple, set, str, bytes, numbers, bool and None)"
 _OUTSIDE = {
     "EXT1": "an object of the extension registry",
     "EXT2": "an object of the extension registry",
@@ -30,12 +30,12 @@ _OUTSIDE = {
 }
 
 
-class _Refused(ValueError):
-    """Why a pickle is not read."""
+class _NotPlain(ValueError):
+    """What a pickle holds that is not plain data."""
 
 
 class _NumberType:
-    """Stands in for `numpy.dtype`: the type of a NumPy number, such as "i8"."""
+    """Stand-in for `numpy.dtype`: the type of a NumPy number, such as "i8"."""
 
     __slots__ = ("code", "order")
 
@@ -47,25 +47,25 @@ class _NumberType:
 
 
 def _number(kind: _NumberType, content: bytes | str) -> int | float | bool:
-    """Stands in for `numpy.core.multiarray.scalar`: a Python number from its bytes."""
+    """Stand-in for `numpy.core.multiarray.scalar`: a Python number from its bytes."""
     if not isinstance(kind, _NumberType) or kind.code[:1] not in tuple("biuf"):
-        raise _Refused(f"it holds NumPy data that are no numbers; {_PLAIN}")
+        raise _NotPlain("NumPy data other than numbers")
     raw = content.encode("latin-1") if isinstance(content, str) else content
     numbers = np.frombuffer(raw, np.dtype(kind.order + kind.code))
     if len(numbers) != 1:
-        raise _Refused("it holds a damaged NumPy number")
+        raise _NotPlain("a damaged NumPy number")
     return numbers[0].item()
 
 
 def _latin(text: str, codec: str) -> bytes:
-    """Stands in for `_codecs.encode`, which old protocols write bytes with."""
+    """Stand-in for `_codecs.encode`, which protocols 0 to 2 write bytes with."""
     if codec not in ("latin1", "latin-1"):
-        raise _Refused(f"it asks for the text codec {codec!r}")
+        raise _NotPlain(f"bytes in the text codec {codec!r}")
     return text.encode("latin-1")
 
 
 def _no_bytes() -> bytes:
-    """Stands in for `bytes` as protocols 0 to 2 call it, to write empty ones."""
+    """Stand-in for `bytes` as protocols 0 to 2 call it, for empty bytes."""
     return b""
 
 
@@ -86,49 +86,51 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
         wanted = f"{module}.{name}"
         if wanted not in _STAND_INS:
-            raise _Refused(f"it asks for {wanted[:200]}, which could run code; {_PLAIN}")
+            raise _NotPlain(f"a reference to {wanted[:200]}, which could run code")
         return _STAND_INS[wanted]
 
 
 def load_plain_pickle(path: str | Path) -> Any:
-    """Content of a pickle file (protocols 0 to 5) that holds plain data only.
+    """Read a pickle file (protocols 0 to 5) that holds plain data only.
 
-    Plain are dict, list, tuple, set, frozenset, str, bytes, int, float, bool, None, and NumPy numbers, which are
-    returned as Python's.
+    Plain data are dict, list, tuple, set, frozenset, str, bytes, int, float, bool, None, and NumPy numbers, which
+    become Python numbers. Nothing that the file asks for is imported or run.
 
     Raises:
-        ValueError: no such file, a damaged one, one larger than `MAX_BYTES`, or one that asks for anything else, which
-            is named. Nothing that the file asks for is imported or run.
+        ValueError: The file is missing, damaged or larger than `MAX_BYTES`, or holds anything else, which is named.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"data: there is no file {path}")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(
-            f"{path}: has {path.stat().st_size} bytes; a list of images has at most {MAX_BYTES}"
+            f"{path}: a list of images must have at most {MAX_BYTES} bytes, got {path.stat().st_size}"
         )
     data = path.read_bytes()
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name.endswith("PUT") and int(argument or 0) > len(data):
-                # The reader would make room for as many objects as the number says.
-                raise _Refused(f"it numbers an object {argument} in a file of {len(data)} bytes")
-            if opcode.name in _OUTSIDE:
-                raise _Refused(
-                    f"it asks for {_OUTSIDE[opcode.name]} ({opcode.name} {argument!r:.60}); {_PLAIN}"
-                )
+        _check_opcodes(data)
         content = _PlainUnpickler(io.BytesIO(data)).load()
-    except _Refused as error:
-        raise ValueError(f"{path}: this pickle is not read: {error}") from None
-    except Exception as error:
-        # Damaged pickles raise errors of almost any type.
-        raise ValueError(f"{path}: is no pickle or is damaged ({error!s:.200})") from None
-    _check_plain(path, content)
+        _check_types(content)
+    except _NotPlain as error:
+        raise ValueError(f"{path}: must be {_PLAIN}, got {error}") from None
+    except Exception as error:  # damaged pickles raise errors of almost any type
+        raise ValueError(
+            f"{path}: must be a pickle, got a damaged one or none ({error!s:.200})"
+        ) from None
     return content
 
 
-def _check_plain(path: Path, content: Any) -> None:
-    """A name that is not called is left in the data as it is; nothing but data may be."""
+def _check_opcodes(data: bytes) -> None:
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name.endswith("PUT") and int(argument or 0) > len(data):
+            # The unpickler would allocate room for that many objects.
+            raise _NotPlain(f"an object numbered {argument} in a file of {len(data)} bytes")
+        if opcode.name in _OUTSIDE:
+            raise _NotPlain(f"{_OUTSIDE[opcode.name]} ({opcode.name} {argument!r:.60})")
+
+
+def _check_types(content: Any) -> None:
+    """Reject stand-ins that the pickle holds as values, without calling them."""
     todo, seen = [content], set()
     while todo:
         value = todo.pop()
@@ -140,6 +142,4 @@ def _check_plain(path: Path, content: Any) -> None:
         elif isinstance(value, (list, tuple, set, frozenset)):
             todo += value
         elif not isinstance(value, (str, bytes, bytearray, int, float, type(None))):
-            raise ValueError(
-                f"{path}: this pickle is not read: it holds a {type(value).__name__}; {_PLAIN}"
-            )
+            raise _NotPlain(f"a {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""The rows of a table of images: read, checked by place and name, and made into an `ImageTable`."""
+"""Lists of images in files: CSV rows, and the table that is built of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from diffmic_fast.config.data import check_class_names
 from diffmic_fast.data.table import ImageEntry, ImageTable
@@ -15,113 +16,124 @@ INTEGER = re.compile(r"[+-]?\d+")
 _SHOWN = 3
 
 
+class _Row(NamedTuple):
+    where: str
+    name: str
+    label: str
+    file: Path
+    fold: int | None
+
+
 class TableBuilder:
-    """Collects the images of one file, and says in words which one is not as it should be."""
+    """Collects the images that one file lists; errors name the file and the row."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.places: list[str] = []
-        self.rows: list[tuple[str, Path, int | None]] = []
-        self._seen: dict[str, str] = {}
+        self._rows: dict[str, _Row] = {}
 
-    def add(self, place: str, name: str, file: Path, fold: int | None = None) -> None:
-        """Note an image; ValueError if its name was there before."""
-        key = os.path.normpath(name)
-        if key in self._seen:
+    def add(
+        self, where: str, name: str, label: object, file: Path, fold: int | None = None
+    ) -> None:
+        """Add an image.
+
+        Args:
+            where: The row, for errors: "line 3".
+            name: As the file has it.
+            label: Name or number of its class.
+            file: Where its pixels are.
+            fold: Fold of a cross-validation.
+
+        Raises:
+            ValueError: The name was added before.
+        """
+        first = self._rows.setdefault(
+            os.path.normpath(name), row := _Row(where, name, str(label), file, fold)
+        )
+        if first is not row:
             raise ValueError(
-                f"{self.path}, {place}: {name} is there twice, first in {self._seen[key]}"
+                f"{self.path}, {where}: {name} is listed twice, first in {first.where}"
             )
-        self._seen[key] = place
-        self.places.append(place)
-        self.rows.append((name, file, fold))
 
-    def table(self, classes: Sequence[str], labels: Sequence[int]) -> ImageTable:
-        """The images with a label each; ValueError naming files that are missing."""
-        if not self.rows:
+    def build(
+        self, classes: Sequence[str] | None = None, num_classes: int | None = None
+    ) -> ImageTable:
+        """The table of all images.
+
+        Args:
+            classes: Names of the classes in the order of their numbers. By default "0", "1", ... if every label is a
+                whole number, else the sorted labels.
+            num_classes: Number of classes, for numbers without names.
+
+        Raises:
+            ValueError: There are no images, a label is not a class, or image files are missing.
+        """
+        rows = list(self._rows.values())
+        if not rows:
             raise ValueError(f"{self.path}: lists no images")
-        missing = [str(file) for _, file, _ in self.rows if not file.is_file()]
+        numeric = all(INTEGER.fullmatch(row.label) for row in rows)
+        if classes is not None:
+            names = tuple(classes)
+        elif numeric:
+            top = max(int(row.label) for row in rows)
+            names = tuple(str(i) for i in range(num_classes or max(top + 1, 2)))
+        else:
+            names = tuple(sorted({row.label for row in rows}))
+        labels = [self._number(row, names, numeric) for row in rows]
+        check_class_names(names)
+        missing = [str(row.file) for row in rows if not row.file.is_file()]
         if missing:
             raise ValueError(
-                f"{self.path}: {len(missing)} of {len(self.rows)} image files are missing: "
+                f"{self.path}: {len(missing)} of {len(rows)} image files are missing: "
                 f"{', '.join(missing[:_SHOWN])}{', …' if len(missing) > _SHOWN else ''}"
             )
+        entries = zip(rows, labels, strict=True)
         return ImageTable(
-            tuple(classes),
-            tuple(
-                ImageEntry(name, label, file, fold)
-                for (name, file, fold), label in zip(self.rows, labels, strict=True)
-            ),
+            names, tuple(ImageEntry(row.name, label, row.file, row.fold) for row, label in entries)
         )
 
-
-def number_labels(
-    builder: TableBuilder,
-    labels: Sequence[str],
-    classes: Sequence[str] | None,
-    num_classes: int | None,
-) -> tuple[tuple[str, ...], list[int]]:
-    """Class names, and the number of each label."""
-    numeric = bool(labels) and all(INTEGER.fullmatch(label) for label in labels)
-    if classes is not None:
-        names = tuple(classes)
-    elif numeric:
-        top = max(int(label) for label in labels)
-        names = tuple(str(i) for i in range(num_classes or max(top + 1, 2)))
-    else:
-        names = tuple(sorted(set(labels)))
-    by_name = {name: number for number, name in enumerate(names)}
-    numbers = []
-    for place, label in zip(builder.places, labels, strict=True):
-        number = by_name.get(label)
-        if number is None and numeric and 0 <= int(label) < len(names):
-            number = int(label)
-        if number is None:
-            wanted = (
-                f"a number from 0 to {len(names) - 1}" if numeric else f"one of {', '.join(names)}"
-            )
-            raise ValueError(f"{builder.path}, {place}: label must be {wanted}, got {label!r}")
-        numbers.append(number)
-    if labels:
-        check_class_names(names)
-    return names, numbers
+    def _number(self, row: _Row, names: tuple[str, ...], numeric: bool) -> int:
+        """Number of a row's class, given by name or, if all labels are numbers, by number."""
+        if row.label in names:
+            return names.index(row.label)
+        if numeric and 0 <= int(row.label) < len(names):
+            return int(row.label)
+        known = f"a number from 0 to {len(names) - 1}" if numeric else f"one of {', '.join(names)}"
+        raise ValueError(f"{self.path}, {row.where}: label must be {known}, got {row.label!r}")
 
 
-def csv_rows(table: Path, wanted: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and stripped cells by column name."""
+def csv_rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Read a CSV file in UTF-8, comma separated, with a header.
+
+    Args:
+        table: The file.
+        columns: Columns that the header must have.
+
+    Yields:
+        ("line N", cells by column without surrounding blanks) for each row that is not blank.
+
+    Raises:
+        ValueError: The file is missing or not such a CSV, or a row has another number of cells than the header.
+    """
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
             header = [cell.strip() for cell in next(reader, [])]
-            missing = [column for column in wanted if column not in header]
+            missing = [column for column in columns if column not in header]
             if missing:
                 raise ValueError(
-                    f"{table}: column {missing[0]!r} is missing; the header must have "
-                    f"{', '.join(wanted)}, got {', '.join(header) or 'nothing'}"
+                    f"{table}: column {missing[0]!r} is missing; the header must have {', '.join(columns)}, got "
+                    f"{', '.join(header) or 'nothing'}"
                 )
             for cells in reader:
                 if not any(cell.strip() for cell in cells):
                     continue
+                where = f"line {reader.line_num}"
                 if len(cells) != len(header):
                     raise ValueError(
-                        f"{table}, line {reader.line_num}: must have {len(header)} cells as the "
-                        f"header, got {len(cells)}"
+                        f"{table}, {where}: must have {len(header)} cells as the header, got {len(cells)}"
                     )
-                yield reader.line_num, dict(zip(header, map(str.strip, cells), strict=True))
+                yield where, dict(zip(header, map(str.strip, cells), strict=True))
     except FileNotFoundError:
         raise ValueError(f"data: there is no file {table}") from None
     except (UnicodeDecodeError, IsADirectoryError, csv.Error) as error:
-        raise ValueError(f"{table}: is no CSV file: {error}") from error
-
-
-def is_number(text: str, value: float) -> bool:
-    """Whether the text is a number of this value."""
-    try:
-        return float(text) == value
-    except ValueError:
-        return False
-
-
-def find_file(folders: Sequence[str | Path], name: str) -> Path:
-    """The first folder's file of that name; the first folder's if none has it."""
-    candidates = [Path(folder) / name for folder in folders]
-    return next((path for path in candidates if path.is_file()), candidates[0])
+        raise ValueError(f"{table}: must be a CSV file in UTF-8: {error}") from error

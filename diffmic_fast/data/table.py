@@ -1,4 +1,4 @@
-"""Tables of labelled images: what every source is read into, and how it is split."""
+"""Tables of labelled images, and how they are split."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffmic_fast.config.data import check_class_names
 
 @dataclass(frozen=True, eq=False)
 class ArrayImage:
-    """Image ``index`` of a uint8 array [N, H, W] (gray) or [N, H, W, 3] in memory."""
+    """Image `index` of a uint8 array [N, H, W] (grey) or [N, H, W, 3] in memory."""
 
     images: np.ndarray
     index: int
@@ -21,7 +21,7 @@ class ArrayImage:
 
 @dataclass(frozen=True)
 class SyntheticImage:
-    """A retina-like image that `synthetic_fundus.generate` draws when it is loaded."""
+    """A synthetic image, drawn by `synthetic_fundus.generate` when it is loaded."""
 
     grade: int
     seed: int
@@ -37,10 +37,10 @@ class ImageEntry:
     """One labelled image.
 
     Attributes:
-        name: how to show it: the path as written in the table, or split and number in an array.
-        label: class number, 0 ... number of classes - 1.
-        source: where its pixels are.
-        fold: fold of a cross-validation, or None.
+        name: The path as written in the table, or split and number in an array.
+        label: Number of its class.
+        source: Where its pixels are.
+        fold: Fold of a cross-validation, or None.
     """
 
     name: str
@@ -51,26 +51,29 @@ class ImageEntry:
 
 @dataclass(frozen=True)
 class ImageTable:
-    """Labelled images and the names of their classes, in the order of the class numbers.
+    """Labelled images.
+
+    Attributes:
+        classes: Names of the C classes, in the order of their numbers.
+        entries: The N images.
 
     Raises:
-        ValueError: from the constructor, when there is no entry, a class name is empty or there
-            twice, or a label is not the number of a class.
+        ValueError: From the constructor: there are no entries, a class name is empty or repeated, or a label is not in
+            [0, C).
     """
 
     classes: tuple[str, ...]
     entries: tuple[ImageEntry, ...]
 
     def __post_init__(self) -> None:
-        """Check labels against the classes."""
         check_class_names(self.classes)
         if not self.entries:
             raise ValueError("image table: there are no images")
         for entry in self.entries:
             if not 0 <= entry.label < len(self.classes):
                 raise ValueError(
-                    f"image table: label {entry.label} of {entry.name} is out of range: there are "
-                    f"{len(self.classes)} classes, so labels are 0 to {len(self.classes) - 1}"
+                    f"image table: labels must be in [0, {len(self.classes) - 1}] for {len(self.classes)} classes, "
+                    f"got {entry.label} for {entry.name}"
                 )
 
     def __len__(self) -> int:
@@ -79,24 +82,24 @@ class ImageTable:
 
     @property
     def labels(self) -> np.ndarray:
-        """Class numbers, int64 [N]."""
+        """[N] int64, the labels."""
         return np.array([entry.label for entry in self.entries], dtype=np.int64)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of images of each class, in the order of the classes; 0 is possible."""
+        """Number of images of each class, in the order of the classes."""
         numbers = np.bincount(self.labels, minlength=len(self.classes))
         return {name: int(n) for name, n in zip(self.classes, numbers, strict=True)}
 
     def select(self, indices: Iterable[int]) -> ImageTable:
-        """The table of these entries, in this order, with the same classes."""
+        """A table of these entries, in this order, with the same classes."""
         return replace(self, entries=tuple(self.entries[i] for i in indices))
 
     def split(self, folds: Sequence[int]) -> ImageTable:
-        """The entries of these folds.
+        """A table of the entries of these folds.
 
         Raises:
-            ValueError: when an entry has no fold, or one of ``folds`` has no entry.
+            ValueError: An entry has no fold, or a fold has no entry.
         """
         known = set()
         for entry in self.entries:
@@ -109,22 +112,25 @@ class ImageTable:
         missing = [fold for fold in folds if fold not in known]
         if missing:
             raise ValueError(
-                f"split by folds: no image is in fold {missing[0]}; folds here: {sorted(known)}"
+                f"split by folds: folds must be among {sorted(known)}, got {missing[0]}"
             )
         return self.select(i for i, entry in enumerate(self.entries) if entry.fold in folds)
 
     def random_split(self, fraction: float, seed: int) -> tuple[ImageTable, ImageTable]:
-        """Entries without, and entries of, a random share of every class.
+        """Split off a random share of every class.
 
-        A class of n images gives round(n * fraction), but at least one image and at most n - 1;
-        a class of a single image gives none. The draw depends on the seed and on the names of
-        the images, not on the order of the table.
+        Of a class of n images, n * fraction are taken, rounded, but at least 1 and at most n - 1; none if n is 1. The
+        choice depends on the seed and on the names of the images, not on the order of the table.
+
+        Args:
+            fraction: The share, in (0, 1).
+            seed: Of the choice.
 
         Returns:
             (rest, share), both in the order of the table.
 
         Raises:
-            ValueError: for a fraction outside (0, 1), or when no class has two images.
+            ValueError: `fraction` is out of range, or no class has two images.
         """
         if not 0.0 < fraction < 1.0:
             raise ValueError(f"split by fraction: fraction must be in (0, 1), got {fraction}")

@@ -1,4 +1,4 @@
-"""From pixels to what a model takes (spec section 5), by torchvision's transforms."""
+"""Preprocessing and augmentation: from pixels to the input of a model."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from diffmic_fast.config.data import AugmentationConfig
 
 
 class ImageTransform:
-    """Pixels uint8 [H, W, 3] to a normalised image float32 [3, size, size], in two steps.
+    """Turns pixels [H, W, 3] uint8 into a normalised image [3, size, size] float32.
 
-    `prepare` is the same at every epoch and can be kept; `finish` augments (for training) and
-    normalises. Calling the transform does both. Random numbers are torch's global ones.
+    `prepare` has the same result in every epoch, which can be cached; `finish` augments, for training, and normalises.
+    Random numbers are from torch's global generator.
 
     Attributes:
-        size: side of the result in pixels.
-        bit_depth: of 16-bit gray files (`decode.load_image`).
+        size: Side of the image in pixels.
+        bit_depth: Of 16-bit grey files (`decode.load_image`).
     """
 
     def __init__(self, size: int, config: AugmentationConfig, *, augment: bool) -> None:
@@ -30,18 +30,18 @@ class ImageTransform:
         self._normalize = v2.Normalize(config.mean, config.std)
 
     def __call__(self, pixels: np.ndarray) -> Tensor:
-        """Both steps."""
+        """`prepare`, then `finish`."""
         return self.finish(self.prepare(pixels))
 
     def prepare(self, pixels: np.ndarray) -> Tensor:
-        """Cut the centred square and resize: uint8 [H, W, 3] to uint8 [3, size, size]."""
+        """Crop the centred square and resize: [H, W, 3] uint8 to [3, size, size] uint8."""
         image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
         if self._centre_square:
             image = F.center_crop(image, [min(image.shape[1:])])
         return F.resize(image, [self.size, self.size], antialias=True).contiguous()
 
     def finish(self, image: Tensor) -> Tensor:
-        """Augment and normalise: uint8 [3, size, size] to float32."""
+        """Augment and normalise: [3, size, size] uint8 to float32."""
         return self._normalize(F.to_dtype(self._augmentations(image), torch.float32, scale=True))
 
 
@@ -66,10 +66,10 @@ def _augmentations(config: AugmentationConfig) -> list[v2.Transform]:
 
 
 def training_transform(size: int, config: AugmentationConfig | None = None) -> ImageTransform:
-    """The transform of training images, augmented as `config` says (default: as published)."""
+    """The transform of training images, augmented as in `config` (default: as published)."""
     return ImageTransform(size, config or AugmentationConfig(), augment=True)
 
 
 def evaluation_transform(size: int, config: AugmentationConfig | None = None) -> ImageTransform:
-    """The transform of images to classify: nothing random."""
+    """The transform of images to classify, which is deterministic."""
     return ImageTransform(size, config or AugmentationConfig(), augment=False)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from diffmic_fast.config.data import AugmentationConfig
-from diffmic_fast.data.decode import IMAGE_SUFFIXES, UnreadableImageError, list_images, load_image
+from diffmic_fast.data.decode import UnreadableImageError, load_image
+from diffmic_fast.data.files import IMAGE_SUFFIXES, list_images
 from diffmic_fast.data.transforms import evaluation_transform
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.distributed.processes import current

@@ -1,6 +1,9 @@
-"""Decoding, transforms and the data set: what reaches the model, and what it depends on."""
+"""Decoding, transforms and the data set."""
 
 from __future__ import annotations
+
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -10,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from diffmic_fast.config.data import AugmentationConfig, DataConfig
 from diffmic_fast.data.dataset import ImageDataset
-from diffmic_fast.data.decode import UnreadableImageError, list_images, load_image
+from diffmic_fast.data.decode import UnreadableImageError, load_image
+from diffmic_fast.data.files import list_images
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.data.synthetic_fundus import GRADES, generate, write_dataset
 from diffmic_fast.data.transforms import evaluation_transform, training_transform
@@ -32,7 +36,7 @@ def images(dataset, workers=0, order=None):
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_augmentation_depends_on_seed_epoch_and_index_alone(table, cache):
+def test_augmentation_is_a_function_of_seed_epoch_and_index(table, cache):
     def make(seed=3):
         return ImageDataset(table, training_transform(32), seed=seed, cache=cache)
 
@@ -51,14 +55,14 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(table, cache):
     assert not torch.equal(images(make(seed=4)), first)
 
 
-def test_the_global_generator_is_left_alone(table):
+def test_the_global_generator_is_unchanged(table):
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
     ImageDataset(table, training_transform(32))[0]
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_evaluation_is_square_resize_and_normalisation():
+def test_evaluation_transform_crops_resizes_and_normalises():
     pixels = np.zeros((20, 30, 3), np.uint8)
     pixels[:, 5:25, 0] = 255
     image = evaluation_transform(10)(pixels)
@@ -81,7 +85,7 @@ def test_evaluation_is_square_resize_and_normalisation():
         {"contrast": 0.5},
     ],
 )
-def test_every_augmentation_can_be_switched(table, setting):
+def test_every_augmentation_can_be_switched_on(table, setting):
     off = {"horizontal_flip": False, "vertical_flip": False, "rotation": 0.0}
     plain = images(ImageDataset(table, evaluation_transform(32)))
     none = ImageDataset(table, training_transform(32, AugmentationConfig(**off)))
@@ -90,19 +94,48 @@ def test_every_augmentation_can_be_switched(table, setting):
     assert not torch.equal(images(one), plain)
 
 
-def test_16_bit_gray_is_scaled_and_never_clipped(tmp_path):
+def write_png16(path, pixels, colour_type):
+    """A PNG of 16 bits per channel from [H, W, channels], which Pillow can only write in grey."""
+
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+
+
+def test_16_bit_rgb_gives_the_upper_8_bits(tmp_path):
+    path = tmp_path / "x.png"
+    write_png16(path, np.array([[[0xFFFF, 0x12FF, 0x0100], [0, 0x00FF, 0x8000]]]), 2)
+    for bit_depth in (12, 16):
+        pixels = load_image(path, bit_depth=bit_depth)
+        assert pixels.tolist() == [[[255, 0x12, 1], [0, 0, 0x80]]]
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path):
     path = tmp_path / "x.png"
     Image.fromarray(np.array([[0, 65535], [32768, 257]], np.uint16)).save(path)
     assert load_image(path)[..., 1].tolist() == [[0, 255], [128, 1]]
     Image.fromarray(np.array([[0, 4095]], np.uint16)).save(path)
     assert load_image(path, bit_depth=12)[..., 0].tolist() == [[0, 255]]
     Image.fromarray(np.array([[0, 4096]], np.uint16)).save(path)
-    with pytest.raises(UnreadableImageError, match="outside 0 to 4095"):
+    with pytest.raises(
+        UnreadableImageError,
+        match=r"must be in \[0, 4095\] \(the setting bit_depth is 12\), got 0 … 4096",
+    ):
         load_image(path, bit_depth=12)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "RGB"])
-def test_modes_become_rgb(tmp_path, mode):
+def test_every_mode_is_converted_to_rgb(tmp_path, mode):
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     Image.new("RGB", (4, 3), (255, 255, 255)).convert(mode).save(path)
     pixels = load_image(path)
@@ -117,7 +150,7 @@ def test_exif_orientation_is_applied(tmp_path):
     assert load_image(tmp_path / "x.jpg").shape == (8, 4, 3)
 
 
-def test_damaged_files_are_named_and_never_half_read(tmp_path, monkeypatch):
+def test_damaged_files_are_named_and_not_read_in_part(tmp_path, monkeypatch):
     whole = tmp_path / "whole.jpg"
     Image.fromarray(generate(3, size=64)).save(whole)
     data = whole.read_bytes()
@@ -140,7 +173,7 @@ def test_damaged_files_are_named_and_never_half_read(tmp_path, monkeypatch):
     assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
-def test_a_damaged_training_image_stops_with_its_name(tmp_path):
+def test_a_damaged_training_image_raises_its_name(tmp_path):
     paths = write_dataset(tmp_path, 1, size=32)
     paths[3].write_bytes(b"gone")
     table = open_source(DataConfig(kind="folder", root=str(tmp_path)))
@@ -149,18 +182,23 @@ def test_a_damaged_training_image_stops_with_its_name(tmp_path):
             images(ImageDataset(table, evaluation_transform(32)), workers)
 
 
-def test_list_images(tmp_path):
-    for name in ("b.PNG", "a.jpg", ".hidden.png", "notes.txt", "deep/c.png"):
+def test_image_files_of_a_folder(tmp_path):
+    for name in ("b.PNG", "a.jpg", ".hidden.png", "notes.txt", "deep/c.png", ".deep/d.png"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
+    (tmp_path / "deep" / "circle").symlink_to(tmp_path)
     assert [path.name for path in list_images(tmp_path)] == ["a.jpg", "b.PNG"]
-    assert len(list_images(tmp_path, recursive=True)) == 3
+    assert [path.name for path in list_images(tmp_path, recursive=True)] == [
+        "a.jpg",
+        "b.PNG",
+        "c.png",
+    ]
     with pytest.raises(ValueError, match="is not a folder"):
         list_images(tmp_path / "none")
 
 
-def test_synthetic_images_are_decided_by_their_numbers(tmp_path):
+def test_synthetic_images_are_reproducible(tmp_path):
     for grade in range(5):
         image = generate(grade, 2, 48, 7)
         assert image.shape == (48, 48, 3) and image.dtype == np.uint8
@@ -174,8 +212,8 @@ def test_synthetic_images_are_decided_by_their_numbers(tmp_path):
             generate(*bad)
 
 
-def test_lesions_decide_the_grade():
-    """Haemorrhages, exudates and cotton wool show as dark and bright pixels that healthy retinas do not have."""
+def test_higher_grades_have_more_lesions():
+    """Haemorrhages, exudates and cotton wool are dark and bright pixels, which healthy retinas lack."""
 
     def unusual(grade):
         total = 0.0

@@ -1,4 +1,4 @@
-"""Pickles: plain data come back, nothing else is ever run."""
+"""Plain pickles are read; a pickle never runs code."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def file(tmp_path):
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(value=PLAIN)
-def test_plain_data_come_back(file, protocol, value):
+def test_plain_data_are_read(file, protocol, value):
     file.write_bytes(pickle.dumps(value, protocol=protocol))
     assert load_plain_pickle(file) == value
 
@@ -74,7 +74,7 @@ def _note(*_):
 
 
 def hostile():
-    """Name and bytes of pickles that want to run something."""
+    """Name and bytes of pickles that ask for code to run."""
     for protocol in range(6):
         for function in (_note, exec, __import__, getattr, print):
             yield f"{function.__name__}{protocol}", pickle.dumps(Runs(function, "os"), protocol)
@@ -99,22 +99,28 @@ def hostile():
 @pytest.mark.parametrize(
     ("name", "data"), list(hostile()), ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_nothing_runs(file, name, data):
+def test_no_code_runs(file, name, data):
     file.write_bytes(data)
     modules = set(sys.modules)
-    with pytest.raises(ValueError, match=r"list\.pkl: (this pickle is not read|is no pickle)"):
+    with pytest.raises(
+        ValueError,
+        match=r"list\.pkl: must be a (plain pickle \(.*\), got|pickle, got a damaged one)",
+    ):
         load_plain_pickle(file)
     assert ran == [] and set(sys.modules) - modules <= {"numpy.dtypes"}
 
 
-def test_the_wanted_function_is_named(file):
+def test_the_function_asked_for_is_named(file):
     file.write_bytes(pickle.dumps(Runs(exec, "1")))
-    with pytest.raises(ValueError, match=r"asks for builtins\.exec, which could run code"):
+    with pytest.raises(
+        ValueError,
+        match=r"must be a plain pickle .* got a reference to builtins\.exec, which could run code",
+    ):
         load_plain_pickle(file)
 
 
 @pytest.mark.parametrize("code", [1, 300, 70000])
-def test_extension_registry_is_refused_though_cached(file, code):
+def test_a_cached_extension_is_rejected(file, code):
     copyreg.add_extension(__name__, "_note", code)
     copyreg._extension_cache[code] = _note
     try:
@@ -133,7 +139,7 @@ def test_extension_registry_is_refused_though_cached(file, code):
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.binary(max_size=60), cut=st.integers(0, 80))
-def test_damaged_files_are_errors_in_words(file, data, cut):
+def test_damaged_files_raise_value_errors(file, data, cut):
     whole = pickle.dumps([{"img_root": "a.png", "label": 1}, ("b.png", 2)])
     for content in (data, whole[: cut % len(whole)], whole[: cut % len(whole)] + data):
         file.write_bytes(content)
@@ -143,7 +149,7 @@ def test_damaged_files_are_errors_in_words(file, data, cut):
             assert "list.pkl" in str(error)
 
 
-def test_recursive_data_end(file):
+def test_recursive_data_are_read(file):
     value: list = []
     value.append(value)
     file.write_bytes(pickle.dumps(value))
@@ -155,5 +161,5 @@ def test_missing_and_oversized_files(file, monkeypatch):
         load_plain_pickle(file)
     file.write_bytes(pickle.dumps(list(range(100))))
     monkeypatch.setattr("diffmic_fast.data.pickles.MAX_BYTES", 50)
-    with pytest.raises(ValueError, match=r"has .* bytes; a list of images has at most 50"):
+    with pytest.raises(ValueError, match=r"must have at most 50 bytes, got \d+"):
         load_plain_pickle(file)

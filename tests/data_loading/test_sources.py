@@ -1,4 +1,4 @@
-"""Every published form of a table, as it is and as it must not be."""
+"""Tables of images in every published form, and their splits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from PIL import Image
 
 from diffmic_fast.config.data import DataConfig
 from diffmic_fast.data.decode import load_image
-from diffmic_fast.data.sources import (
-    open_source,
+from diffmic_fast.data.readers import (
     read_aptos2019,
     read_csv,
     read_folder,
@@ -19,6 +18,7 @@ from diffmic_fast.data.sources import (
     read_medmnist,
     read_pickle,
 )
+from diffmic_fast.data.sources import open_source
 from diffmic_fast.data.synthetic_fundus import GRADES
 
 
@@ -40,14 +40,14 @@ def test_folder_per_class(tmp_path):
     assert labels(table) == {"a/3.png": "a", "b/2.PNG": "b", "b/deep/1.jpg": "b"}
     wider = read_folder(tmp_path, ["c", "b", "a"])
     assert wider.classes == ("c", "b", "a") and wider.counts == {"c": 0, "b": 2, "a": 1}
-    with pytest.raises(ValueError, match=r"b is the folder of no class; classes are a, c"):
+    with pytest.raises(ValueError, match=r"the folders in .* must be classes \(a, c\), got b"):
         read_folder(tmp_path, ["a", "c"])
     with pytest.raises(ValueError, match="is not a folder"):
         read_folder(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"there is no image file in .*empty"):
         read_folder(tmp_path)
-    with pytest.raises(ValueError, match="is empty: it holds no folder of a class"):
+    with pytest.raises(ValueError, match="must have a folder of images for each class, got none"):
         read_folder(tmp_path / "empty")
 
 
@@ -80,7 +80,7 @@ def test_csv_with_names_numbers_and_folds(tmp_path):
         ("file,grade\nx.png,1\n", r"column 'label' is missing; .* got file, grade"),
         ("", "column 'file' is missing; .* got nothing"),
         ("file,label\n", "lists no images"),
-        ("file,label\nx.png,a\nx.png,b\n", r"line 3: x\.png is there twice, first in line 2"),
+        ("file,label\nx.png,a\nx.png,b\n", r"line 3: x\.png is listed twice, first in line 2"),
         ("file,label\nx.png\n", "line 2: must have 2 cells as the header, got 1"),
         (
             "file,label\nx.png,a\nno1.png,b\nno2.png,b\n",
@@ -91,7 +91,7 @@ def test_csv_with_names_numbers_and_folds(tmp_path):
         ("file,label\nx.png,-1\n", "line 2: label must be a number from 0 to 1, got '-1'"),
     ],
 )
-def test_bad_csv_is_named(tmp_path, text, message):
+def test_an_invalid_csv_is_named_by_line(tmp_path, text, message):
     draw(tmp_path / "x.png")
     table = tmp_path / "t.csv"
     table.write_text(text)
@@ -99,7 +99,7 @@ def test_bad_csv_is_named(tmp_path, text, message):
         read_csv(table)
 
 
-def test_csv_labels_out_of_range_or_unknown(tmp_path):
+def test_csv_labels_must_be_classes(tmp_path):
     draw(tmp_path / "x.png"), draw(tmp_path / "y.png")
     table = tmp_path / "t.csv"
     table.write_text("file,label\nx.png,0\ny.png,5\n")
@@ -111,7 +111,7 @@ def test_csv_labels_out_of_range_or_unknown(tmp_path):
     with pytest.raises(ValueError, match="there is no file"):
         read_csv(tmp_path / "none.csv")
     table.write_bytes(b"\xff\xfe\x00\x81\n")
-    with pytest.raises(ValueError, match="is no CSV file"):
+    with pytest.raises(ValueError, match="must be a CSV file in UTF-8"):
         read_csv(table)
 
 
@@ -199,14 +199,14 @@ def test_medmnist(tmp_path):
     pixels = load_image(read.entries[1].source)
     assert pixels.shape == (8, 8, 3) and np.array_equal(pixels[..., 2], arrays["val_images"][1])
     for change, message in (
-        ({"test_labels": np.zeros((3, 4), int)}, "one whole number an image"),
+        ({"test_labels": np.zeros((3, 4), int)}, "one whole number for each image"),
         ({"test_images": np.zeros((3, 4, 4, 4), np.uint8)}, r"must be uint8 \[N, H, W\]"),
     ):
         np.savez(file, **(arrays | change))
         with pytest.raises(ValueError, match=message):
             read_medmnist(file, "test")
     np.savez(file, train_images=arrays["train_images"])
-    with pytest.raises(ValueError, match="is no MedMNIST file, it lacks"):
+    with pytest.raises(ValueError, match=r"must be a MedMNIST file: .*test_images"):
         read_medmnist(file, "test")
     np.savez(file, **(arrays | {"test_images": np.array([{}], dtype=object)}))
     with pytest.raises(ValueError, match=r"cannot be read as \.npz"):
@@ -240,7 +240,7 @@ def csv_of(tmp_path, count=20):
     return {"kind": "csv", "root": str(tmp_path), "table": "t.csv"}
 
 
-def test_splits_by_fold_take_every_image_once(tmp_path):
+def test_splits_by_fold_are_disjoint(tmp_path):
     base = csv_of(tmp_path)
     config = DataConfig(**base, validation_folds=(2,), test_folds=(0,))
     folds = {
@@ -249,13 +249,13 @@ def test_splits_by_fold_take_every_image_once(tmp_path):
     assert folds == {"train": {1, 3}, "validation": {2}, "test": {0}}
     config = DataConfig(**base, train_folds=(3,), test_folds=(0,))
     assert {e.fold for e in open_source(config).entries} == {3}
-    with pytest.raises(ValueError, match="no image is in fold 9"):
+    with pytest.raises(ValueError, match=r"folds must be among \[0, 1, 2, 3\], got 9"):
         open_source(DataConfig(**base, test_folds=(9,)), "test")
     with pytest.raises(ValueError, match="there is no validation split"):
         open_source(config, "validation")
 
 
-def test_splits_by_fraction_take_every_image_once(tmp_path):
+def test_splits_by_fraction_are_a_partition(tmp_path):
     base = csv_of(tmp_path)
     config = DataConfig(**base, validation_fraction=0.2, test_fraction=0.2)
     names = [
@@ -269,10 +269,10 @@ def test_splits_by_fraction_take_every_image_once(tmp_path):
     assert open_source(config, "test").counts == {"a": 2, "b": 2}
 
 
-def test_images_in_two_splits_are_refused(tmp_path):
+def test_an_image_in_two_splits_is_rejected(tmp_path):
     for name in ("train/a/1.png", "train/b/2.png", "test/b/3.png"):
         draw(tmp_path / name)
-    with pytest.raises(ValueError, match=r"are splits, not classes \(test, train\)"):
+    with pytest.raises(ValueError, match=r"must be classes, got splits \(test, train\)"):
         read_folder(tmp_path)
     (tmp_path / "all").mkdir()
     for split, row in (
@@ -288,11 +288,11 @@ def test_images_in_two_splits_are_refused(tmp_path):
     (tmp_path / "all" / "train.csv").write_text(
         "file,label\n../train/a/1.png,a\n.././train/a/1.png,b\n"
     )
-    with pytest.raises(ValueError, match=r"line 3: .* is there twice, first in line 2"):
+    with pytest.raises(ValueError, match=r"line 3: .* is listed twice, first in line 2"):
         open_source(config)
 
 
-def test_tables_a_split_share_the_classes_of_training(tmp_path):
+def test_tables_of_splits_have_the_classes_of_the_training_table(tmp_path):
     for name in ("train/a/1.png", "train/b/2.png", "test/b/3.png"):
         draw(tmp_path / name)
     config = DataConfig(kind="folder", root=str(tmp_path), train_table="train", test_table="test")

@@ -1,0 +1,268 @@
+"""Readers: tables of labelled images from folders, CSV files, pickles and arrays in their published forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffmic_fast.config.data import check_class_names
+from diffmic_fast.data.files import find_file, list_images
+from diffmic_fast.data.pickles import load_plain_pickle
+from diffmic_fast.data.rows import INTEGER, TableBuilder, csv_rows
+from diffmic_fast.data.table import ArrayImage, ImageEntry, ImageTable
+
+HAM10000_CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
+APTOS2019_CLASSES = ("no_dr", "mild", "moderate", "severe", "proliferative")
+
+_PATH_KEYS = ("img_root", "image_root", "img_path", "image_path", "image", "img", "path", "file")
+_LABEL_KEYS = ("label", "target", "class")
+_SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+def read_folder(root: str | Path, classes: Sequence[str] | None = None) -> ImageTable:
+    """Read a folder that has a folder for each class, with images at any depth.
+
+    Args:
+        root: The folder of class folders.
+        classes: Their names in the order of the labels (default: sorted). A class without a folder keeps its number,
+            so that a test set may lack one.
+
+    Raises:
+        ValueError: There is no such folder, it has no class folders, one of them is empty, or is not in `classes`.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"data: {root} is not a folder")
+    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders:
+        raise ValueError(f"data: {root} must have a folder of images for each class, got none")
+    if set(map(str.lower, folders)) <= _SPLIT_FOLDERS:
+        raise ValueError(
+            f"data: the folders in {root} must be classes, got splits ({', '.join(folders)}); give train_table and "
+            "test_table"
+        )
+    names = check_class_names(classes if classes is not None else folders)
+    unknown = [folder for folder in folders if folder not in names]
+    if unknown:
+        raise ValueError(
+            f"data: the folders in {root} must be classes ({', '.join(names)}), got {unknown[0]}"
+        )
+    entries = [
+        ImageEntry(str(path.relative_to(root)), names.index(folder), path)
+        for folder in folders
+        for path in list_images(root / folder, recursive=True)
+    ]
+    return ImageTable(names, tuple(entries))
+
+
+def read_csv(
+    table: str | Path,
+    root: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+    *,
+    num_classes: int | None = None,
+    columns: tuple[str, str, str] = ("file", "label", "fold"),
+) -> ImageTable:
+    """Read a CSV file with a file, a label and possibly a fold in each row.
+
+    Labels are class names, or numbers from 0 if every one of them is a whole number.
+
+    Args:
+        table: The CSV file (`rows.csv_rows`).
+        root: Folder that file names are relative to (default: that of `table`).
+        classes, num_classes: As in `rows.TableBuilder.build`.
+        columns: Names of the columns of file, label and fold; the last may be absent.
+
+    Raises:
+        ValueError: A row is invalid, by file and line, or image files are missing.
+    """
+    table = Path(table)
+    root = table.parent if root is None else Path(root)
+    file_column, label_column, fold_column = columns
+    builder = TableBuilder(table)
+    for where, row in csv_rows(table, (file_column, label_column)):
+        fold = row.get(fold_column)
+        if fold is not None and not INTEGER.fullmatch(fold):
+            raise ValueError(f"{table}, {where}: fold must be a whole number, got {fold!r}")
+        name = row[file_column]
+        if not name:
+            raise ValueError(f"{table}, {where}: the file name is empty")
+        builder.add(
+            where, name, row[label_column], root / name, None if fold is None else int(fold)
+        )
+    return builder.build(classes, num_classes)
+
+
+def read_ham10000(
+    table: str | Path, folders: Sequence[str | Path], *, suffix: str = ".jpg"
+) -> ImageTable:
+    """Read the ground truth of HAM10000 as published for ISIC 2018 (task 3): a one-hot row for each image.
+
+    Args:
+        table: CSV file with the columns image, MEL, NV, BCC, AKIEC, BKL, DF, VASC.
+        folders: Folders of the images, searched in this order.
+        suffix: Of the image files.
+
+    Raises:
+        ValueError: The header is another, a row is not one-hot, or image files are missing.
+    """
+
+    def label(where: str, row: Mapping[str, str]) -> str:
+        hot = [name for name in HAM10000_CLASSES if _is_number(row[name], 1.0)]
+        cold = [name for name in HAM10000_CLASSES if _is_number(row[name], 0.0)]
+        if len(hot) != 1 or len(cold) != len(HAM10000_CLASSES) - 1:
+            raise ValueError(
+                f"{where}: the classes of {row['image']} must be one 1 and otherwise 0, got "
+                f"{', '.join(row[name] for name in HAM10000_CLASSES)}"
+            )
+        return hot[0]
+
+    columns = ("image", *HAM10000_CLASSES)
+    return _read_published(table, folders, suffix, columns, HAM10000_CLASSES, label)
+
+
+def read_aptos2019(
+    table: str | Path, folders: Sequence[str | Path], *, suffix: str = ".png"
+) -> ImageTable:
+    """Read train.csv of APTOS 2019: id_code and diagnosis, a grade from 0 to 4.
+
+    Args:
+        table: The CSV file.
+        folders: Folders of the images, searched in this order.
+        suffix: Of the image files.
+
+    Raises:
+        ValueError: A column is missing (the published test.csv has no diagnosis), a grade is invalid, or image files
+            are missing.
+    """
+
+    def label(where: str, row: Mapping[str, str]) -> str:
+        grade = row["diagnosis"]
+        if not INTEGER.fullmatch(grade) or not 0 <= int(grade) < len(APTOS2019_CLASSES):
+            raise ValueError(f"{where}: diagnosis must be a grade from 0 to 4, got {grade!r}")
+        return APTOS2019_CLASSES[int(grade)]
+
+    columns = ("id_code", "diagnosis")
+    return _read_published(table, folders, suffix, columns, APTOS2019_CLASSES, label)
+
+
+def _read_published(
+    table: str | Path,
+    folders: Sequence[str | Path],
+    suffix: str,
+    columns: tuple[str, ...],
+    classes: tuple[str, ...],
+    label: Callable[[str, Mapping[str, str]], str],
+) -> ImageTable:
+    """Read a CSV file whose first column names the image, without its suffix."""
+    table = Path(table)
+    builder = TableBuilder(table)
+    for where, row in csv_rows(table, columns):
+        name = row[columns[0]]
+        builder.add(where, name, label(f"{table}, {where}", row), find_file(folders, name + suffix))
+    return builder.build(classes)
+
+
+def _is_number(text: str, value: float) -> bool:
+    try:
+        return float(text) == value
+    except ValueError:
+        return False
+
+
+def read_pickle(
+    path: str | Path,
+    root: str | Path = ".",
+    classes: Sequence[str] | None = None,
+    *,
+    num_classes: int | None = None,
+) -> ImageTable:
+    """Read the published program's list of images, without running code (`pickles.load_plain_pickle`).
+
+    Args:
+        path: A pickled list of {"img_root": path, "label": number}, or of (path, number).
+        root: Folder that relative paths start from.
+        classes, num_classes: As in `rows.TableBuilder.build`.
+
+    Raises:
+        ValueError: The pickle holds something else, or image files are missing.
+    """
+    path = Path(path)
+    content = load_plain_pickle(path)
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"{path}: must hold a list of images, got {type(content).__name__}")
+    builder = TableBuilder(path)
+    for number, item in enumerate(content):
+        name, label = _pickled_pair(f"{path}, item {number}", item)
+        builder.add(f"item {number}", name, label, Path(root) / name)
+    return builder.build(classes, num_classes)
+
+
+def _pickled_pair(where: str, item: Any) -> tuple[str, int | str]:
+    """Path and label of an item of the list."""
+    if isinstance(item, Mapping):
+        name_key = next((key for key in _PATH_KEYS if key in item), None)
+        label_key = next((key for key in _LABEL_KEYS if key in item), None)
+        if name_key is None or label_key is None:
+            raise ValueError(
+                f"{where}: must have one of {', '.join(_PATH_KEYS)} and one of {', '.join(_LABEL_KEYS)}, got "
+                f"{sorted(map(str, item))}"
+            )
+        name, label = item[name_key], item[label_key]
+    elif isinstance(item, (list, tuple)) and len(item) == 2:
+        name, label = item
+    else:
+        raise ValueError(f"{where}: must be a dict or a pair (path, label), got {item!r:.80}")
+    if not isinstance(name, str) or isinstance(label, bool) or not isinstance(label, (int, str)):
+        raise ValueError(f"{where}: must be a path and a label, got {name!r:.60} and {label!r:.60}")
+    return name, label
+
+
+def read_medmnist(path: str | Path, split: str, classes: Sequence[str] | None = None) -> ImageTable:
+    """Read one split of a MedMNIST .npz file.
+
+    Args:
+        path: The file; its arrays are {train,val,test}_images uint8 [N, H, W] or [N, H, W, 3] and
+            {train,val,test}_labels [N] or [N, 1].
+        split: "train", "validation" or "test".
+        classes: Names in the order of the labels (default: "0", "1", ...).
+
+    Raises:
+        ValueError: The file or an array is missing, the images are volumes, or an image has several labels.
+    """
+    path = Path(path)
+    prefix = {"train": "train", "validation": "val", "test": "test"}[split]
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            images, labels = arrays[f"{prefix}_images"], arrays[f"{prefix}_labels"]
+            every = [arrays[key] for key in arrays.files if key.endswith("_labels")]
+    except FileNotFoundError:
+        raise ValueError(f"data: there is no file {path}") from None
+    except KeyError as error:
+        raise ValueError(f"{path}: must be a MedMNIST file: {error}") from None
+    except Exception as error:
+        # Damaged archives raise errors of zipfile, zlib and NumPy.
+        raise ValueError(f"{path}: cannot be read as .npz: {error}") from error
+    colour = images.ndim == 4 and images.shape[3] == 3
+    if images.dtype != np.uint8 or not (images.ndim == 3 or colour):
+        raise ValueError(
+            f"{path}: {prefix}_images must be uint8 [N, H, W] or [N, H, W, 3], got {images.dtype} {images.shape}"
+        )
+    if labels.size != len(images) or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"{path}: {prefix}_labels must be one whole number for each image, got {labels.dtype} {labels.shape} for "
+            f"{len(images)} images"
+        )
+    if classes is None:
+        top = max(int(part.max(initial=0)) for part in every)
+        classes = tuple(str(i) for i in range(max(top + 1, 2)))
+    return ImageTable(
+        check_class_names(classes),
+        tuple(
+            ImageEntry(f"{split}/{i}", int(label), ArrayImage(images, i))
+            for i, label in enumerate(labels.reshape(-1))
+        ),
+    )
