@@ -1,16 +1,10 @@
-"""Lets pytest find the benchmarks with `--benchmark-only`, and not without it."""
+"""Collects the benchmarks with `pytest --benchmark-only`, and only then."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-# For `benchmarks` itself; last, so that an installed diffmic_fast comes before the sources.
-sys.path.append(str(Path(__file__).parents[1]))
 
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
-    """Timings are no tests: a run of the tests does not wait for them."""
+    """Timings are not tests: a test run leaves them out."""
     return None if config.getoption("benchmark_only", False) else True

@@ -1,20 +1,20 @@
-"""The compiler's word on the CUDA kernels: registers, spills, shared memory, occupancy, instructions.
+"""Registers, spills, shared memory, occupancy and instructions of the CUDA kernels.
 
-    python -m benchmarks.kernel_resources             compile, compare with the committed table
-    python -m benchmarks.kernel_resources --changed   leave out what is as it was for the table
-    python -m benchmarks.kernel_resources --write     compile, write the table
-    python -m benchmarks.kernel_resources --keep DIR  leave cubins (and PTX, with --ptx) there
+    python -m benchmarks.kernel_resources             compile and compare with the committed table
+    python -m benchmarks.kernel_resources --changed   leave out files that are unchanged since the table
+    python -m benchmarks.kernel_resources --write     compile and write the table
+    python -m benchmarks.kernel_resources --keep DIR  keep the cubins (and PTX, with --ptx) there
 
-Compiles each `csrc/cuda/*.cu` for each architecture with warnings as errors and reads the cubin with
-`cuobjdump`; no GPU is needed. What counts as a loss against `tests/data/kernel_resources.csv`: a
-spill, a stack frame, fewer resident warps, more static shared memory, fewer of the instructions that
-`tests/data/kernel_claims.json` says must be there, a kernel of which nothing is claimed. A register
-more that costs no warp is none. What is better than the table asks for `--write`. The numbers are of
-one compiler: with another than the table's, only spills and missing instructions are losses.
+Compiles each `csrc/cuda/*/*.cu` for each architecture with warnings as errors and reads the cubin with
+`cuobjdump`; no GPU is needed. Losses against `tests/data/kernel_resources.csv` are a spill, a stack
+frame, fewer resident warps, more static shared memory, fewer of the instructions that
+`tests/data/kernel_claims.json` requires, and a kernel without an entry there. Another number of registers
+is a loss only if it costs a warp. Improvements ask for `--write`. The numbers depend on the compiler:
+with another than the table's, only spills and missing instructions are losses.
 
-Claims: for each kernel, by a regular expression over its name, the block it is launched with, its
-dynamic shared memory in bytes ("most": as much as a block may have) at the size it is meant for, and
-instructions, as the beginnings of opcodes, that must occur at least once, with the reason.
+An entry of the claims has a regular expression for names of kernels, the block that they are launched
+with, their dynamic shared memory in bytes ("most": as much as a block may have) at the size they are
+designed for, and beginnings of opcodes that must occur at least once, with the reason.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 SOURCE = Path(__file__).resolve().parents[1]
 TABLE = SOURCE / "tests" / "data" / "kernel_resources.csv"
@@ -51,12 +51,19 @@ _FLAGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Multiprocessor:
-    """Limits of one multiprocessor (CUDA C++ Programming Guide, "Compute Capabilities")."""
+    """Limits of one multiprocessor (CUDA C++ Programming Guide, "Compute Capabilities").
+
+    Attributes:
+        warps, blocks: resident at most.
+        shared_bytes: shared memory.
+        block_shared_bytes: shared memory of one block at most.
+        registers: of 32 bits.
+    """
 
     warps: int
     blocks: int
     shared_bytes: int
-    block_shared_bytes: int  # of one block
+    block_shared_bytes: int
     registers: int = 65536
 
 
@@ -69,31 +76,31 @@ MULTIPROCESSORS = {
     100: Multiprocessor(64, 32, 228 * _KIB, 227 * _KIB),
     120: Multiprocessor(48, 24, 100 * _KIB, 99 * _KIB),
 }
-_RESERVED_BYTES = 1024  # of shared memory, by the system, in every block
+_RESERVED_BYTES = 1024  # of every block's shared memory, by the system
 
 
 def resident_warps(
     architecture: int, registers: int, shared_bytes: int, dynamic: int | str, block: int
 ) -> int:
-    """Warps of such a kernel that one multiprocessor holds.
+    """Warps of a kernel that are resident on one multiprocessor.
 
     Args:
-        registers: a thread's.
-        shared_bytes: static, as cuobjdump counts them.
+        registers: per thread.
+        shared_bytes: static shared memory, as cuobjdump counts it.
         dynamic: bytes of dynamic shared memory, or "most".
-        block: threads.
+        block: threads per block.
     """
     limits = MULTIPROCESSORS[architecture]
     warps = -(-block // 32)
-    # From 9.0 on the system's share is in the static count.
+    # From 9.0 on the static count includes the system's share.
     reserved = 0 if architecture >= 90 else _RESERVED_BYTES
     if dynamic == "most":
         shared = limits.block_shared_bytes + _RESERVED_BYTES
     else:
         shared = shared_bytes + reserved + int(dynamic)
     shared = -(-shared // 128) * 128
-    warp_registers = -(-registers * 32 // 256) * 256  # what is handed out at once
-    # A warp's registers lie in one of four parts of the multiprocessor.
+    warp_registers = -(-registers * 32 // 256) * 256  # allocated in units of 256
+    # A multiprocessor has four register files, and a warp uses one.
     by_registers = 4 * (limits.registers // 4 // warp_registers) // warps
     blocks = min(
         limits.blocks, limits.warps // warps, by_registers, limits.shared_bytes // max(shared, 1)
@@ -103,28 +110,37 @@ def resident_warps(
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """What one entry of the claims says of the kernels whose name it matches."""
+    """An entry of the claims."""
 
     kernel: str
     block: int
     dynamic_shared: int | str
-    instructions: dict[str, str]  # beginning of an opcode: why it must be there
+    instructions: dict[str, str]  # beginning of an opcode: reason
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One kernel on one architecture: a row of the table."""
+    """A row of the table: one kernel on one architecture.
+
+    Attributes:
+        registers: per thread.
+        spill_bytes: stack frame and local memory per thread.
+        shared_bytes: static shared memory per block.
+        warps: resident on a multiprocessor.
+        instructions: counts of the claimed ones, "HMMA.16816:240 LDG.E.128:84".
+        sources: digest of what was compiled.
+    """
 
     architecture: int
     file: str
     kernel: str
     registers: int
-    spill_bytes: int  # stack frame and local memory of a thread
-    shared_bytes: int  # static
-    warps: int  # resident on a multiprocessor
-    instructions: str  # of those claimed, "HMMA.16816:240 LDG.E.128:84"
+    spill_bytes: int
+    shared_bytes: int
+    warps: int
+    instructions: str
     compiler: str
-    sources: str = ""  # digest of what was compiled
+    sources: str = ""
 
     @property
     def key(self) -> tuple[int, str, str]:
@@ -140,7 +156,7 @@ class Row:
 
 
 def find_tool(name: str) -> str | None:
-    """`name` on the PATH, beside nvcc, or in Triton's wheel; None where it is nowhere."""
+    """Path of a program: on the PATH, beside nvcc, or in Triton's wheel; None if it is not installed."""
     if found := shutil.which(name):
         return found
     places = []
@@ -157,7 +173,7 @@ def find_tool(name: str) -> str | None:
 
 
 def missing_tools() -> str:
-    """Why nothing can be compiled and read here; empty when it can."""
+    """Why kernels cannot be compiled and read here; empty if they can."""
     missing = [name for name in ("nvcc", "cuobjdump", "c++filt") if find_tool(name) is None]
     return f"not installed: {', '.join(missing)}" if missing else ""
 
@@ -170,19 +186,19 @@ def _run(command: Sequence[str], text: str | None = None) -> str:
 
 
 def compiler_version() -> str:
-    """Release of nvcc, "13.0"."""
+    """Release of nvcc, for example "13.0"."""
     found = re.search(r"release (\d+\.\d+)", _run(["nvcc", "--version"]))
     return found[1] if found else "unknown"
 
 
 def sources() -> list[Path]:
-    """The files that hold kernels."""
+    """The files that contain kernels."""
     files = sorted((SOURCE / "csrc" / "cuda").rglob("*.cu"))
     return [file for file in files if "__global__" in file.read_text(encoding="utf-8")]
 
 
 def digest(file: Path) -> str:
-    """Of a file, all it includes of ours and the flags; comments and blanks apart."""
+    """Digest of a file, the headers of csrc that it includes and the options, without comments."""
     csrc = SOURCE / "csrc"
     waiting = [(file.relative_to(csrc).as_posix(), file)]
     texts: dict[str, str] = {}
@@ -204,7 +220,7 @@ def _nvcc(file: Path, architecture: int) -> list[str]:
 
 
 def compile_ptx(file: Path, architecture: int, target: Path) -> Path:
-    """The PTX of a file; returns `target`."""
+    """Compile a file to PTX; returns `target`."""
     _run([*_nvcc(file, architecture), "-ptx", "-o", str(target)])
     return target
 
@@ -212,7 +228,11 @@ def compile_ptx(file: Path, architecture: int, target: Path) -> Path:
 def compile_all(
     work: Sequence[tuple[int, Path]], folder: Path, *, ptx: bool, jobs: int
 ) -> dict[tuple[int, str], Path]:
-    """One cubin (and PTX) an architecture and file, named by both; raises with the compiler's words."""
+    """Compile pairs of architecture and file; returns the cubins by architecture and the file's stem.
+
+    Raises:
+        RuntimeError: the compiler failed; the message contains its output.
+    """
 
     def compile_one(job: tuple[int, Path]) -> tuple[tuple[int, str], Path]:
         architecture, file = job
@@ -222,26 +242,25 @@ def compile_all(
             compile_ptx(file, architecture, target.with_suffix(".ptx"))
         return (architecture, file.stem), target
 
-    # The longest first, so that none is left alone at the end.
+    # The longest first, so that no core idles at the end.
     with ThreadPoolExecutor(jobs) as pool:
         return dict(pool.map(compile_one, sorted(work, key=lambda job: -_weight(job[1]))))
 
 
 def _weight(file: Path) -> int:
-    return (
-        sum(part.stat().st_size for part in file.parent.glob(f"{file.stem.split('_')[0]}*"))
-        + file.stat().st_size
-    )
+    """Bytes of a file and of those that share the beginning of its name, which it includes."""
+    headers = file.parent.glob(f"{file.stem.split('_')[0]}*")
+    return sum(part.stat().st_size for part in headers) + file.stat().st_size
 
 
-# ---- what a cubin says -----------------------------------------------------------------------
+# ---- cubins ----------------------------------------------------------------------------------
 
 
 def plain_name(demangled: str) -> str:
-    """ "denoise::ChainsKernel<BFloat16Product<4>>" of the demangled name of a kernel."""
+    """A kernel's name without parameters and namespaces: "denoise::ChainsKernel<BFloat16Product<4>>"."""
     name = demangled.replace("(anonymous namespace)::", "").removeprefix("void ")
     depth = 0
-    for place, letter in enumerate(name):  # the parameters start where no template is open
+    for place, letter in enumerate(name):  # the parameters start outside of template arguments
         depth += {"<": 1, ">": -1}.get(letter, 0)
         if letter == "(" and depth == 0:
             name = name[:place]
@@ -253,7 +272,7 @@ def plain_name(demangled: str) -> str:
 
 
 def read_cubin(cuobjdump: str, cubin: Path) -> dict[str, tuple[dict[str, int], Counter[str]]]:
-    """Resource usage and opcodes, by the mangled name of each kernel."""
+    """Resource usage and counts of opcodes by the mangled names of kernels."""
     usage: dict[str, dict[str, int]] = {}
     name = ""
     for line in _run([cuobjdump, "-res-usage", str(cubin)]).splitlines():
@@ -277,11 +296,11 @@ def read_claims() -> list[Claim]:
 
 
 def claim_of(kernel: str, claims: Sequence[Claim]) -> Claim:
-    """The one claim that names the kernel."""
+    """The claim that matches a kernel's name; RuntimeError unless there is exactly one."""
     found = [claim for claim in claims if re.fullmatch(claim.kernel, kernel)]
     if len(found) != 1:
         raise RuntimeError(
-            f"{kernel}: {len(found)} entries of {CLAIMS.name} match its name, one must"
+            f"{kernel}: must match one entry of {CLAIMS.name}, got {len(found)} matches"
         )
     return found[0]
 
@@ -299,7 +318,9 @@ def measure(
 
     Args:
         architectures, files: what to compile; all files by default.
-        known: rows of files that are not compiled again if they are still the same, and the compiler too.
+        known: rows that are valid unless their sources or the compiler have changed.
+        ptx: whether to write PTX too.
+        jobs: processes of nvcc.
     """
     cuobjdump = find_tool("cuobjdump")
     if cuobjdump is None:
@@ -326,21 +347,21 @@ def measure(
                 start: sum(count for name, count in opcodes.items() if name.startswith(start))
                 for start in sorted(claim.instructions)
             }
-            registers, shared = usage["REG"], usage["SHARED"]
+            warps = resident_warps(
+                architecture, usage["REG"], usage["SHARED"], claim.dynamic_shared, claim.block
+            )
             rows.append(
                 Row(
                     architecture,
                     file,
                     kernel,
-                    registers,
-                    usage["STACK"] + usage["LOCAL"],
-                    shared,
-                    resident_warps(
-                        architecture, registers, shared, claim.dynamic_shared, claim.block
-                    ),
-                    " ".join(f"{name}:{count}" for name, count in counts.items()),
-                    compiler,
-                    of_names[file],
+                    registers=usage["REG"],
+                    spill_bytes=usage["STACK"] + usage["LOCAL"],
+                    shared_bytes=usage["SHARED"],
+                    warps=warps,
+                    instructions=" ".join(f"{name}:{count}" for name, count in counts.items()),
+                    compiler=compiler,
+                    sources=of_names[file],
                 )
             )
     return sorted(rows, key=lambda row: row.key)
@@ -349,33 +370,38 @@ def measure(
 # ---- the table -------------------------------------------------------------------------------
 
 
-def read_table() -> list[Row]:
-    if not TABLE.exists():
-        return []
-    with TABLE.open(encoding="utf-8", newline="") as file:
+RowType = TypeVar("RowType")
+
+
+def read_rows(path: Path, kind: type[RowType]) -> list[RowType]:
+    """Rows of a CSV file as dataclasses with fields of type int and str."""
+    types = {field.name: field.type for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    with path.open(encoding="utf-8", newline="") as file:
         return [
-            Row(
-                **{f.name: _typed(f, row[f.name]) for f in dataclasses.fields(Row) if f.name in row}
-            )
+            kind(**{k: int(v) if types[k] == "int" else v for k, v in row.items()})
             for row in csv.DictReader(file)
         ]
 
 
-def _typed(field: dataclasses.Field[Any], text: str) -> Any:
-    return int(text) if field.type == "int" else text
-
-
-def write_table(rows: Sequence[Row]) -> None:
-    with TABLE.open("w", encoding="utf-8", newline="") as file:
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Write dataclasses of one type as a CSV file."""
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(field.name for field in dataclasses.fields(Row))
-        writer.writerows(dataclasses.astuple(row) for row in rows)
+        for number, row in enumerate(map(dataclasses.asdict, rows)):
+            if number == 0:
+                writer.writerow(row)
+            writer.writerow(row.values())
+
+
+def read_table() -> list[Row]:
+    """The committed table."""
+    return read_rows(TABLE, Row)
 
 
 def compare(found: Sequence[Row], table: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """(losses, improvements) of what was found against the table, in words.
+    """Losses and improvements against the table, one line each.
 
-    Rows of the table are looked at for the architectures and files that were compiled.
+    Only rows of the table for architectures and files that were compiled are compared.
     """
     losses: list[str] = []
     improvements: list[str] = []
@@ -413,20 +439,21 @@ def compare(found: Sequence[Row], table: Sequence[Row]) -> tuple[list[str], list
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile and compare, or write the table; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources")
     parser.add_argument("--write", action="store_true", help="write the table")
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--files", nargs="+", help="names without .cu; all by default")
     parser.add_argument("--keep", type=Path, help="folder for the cubins")
-    parser.add_argument("--changed", action="store_true", help="leave out what is as in the table")
+    parser.add_argument("--changed", action="store_true", help="leave out unchanged files")
     parser.add_argument("--ptx", action="store_true", help="write PTX too")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args(arguments)
     if reason := missing_tools():
         parser.error(reason)
     files = [file for file in sources() if not args.files or file.stem in args.files]
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = args.keep or Path(scratch)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         known = read_table() if args.changed else ()
         rows = measure(
@@ -440,7 +467,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for row in read_table()
             if (row.architecture, row.file) not in measured and row.file in names
         ]
-        write_table(sorted([*rows, *kept], key=lambda row: row.key))
+        write_rows(TABLE, sorted([*rows, *kept], key=lambda row: row.key))
         return 0
     losses, improvements = compare(rows, read_table())
     for line in losses:

@@ -1,7 +1,6 @@
 """The cases of `python -m benchmarks` under pytest-benchmark: `pytest --benchmark-only [-k mmd]`.
 
-Peers are timed one after the other here: for ratios to rely on, take the harness, which interleaves
-them.
+Peers are timed one after another. `python -m benchmarks` interleaves them, and its ratios are reliable.
 """
 
 from __future__ import annotations

@@ -1,21 +1,19 @@
-"""The compiler's word on the Triton kernels: registers, spills, shared memory, matrix instructions. Needs no GPU.
+"""Registers, spills, shared memory and matrix instructions of the Triton kernels. Needs no GPU.
 
-    python -m benchmarks.triton_resources            compile, compare with the committed table
-    python -m benchmarks.triton_resources --write    compile, write the table
+    python -m benchmarks.triton_resources            compile and compare with the committed table
+    python -m benchmarks.triton_resources --write    compile and write the table
 
-Compiles every configuration that `triton/conditional_linear.py` may choose from, and the kernels of
-`triton/conditional_norm.py` and `triton/denoise.py` at their smallest and largest tiles, for each
-architecture, with Triton's own assembler. What counts as a loss against
-`tests/data/triton_resources.csv`: a stack frame (spilled registers), more shared memory than a block may
-have, other matrix instructions, a kernel that is not in the table; with the table's version of Triton also
-more registers or shared memory. float16 has the code of bfloat16 but for the type in the opcodes, and one
-configuration stands for it.
+Compiles every configuration that `triton/conditional_linear.py` may select, and the kernels of
+`triton/conditional_norm.py` and `triton/denoise.py` with their smallest and largest tiles, for each
+architecture, with Triton's own assembler. Losses against `tests/data/triton_resources.csv` are a stack
+frame (spilled registers), more shared memory than a block may have, other matrix instructions, a kernel
+that is not in the table, and with the table's version of Triton more registers or shared memory. One
+configuration represents float16, whose code differs from that of bfloat16 only in the opcodes' type.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import os
 import re
@@ -26,19 +24,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernel_resources import MULTIPROCESSORS
+from benchmarks.kernel_resources import MULTIPROCESSORS, find_tool, read_rows, write_rows
 
 SOURCE = Path(__file__).resolve().parents[1]
 TABLE = SOURCE / "tests" / "data" / "triton_resources.csv"
 ARCHITECTURES = (80, 90, 100, 120)
-# What a kernel multiplies matrices with, in the order of the architectures that brought it.
+# Matrix instructions, in the order of the architectures that introduced them.
 _INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 _SIZES = ("rows", "batch", "features", "width", "streams", "classes", "noise_steps", "rows_class")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One kernel in one configuration on one architecture: a row of the table."""
+    """A row of the table: one kernel in one configuration on one architecture."""
 
     kernel: str
     dtype: str
@@ -52,29 +50,29 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str, int]:
-        """What it is compared by."""
+        """Identifies the row in another table."""
         return self.kernel, self.dtype, self.configuration, self.architecture
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What is compiled: a kernel, the type of its activations, and its constants."""
+    """A kernel, the type of its activations as Triton writes it ("bf16"), and its constants."""
 
     kernel: Any
-    dtype: str  # as in Triton's signatures
+    dtype: str
     constants: dict[str, Any]
     warps: int
     stages: int
 
     @property
     def configuration(self) -> str:
-        """The constants in one word each, warps and stages behind them."""
+        """The constants, warps and stages: "BLOCK_M=64 warps=4 stages=3"."""
         words = [f"{k}={v}" for k, v in self.constants.items() if not k.endswith("_column")]
         return " ".join([*words, f"warps={self.warps}", f"stages={self.stages}"])
 
 
 def variants() -> Iterator[Variant]:
-    """Everything that is compiled, each once an architecture."""
+    """Everything that is compiled for each architecture."""
     from diffmic_fast.triton import conditional_linear as layer
     from diffmic_fast.triton import conditional_norm as norm
     from diffmic_fast.triton import denoise
@@ -113,7 +111,7 @@ _ACTIVATIONS = {
 
 
 def _type(kernel: str, name: str, dtype: str) -> str:
-    """Of a kernel's argument, as Triton writes it."""
+    """Type of a kernel's argument, as Triton writes it."""
     if name in ("eps", "momentum"):
         return "fp32"
     if name in ("timesteps", "timestep", "position"):
@@ -126,7 +124,7 @@ def _type(kernel: str, name: str, dtype: str) -> str:
 
 
 def compile_variant(variant: Variant, architecture: int) -> Row:
-    """Compile one for one architecture, and read what came out."""
+    """Compile a variant for one architecture and read the result."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -138,7 +136,7 @@ def compile_variant(variant: Variant, architecture: int) -> Row:
         else _type(variant.kernel.__name__, name, variant.dtype)
         for name in names
     }
-    # As at the sizes of use: pointers, widths and rows of memory are multiples of 16.
+    # As in actual use: pointers, widths and row strides are multiples of 16.
     aligned = [
         i
         for i, name in enumerate(names)
@@ -173,46 +171,31 @@ def compile_variant(variant: Variant, architecture: int) -> Row:
 
 
 def _registers(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and its stack frame in bytes."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        text = subprocess.run(
-            [str(tool), "-res-usage", str(file)], capture_output=True, text=True, check=True
-        ).stdout
+    """Registers and bytes of the stack frame per thread."""
+    tool = find_tool("cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     match = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if match is None:
-        raise RuntimeError(f"cuobjdump told no registers: {text}")
+        raise RuntimeError(f"cuobjdump printed no registers: {text}")
     return int(match[1]), int(match[2])
 
 
 def measure(architectures: Sequence[int] = ARCHITECTURES) -> list[Row]:
-    """Compile everything."""
+    """Compile all variants."""
     return [compile_variant(v, architecture) for v in variants() for architecture in architectures]
 
 
 def read_table() -> list[Row]:
     """The committed table."""
-    with open(TABLE, newline="", encoding="utf-8") as file:
-        kinds = {
-            field.name: int if field.type == "int" else str for field in dataclasses.fields(Row)
-        }
-        return [Row(**{k: kinds[k](v) for k, v in row.items()}) for row in csv.DictReader(file)]
-
-
-def write_table(rows: Sequence[Row]) -> None:
-    """Replace the committed table."""
-    with open(TABLE, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in dataclasses.fields(Row)])
-        writer.writerows(dataclasses.astuple(row) for row in rows)
+    return read_rows(TABLE, Row)
 
 
 def compare(rows: Sequence[Row], table: Sequence[Row]) -> list[str]:
-    """The losses of what was measured against the table, one line each."""
+    """Losses against the table, one line each."""
     known = {row.key: row for row in table}
     losses = []
     for row in rows:
@@ -246,13 +229,13 @@ def compare(rows: Sequence[Row], table: Sequence[Row]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile and compare, or write; the exit status."""
+    """Compile and compare, or write the table; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_resources")
     parser.add_argument("--write", action="store_true", help="write the table")
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
     options = parser.parse_args(arguments)
     if os.environ.pop("TRITON_INTERPRET", None):
-        print("TRITON_INTERPRET is not looked at: the kernels are compiled", file=sys.stderr)
+        print("TRITON_INTERPRET is ignored: the kernels are compiled", file=sys.stderr)
     rows = measure(options.architectures)
     for row in rows:
         print(
@@ -260,10 +243,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{row.stack_bytes:4} stack {row.shared_bytes:6} shared  {row.instruction:16} {row.configuration}"
         )
     if options.write:
-        write_table(rows)
+        write_rows(TABLE, rows)
         return 0
     losses = compare(rows, read_table())
-    print("\n".join(losses) or "nothing was lost against the table")
+    print("\n".join(losses) or "no kernel is worse than the table")
     return 1 if losses else 0
 
 

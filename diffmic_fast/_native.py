@@ -1,8 +1,7 @@
-"""The compiled extension ``diffmic_fast._C``, loaded at its first use.
+"""The compiled extension ``diffmic_fast._C``, loaded on first use.
 
-Importing the package never fails for want of the extension. A failed load is remembered with its
-reason, which `python -m diffmic_fast info` shows and which every error about the ``cpu`` backend
-repeats.
+Importing the package succeeds without the extension. The reason of a failed load is kept:
+`python -m diffmic_fast info` shows it, and errors about the backends ``cpu`` and ``cuda`` repeat it.
 """
 
 from __future__ import annotations
@@ -21,10 +20,11 @@ _PROCESS = os.getpid()
 
 @functools.cache
 def build_record() -> dict[str, Any] | None:
-    """What the installation wrote about its own build (``_build.json``), None where nothing did.
+    """What setup.py wrote about the build (``_build.json``); None if there is no such file.
 
-    Keys: ``extension`` (bool), ``reason`` (why there is no extension, or ""), ``cuda``
-    (bool), ``cuda_reason``, and on success compilers, versions, architectures and flags.
+    Returns:
+        A dict with ``extension`` (bool), ``reason`` (why there is no extension, or ""), ``cuda`` (bool),
+        ``cuda_reason``, and of a built extension its compilers, flags and CUDA architectures.
     """
     record = resources.files("diffmic_fast").joinpath("_build.json")
     try:
@@ -35,30 +35,30 @@ def build_record() -> dict[str, Any] | None:
 
 @functools.cache
 def attempt() -> tuple[ModuleType | None, str]:
-    """Try to load the extension, once a process: (module, "") or (None, the reason)."""
+    """Load the extension, once per process; returns (module, "") or (None, the reason)."""
     try:
         module = importlib.import_module("diffmic_fast._C")
         if os.getpid() != _PROCESS:
-            # A forked child has none of the threads that PyTorch may have started before.
+            # A forked child has none of the threads that its parent's PyTorch may have started.
             module.forked()
         return module, ""
     except ModuleNotFoundError as error:
         if error.name != "diffmic_fast._C":
             return None, f"loading diffmic_fast._C failed: {error}"
     except Exception as error:
-        # Whatever the loader raises (a missing symbol, another libc) is the answer to "why not".
+        # Whatever the loader raises (a missing symbol, another libc) is the reason.
         return None, f"loading diffmic_fast._C failed: {error}"
     record = build_record()
     if record is not None and record.get("reason"):
         return None, f"it was left out when diffmic_fast was installed: {record['reason']}"
     return None, (
-        "diffmic_fast._C is not beside the package's Python files: "
-        "install the package (pip install .) instead of running it from its sources"
+        "diffmic_fast._C has not been built: install the package with pip install ., "
+        "or with pip install -e . to run it from its sources"
     )
 
 
 def failure() -> str:
-    """Why the extension cannot be used here; empty when it can."""
+    """Why the extension is not available; empty if it is."""
     return attempt()[1]
 
 
@@ -66,7 +66,7 @@ def extension() -> ModuleType:
     """The extension module.
 
     Raises:
-        RuntimeError: it could not be loaded; the message says why.
+        RuntimeError: the extension is not available; the message contains the reason.
     """
     module, reason = attempt()
     if module is None:
@@ -76,18 +76,18 @@ def extension() -> ModuleType:
 
 @functools.cache
 def attempt_emulated() -> tuple[ModuleType | None, str]:
-    """Try to load the emulated CUDA kernels, once a process: (module, "") or (None, the reason).
+    """Load the emulated CUDA kernels, once per process; returns (module, "") or (None, the reason).
 
-    The module is no part of an installation: `tests/emulator` of the sources builds it, and the
-    variable ``DIFFMIC_EMULATED`` names the file.
+    The environment variable ``DIFFMIC_EMULATED`` names the module, which is built from tests/emulator and
+    not part of an installation.
     """
     path = os.environ.get("DIFFMIC_EMULATED")
     if not path:
-        return None, "the variable DIFFMIC_EMULATED does not name what tests/emulator builds"
+        return None, "DIFFMIC_EMULATED does not name a module built from tests/emulator"
     try:
         spec = importlib.util.spec_from_file_location("_emulated", path)
         if spec is None or spec.loader is None:
-            return None, f"DIFFMIC_EMULATED={path} is no extension module"
+            return None, f"DIFFMIC_EMULATED={path} is not an extension module"
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except Exception as error:
@@ -96,7 +96,7 @@ def attempt_emulated() -> tuple[ModuleType | None, str]:
 
 
 def cuda_failure() -> str:
-    """Why the CUDA kernels cannot be used here; empty when they can."""
+    """Why the CUDA kernels are not available; empty if they are."""
     module, reason = attempt()
     if module is None:
         return f"the compiled extension is not available: {reason}"
@@ -111,7 +111,7 @@ def cuda(backend: str) -> ModuleType:
     """The module of CUDA kernels for the backend "cuda" or "cuda-emulated".
 
     Raises:
-        RuntimeError: it could not be loaded; the message says why.
+        RuntimeError: the kernels are not available; the message contains the reason.
     """
     if backend == "cuda-emulated":
         module, reason = attempt_emulated()

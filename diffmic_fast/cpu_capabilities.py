@@ -1,4 +1,4 @@
-"""Which bfloat16 instructions the processor has, for the choice between bfloat16 and float32 at run time."""
+"""Detects bfloat16 instructions, for the choice between bfloat16 and float32 at run time."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import torch
 
 from diffmic_fast import _native
 
-# Names of `_C.cpu_features`, from the fastest products of bfloat16 to the slowest.
+# By name in `_C.cpu_features`, the fastest matrix products first.
 _FEATURES = (("amx", "AMX"), ("avx512bf16", "AVX-512"), ("bf16", "Arm"))
 
 
 def bfloat16_instructions() -> str:
-    """ "AMX", "AVX-512" or "Arm", whose products of bfloat16 oneDNN uses; empty where there are none.
+    """The bfloat16 instructions that oneDNN's matrix products use on this processor.
 
-    Only private functions of torch tell. Where a version of torch lacks them, the extension does; without both the
-    answer is empty, so that nothing is computed in emulated bfloat16.
+    Only private functions of torch tell; where a version of torch lacks them, the extension does.
+
+    Returns:
+        "AMX", "AVX-512" or "Arm"; empty if there are none or if that is unknown, so that no product is
+        computed in emulated bfloat16.
     """
     if platform.machine().lower() in ("x86_64", "amd64", "i386", "i686"):
         amx = getattr(torch.cpu, "_is_amx_tile_supported", None)

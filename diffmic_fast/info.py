@@ -1,6 +1,6 @@
-"""`python -m diffmic_fast info`: what is installed, what was built, what could not be loaded.
+"""`python -m diffmic_fast info`: what is installed, what was built, and what could not be loaded.
 
-Nothing here raises for a missing or broken part: that is what the report is for.
+Nothing here raises for a missing or broken part: the report names it with the reason.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import diffmic_fast
 from diffmic_fast import _native
@@ -30,21 +28,25 @@ _PACKAGES = (
     "numpy",
     "pillow",
     "scikit-learn",
+    "matplotlib",
+    "tensorboard",
 )
 
 
 def report() -> dict[str, Any]:
-    """Everything that `info` shows, as plain values that JSON can hold.
+    """Everything that `info` shows, as values that JSON can hold.
 
     Returns:
-        versions: package -> version, or None where it is not installed.
-        extension: loaded, reason (why not), file, and the facts of its build.
-        installed: what the installation recorded of its build, or None.
-        processor: architecture, name, instruction_sets, amx (yes, or why not), cores, threads (that torch uses),
-            bfloat16_convolutions (instructions and how, or why not).
-        gpu: torch_cuda, torch_devices, driver, devices, reason (why there are none).
-        backends: device -> operation -> backend (what "auto" means here, or why it cannot serve),
-            variable (DIFFMIC_BACKEND).
+        A dict with the keys
+
+        - versions: version by package, None where it is not installed.
+        - extension: loaded (bool) and reason, or file and what the extension says of its build.
+        - installed: what the installation recorded about its build, or None.
+        - processor: architecture, instruction_sets, amx ("yes", or why not), torch_uses, cores,
+          threads (of torch), bfloat16_convolutions (instructions and how, or why not).
+        - gpu: torch_cuda, torch_devices, driver, devices, reason (why there are none).
+        - backends: by device and operation, the backend that "auto" selects, or why none can serve;
+          variable (DIFFMIC_BACKEND).
     """
     return {
         "versions": _versions(),
@@ -57,17 +59,15 @@ def report() -> dict[str, Any]:
 
 
 def main(json: bool = False) -> int:
-    """Print the report, readable or as JSON; the exit status."""
+    """Print the report as text or as JSON; returns the exit status."""
     found = report()
-    if json:
-        print(json_format.dumps(found, indent=2))
-    else:
-        render(found, Console())
+    print(json_format.dumps(found, indent=2) if json else render(found))
     return 0
 
 
-def render(found: dict[str, Any], console: Console) -> None:
-    """Write a report as tables."""
+def render(found: dict[str, Any]) -> str:
+    """A report as text, one line a fact."""
+    lines = []
     for title, rows in (
         ("versions", list(found["versions"].items())),
         ("extension", _extension_rows(found)),
@@ -75,12 +75,9 @@ def render(found: dict[str, Any], console: Console) -> None:
         ("gpu", _gpu_rows(found["gpu"])),
         ("backends", _backend_rows(found["backends"])),
     ):
-        table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, value in rows:
-            table.add_row(name, _text(value))
-        console.print(table)
+        width = max(len(name) for name, _ in rows)
+        lines += [title, *(f"  {name:<{width}}  {_text(value)}" for name, value in rows), ""]
+    return "\n".join(lines[:-1])
 
 
 def _versions() -> dict[str, str | None]:
@@ -90,7 +87,7 @@ def _versions() -> dict[str, str | None]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    # A source tree or a system's own package may come without metadata.
+    # A source tree and packages of a system may have no metadata.
     versions["diffmic_fast"] = diffmic_fast.__version__
     versions["torch"], versions["numpy"] = torch.__version__, np.__version__
     versions["system"] = platform.platform()
@@ -106,24 +103,16 @@ def _extension() -> dict[str, Any]:
 
 def _processor() -> dict[str, Any]:
     module, _ = _native.attempt()
+    obstacle = module.why_no_amx() if module else "the extension was not loaded"
     return {
         "architecture": platform.machine(),
-        "instruction_sets": (
-            module.cpu_features() if module else ["unknown without the extension"]
-        ),
-        "amx": f"no: {obstacle}" if (obstacle := _why_no_amx(module)) else "yes",
+        "instruction_sets": module.cpu_features() if module else ["unknown without the extension"],
+        "amx": f"no: {obstacle}" if obstacle else "yes",
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "bfloat16_convolutions": bfloat16_convolutions(),
     }
-
-
-def _why_no_amx(module: Any) -> str:
-    if module is None:
-        return "the extension was not loaded"
-    # As with cuda_state: an extension of another build may lack it.
-    return module.why_no_amx() if hasattr(module, "why_no_amx") else "unknown to this extension"
 
 
 def _gpu() -> dict[str, Any]:
@@ -137,9 +126,7 @@ def _gpu() -> dict[str, Any]:
     if module is None:
         found["reason"] = f"the extension was not loaded: {reason}"
     elif not hasattr(module, "cuda_state"):
-        record = _native.build_record() or {}
-        why = record.get("cuda_reason") or "CUDA was off"
-        found["reason"] = f"the extension was built without CUDA: {why}"
+        found["reason"] = _native.cuda_failure()
     else:
         try:
             state = module.cuda_state()
@@ -148,12 +135,9 @@ def _gpu() -> dict[str, Any]:
         else:
             found.update(reason=state["reason"], devices=state["devices"])
             if state["driver_version"]:
-                found["driver"] = f"knows CUDA {_cuda_version(state['driver_version'])}"
+                version = state["driver_version"]
+                found["driver"] = f"supports CUDA {version // 1000}.{version % 1000 // 10}"
     return found
-
-
-def _cuda_version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _backends() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Fixtures that all tests share: the recorded numbers, and the small denoiser that they were recorded with."""
+"""Fixtures that all tests share: the recorded numbers, and the small denoiser that they were recorded from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import emulated_module
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from diffmic_fast.diffusion import Schedule, make_schedule
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.reference.denoise import DenoiserWeights
 
-# Before anything imports a Triton kernel: without a GPU they run in Triton's interpreter.
+# Set before a Triton kernel is imported: without a GPU they run in Triton's interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -24,6 +25,15 @@ from training_fixtures import config, images, shared_config  # noqa: F401 (fixtu
 DATA = Path(__file__).parent / "data"
 
 Golden = Callable[[str], dict[str, Tensor]]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Builds the emulated CUDA kernels before the first test that uses them, or skips with the reason."""
+    everywhere = os.environ.get("DIFFMIC_BACKEND") == "cuda-emulated"
+    if (everywhere or item.get_closest_marker("emulated")) and (
+        reason := emulated_module.prepare()
+    ):
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +49,7 @@ def golden() -> Golden:
 
 @pytest.fixture
 def auto_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No DIFFMIC_BACKEND, for tests of what "auto" does where kernels refuse: float64, gradients, bfloat16."""
+    """Unsets DIFFMIC_BACKEND, for inputs that not every kernel supports: float64, gradients, bfloat16."""
     monkeypatch.delenv("DIFFMIC_BACKEND", raising=False)
 
 
@@ -51,13 +61,13 @@ def record(golden: Golden) -> dict[str, Tensor]:
 
 @pytest.fixture
 def state(record: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Its state dict before anything ran."""
+    """Its state dict before the first call."""
     return {key[6:]: value for key, value in record.items() if key.startswith("state/")}
 
 
 @pytest.fixture
 def weights(state: dict[str, Tensor]) -> DenoiserWeights:
-    """Its layers behind the image encoder."""
+    """Its layers after the image encoder."""
     layers = [
         ConditionalLayer(
             state[f"lin{n}.lin.weight"],
@@ -77,12 +87,12 @@ def weights(state: dict[str, Tensor]) -> DenoiserWeights:
 
 @pytest.fixture
 def features(record: dict[str, Tensor], state: dict[str, Tensor]) -> Tensor:
-    """Image features after `norm` in eval mode."""
+    """Image features [8, 64] after `norm` in evaluation mode."""
     norm = (state[f"norm.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
     return torch.nn.functional.batch_norm(record["x"], *norm, False)
 
 
 @pytest.fixture(scope="session")
 def schedule() -> Schedule:
-    """Tables of the recorded runs."""
+    """The noise schedule of the recorded runs."""
     return make_schedule("linear", 100)

@@ -8,12 +8,11 @@ import torch
 
 from diffmic_fast import _native, triton
 
-_EMULATOR = _native.attempt_emulated()[1]
 _GPU = "no GPU" if not torch.cuda.is_available() else _native.cuda_failure()
 
 CUDA_BACKENDS = [
-    pytest.param("cuda-emulated", marks=pytest.mark.skipif(bool(_EMULATOR), reason=_EMULATOR)),
-    pytest.param("cuda", marks=pytest.mark.skipif(bool(_GPU), reason=_GPU)),
+    pytest.param("cuda-emulated", marks=pytest.mark.emulated),  # conftest.py builds the kernels
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(bool(_GPU), reason=_GPU)]),
 ]
 
 TRITON_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,6 @@
-"""Builds of csrc/cpu and of the programs of tests/native, with the flags of CMakeLists.txt.
+"""Builds csrc/cpu and the programs of tests/native with the compiler options of CMakeLists.txt.
 
-The flags are those of a CMake configuration for the compiler in question, so that they are written once.
+The options come from a CMake configuration for the compiler in question, so that they exist once.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[1])
+SOURCE = Path(__file__).resolve().parents[1]
 NATIVE = Path(__file__).parent / "native"
 PROGRAMS = tuple(NATIVE / f"{name}.cpp" for name in ("conditioning", "kernels", "mmd"))
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 
-
-# `kernels`: float32, bfloat16, int8. The last two round sums of another order, now and then the other way.
+# Shares of the largest result, for results of float32, and of `kernels` also for bfloat16 and int8, which
+# may round a sum of another order to the neighbouring value.
 TOLERANCES = {"conditioning": [1e-6], "kernels": [1e-6, 1e-3, 1e-2], "mmd": [1e-6]}
 
 
@@ -40,7 +40,7 @@ class Unit:
 
     Attributes:
         path: the source file.
-        flags: its compiler options, without include directories and the position-independent output of a module.
+        flags: its compiler options, without include directories.
     """
 
     path: Path
@@ -54,14 +54,11 @@ class Unit:
 
 @functools.cache
 def translation_units(compiler: str, processor: str | None = None) -> tuple[Unit, ...]:
-    """The files of csrc/cpu that CMake builds with a compiler, and their flags.
+    """The files of csrc/cpu that CMake compiles, in CMake's order.
 
     Args:
         compiler: the C++ compiler's name or path.
         processor: CMAKE_SYSTEM_PROCESSOR of a cross compiler's Linux; by default, this machine's.
-
-    Returns:
-        One Unit a file, in CMake's order.
     """
     pybind11 = pytest.importorskip("pybind11")
     search = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
@@ -105,7 +102,7 @@ def translation_units(compiler: str, processor: str | None = None) -> tuple[Unit
 
 
 def run(command: Sequence[str | Path], **options: object) -> subprocess.CompletedProcess[str]:
-    """Runs a command and returns what it did; fails with its output where its status is not 0."""
+    """Runs a command; fails the test with the command's output if its status is not 0."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
     if done.returncode != 0:
         words = " ".join(str(word) for word in command)
@@ -114,11 +111,7 @@ def run(command: Sequence[str | Path], **options: object) -> subprocess.Complete
 
 
 def build_once(folder: Path, build: Callable[[Path], object]) -> Path:
-    """Calls build(folder) unless a worker of this session has; others wait for it meanwhile.
-
-    Returns:
-        folder.
-    """
+    """Calls build(folder) in one worker of this session, for which the others wait; returns folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -139,7 +132,7 @@ def compile_units(
     Args:
         compiler: the C++ compiler.
         units: what to compile.
-        folder: where the object files are put, named after their sources.
+        folder: folder of the object files, which are named after their sources.
         flags: a unit's compiler options; by default, those of CMake.
 
     Returns:
@@ -168,12 +161,12 @@ def link_program(
 
 
 def run_program(program: Path, *arguments: str, launcher: Sequence[str] = ()) -> list[str]:
-    """Runs a program of tests/native to its end.
+    """Runs a program of tests/native.
 
     Args:
         program: the executable.
         arguments: `[--quick] [--results FILE] [INSTRUCTION_SET ...]`.
-        launcher: a command that runs it, such as QEMU.
+        launcher: a command that runs the program, such as QEMU.
 
     Returns:
         The instruction sets that it ran.
@@ -194,9 +187,9 @@ def program_results(program: Path, name: str, launcher: Sequence[str] = ()) -> n
 
 
 def assert_within_rounding(program: str, found: np.ndarray, expected: np.ndarray) -> None:
-    """Compares results of two instruction sets, which sum in another order.
+    """Compares results of two instruction sets, which sum in a different order.
 
-    A program's results are equally many for each of its tolerances, which are shares of the largest result.
+    A program has equally many results for each of its TOLERANCES.
     """
     tolerances = TOLERANCES[program]
     assert found.size == expected.size > 300
@@ -207,21 +200,21 @@ def assert_within_rounding(program: str, found: np.ndarray, expected: np.ndarray
 
 
 def emulated_flags(unit: Unit) -> list[str] | None:
-    """Compiler options of a unit of AVX-512 kernels for AVX2, by tests/native/avx512_on_avx2.h.
+    """Compiler options that compile a unit of AVX-512 kernels for AVX2, with tests/native/avx512_on_avx2.h.
 
-    mmd.cpp is one: it decides which of its kernels run. Nothing is fused but where the source says so. Compilers
-    choose differently at other vector sizes.
+    mmd.cpp is such a unit, since it selects the kernels. Only multiply-adds of the source are fused: compilers
+    fuse differently at other vector sizes.
 
     Returns:
-        The options, or None where a unit is not emulated. All emulated units must be linked together: they share
-        inline functions, which take vectors otherwise than those of other builds.
+        The options, or None for a unit that is not emulated. All emulated units must be linked together: the
+        calling convention of vectors in their inline functions differs from that of other builds.
     """
     emulated = "-mavx512f" in unit.instructions or unit.path.stem == "mmd"
     if not emulated or any(flag.startswith("-mamx") for flag in unit.instructions):
         return None
     header = str(NATIVE / "avx512_on_avx2.h")
     return [
-        # -O1 takes seven times as long to compile, for programs that are hardly faster.
+        # -O1 compiles seven times as long, and the programs are hardly faster.
         *("-Og", "-std=c++20", "-w", "-mavx2", "-mfma", "-ffp-contract=off", "-fno-tree-sra"),
         *("-include", header),
     ]
@@ -236,7 +229,7 @@ def cpu_features() -> set[str]:
 
 @functools.cache
 def has_simde() -> bool:
-    """Whether tests/native/avx512_on_avx2.h finds SIMDe, and this machine has AVX2 to run it."""
+    """Whether tests/native/avx512_on_avx2.h can be compiled (SIMDe) and run (AVX2)."""
     text = "#if __has_include(<simde/x86/avx512.h>)\nfound\n#endif\n"
     preprocess = [str(COMPILER), "-E", "-x", "c++", "-"]
     return (

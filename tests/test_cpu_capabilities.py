@@ -1,4 +1,4 @@
-"""Which bfloat16 instructions there are, as torch tells, or the extension where torch does not."""
+"""bfloat16 instructions as torch reports them, or the extension where torch does not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffmic_fast.cpu_capabilities import bfloat16_instructions
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Sets the architecture, what torch says of AMX and AVX-512 (None: nothing), what the extension says."""
+    """machine(...) sets the architecture and what torch and the extension report (None: nothing)."""
 
     def pretend(architecture, amx, avx512, features):
         monkeypatch.setattr("platform.machine", lambda: architecture)

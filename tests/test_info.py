@@ -1,22 +1,14 @@
-"""`info` tells what is there, and what is not and why, and never raises for either."""
+"""`info` reports what is available and why the rest is not, and never raises for a missing part."""
 
 from __future__ import annotations
 
-import io
 import json
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
 from diffmic_fast import _native, info
 from diffmic_fast.ops._backend import IMPLEMENTATIONS
-
-
-def rendered(found: dict[str, object]) -> str:
-    text = io.StringIO()
-    info.render(found, Console(file=text, width=200))
-    return text.getvalue()
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +31,7 @@ def test_report_of_this_machine() -> None:
     assert found["gpu"]["devices"] or found["gpu"]["reason"]
 
 
-def test_main_prints_json_or_tables(capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_prints_json_or_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert info.main(json=True) == 0
     assert json.loads(capsys.readouterr().out)["backends"]["cpu"]["mmd"] == "cpu"
     assert info.main() == 0
@@ -54,10 +46,10 @@ def test_a_missing_extension_is_reported_with_its_reason(monkeypatch: pytest.Mon
     assert found["extension"] == {"loaded": False, "reason": "no C++ compiler was found"}
     assert found["backends"]["cpu"]["rois"].startswith("reference (rois: using the slower")
     assert "no C++ compiler was found" in found["gpu"]["reason"]
-    assert "no C++ compiler was found" in rendered(found)
+    assert "no C++ compiler was found" in info.render(found)
 
 
-def test_a_variable_that_cannot_be_met_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_backend_variable_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFMIC_BACKEND", "fast")
     found = info.report()
     assert found["backends"]["variable"] == "fast"
@@ -80,6 +72,7 @@ def _with_cuda(monkeypatch: pytest.MonkeyPatch, state: object) -> dict[str, obje
         __file__="_C.so",
         build_info=real.build_info,
         cpu_features=real.cpu_features,
+        why_no_amx=real.why_no_amx,
         cuda_state=cuda_state,
         CudaError=_CudaError,
     )
@@ -87,9 +80,7 @@ def _with_cuda(monkeypatch: pytest.MonkeyPatch, state: object) -> dict[str, obje
     return info.report()
 
 
-def test_gpus_are_listed_with_whether_this_build_serves_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_gpus_without_code_in_this_build_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     device = {
         "index": 0,
         "name": "Test GPU",
@@ -99,18 +90,18 @@ def test_gpus_are_listed_with_whether_this_build_serves_them(
         "served": False,
     }
     state = {"runtime_version": 13000, "driver_version": 13020, "reason": "", "devices": [device]}
-    text = rendered(_with_cuda(monkeypatch, state))
-    assert "knows CUDA 13.2" in text
+    text = info.render(_with_cuda(monkeypatch, state))
+    assert "supports CUDA 13.2" in text
     assert "Test GPU, sm_75, for which this build has no code, 40 multiprocessors, 16 GiB" in text
 
 
-def test_a_failing_driver_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_error_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     found = _with_cuda(monkeypatch, _CudaError("cudaGetDeviceCount failed: cudaErrorUnknown"))
     assert found["gpu"]["reason"] == "cudaGetDeviceCount failed: cudaErrorUnknown"  # type: ignore[index]
 
 
-def test_cuda_of_this_build() -> None:
-    """With CUDA compiled in, the query answers with or without a GPU."""
+def test_device_query_of_this_build() -> None:
+    """With CUDA compiled in, the query succeeds with or without a GPU."""
     module = _native.extension()
     if not module.build_info()["cuda"]:
         assert not hasattr(module, "cuda_state")

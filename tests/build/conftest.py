@@ -1,4 +1,4 @@
-"""Native builds that several test files and workers share."""
+"""Native builds that test files and the workers of pytest-xdist share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def kernel_objects(builds: Path) -> dict[Unit, Path]:
-    """csrc/cpu, compiled as CMake would by the default compiler: the object file of each unit."""
+    """The object file of each unit of csrc/cpu, compiled with the options of CMake."""
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     units = translation_units(COMPILER)

@@ -1,6 +1,6 @@
-"""64-bit Arm: csrc/cpu by a cross compiler, with the flags that CMake gives there, run by QEMU.
+"""64-bit Arm: csrc/cpu, compiled by a cross compiler with the options of CMake there, run by QEMU.
 
-Needs the source tree; Debian: g++-aarch64-linux-gnu and qemu-user.
+Needs Debian's packages g++-aarch64-linux-gnu and qemu-user.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import pytest
 from native_builds import COMPILER as HOST
 from native_builds import (
     PROGRAMS,
-    SOURCE,
     Unit,
     assert_within_rounding,
     compile_units,
@@ -27,17 +26,18 @@ from native_builds import (
 
 COMPILER = "aarch64-linux-gnu-g++"
 QEMU = shutil.which("qemu-aarch64")
+pytestmark = pytest.mark.slow
 
-if not (SOURCE / "csrc").is_dir():
-    pytest.skip("no source tree: set DIFFMIC_SOURCE", allow_module_level=True)
 if platform.machine() == "aarch64":
-    pytest.skip("all other tests run on 64-bit Arm here", allow_module_level=True)
+    pytest.skip("this machine is 64-bit Arm itself", allow_module_level=True)
 if shutil.which(COMPILER) is None or QEMU is None:
     pytest.skip(f"needs {COMPILER} and qemu-aarch64", allow_module_level=True)
 
 
-def test_kernels(tmp_path: Path, kernel_objects: dict[Unit, Path]) -> None:
-    """Every program runs with the portable kernels alone, whose results are those of this machine within rounding."""
+def test_portable_kernels_agree_with_this_machine(
+    tmp_path: Path, kernel_objects: dict[Unit, Path]
+) -> None:
+    """Only the portable kernels are available, with the results of this machine within rounding."""
     units = translation_units(COMPILER, "aarch64")
     assert not any(unit.instructions for unit in units)
     objects = compile_units(COMPILER, units, tmp_path / "arm")

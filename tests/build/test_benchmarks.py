@@ -1,47 +1,36 @@
-"""What the benchmarks keep and draw; nothing is timed. Needs the source tree."""
+"""What the benchmarks write and draw; nothing is timed."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[2])
-if not (SOURCE / "benchmarks").is_dir():
-    pytest.skip("no source tree: set DIFFMIC_SOURCE", allow_module_level=True)
+from benchmarks import harness, plots
 
-
-@pytest.fixture
-def harness(tmp_path: Path) -> Iterator[Any]:
-    """The harness, which writes into tmp_path."""
-    sys.path.append(str(SOURCE))  # last: an installed diffmic_fast comes before the sources
-    try:
-        from benchmarks import harness
-
-        patch = pytest.MonkeyPatch()
-        patch.setattr(harness, "RESULTS", tmp_path)
-        yield harness
-        patch.undo()
-    finally:
-        sys.path.remove(str(SOURCE))
+RESULTS = harness.RESULTS
 
 
-def case(harness: Any, title: str, seconds: dict[str, float], **more: Any) -> Any:
+@pytest.fixture(autouse=True)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness writes into tmp_path."""
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+
+
+def case(title: str, seconds: dict[str, float], **more: Any) -> Any:
     timings = {name: harness.Timing(t, t, t, t, 3) for name, t in seconds.items()}
     sizes: dict[str, int] = {}
     return harness.Case(title, timings, "cpu", sizes, 0, 0.0, more.get("limits", {}), {})
 
 
-def test_results_hold_the_ratio_to_every_peer(harness: Any, tmp_path: Path) -> None:
+def test_results_hold_the_ratio_to_every_peer(tmp_path: Path) -> None:
     limits = {"cpu": {"limit": 0.5}}
-    cases = [case(harness, "one", {"cpu": 1.0, "slow": 4.0, "limit": 0.5}, limits=limits)]
-    cases.append(case(harness, "two", {"cpu": 1.0, "other": 3.0}))
+    cases = [case("one", {"cpu": 1.0, "slow": 4.0, "limit": 0.5}, limits=limits)]
+    cases.append(case("two", {"cpu": 1.0, "other": 3.0}))
     harness.write("made_up", cases)
     kept = json.loads((tmp_path / "made_up.json").read_text())["cases"]
     assert kept[0]["ratios"]["cpu"] == {"slow": 4.0, "limit": 0.5}
@@ -55,7 +44,7 @@ def test_results_hold_the_ratio_to_every_peer(harness: Any, tmp_path: Path) -> N
     assert all(line["torch"] for line in lines)
 
 
-def test_a_run_is_what_was_set_up(harness: Any) -> None:
+def test_run_times_the_peers_of_a_setup() -> None:
     calls = []
     peers = {
         "a": lambda: lambda: calls.append("a"),
@@ -67,7 +56,7 @@ def test_a_run_is_what_was_set_up(harness: Any) -> None:
     assert calls.count("b") > 3
 
 
-def test_a_processor_of_a_general_name_is_named_by_family_and_model(harness: Any) -> None:
+def test_processors_with_a_generic_name_get_family_and_model() -> None:
     def named(name: str) -> str:
         first = f"processor\t: 0\nmodel name\t: {name}\ncpu family\t: 25\nmodel\t\t: 17\n"
         return harness.processor_name(first + "\nprocessor\t: 1\nmodel\t\t: 99\n")
@@ -80,14 +69,14 @@ def test_a_processor_of_a_general_name_is_named_by_family_and_model(harness: Any
     assert harness.processor_name("")
 
 
-def test_instruction_sets_for_products_come_from_the_system(harness: Any) -> None:
+def test_matrix_instruction_sets_come_from_the_system() -> None:
     cpuinfo = "flags\t\t: fpu avx2 amx_tile amx_bf16\n\nflags\t\t: amx_int8\n"
     assert harness.instruction_sets(["avx2"], cpuinfo) == ["avx2", "amx_tile", "amx_bf16"]
     assert harness.instruction_sets(["neon"], "Features\t: asimd i8mm\n") == ["neon", "i8mm"]
     assert harness.instruction_sets(["avx2"], "") == ["avx2"]
 
 
-def test_sizes_of_caches(harness: Any, tmp_path: Path) -> None:
+def test_cache_sizes(tmp_path: Path) -> None:
     kinds = [("Data", "1", "32K"), ("Instruction", "1", "32K"), ("Unified", "2", "1024K")]
     for i, facts in enumerate([*kinds, ("Unified", "3", "unknown")]):
         (tmp_path / f"index{i}").mkdir()
@@ -97,14 +86,12 @@ def test_sizes_of_caches(harness: Any, tmp_path: Path) -> None:
     assert harness.caches(tmp_path / "index0") == {}
 
 
-def test_memory_on_large_pages_is_random(harness: Any) -> None:
+def test_memory_on_large_pages_is_initialised_at_random() -> None:
     memory = harness.on_large_pages(2**20 + 1)
     assert memory.shape == (2**20 + 1,) and 0.49 < memory.double().mean() < 0.51
 
 
-def test_the_matmul_precision_is_restored(harness: Any) -> None:
-    import torch
-
+def test_the_matmul_precision_is_restored() -> None:
     before = torch.get_float32_matmul_precision()
     seen = []
 
@@ -117,11 +104,9 @@ def test_the_matmul_precision_is_restored(harness: Any) -> None:
     assert seen == ["medium"] and torch.get_float32_matmul_precision() == before
 
 
-def test_the_committed_results_can_be_drawn(harness: Any, tmp_path: Path) -> None:
-    from benchmarks import plots
-
+def test_the_committed_results_can_be_drawn(tmp_path: Path) -> None:
     for name in ("denoise", "mmd"):
-        content = (SOURCE / "benchmarks" / "results" / f"{name}.json").read_text()
+        content = (RESULTS / f"{name}.json").read_text()
         (tmp_path / f"{name}.json").write_text(content)
     drawn = plots.draw(tmp_path)
     assert [path.name for path in drawn] == [

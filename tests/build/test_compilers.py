@@ -1,6 +1,6 @@
-"""csrc/cpu by every C++ compiler at hand: no warnings, and nothing of one instruction set in another's code.
+"""csrc/cpu, compiled by every C++ compiler that is installed, with the options of CMake.
 
-The flags are CMake's, optimisation and -Werror included. Needs the source tree.
+No warnings, and no code of one instruction set that callers of another could reach.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from native_builds import COMPILER, SOURCE, Unit, compile_units, run, translation_units
-
-if not (SOURCE / "csrc").is_dir():
-    pytest.skip("no source tree: set DIFFMIC_SOURCE", allow_module_level=True)
+from native_builds import COMPILER, Unit, compile_units, run, translation_units
 
 NAMES = ["g++", "clang++", *(f"g++-{n}" for n in range(11, 17))]
 NAMES += [f"clang++-{n}" for n in range(14, 24)]
@@ -22,7 +19,7 @@ OWN = re.compile(r"diffmic::cpu::(avx2|avx512|avx512_bf16|amx|amx_emulated)::|^D
 
 
 def compilers() -> list[str]:
-    """The default compiler and those of NAMES that are installed; one name of several for the same program."""
+    """The default compiler and those of NAMES that are installed, each program once."""
     found: dict[Path, str] = {}
     for name in [COMPILER, *NAMES]:
         path = name and shutil.which(name)
@@ -32,17 +29,11 @@ def compilers() -> list[str]:
 
 
 def shared_symbols(objects: dict[Unit, Path]) -> list[str]:
-    """Weak definitions in objects that are compiled for an instruction set, which run-time dispatch guards.
+    """Weak definitions in objects that are compiled for an instruction set, as "object: symbol".
 
     The linker keeps one copy of a function that several objects define weakly, such as an inline function of the
-    standard library. It may keep the copy of an instruction set that the processor lacks, for all callers. Names in the
-    namespace of an instruction set have no other callers, and DW.ref symbols are data of exception handling.
-
-    Args:
-        objects: object files by translation unit.
-
-    Returns:
-        `object: symbol` for each.
+    standard library, and it may be the copy for an instruction set that the processor lacks. Names in the namespace of
+    an instruction set have no other callers, and DW.ref symbols are data of exception handling.
     """
     where = collections.defaultdict(set)
     for unit, path in objects.items():
@@ -58,6 +49,7 @@ def shared_symbols(objects: dict[Unit, Path]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", compilers())
 def test_kernels_compile_without_warnings(
     compiler: str, builds: Path, kernel_objects: dict[Unit, Path]
@@ -69,12 +61,13 @@ def test_kernels_compile_without_warnings(
         paths = compile_units(compiler, units, builds / compiler)
         objects = dict(zip(units, paths, strict=True))
     assert shared_symbols(objects) == []
-    # Constructors of static storage run before any dispatch.
+    # Static constructors run before any dispatch.
     for unit, path in objects.items():
         if unit.instructions:
             assert ".init_array" not in run(["objdump", "-h", path]).stdout, unit.path.name
 
 
+@pytest.mark.slow
 def test_shared_symbols_are_found(tmp_path: Path, kernel_objects: dict[Unit, Path]) -> None:
     """An inline function that is not inlined is a weak definition."""
     source = tmp_path / "leak_avx2.cpp"

@@ -1,7 +1,4 @@
-"""Instruction sets that this machine lacks: AVX-512 on AVX2 by SIMDe, and processors without them by QEMU.
-
-Needs the source tree and a C++ compiler for x86-64.
-"""
+"""Instruction sets that this machine lacks: AVX-512 on AVX2 by SIMDe, and older processors by QEMU."""
 
 from __future__ import annotations
 
@@ -17,7 +14,6 @@ from native_builds import (
     COMPILER,
     NATIVE,
     PROGRAMS,
-    SOURCE,
     Unit,
     assert_within_rounding,
     build_once,
@@ -32,17 +28,16 @@ from native_builds import (
     translation_units,
 )
 
-if not (SOURCE / "csrc").is_dir():
-    pytest.skip("no source tree: set DIFFMIC_SOURCE", allow_module_level=True)
 if (platform.system(), platform.machine()) != ("Linux", "x86_64") or COMPILER is None:
     pytest.skip("needs Linux on x86-64 and a C++ compiler", allow_module_level=True)
 
+pytestmark = pytest.mark.slow
 DATA = Path(__file__).parents[1] / "data"
 AVX512_BF16 = [
     *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"),
     *("-mavx512vnni", "-mavx512bf16"),
 ]
-# Sets that are emulated, by program.
+# Emulated instruction sets by program.
 EMULATED = {
     "conditioning": ["avx512"],
     "kernels": ["avx512", "avx512_bf16"],
@@ -59,7 +54,7 @@ has_avx512 = cpu_features() >= HARDWARE
 
 @needs_simde
 def test_emulated_operations_are_those_of_the_hardware(tmp_path: Path) -> None:
-    """Each operation of simd.h, on random bit patterns, has the digest that AVX-512 hardware gave."""
+    """Each operation of simd.h has the digest that AVX-512 hardware gave for the same random bit patterns."""
     recorded = (DATA / "avx512_operations.txt").read_text()
     source = NATIVE / "operations.cpp"
     flags = ["-O1", "-w", "-ffp-contract=off"]
@@ -75,7 +70,7 @@ def test_emulated_operations_are_those_of_the_hardware(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def emulated_objects(builds: Path, kernel_objects: dict[Unit, Path]) -> list[Path]:
-    """csrc/cpu with AVX-512 kernels that are emulated and take themselves for available."""
+    """csrc/cpu with emulated AVX-512 kernels, which report themselves as available."""
     flags = {unit: emulated_flags(unit) for unit in kernel_objects}
     units = [unit for unit in kernel_objects if flags[unit] is not None]
     assert {unit.path.stem for unit in units} >= {
@@ -90,7 +85,7 @@ def emulated_objects(builds: Path, kernel_objects: dict[Unit, Path]) -> list[Pat
 
 @pytest.fixture(scope="module")
 def hardware_objects(builds: Path, kernel_objects: dict[Unit, Path]) -> list[Path]:
-    """csrc/cpu without what compilers fuse by themselves."""
+    """csrc/cpu without multiply-adds that the compiler fuses by itself."""
     units = [unit for unit in kernel_objects if "-ffp-contract=fast" in unit.flags]
     folder = build_once(
         builds / "unfused",
@@ -102,7 +97,7 @@ def hardware_objects(builds: Path, kernel_objects: dict[Unit, Path]) -> list[Pat
 
 
 def replace_objects(objects: dict[Unit, Path], folder: Path) -> dict[Unit, Path]:
-    """The object files, those of `folder` instead where it has them."""
+    """The object files, replaced by those of `folder` with the same name."""
     names = {path.name for path in folder.glob("*.o")}
     return {u: folder / path.name if path.name in names else path for u, path in objects.items()}
 
@@ -112,14 +107,14 @@ def replace_objects(objects: dict[Unit, Path], folder: Path) -> dict[Unit, Path]
 def test_emulated_kernels(
     source: Path, emulated_objects: list[Path], hardware_objects: list[Path], tmp_path: Path
 ) -> None:
-    """Emulated kernels have the hardware's bits, where there is hardware, and AVX2's results within rounding."""
+    """Emulated kernels agree with AVX2 within rounding, and with AVX-512 hardware, if available, bit for bit."""
     programs = []
     for name, objects in (("emulated", emulated_objects), ("hardware", hardware_objects)):
         folder = tmp_path / name
         folder.mkdir()
         programs.append(link_program(str(COMPILER), source, objects, folder, ["-O1"]))
     emulated, hardware = programs
-    # Bytes of an instruction on one line; in 64-bit code 62 begins those of AVX-512 and nothing else.
+    # In 64-bit code, instructions of AVX-512 and no others begin with the byte 62.
     listing = run(["objdump", "-d", "--insn-width=16", emulated]).stdout
     assert re.search(r"^ *[0-9a-f]+:\t(62 |.*%zmm)", listing, re.MULTILINE) is None
     avx2 = program_results(emulated, "avx2")
@@ -138,11 +133,12 @@ def test_emulated_kernels(
     "sanitizers", [[], ["-fsanitize=address,undefined"]], ids=["", "sanitized"]
 )
 def test_amx_tiles(sanitizers: list[str], tmp_path: Path) -> None:
-    """Emulated tiles have the bits of the instructions' definitions, and products sum in the stated order.
+    """Emulated tiles equal the instructions' definitions bit for bit, and products sum in the documented order.
 
-    With AMX at hand the processor's own tiles are held against the same definitions.
+    On a processor with AMX its tiles are compared with the same definitions.
     """
-    units = [unit for unit in translation_units(str(COMPILER)) if unit.path.stem == "features"]
+    name = "cpu_capabilities"
+    units = [unit for unit in translation_units(str(COMPILER)) if unit.path.stem == name]
     flags = ["-O1", "-g", "-mavx2", "-mfma", "-ffp-contract=off", *sanitizers]
     objects = compile_units(str(COMPILER), units, tmp_path)
     program = link_program(str(COMPILER), NATIVE / "amx.cpp", objects, tmp_path, flags)
@@ -182,7 +178,7 @@ def qemu_version() -> tuple[int, ...]:
 def test_processors_without_an_instruction_set(
     model: str, sets: list[str], kernel_objects: dict[Unit, Path], builds: Path
 ) -> None:
-    """Every operation runs with "auto" and with the sets of the processor; other sets are refused."""
+    """Every operation runs with "auto" and with the processor's sets, and rejects other sets."""
 
     def link(folder: Path) -> None:
         for source in PROGRAMS:
@@ -192,7 +188,7 @@ def test_processors_without_an_instruction_set(
     launcher = [str(QEMU), "-cpu", model]
     for source in PROGRAMS:
         program = folder / source.stem
-        # The emulation of AMX needs AVX2, and only `denoise` has it.
+        # The emulation of AMX needs AVX2; only `denoise` has it.
         emulated = ["amx_emulated"] if program.stem == "kernels" and "avx2" in sets else []
         having = [*sets, *emulated]
         assert run_program(program, "--quick", launcher=launcher) == having

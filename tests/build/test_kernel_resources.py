@@ -1,4 +1,4 @@
-"""What the compiler says of the CUDA kernels, on every architecture. Needs the source tree and nvcc."""
+"""Registers, spills, shared memory and instructions of the CUDA kernels on every architecture."""
 
 from __future__ import annotations
 
@@ -9,55 +9,39 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[2])
-if not (SOURCE / "benchmarks").is_dir():
-    pytest.skip("no source tree: set DIFFMIC_SOURCE", allow_module_level=True)
+from benchmarks import kernel_resources as resources
 
-
-@pytest.fixture(scope="module")
-def resources() -> Iterator[Any]:
-    sys.path.append(str(SOURCE))  # last: an installed diffmic_fast comes before the sources
-    try:
-        from benchmarks import kernel_resources
-
-        yield kernel_resources
-    finally:
-        sys.path.remove(str(SOURCE))
-
-
-@pytest.fixture
-def compiler(resources: Any) -> Any:
-    if reason := resources.missing_tools():
-        pytest.skip(reason)
-    return resources
+SOURCE = Path(__file__).resolve().parents[2]
+needs_nvcc = pytest.mark.skipif(
+    bool(resources.missing_tools()), reason=resources.missing_tools() or "nvcc is installed"
+)
 
 
 # ---- the committed table ---------------------------------------------------------------------
 
 
-def test_no_kernel_lost_anything(compiler: Any, tmp_path: Path) -> None:
-    # Sixteen minutes of a core for all of it: beside one architecture, only what is not as it was for the table.
-    known = [row for row in compiler.read_table() if row.architecture != 90]
-    rows = compiler.measure(compiler.ARCHITECTURES, tmp_path, known=known)
+@pytest.mark.slow
+@needs_nvcc
+def test_no_kernel_is_worse_than_the_table(tmp_path: Path) -> None:
+    # All of it takes sixteen minutes of a core: sm_90, and on the others what has changed since the table.
+    known = [row for row in resources.read_table() if row.architecture != 90]
+    rows = resources.measure(resources.ARCHITECTURES, tmp_path, known=known)
     assert {row.file for row in rows if row.architecture == 90} == {
-        file.stem for file in compiler.sources()
+        file.stem for file in resources.sources()
     }
-    losses, improvements = compiler.compare(rows, compiler.read_table())
+    losses, improvements = resources.compare(rows, resources.read_table())
     for line in improvements:
         print(f"python -m benchmarks.kernel_resources --write: {line}")
     assert not losses, "\n".join(losses)
 
 
-def test_what_has_changed_is_compiled_again(
-    resources: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A header that is included, however deep, and a flag; not a comment."""
+def test_changed_files_are_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of an included header or of an option counts, a comment does not."""
     folder = tmp_path / "csrc" / "cuda"
     folder.mkdir(parents=True)
     file, header, deep = folder / "a.cu", folder / "a.h", tmp_path / "csrc" / "deep.h"
@@ -81,14 +65,14 @@ def test_what_has_changed_is_compiled_again(
         return {}
 
     monkeypatch.setattr(resources, "compile_all", compile_all)
-    same = row(resources, file="a", sources=resources.digest(file))
+    same = row(file="a", sources=resources.digest(file))
     stale = [dataclasses.replace(same, architecture=80, sources=second),
              dataclasses.replace(same, architecture=86, compiler="12.9")]  # fmt: skip
     resources.measure((80, 86, 89, 90), tmp_path, known=[same, *stale])
     assert compiled == [(80, "a"), (86, "a"), (89, "a")]
 
 
-def test_the_table_has_every_kernel_on_every_architecture(resources: Any) -> None:
+def test_the_table_has_every_kernel_on_every_architecture() -> None:
     table = resources.read_table()
     files = {file.stem for file in resources.sources()}
     assert {row.file for row in table} == files
@@ -100,7 +84,7 @@ def test_the_table_has_every_kernel_on_every_architecture(resources: Any) -> Non
 # ---- how it is read and compared -------------------------------------------------------------
 
 
-def row(resources: Any, **changes: Any) -> Any:
+def row(**changes: Any) -> Any:
     base = resources.Row(90, "mmd", "mmd::Tile<4>", 64, 0, 1024, 32, "HMMA:8 LDG.E.128:4", "13.0")
     return dataclasses.replace(base, **changes)
 
@@ -117,8 +101,8 @@ def row(resources: Any, **changes: Any) -> Any:
         ({"kernel": "mmd::Tile<8>"}, "not in the table"),
     ],
 )
-def test_a_loss_is_told(resources: Any, changes: dict[str, Any], loss: str) -> None:
-    losses, _ = resources.compare([row(resources, **changes)], [row(resources)])
+def test_losses_are_reported(changes: dict[str, Any], loss: str) -> None:
+    losses, _ = resources.compare([row(**changes)], [row()])
     assert any(loss in line for line in losses)
 
 
@@ -126,28 +110,30 @@ def test_a_loss_is_told(resources: Any, changes: dict[str, Any], loss: str) -> N
     ("changes", "better"),
     [
         ({}, None),
-        ({"registers": 70}, None),  # that cost no warp
+        ({"registers": 70}, None),  # without fewer warps
         ({"warps": 24, "compiler": "12.9"}, None),  # another compiler's numbers
         ({"warps": 40}, "resident warps 32 -> 40"),
         ({"shared_bytes": 0}, "static shared memory 1024 -> 0"),
         ({"instructions": "HMMA:9 LDG.E.128:4"}, "HMMA 8 -> 9"),
     ],
 )
-def test_what_is_no_loss(resources: Any, changes: dict[str, Any], better: str | None) -> None:
-    losses, improvements = resources.compare([row(resources, **changes)], [row(resources)])
+def test_improvements_and_other_compilers_are_not_losses(
+    changes: dict[str, Any], better: str | None
+) -> None:
+    losses, improvements = resources.compare([row(**changes)], [row()])
     assert not losses
     assert bool(improvements) == bool(better) and (not better or better in improvements[0])
 
 
-def test_a_kernel_that_is_gone_is_told(resources: Any) -> None:
-    other = row(resources, kernel="mmd::Tile<8>")
-    losses, _ = resources.compare([row(resources)], [row(resources), other])
+def test_removed_kernels_are_losses() -> None:
+    other = row(kernel="mmd::Tile<8>")
+    losses, _ = resources.compare([row()], [row(), other])
     assert losses == ["sm_90 mmd::Tile<8>: in the table, but no longer in mmd.cu"]
 
 
 @pytest.mark.parametrize(
     ("architecture", "registers", "shared", "dynamic", "block", "warps"),
-    [  # worked out by hand from the guide's limits
+    [  # computed by hand from the limits in the programming guide
         (80, 32, 0, 0, 256, 64),
         (80, 64, 0, 0, 256, 32),
         (80, 72, 0, 0, 256, 24),
@@ -157,7 +143,6 @@ def test_a_kernel_that_is_gone_is_told(resources: Any) -> None:
     ],
 )
 def test_resident_warps(
-    resources: Any,
     architecture: int,
     registers: int,
     shared: int,
@@ -168,7 +153,7 @@ def test_resident_warps(
     assert resources.resident_warps(architecture, registers, shared, dynamic, block) == warps
 
 
-def test_plain_names(resources: Any) -> None:
+def test_plain_names() -> None:
     name = (
         "void diffmic::cuda::rois::(anonymous namespace)::CutCropsKernel<diffmic::cuda::rois::"
         "Float32, 4>(diffmic::cuda::rois::(anonymous namespace)::CutProblem)"
@@ -176,8 +161,10 @@ def test_plain_names(resources: Any) -> None:
     assert resources.plain_name(name) == "rois::CutCropsKernel<Float32,4>"
 
 
-def test_a_spill_is_found(compiler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole way from a source with a spill and without a claimed instruction to the words."""
+@pytest.mark.slow
+@needs_nvcc
+def test_a_spill_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a source with a spill and without a claimed instruction to the reported losses."""
     source = tmp_path / "spilling.cu"
     source.write_text(
         "__global__ void __launch_bounds__(1024, 2) Spill(float* x) {\n"
@@ -192,9 +179,9 @@ def test_a_spill_is_found(compiler: Any, tmp_path: Path, monkeypatch: pytest.Mon
     claims = tmp_path / "claims.json"
     entry = {"kernel": "Spill", "block": 1024, "dynamic_shared": 0, "instructions": {"HMMA": "-"}}
     claims.write_text(json.dumps([entry]))
-    monkeypatch.setattr(compiler, "CLAIMS", claims)
-    (found,) = compiler.measure([80], tmp_path, files=[source])
-    losses, _ = compiler.compare([found], [dataclasses.replace(found)])
+    monkeypatch.setattr(resources, "CLAIMS", claims)
+    (found,) = resources.measure([80], tmp_path, files=[source])
+    losses, _ = resources.compare([found], [dataclasses.replace(found)])
     assert found.spill_bytes > 0 and len(losses) == 2
     assert "stack frame" in losses[0] and "no HMMA" in losses[1]
 
@@ -210,12 +197,12 @@ def u64s(values: dict[int, int]) -> list[dict[str, Any]]:
     return [u64(offset, value) for offset, value in values.items()]
 
 
-# 2 classes of 4 x 4 cells, windows of one cell, one choice, no origins, no scratch: the bytes of
-# rois' struct Choice.
+# The bytes of struct Choice of rois: 2 classes of 4 x 4 cells, windows of one cell, one choice, no
+# origins, no workspace.
 CHOICE = {8: 1, 16: 2, 24: 4, 32: 4, 40: 32, 48: 16, 56: 4, 64: 1, 72: 1, 80: 1, 88: 1}
 CHOICE |= {104: 0, 112: 8, 120: 8, 128: 1, 136: 0, 144: 0, 152: 0}
-# 4 rows and 4 of one element each, no weights, the scale 1/2, both gradients: those of mmd's struct Problem. Pointers
-# lie 1 MiB apart.
+# The bytes of struct Problem of mmd: 4 rows and 4 of one element each, no weights, the scale 1/2, both gradients.
+# Pointers are 1 MiB apart.
 PROBLEM = {
     0: 1 << 20,
     8: 2 << 20,
@@ -244,6 +231,8 @@ PROBLEM |= {
 PROBLEM |= {1192: 8, 1200: 1, 1208: 0, 1216: 5 << 20, 1224: 0}
 
 
+@pytest.mark.slow
+@needs_nvcc
 @pytest.mark.parametrize(
     ("file", "kernel", "arguments", "verdict"),
     [
@@ -252,13 +241,13 @@ PROBLEM |= {1192: 8, 1200: 1, 1208: 0, 1216: 5 << 20, 1224: 0}
     ],
     ids=["rois choice", "mmd finish"],
 )
-def test_barriers_are_met_in_every_schedule(
-    compiler: Any, tmp_path: Path, file: str, kernel: str, arguments: list[Any], verdict: str | None
+def test_threads_meet_at_the_same_barriers(
+    tmp_path: Path, file: str, kernel: str, arguments: list[Any], verdict: str | None
 ) -> None:
-    """SentryWard, with one representative path of branches that data decide.
+    """SentryWard, on one representative path of the branches that depend on data.
 
-    It proves that all threads meet at the same barriers and in the same shuffles, and of one kernel that nothing races.
-    It cannot decide that where data decide an address, or where pointers have to be numbers: the emulator does.
+    It proves that all threads meet at the same barriers and shuffles, and for one kernel that there is no race. It
+    cannot decide that where addresses depend on data or pointers must be numbers; the emulator checks those kernels.
     """
     program = shutil.which(
         "sentryward", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -266,7 +255,7 @@ def test_barriers_are_met_in_every_schedule(
     if program is None:
         pytest.skip("sentryward is not installed")
     (source,) = (SOURCE / "csrc" / "cuda").rglob(f"{file}.cu")
-    ptx = compiler.compile_ptx(source, 80, tmp_path / "kernels.ptx")
+    ptx = resources.compile_ptx(source, 80, tmp_path / "kernels.ptx")
     entries = re.findall(r"\.entry (\S+)\(", ptx.read_text())
     (entry,) = (name for name in entries if re.search(kernel, name))
     configuration = {

@@ -1,7 +1,7 @@
 """The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 
-Native programs (tests/native/*.cpp) over the sources themselves: Python under a sanitizer would drown
-a finding in those of other libraries. Needs the source tree and a C++ compiler with the sanitizers.
+The programs of tests/native call the kernels directly: under Python a sanitizer would also report the
+findings in other libraries. Needs a C++ compiler with the sanitizers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import pytest
 from native_builds import (
     COMPILER,
     PROGRAMS,
-    SOURCE,
     Unit,
     build_once,
     compile_units,
@@ -24,14 +23,13 @@ from native_builds import (
     translation_units,
 )
 
-if not (SOURCE / "csrc").is_dir():
-    pytest.skip("no source tree: set DIFFMIC_SOURCE", allow_module_level=True)
 if COMPILER is None:
     pytest.skip("no C++ compiler", allow_module_level=True)
+pytestmark = pytest.mark.slow
 
 
 def sanitizer_flags(sanitizers: str, folder: Path) -> list[str]:
-    """Compiler options; every finding ends a program with another status than 0. Skips where they do not work."""
+    """Compiler options under which a finding ends a program with a nonzero status. Skips if they do not work."""
     flags = ["-std=c++20", "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     source, program = folder / "empty.cpp", folder / "empty"
     source.write_text("int main() {}\n")
@@ -44,7 +42,7 @@ def sanitizer_flags(sanitizers: str, folder: Path) -> list[str]:
 
 
 def build_kernels(builds: Path, sanitizers: str, flags: list[str]) -> dict[Unit, Path]:
-    """The object file of each unit of csrc/cpu under sanitizers."""
+    """The object file of each unit of csrc/cpu, compiled with sanitizers."""
 
     def flags_of(unit: Unit) -> list[str]:
         kept = ("-m", "-ffp-contract", "-Wno-")
@@ -68,7 +66,7 @@ def test_kernels(tmp_path: Path, builds: Path, sanitizers: str) -> None:
 
 @needs_simde
 def test_emulated_kernels(tmp_path: Path, builds: Path) -> None:
-    """AVX-512 kernels, also on processors with AVX2 alone; bounds and arithmetic are those of the hardware."""
+    """The AVX-512 kernels on a processor with AVX2, with the hardware's bounds and arithmetic."""
     sanitizers = "address,undefined"
     flags = sanitizer_flags(sanitizers, tmp_path)
     objects = build_kernels(builds, sanitizers, flags)

@@ -1,8 +1,8 @@
-"""`python -m mutation` from the folder `tests`: break the CUDA kernels one place at a time, and see the tests notice.
+"""`python -m mutation`, in `tests`: plants faults in the CUDA kernels and counts those that the tests catch.
 
-Each mutant is compiled into an emulated module of its own and the operation's tests run on it. One that no test fails
-for is a survivor; `survivors.txt` lists those that are known, each with the reason why it changes nothing. The exit
-status is 1 where one survives that is not listed.
+Each mutant is compiled into an emulated module of its own, with which the tests of its operation run. A mutant that
+no test catches is a survivor. `survivors.txt` lists the known ones with the reason why they change no result; any other
+makes the exit status 1.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from mutation.mutants import Mutant, all_mutants, sample
 
 TESTS = Path(__file__).resolve().parents[1]
 SURVIVORS = Path(__file__).with_name("survivors.txt")
-# Not those of 50 seeds, which take long and find nothing that one schedule under all checks does not.
+# Without the tests of 50 schedules, which take long and catch nothing that one checked schedule does not.
 _SELECTED = "(cuda-emulated or counts_are) and not schedule"
-# What a mutant moves besides.
+# Memory traffic, which every mutant may change.
 _COUNTS = "build/test_traffic.py"
-# A mutant whose tests take so many times as long as those of all operations did is taken for one that never ends.
+# A mutant whose tests take this many times as long as those of all operations is considered to hang.
 PATIENCE = 2
 
-# The tests of an operation, by what its kernel files begin with.
+# Tests by the beginning of a kernel file's name.
 _TESTS = {
     "conditioning": ["ops/test_conditioning_cuda.py", "ops/test_noised_conditioning.py"],
     "denoise": ["ops/test_denoise_cuda.py"],
@@ -45,26 +45,26 @@ _TESTS = {
 
 
 def tests_of(mutant: Mutant) -> list[str]:
-    """The test files, below `tests`, that have to notice a mutant."""
+    """Test files, relative to `tests`, that have to catch a mutant."""
     for beginning, files in _TESTS.items():
         if mutant.file.startswith(beginning):
             return [*files, _COUNTS]
-    raise SystemExit(f"mutation: no tests are named for {mutant.file}")
+    raise SystemExit(f"mutation: _TESTS must name the tests of {mutant.file}")
 
 
 class Workplace:
-    """A copy of the sources and a build of the emulated module, for one mutant after the other."""
+    """A copy of the sources with its own build of the emulated module."""
 
     def __init__(self, folder: Path) -> None:
         self.csrc = folder / "csrc"
         shutil.copytree(SOURCE / "csrc", self.csrc)
-        shutil.copytree(TESTS, folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(TESTS / "emulator", folder / "tests/emulator")
         self.folder = folder
         self.module = build(folder / "build", source=folder)
         self.patience = 3600.0  # seconds
 
     def make(self) -> bool:
-        """Build what has changed, if it compiles."""
+        """Build what has changed; returns whether it compiles."""
         try:
             build(self.folder / "build", source=self.folder)
         except subprocess.CalledProcessError:
@@ -72,7 +72,7 @@ class Workplace:
         return True
 
     def judge(self, mutant: Mutant) -> str:
-        """ "caught", "survived", or "not compiled"."""
+        """Plant a mutant and run its tests; returns "caught", "survived" or "not compiled"."""
         (path,) = (self.csrc / "cuda").rglob(mutant.file)
         text = path.read_text(encoding="utf-8")
         lines = text.split("\n")
@@ -87,10 +87,10 @@ class Workplace:
             path.write_text(text, encoding="utf-8")
 
     def fails(self, tests: list[str]) -> bool:
-        """Whether those tests notice what was built."""
+        """Whether tests fail with the module that was built."""
         environment = {**os.environ, "DIFFMIC_EMULATED": str(self.module), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", _SELECTED,
-                   *tests]  # fmt: skip
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "", "-k",
+                   _SELECTED, *tests]  # fmt: skip
         try:
             done = subprocess.run(
                 command, cwd=TESTS, env=environment, timeout=self.patience, check=False,
@@ -99,14 +99,14 @@ class Workplace:
         except subprocess.TimeoutExpired:
             return True
         if done.returncode == 5:
-            raise SystemExit(f"mutation: {tests} have nothing to run: {done.stdout.decode()}")
+            raise SystemExit(f"mutation: no test of {tests} was selected: {done.stdout.decode()}")
         return done.returncode != 0
 
 
 def known_survivors() -> dict[str, str]:
-    """The committed list: a mutant's name and, in the line below it, why it is harmless."""
+    """Reasons by mutant of survivors.txt, which has a name in one line and the reason in the next."""
     known = {}
-    lines = SURVIVORS.read_text(encoding="utf-8").splitlines() if SURVIVORS.exists() else []
+    lines = SURVIVORS.read_text(encoding="utf-8").splitlines()
     for name, reason in itertools.pairwise(lines):
         if name and not name.startswith(("#", " ")) and reason.startswith("    "):
             known[name] = reason.strip()
@@ -114,18 +114,18 @@ def known_survivors() -> dict[str, str]:
 
 
 def main() -> int:
-    """Run a sample, print every verdict and the count."""
+    """Test a sample of mutants, print every verdict and the counts; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m mutation", description=__doc__)
-    parser.add_argument("--count", type=int, default=160, help="mutants to try (default 160)")
+    parser.add_argument("--count", type=int, default=160, help="size of the sample (default 160)")
     parser.add_argument(
-        "--every", type=int, default=1, help="only every so-manieth of them (default 1: all)"
+        "--every", type=int, default=1, help="only every Nth of the sample (default 1: all)"
     )
     parser.add_argument(
         "--patience", type=float,
-        help="seconds after which tests have failed (default: twice what they take unchanged)",
+        help="seconds after which tests count as failed (default: twice as many as without a fault)",
     )  # fmt: skip
-    parser.add_argument("--files", default="", help="only files whose names begin like this")
-    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (default 2)")
+    parser.add_argument("--files", default="", help="only files whose names begin with this")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at once (default 2)")
     options = parser.parse_args()
     mutants = [m for m in all_mutants(SOURCE / "csrc/cuda") if m.file.startswith(options.files)]
     known = known_survivors()
@@ -138,7 +138,7 @@ def main() -> int:
             if patience == 0.0:
                 started = time.monotonic()
                 if place.fails(sorted({file for m in mutants for file in tests_of(m)})):
-                    raise SystemExit("mutation: the tests fail before anything is changed")
+                    raise SystemExit("mutation: the tests fail without a fault")
                 patience = PATIENCE * (time.monotonic() - started)
             place.patience = patience
             places.put(place)

@@ -1,8 +1,8 @@
-"""Small faults planted in the CUDA kernels, one place at a time: what the tests have to notice.
+"""Faults that can be planted in the CUDA kernels.
 
-A mutant is one line of one file of `csrc/cuda` with one thing changed that a hand could have got wrong: a barrier or a
-wait that is missing, a bound or an index that is off by one, a lane mask that forgets a lane, two operands in each
-other's place, another constant. They are found by their text, so the list follows the sources by itself.
+A mutant is one line of a file of `csrc/cuda` with a likely mistake: a missing barrier or wait, a bound or index that is
+off by one, a lane mask without a lane, exchanged operands, another constant. Rules find the lines by their text, so
+that the list follows the sources.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-# Host code and declarations: the files of the kernels are the others.
+# Files without kernels: host code and declarations.
 _NO_KERNELS = {"device_query.cu", "launch.cuh", "ptx.cuh"}
 
 
@@ -22,8 +22,8 @@ class Mutant:
     Attributes:
         file: name in csrc/cuda.
         line: counted from 1.
-        kind: which rule made it.
-        before, after: the line's text, without its indentation.
+        kind: of the rule.
+        before, after: text of the line without indentation.
     """
 
     file: str
@@ -34,11 +34,11 @@ class Mutant:
 
     @property
     def name(self) -> str:
-        """Its key in the list of survivors: the text, so that it outlives an edit elsewhere in the file."""
+        """Key in survivors.txt, which is independent of edits elsewhere in the file."""
         return f"{self.file}: {self.kind}: {self.before} -> {self.after}"
 
 
-# (kind, what is looked for, what is put there). A rule applies to the first place in a line.
+# (kind, pattern, replacement) of the first match in a line.
 _RULES: tuple[tuple[str, str, str], ...] = (
     ("barrier removed", r"^__sync(threads|warp)\([^)]*\);", ";"),
     ("barrier removed", r"^barrier_\.(Sync|Arrive|Wait)\(\);", ";"),
@@ -53,7 +53,7 @@ _RULES: tuple[tuple[str, str, str], ...] = (
     ("bound", r"(?<=[\w)\]] )>(?= [\w(-])", ">="),
     ("off by one", r" \+ 1(?=[;)\],<])", " + 2"),
     ("off by one", r" - 1(?=[;)\],<])(?!\) / )", ""),
-    # Without its last part. (One part too many is only work for nothing.)
+    # One part too few. (One too many is only superfluous work.)
     ("rounded down", r"\(([\w.]+) \+ (\w+) - 1\) / \2", r"\1 / \2"),
     ("index", r"\[(?=[\w(])([^\[\]]+)\](?! *\{)", r"[(\1) + 1]"),
     ("stride", r"(\b[\w.]*stride\w*)", r"(\1 + 1)"),
@@ -64,11 +64,11 @@ _RULES: tuple[tuple[str, str, str], ...] = (
     ("operands", r"\bselect\((\w+), (\w+), (\w+)\)", r"select(\1, \3, \2)"),
     ("min and max", r"\bmin\(", "max("),
     ("min and max", r"\bmax\(", "min("),
-    # Zeros that fill up are multiplied with others or left out: no matter.
+    # Not zeros of padding, which do not affect results.
     ("constant", r"(?<!: )(?<!\{)(?<!, )\b(\d+\.\d*)f\b", r"(\1f + 1.0f)"),
     ("condition", r"\bif \((?!constexpr)(.+)\) (?=[\w{+-])", r"if (!(\1)) "),
 )
-# Lines that are no part of what runs on the device, or that cannot compile when changed.
+# Lines that do not run on the device or would not compile.
 _LEFT_ALONE = re.compile(
     r"^(//|#|\*|using |template|namespace|struct |class |static_assert|constexpr|inline constexpr|"
     r"throw |Check\(|\}|public:|private:|LaunchShape|shape\.|launch\.|__launch_bounds__|"
@@ -79,7 +79,7 @@ _LEFT_ALONE = re.compile(
 
 
 def all_mutants(cuda: Path) -> list[Mutant]:
-    """Every mutant of every kernel file in `cuda` (csrc/cuda), in the order of files, lines and rules."""
+    """All mutants of the kernel files in `cuda` (csrc/cuda), in the order of files, lines and rules."""
     found = []
     for path in sorted(cuda.rglob("*.cu*"), key=lambda path: path.name):
         if path.name not in _NO_KERNELS:
@@ -92,7 +92,7 @@ def _of_file(path: Path) -> list[Mutant]:
     on_host = path.suffix == ".cu"
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         text = line.strip()
-        # In a .cu file a function or class is of the host until it says otherwise.
+        # In a .cu file functions and classes are host code unless they are marked.
         if line.startswith("}") and path.suffix == ".cu":
             on_host = True
         if re.search(r"__(global|device)__", text):
@@ -108,7 +108,7 @@ def _of_file(path: Path) -> list[Mutant]:
 
 
 def sample(mutants: list[Mutant], count: int) -> list[Mutant]:
-    """`count` of them, spread evenly over files and kinds; always the same ones for the same list."""
+    """A sample of `count` mutants, spread evenly over files and kinds, the same for the same list."""
     groups: dict[tuple[str, str], list[Mutant]] = {}
     for mutant in mutants:
         groups.setdefault((mutant.file, mutant.kind), []).append(mutant)
@@ -120,7 +120,7 @@ def sample(mutants: list[Mutant], count: int) -> list[Mutant]:
         if len(having) > left:
             having = [having[i * len(having) // left] for i in range(left)]
         for group in having:
-            # From the middle outwards would favour neither head nor tail: steps of the golden section.
+            # Multiples of the golden ratio, which favour no part of the file.
             order = sorted(range(len(group)), key=lambda i: (i * 0.618034) % 1.0)
             chosen.append(group[order[turn]])
         turn += 1
