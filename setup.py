@@ -1,13 +1,17 @@
 """Builds the extension diffmic_fast._C with CMake and Ninja, and records what was built.
 
-Environment:
-    DIFFMIC_CUDA          auto (default): compile CUDA where nvcc is found; on: fail without; off.
-    TORCH_CUDA_ARCH_LIST  what to compile CUDA for, as PyTorch reads it: "8.0;9.0+PTX", "Hopper".
-    CXX                   the C++ compiler.
-    CUDACXX, CUDA_HOME, CUDA_PATH, PATH   where nvcc is looked for, in this order.
+Environment variables:
+    DIFFMIC_CUDA: "auto" (default) compiles CUDA where nvcc is found, "on" fails without nvcc, "off".
+    TORCH_CUDA_ARCH_LIST: CUDA targets as PyTorch reads them, "8.0;9.0+PTX" or "Hopper"; "All" for a
+        wheel that runs on every supported GPU. Default: the compute capabilities of the visible GPUs;
+        without a GPU 8.0+PTX, whose machine code runs on 8.x and whose PTX later GPUs compile.
+    DIFFMIC_PROGRESS: file that shows what has been compiled, since pip hides a build's output; by
+        default the terminal (/dev/tty), where there is one. Empty for none.
+    CXX: C++ compiler.
+    CUDACXX, CUDA_HOME, CUDA_PATH, PATH: where nvcc is searched for, in this order.
 
-Without any C++ compiler the package is installed without its extension; `python -m diffmic_fast
-info` then says so. A compiler that fails makes the installation fail.
+Without a C++ compiler the package is installed without its extension, which `python -m diffmic_fast
+info` reports. A compiler that fails makes the installation fail.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +35,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-DEFAULT_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+NO_COMPILER = "no C++ compiler was found (CXX, c++, g++, clang++)"
+# The kernels use cp.async and matrix instructions of bfloat16, which came with 8.0.
+MINIMUM_ARCHITECTURE = 80
+ALL_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 # Names that TORCH_CUDA_ARCH_LIST may use, as in torch.utils.cpp_extension.
 ARCHITECTURE_NAMES = {
     "Turing": "7.5+PTX",
@@ -41,29 +49,38 @@ ARCHITECTURE_NAMES = {
     "Blackwell+Tegra": "11.0",
     "Blackwell": "10.0;10.3;12.0;12.1+PTX",
 }
+# Variables besides CMake's definitions that a configured build folder depends on.
+CONFIGURING = ("CXX", "CXXFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "LDFLAGS")
 
 
 class ConfigurationError(Exception):
-    """The build cannot do what was asked for; the message is for the person who installs."""
+    """The environment asks for a build that is not possible."""
+
+
+class CudaUnavailable(Exception):
+    """CUDA cannot be compiled here; DIFFMIC_CUDA=auto builds without it."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a build is going to compile.
+    """What a build compiles.
 
     Attributes:
-        compiler: path of the C++ compiler, None where there is none.
-        reason: why there is no extension; "" where there is one.
-        nvcc: path of nvcc, None where CUDA is left out.
+        compiler: path of the C++ compiler; None builds no extension.
+        nvcc: path of nvcc; None builds without CUDA.
+        architectures: CUDA targets, "80", "90a", or with PTX "120+PTX".
         cuda_reason: why CUDA is left out; "" where it is not.
-        architectures: CUDA targets, "80", "90a" or with PTX "120+PTX".
     """
 
     compiler: str | None
-    reason: str
     nvcc: str | None
-    cuda_reason: str
     architectures: tuple[str, ...]
+    cuda_reason: str
+
+    @property
+    def reason(self) -> str:
+        """Why no extension is built; "" where one is."""
+        return "" if self.compiler else NO_COMPILER
 
 
 def find_compiler(environment: Mapping[str, str]) -> str | None:
@@ -75,10 +92,8 @@ def find_compiler(environment: Mapping[str, str]) -> str | None:
         if found is None:
             raise ConfigurationError(f"CXX={environment['CXX']}, but there is no such program")
         return found
-    for name in ("c++", "g++", "clang++"):
-        if found := shutil.which(name, path=path):
-            return found
-    return None
+    names = ("c++", "g++", "clang++")
+    return next(filter(None, (shutil.which(name, path=path) for name in names)), None)
 
 
 def find_nvcc(environment: Mapping[str, str]) -> str | None:
@@ -86,40 +101,69 @@ def find_nvcc(environment: Mapping[str, str]) -> str | None:
     path = environment.get("PATH", os.defpath)
     if chosen := environment.get("CUDACXX"):
         return shutil.which(chosen, path=path)
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if home := environment.get(variable):
-            return shutil.which("nvcc", path=str(Path(home) / "bin"))
-    return shutil.which("nvcc", path=path)
+    home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
+    return shutil.which("nvcc", path=str(Path(home) / "bin") if home else path)
+
+
+def known_architectures(nvcc: str) -> tuple[str, ...]:
+    """Architectures that this nvcc compiles for: ("75", "80", ...)."""
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    found = re.findall(r"compute_(\d+)\b", listing.stdout)
+    if listing.returncode != 0 or not found:
+        raise ConfigurationError(f"{nvcc} --list-gpu-arch failed: {listing.stderr.strip()}")
+    return tuple(sorted(set(found), key=int))
+
+
+def visible_architectures(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Compute capabilities of the GPUs that nvidia-smi lists: ("89", "90"); () without one."""
+    program = shutil.which("nvidia-smi", path=environment.get("PATH", os.defpath))
+    if program is None:
+        return ()
+    query = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    listing = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    found = re.findall(r"^\s*(\d+)\.(\d)\s*$", listing, re.MULTILINE)
+    return tuple(sorted({major + minor for major, minor in found}, key=int))
+
+
+def dotted(architecture: str) -> str:
+    """ "8.0" of "80"."""
+    return f"{architecture[:-1]}.{architecture[-1]}"
 
 
 def parse_architectures(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     """Read TORCH_CUDA_ARCH_LIST: "8.0;9.0+PTX 12.0a, Hopper" -> ("80", "90+PTX", "120a").
 
     Args:
-        text: the variable's value; entries are separated by semicolons, commas or spaces.
+        text: the variable's value; entries are separated by semicolons, commas or spaces. "All"
+            stands for those of ALL_ARCHITECTURES that nvcc compiles for, with PTX of the newest.
         known: architectures that nvcc compiles for, "80", "86", ...
 
     Raises:
-        ConfigurationError: an entry is no architecture, or not one of this nvcc's.
+        ConfigurationError: an entry is not an architecture, or nvcc or the kernels do not support it.
     """
+    if text.strip().lower() == "all":
+        *others, newest = (item for item in ALL_ARCHITECTURES if item in known)
+        return (*others, f"{newest}+PTX")
     # Longest name first: "Ampere+Tegra" begins with "Ampere".
     for name in sorted(ARCHITECTURE_NAMES, key=len, reverse=True):
         text = re.sub(rf"(?i)(?<!\w){re.escape(name)}(?![\w+])", ARCHITECTURE_NAMES[name], text)
     targets: dict[str, bool] = {}
-    for entry in re.split(r"[;,\s]+", text.strip()):
-        if not entry:
-            continue
+    for entry in filter(None, re.split(r"[;,\s]+", text)):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if match is None:
             raise ConfigurationError(
-                f"TORCH_CUDA_ARCH_LIST: {entry!r} is no architecture; write 8.0, 9.0+PTX, 12.0a or "
-                f"one of the names {', '.join(ARCHITECTURE_NAMES)}"
+                f"TORCH_CUDA_ARCH_LIST: an entry must be like 8.0, 9.0+PTX or 12.0a, All, or one of "
+                f"{', '.join(ARCHITECTURE_NAMES)}, got {entry!r}"
             )
         number = match[1] + match[2]
+        if int(number) < MINIMUM_ARCHITECTURE:
+            raise ConfigurationError(
+                f"TORCH_CUDA_ARCH_LIST: an architecture must be 8.0 or newer, got {entry}"
+            )
         if number not in known:
             raise ConfigurationError(
                 f"TORCH_CUDA_ARCH_LIST: this nvcc does not compile for {entry}; it knows "
-                f"{', '.join(f'{item[:-1]}.{item[-1]}' for item in known)}"
+                f"{', '.join(map(dotted, known))}"
             )
         target = number + match[3]
         targets[target] = targets.get(target, False) or match[4] is not None
@@ -128,24 +172,29 @@ def parse_architectures(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(target + ("+PTX" if ptx else "") for target, ptx in targets.items())
 
 
-def default_architectures(known: tuple[str, ...]) -> tuple[str, ...]:
-    """The default targets that nvcc compiles for, with PTX of the newest."""
-    chosen = [target for target in DEFAULT_ARCHITECTURES if target in known]
-    if not chosen:
-        raise ConfigurationError(
-            f"this nvcc compiles for none of {', '.join(DEFAULT_ARCHITECTURES)}; set "
-            "TORCH_CUDA_ARCH_LIST, or DIFFMIC_CUDA=off"
+def default_architectures(known: tuple[str, ...], visible: tuple[str, ...]) -> tuple[str, ...]:
+    """The visible GPUs' own architectures; without a GPU one target that every later GPU runs.
+
+    Args:
+        known: architectures that nvcc compiles for; of a newer GPU's predecessors it compiles PTX.
+        visible: those of the machine's GPUs.
+
+    Raises:
+        CudaUnavailable: no visible GPU can run the kernels.
+    """
+    possible = [item for item in known if int(item) >= MINIMUM_ARCHITECTURE]
+    if not visible:
+        return (f"{possible[0]}+PTX",)
+    served = [item for item in visible if int(item) >= MINIMUM_ARCHITECTURE]
+    if not served:
+        raise CudaUnavailable(
+            f"the kernels need a GPU of compute capability 8.0 or newer, got {dotted(visible[-1])}"
         )
-    return (*chosen[:-1], chosen[-1] + "+PTX")
-
-
-def known_architectures(nvcc: str) -> tuple[str, ...]:
-    """What this nvcc compiles for: ("75", "80", ...)."""
-    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
-    found = re.findall(r"compute_(\d+)\b", listing.stdout)
-    if listing.returncode != 0 or not found:
-        raise ConfigurationError(f"{nvcc} --list-gpu-arch failed: {listing.stderr.strip()}")
-    return tuple(sorted(set(found), key=int))
+    targets = dict.fromkeys(
+        item if item in possible else f"{[p for p in possible if int(p) < int(item)][-1]}+PTX"
+        for item in served
+    )
+    return tuple(item for item in targets if f"{item}+PTX" not in targets)
 
 
 def cuda_host_compiler(compiler: str, environment: Mapping[str, str]) -> str | None:
@@ -156,15 +205,14 @@ def cuda_host_compiler(compiler: str, environment: Mapping[str, str]) -> str | N
     return compiler if len(environment.get("CXX", "").split()) < 2 else None
 
 
-def nvcc_works(nvcc: str, compiler: str, environment: Mapping[str, str]) -> str:
-    """Compile an empty kernel; "" where that works, else the last line of what nvcc says.
+def nvcc_failure(nvcc: str, compiler: str, environment: Mapping[str, str]) -> str:
+    """Compile an empty kernel; "" where that works, else the first error that nvcc reports.
 
     A toolkit that rejects the machine's C++ compiler is the common case.
     """
     host = cuda_host_compiler(compiler, environment)
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cu")
-        source.write_text("#include <string>\n__global__ void probe() {}\n")
+        Path(folder, "probe.cu").write_text("#include <string>\n__global__ void probe() {}\n")
         command = [nvcc, "-std=c++20", "-c", "probe.cu", "-o", "probe.o"]
         command += ["-ccbin", host] if host else []
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -174,44 +222,52 @@ def nvcc_works(nvcc: str, compiler: str, environment: Mapping[str, str]) -> str:
     return lines[0] if lines else f"exit status {result.returncode}"
 
 
+def plan_cuda(environment: Mapping[str, str], compiler: str) -> tuple[str, tuple[str, ...]]:
+    """nvcc and the CUDA targets.
+
+    Raises:
+        CudaUnavailable: there is no nvcc, it does not work, or the GPU is too old.
+        ConfigurationError: TORCH_CUDA_ARCH_LIST is not possible.
+    """
+    nvcc = find_nvcc(environment)
+    if nvcc is None:
+        raise CudaUnavailable("nvcc was not found (CUDACXX, CUDA_HOME, CUDA_PATH, PATH)")
+    if failure := nvcc_failure(nvcc, compiler, environment):
+        raise CudaUnavailable(f"{nvcc} does not work with {compiler}: {failure}")
+    known = known_architectures(nvcc)
+    if listed := environment.get("TORCH_CUDA_ARCH_LIST"):
+        return nvcc, parse_architectures(listed, known)
+    return nvcc, default_architectures(known, visible_architectures(environment))
+
+
 def make_plan(environment: Mapping[str, str]) -> Plan:
     """Decide what to compile.
 
     Raises:
-        ConfigurationError: what the environment asks for cannot be had.
+        ConfigurationError: the environment asks for what is not possible.
     """
-    wanted = environment.get("DIFFMIC_CUDA", "auto") or "auto"
+    wanted = environment.get("DIFFMIC_CUDA") or "auto"
     if wanted not in ("auto", "on", "off"):
         raise ConfigurationError(f"DIFFMIC_CUDA must be auto, on or off, got {wanted!r}")
     compiler = find_compiler(environment)
-    if compiler is None:
-        reason = "no C++ compiler was found (CXX, c++, g++, clang++)"
-        if wanted == "on":
-            raise ConfigurationError(f"DIFFMIC_CUDA=on, but {reason}")
-        return Plan(None, reason, None, reason, ())
-    if wanted == "off":
-        return Plan(compiler, "", None, "DIFFMIC_CUDA=off", ())
-
-    nvcc = find_nvcc(environment)
-    reason = "nvcc was not found (CUDACXX, CUDA_HOME, CUDA_PATH, PATH)" if nvcc is None else ""
-    if nvcc is not None and (failure := nvcc_works(nvcc, compiler, environment)):
-        reason = f"{nvcc} does not work with {compiler}: {failure}"
-    if nvcc is None or reason:
-        if wanted == "on":
-            raise ConfigurationError(
-                f"DIFFMIC_CUDA=on, but {reason}. Install the CUDA toolkit or set CUDA_HOME; "
-                "DIFFMIC_CUDA=auto builds without CUDA"
-            )
-        return Plan(compiler, "", None, reason, ())
-    known = known_architectures(nvcc)
-    listed = environment.get("TORCH_CUDA_ARCH_LIST", "")
-    chosen = parse_architectures(listed, known) if listed else default_architectures(known)
-    return Plan(compiler, "", nvcc, "", chosen)
+    try:
+        if wanted == "off":
+            raise CudaUnavailable("DIFFMIC_CUDA=off")
+        if compiler is None:
+            raise CudaUnavailable(NO_COMPILER)
+        return Plan(compiler, *plan_cuda(environment, compiler), "")
+    except CudaUnavailable as reason:
+        if wanted != "on":
+            return Plan(compiler, None, (), str(reason))
+        raise ConfigurationError(
+            f"DIFFMIC_CUDA=on, but {reason}. Install the CUDA toolkit or set CUDA_HOME; "
+            "DIFFMIC_CUDA=auto builds without CUDA"
+        ) from None
 
 
 @functools.cache
 def plan() -> Plan:
-    """The plan of this process, made once; what cannot be had ends the build in one sentence."""
+    """The plan of this process; a configuration error ends the build with one line."""
     try:
         return make_plan(os.environ)
     except ConfigurationError as error:
@@ -230,6 +286,46 @@ def tool(name: str, folder: str) -> str:
     return candidate
 
 
+def run_showing_progress(command: list[str], path: str) -> int:
+    """Run a build by Ninja, and write to `path` which file of how many has been compiled.
+
+    Args:
+        command: its output goes to standard output as well.
+        path: a terminal, where one line is rewritten, or a file; "" or one that cannot be opened
+            (no controlling terminal) for none.
+
+    Returns:
+        The exit status.
+    """
+    begin = time.monotonic()
+    try:
+        shown = open(path, "a", encoding="utf-8")  # noqa: SIM115
+    except OSError:
+        shown = open(os.devnull, "a", encoding="utf-8")  # noqa: SIM115
+    # pip's spinner overwrites the last character of the line, a blank.
+    line_format = "\r\033[K{} " if shown.isatty() else "{}\n"
+
+    def show(text: str) -> None:
+        shown.write(line_format.format(text))
+        shown.flush()
+
+    environment = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
+    with shown, subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as build:  # fmt: skip
+        if shown.isatty():
+            shown.write("\n")
+        show("diffmic_fast: compiling the extension")
+        for line in build.stdout or ():
+            print(line, end="", flush=True)
+            if found := re.match(r"\[(\d+)/(\d+)\] Building .*?(csrc/\S+)\.o\b", line):
+                show(f"diffmic_fast: {found[1]} of {found[2]} done, {found[3]}")
+        status = build.wait()
+        outcome = "failed" if status else "compiled"
+        show(f"diffmic_fast: {outcome} after {time.monotonic() - begin:.0f} s")
+    return status
+
+
 def write_record(path: Path, built: dict[str, Any]) -> None:
     """Write _build.json, which `info` shows: what was built, and what was not and why."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,14 +340,15 @@ def write_record(path: Path, built: dict[str, Any]) -> None:
 
 
 class BuildExtension(build_ext):
-    """Runs CMake and Ninja in the build's temporary folder."""
+    """Runs CMake and Ninja, of an editable installation in build/editable."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile the module to where setuptools expects it, and record what it was made of."""
+        """Compile the module to where setuptools expects it, and record what it was built from."""
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        folder = Path(self.build_temp).resolve() / "cmake"
+        editable = self.editable_mode
+        folder = ROOT / "build/editable" if editable else Path(self.build_temp).resolve()
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_MAKE_PROGRAM": tool("ninja", "BIN_DIR"),
@@ -268,29 +365,36 @@ class BuildExtension(build_ext):
             options["CMAKE_CUDA_COMPILER"] = nvcc
             if host := cuda_host_compiler(str(plan().compiler), os.environ):
                 options["CMAKE_CUDA_HOST_COMPILER"] = host
-        # A folder left by an earlier build may name tools of an environment that is gone.
-        shutil.rmtree(folder, ignore_errors=True)
         cmake = tool("cmake", "CMAKE_BIN_DIR")
         configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
         configure += [f"-D{name}={value}" for name, value in options.items()]
-        for command in (configure, [cmake, "--build", str(folder)]):
-            if subprocess.run(command, check=False).returncode != 0:
-                raise SystemExit(
-                    "diffmic_fast: compiling the extension failed; the compiler's messages are "
-                    "above. It needs C++20 (GCC 10, Clang 12 or newer; CXX names another compiler); "
-                    "DIFFMIC_CUDA=off builds without CUDA"
-                )
+        # Only what has changed is compiled, if the tools and the options are those of the last time.
+        configured = json.dumps([configure, [os.environ.get(name) for name in CONFIGURING]])
+        stamp = folder / "configured.json"
+        if not stamp.exists() or stamp.read_text(encoding="utf-8") != configured:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            stamp.write_text(configured, encoding="utf-8")
+        status = subprocess.run(configure, check=False).returncode
+        progress = os.environ.get("DIFFMIC_PROGRESS", "/dev/tty")
+        if status or run_showing_progress([cmake, "--build", str(folder)], progress):
+            raise SystemExit(
+                "diffmic_fast: compiling the extension failed; the compiler's messages are "
+                "above. It needs C++20 (GCC 10, Clang 12 or newer; CXX names another compiler); "
+                "DIFFMIC_CUDA=off builds without CUDA"
+            )
         built = json.loads((folder / "build.json").read_text(encoding="utf-8"))
-        write_record(target.parent / "_build.json", built)
+        package = ROOT / "diffmic_fast" if editable else target.parent
+        write_record(package / "_build.json", built)
         if not plan().nvcc:
             print(f"diffmic_fast: built without CUDA: {plan().cuda_reason}", file=sys.stderr)
 
 
 class BuildPython(build_py):
-    """Copies the Python files, and where no extension follows leaves the record of that."""
+    """Copies the Python files, and without a compiler records that there is no extension."""
 
     def run(self) -> None:
-        """Say early what cannot be had, then copy."""
+        """Report a configuration error early, then copy."""
         missing = plan().reason
         if not self.editable_mode:
             # setuptools keeps files there that the sources no longer have.
@@ -307,7 +411,7 @@ class BuildPython(build_py):
 
 
 def extensions() -> list[Extension]:
-    """The one module, or none: a wheel without compiled code must not name a platform."""
+    """The module, or none: a wheel without compiled code must not name a platform."""
     try:
         present = find_compiler(os.environ) is not None
     except ConfigurationError as error:

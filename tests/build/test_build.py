@@ -1,13 +1,11 @@
-"""Building the package: what setup.py decides, and real builds without CUDA and without a compiler.
-
-These need the source tree: DIFFMIC_SOURCE names it where the tests run elsewhere.
-"""
+"""setup.py: its decisions, and builds and installations without CUDA and without a compiler."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,10 +17,15 @@ from types import ModuleType
 
 import pytest
 
-SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[2])
-if not (SOURCE / "setup.py").is_file():
-    pytest.skip("no source tree: set DIFFMIC_SOURCE", allow_module_level=True)
+SOURCE = Path(__file__).resolve().parents[2]
 
+# Run on an installed wheel: the command line from training to figures, and the kernels.
+OUTSIDE = (
+    "tests/cli/test_demo.py",
+    "tests/ops/test_rois.py",
+    "tests/ops/test_denoise.py",
+    "tests/test_info.py",
+)
 KNOWN = ("75", "80", "86", "89", "90", "100", "103", "110", "120", "121")
 
 
@@ -36,7 +39,7 @@ def setup() -> ModuleType:
     return module
 
 
-# ---- decisions -------------------------------------------------------------------------------
+# ---- CUDA architectures ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -52,6 +55,7 @@ def setup() -> ModuleType:
         ("ampere;Ada", ("80", "86+PTX", "89+PTX")),
         ("Blackwell+Tegra", ("110",)),
         ("Blackwell", ("100", "103", "120", "121+PTX")),
+        ("All", ("80", "86", "89", "90", "100", "120+PTX")),
     ],
 )
 def test_arch_list(setup: ModuleType, text: str, targets: tuple[str, ...]) -> None:
@@ -61,37 +65,56 @@ def test_arch_list(setup: ModuleType, text: str, targets: tuple[str, ...]) -> No
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sm_80", "'sm_80' is no architecture"),
-        ("8", "'8' is no architecture"),
-        ("8.0+SASS", "is no architecture"),
-        ("Hopper2", "'Hopper2' is no architecture"),
-        ("8.0;5.2", "does not compile for 5.2; it knows 7.5, 8.0"),
+        ("sm_80", "an entry must be like 8.0.*, got 'sm_80'"),
+        ("8", "an entry must be .*, got '8'"),
+        ("8.0+SASS", "got '8.0.SASS'"),
+        ("Hopper2", "got 'Hopper2'"),
+        ("8.0;7.5", "must be 8.0 or newer, got 7.5"),
+        ("Turing", "must be 8.0 or newer, got 7.5.PTX"),
+        ("8.0;9.9", "does not compile for 9.9; it knows 7.5, 8.0"),
         ("12.4a", "does not compile for 12.4a"),
         (" ; ", "names no architecture"),
     ],
 )
-def test_arch_list_that_cannot_be_met(setup: ModuleType, text: str, message: str) -> None:
+def test_invalid_arch_lists_raise(setup: ModuleType, text: str, message: str) -> None:
     with pytest.raises(setup.ConfigurationError, match=f"TORCH_CUDA_ARCH_LIST.*{message}"):
         setup.parse_architectures(text, KNOWN)
 
 
-def test_default_architectures_are_those_that_nvcc_knows(setup: ModuleType) -> None:
-    assert setup.default_architectures(KNOWN) == ("80", "86", "89", "90", "100", "120+PTX")
-    assert setup.default_architectures(("70", "80", "86", "90")) == ("80", "86", "90+PTX")
-    with pytest.raises(setup.ConfigurationError, match="none of 80, 86"):
-        setup.default_architectures(("50", "61"))
+@pytest.mark.parametrize(
+    ("known", "visible", "targets"),
+    [
+        (KNOWN, (), ("80+PTX",)),  # machine code for 8.x, PTX for later GPUs
+        (("90", "100"), (), ("90+PTX",)),
+        (KNOWN, ("90",), ("90",)),
+        (KNOWN, ("75", "86", "120"), ("86", "120")),
+        (("80", "90"), ("120",), ("90+PTX",)),  # a GPU newer than nvcc
+        (("80", "90"), ("90", "120"), ("90+PTX",)),
+    ],
+)
+def test_default_architectures(
+    setup: ModuleType, known: tuple[str, ...], visible: tuple[str, ...], targets: tuple[str, ...]
+) -> None:
+    assert setup.default_architectures(known, visible) == targets
 
+
+def test_gpus_that_are_too_old_build_without_cuda(setup: ModuleType) -> None:
+    with pytest.raises(setup.CudaUnavailable, match=r"8\.0 or newer, got 7\.5"):
+        setup.default_architectures(KNOWN, ("61", "75"))
+
+
+# ---- what is compiled ------------------------------------------------------------------------
 
 Programs = Callable[..., str]
 
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Programs:
-    """programs(nvcc="exit 1") is a folder of shell scripts, to be a whole PATH."""
+    """programs(nvcc="exit 1") writes shell scripts into a folder and returns it, a PATH without more."""
 
     def make(**scripts: str) -> str:
         for name, body in scripts.items():
-            path = tmp_path / name.replace("cxx", "c++")
+            path = tmp_path / name.replace("cxx", "c++").replace("_", "-")
             path.write_text(f"#!/bin/sh\n{body}\n")
             path.chmod(0o755)
         return str(tmp_path)
@@ -112,15 +135,21 @@ def test_cuda_follows_nvcc(setup: ModuleType, programs: Programs) -> None:
     path = programs(cxx="exit 0", nvcc=GOOD_NVCC)
     for wanted in ("auto", "on", ""):
         plan = setup.make_plan({"PATH": path, "DIFFMIC_CUDA": wanted})
-        assert (plan.nvcc, plan.architectures) == (f"{path}/nvcc", ("80", "90+PTX"))
+        assert (plan.nvcc, plan.architectures) == (f"{path}/nvcc", ("80+PTX",))
     plan = setup.make_plan({"PATH": path, "TORCH_CUDA_ARCH_LIST": "9.0a"})
     assert plan.architectures == ("90a",)
+    programs(nvidia_smi="echo 8.6; echo 9.0; echo 9.0")
+    assert setup.make_plan({"PATH": path}).architectures == ("80+PTX", "90")
+    programs(nvidia_smi="echo 7.5")
+    assert setup.make_plan({"PATH": path}).cuda_reason.endswith("8.0 or newer, got 7.5")
+    programs(nvidia_smi="echo 'NVIDIA-SMI has failed'; exit 9")
+    assert setup.make_plan({"PATH": path}).architectures == ("80+PTX",)
     plan = setup.make_plan({"PATH": path, "DIFFMIC_CUDA": "off"})
     assert plan.compiler == f"{path}/c++"
     assert (plan.nvcc, plan.cuda_reason) == (None, "DIFFMIC_CUDA=off")
 
 
-def test_cuda_home_is_looked_into(setup: ModuleType, programs: Programs, tmp_path: Path) -> None:
+def test_nvcc_is_found_by_cuda_home(setup: ModuleType, programs: Programs, tmp_path: Path) -> None:
     path = programs(cxx="exit 0", nvcc=GOOD_NVCC)
     (tmp_path / "toolkit" / "bin").mkdir(parents=True)
     shutil.move(f"{path}/nvcc", tmp_path / "toolkit" / "bin" / "nvcc")
@@ -130,7 +159,9 @@ def test_cuda_home_is_looked_into(setup: ModuleType, programs: Programs, tmp_pat
     assert setup.make_plan({"PATH": path, "CUDA_PATH": home}).nvcc == f"{home}/bin/nvcc"
 
 
-def test_without_nvcc_auto_records_and_on_refuses(setup: ModuleType, programs: Programs) -> None:
+def test_without_nvcc_auto_builds_without_cuda_and_on_raises(
+    setup: ModuleType, programs: Programs
+) -> None:
     path = programs(cxx="exit 0")
     plan = setup.make_plan({"PATH": path})
     assert plan.nvcc is None and plan.cuda_reason.startswith("nvcc was not found")
@@ -147,7 +178,7 @@ def test_an_nvcc_that_rejects_the_compiler(setup: ModuleType, programs: Programs
         setup.make_plan({"PATH": path, "DIFFMIC_CUDA": "on"})
 
 
-def test_values_that_mean_nothing(setup: ModuleType, programs: Programs) -> None:
+def test_invalid_variables_raise(setup: ModuleType, programs: Programs) -> None:
     path = programs(cxx="exit 0")
     with pytest.raises(setup.ConfigurationError, match="must be auto, on or off, got 'yes'"):
         setup.make_plan({"PATH": path, "DIFFMIC_CUDA": "yes"})
@@ -157,7 +188,36 @@ def test_values_that_mean_nothing(setup: ModuleType, programs: Programs) -> None
         setup.make_plan({"PATH": "", "DIFFMIC_CUDA": "on"})
 
 
-# ---- real builds -----------------------------------------------------------------------------
+def test_progress_is_written_to_a_file_or_a_terminal(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of compiled files of how many, and the last one; nothing where no terminal is."""
+    ninja = """
+echo "[0/2] Re-checking globbed directories..."
+echo "[1/3] Building CUDA object CMakeFiles/_C.dir/csrc/cuda/mmd/mmd.cu.o"
+echo "[2/3] Building CXX object CMakeFiles/_C.dir/csrc/cpu/mmd/mmd.cpp.o"
+echo "[3/3] Linking CXX shared module _C.so"
+exit $STATUS
+"""
+    expected = ["compiling the extension", "1 of 3 done, csrc/cuda/mmd/mmd.cu",
+                "2 of 3 done, csrc/cpu/mmd/mmd.cpp"]  # fmt: skip
+    command = ["sh", "-c", ninja]
+    path = tmp_path / "progress"
+    for status, end in ((0, "compiled"), (3, "failed")):
+        monkeypatch.setenv("STATUS", str(status))
+        assert setup.run_showing_progress(command, str(path)) == status
+        assert path.read_text().splitlines()[-4:] == [
+            *(f"diffmic_fast: {line}" for line in expected), f"diffmic_fast: {end} after 0 s"
+        ]  # fmt: skip
+    for nowhere in ("", str(tmp_path / "no folder" / "progress")):
+        assert setup.run_showing_progress(command, nowhere) == 3
+    terminal, name = os.openpty()
+    assert setup.run_showing_progress(command, os.ttyname(name)) == 3
+    shown = os.read(terminal, 4096).decode().split("\r\x1b[K")
+    assert shown[1:-1] == [f"diffmic_fast: {line} " for line in expected]
+
+
+# ---- builds and installations ----------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +236,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as packed:
-        # Pythons before 3.11.4 have no filters.
+        # Python before 3.11.4 has no filters.
         safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
         packed.extractall(folder / "unpacked", **safe)
     (root,) = (folder / "unpacked").iterdir()
@@ -184,7 +244,7 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pip(command: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """pip with the build requirements of this environment, so that no test needs a network."""
+    """Runs pip with the build requirements of this environment, so that no test needs a network."""
     unset = {"DIFFMIC_CUDA", "TORCH_CUDA_ARCH_LIST", "CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH"}
     kept = {name: value for name, value in os.environ.items() if name not in unset}
     options = ["--disable-pip-version-check", "--no-build-isolation", "--no-deps"]
@@ -197,7 +257,8 @@ def pip(command: str, *arguments: object, **environment: str) -> subprocess.Comp
     )
 
 
-def test_sdist_holds_what_a_build_needs(sdist: Path) -> None:
+@pytest.mark.slow
+def test_sdist_contains_what_a_build_needs(sdist: Path) -> None:
     for name in (
         "CMakeLists.txt",
         "Makefile",
@@ -219,9 +280,12 @@ def test_sdist_holds_what_a_build_needs(sdist: Path) -> None:
     assert not list(sdist.rglob("*.so")) and not list(sdist.rglob("_build.json"))
 
 
-def test_wheel_of_the_sdist_without_cuda(sdist: Path, tmp_path: Path) -> None:
-    result = pip("wheel", "-w", tmp_path, sdist, DIFFMIC_CUDA="off")
+@pytest.mark.slow
+def test_wheel_of_the_sdist_passes_tests_outside_the_sources(sdist: Path, tmp_path: Path) -> None:
+    progress = tmp_path / "progress"
+    result = pip("wheel", "-w", tmp_path, sdist, DIFFMIC_CUDA="off", DIFFMIC_PROGRESS=str(progress))
     assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"\d+ of \d+ done, csrc/cpu/mmd/mmd\.cpp\n", progress.read_text())
     (wheel,) = tmp_path.glob("diffmic_fast-*.whl")
     assert f"cp{sys.version_info[0]}{sys.version_info[1]}" in wheel.name
     with zipfile.ZipFile(wheel) as packed:
@@ -249,7 +313,20 @@ print(json.dumps({"file": _native.extension().__file__, "gpu": found["gpu"]["rea
     assert found["installed"]["extension"] is True and found["installed"]["cuda"] is False
     assert found["installed"]["compiler"] and "-O3" in found["installed"]["flags"]
 
+    outside = tmp_path / "outside"
+    shutil.copytree(
+        SOURCE / "tests", outside / "tests", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copy(SOURCE / "pyproject.toml", outside)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *OUTSIDE]
+    done = subprocess.run(
+        command, cwd=outside, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
+
+@pytest.mark.slow
 def test_install_without_a_compiler(sdist: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -276,7 +353,8 @@ print(json.dumps({"extension": found["extension"], "file": info.__file__,
     assert found["cells"] == [[[0, 0]]]
 
 
-def test_a_compiler_that_fails_makes_the_installation_fail(sdist: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_failing_compiler_makes_the_installation_fail(sdist: Path, tmp_path: Path) -> None:
     failing = tmp_path / "failing-c++"
     failing.write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")
     failing.chmod(0o755)
@@ -286,7 +364,8 @@ def test_a_compiler_that_fails_makes_the_installation_fail(sdist: Path, tmp_path
     assert not list(tmp_path.glob("*.whl"))
 
 
-def test_cuda_that_cannot_be_had_is_one_sentence(sdist: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_missing_cuda_is_reported_in_one_line(sdist: Path, tmp_path: Path) -> None:
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\nexit 0\n")
     compiler.chmod(0o755)
@@ -299,7 +378,7 @@ def test_cuda_that_cannot_be_had_is_one_sentence(sdist: Path, tmp_path: Path) ->
 
 
 def run_with(site: Path, program: str) -> dict[str, object]:
-    """What a fresh process prints that finds diffmic_fast in `site` first."""
+    """The JSON that a program prints which imports diffmic_fast from `site`."""
     result = subprocess.run(
         [sys.executable, "-c", program],
         cwd=site,
