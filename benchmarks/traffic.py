@@ -1,14 +1,13 @@
-"""`python -m benchmarks.traffic [--write]`: what the CUDA kernels move, counted in the emulator.
+"""`python -m benchmarks.traffic [--write]`: memory traffic of the CUDA kernels, counted in the emulator.
 
-Each operation runs once in `tests/emulator`, which groups the accesses of a warp as a GPU does. Beside the
-least that the operation has to move, its inputs once and its outputs once, stand the bytes of the 32-byte
-sectors that a launch touches, each counted once: what memory has to deliver where the second-level cache
-holds what blocks share; and those of all requests of all warps, each time anew: what that cache has to
-deliver where no first-level cache helps.
+Each operation runs once in `tests/emulator`, which groups the accesses of a warp as a GPU does. The least
+traffic is that of an operation's inputs and outputs, each once. It is compared with the 32-byte sectors that
+a launch touches, each counted once, which memory delivers if the L2 cache holds what blocks share; and with
+the sectors of all requests of all warps, which the L2 cache delivers without an L1 cache.
 
-`denoise` is counted at a small F and extrapolated to the published one by the formula that `denoise_bytes`
-is, which the count confirms within 1 %. Predicted times are least times: bytes over the published bandwidth,
-or operations over the published rate, whichever is longer. They are no measurements.
+`denoise` is counted at a small F and extrapolated to the published one by the formula `denoise_bytes`, with
+which the count agrees within 1 %. Predicted times are lower bounds, not measurements: bytes over the
+published bandwidth or operations over the published rate, whichever takes longer.
 
 Needs DIFFMIC_EMULATED (tests/emulator/README.md).
 """
@@ -37,9 +36,9 @@ from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.reference.denoise import DenoiserWeights
 
 BACKEND = "cuda-emulated"
-# Published: memory bandwidth in GB/s, dense bfloat16 with float32 sums in TFLOP/s, multiprocessors.
-# NVIDIA's data sheets of A100 80GB SXM, L4, H100 SXM, B200 (half of a DGX B200's eighth is one), and
-# GeForce RTX 4090 (Ada architecture white paper).
+# Memory bandwidth in GB/s, dense bfloat16 with float32 accumulation in TFLOP/s, multiprocessors:
+# NVIDIA's data sheets of A100 80GB SXM, L4, H100 SXM and B200 (half of an eighth of a DGX B200), and the
+# white paper of the Ada architecture (GeForce RTX 4090).
 DEVICES = {
     "A100": (2039, 312, 108),
     "L4": (300, 121, 58),
@@ -58,10 +57,10 @@ class Count:
         title: operation and sizes.
         least: bytes of its inputs and outputs, each once.
         touched: bytes of the sectors that its launches touch.
-        requested: bytes of the sectors of all its requests.
-        conflicts: share of its shared-memory wavefronts that bank conflicts cause.
-        kernels: the emulator's counters, by kernel.
-        predicted: device -> microseconds.
+        requested: bytes of the sectors of all requests.
+        conflicts: share of the shared-memory wavefronts that bank conflicts cause.
+        kernels: the emulator's counters by kernel.
+        predicted: microseconds by device.
     """
 
     title: str
@@ -74,7 +73,7 @@ class Count:
 
 
 def counted(call: Callable[[], object], **settings: object) -> dict[str, dict[str, int]]:
-    """The emulator's counters of one call, by kernel."""
+    """The emulator's counters of a call, by kernel."""
     emulator = _native.cuda(BACKEND).emulator
     emulator.configure(mode="counted", **settings)
     emulator.reset_counters()
@@ -110,14 +109,14 @@ def _count(title: str, least: int, kernels: dict[str, dict[str, int]]) -> Count:
 def denoise_bytes(
     features: int, classes: int, rows: int, blocks: int, precision: str = "bf16"
 ) -> dict[str, int]:
-    """Bytes of a step, each counted once a step whatever reads it again from a cache.
+    """Bytes of a step, each counted once, though caches may deliver it several times.
 
     Args:
         features: F, a multiple of 256.
         classes: C.
         rows: M, one of 8, 16, 32, 64.
-        blocks: of the launch.
-        precision: bf16, or fp8, whose activations are bfloat16 too.
+        blocks: blocks of the launch.
+        precision: "bf16", or "fp8", whose activations are bfloat16 as well.
     """
     f = features
     return {
@@ -166,7 +165,7 @@ def denoise_step(
 def _denoise() -> Iterator[Count]:
     features, classes, rows, blocks = 512, 5, 32, 8
     kernels = denoise_step(features, classes, rows, blocks)
-    # The others pack the weights, once a run.
+    # The other kernels pack the weights, once per run.
     kernels = {name: kernel for name, kernel in kernels.items() if name.startswith("Chains")}
     here = denoise_bytes(features, classes, rows, blocks)
     yield _count(f"denoise, a step of {rows} rows, F = {features}", sum(here.values()), kernels)
@@ -174,7 +173,7 @@ def _denoise() -> Iterator[Count]:
         padded = max(rows, 8)
         found = denoise_bytes(6144, classes, padded, 132)
         once = sum(found.values())
-        # Every block reads all activations of both products.
+        # Every block reads all input activations of both products.
         again = (132 - 1) * found["activations, written and read"] // 2
         count = Count(
             f"denoise, a step of {rows} rows, F = 6144, by the formula",
@@ -187,7 +186,7 @@ def _denoise() -> Iterator[Count]:
         yield count
 
 
-# ---- the others --------------------------------------------------------------------------------
+# ---- other operations ------------------------------------------------------------------------------
 
 
 def _conditioning() -> Iterator[Count]:
@@ -210,7 +209,7 @@ def _conditioning() -> Iterator[Count]:
         least = _bytes(x, labels, guidance, *used, timesteps) + outputs
         way = "training" if training else "eval"
         yield _count(f"conditioning, {way}, S = 3, B = {rows}, F = {features}", least, kernels)
-    # The last is the training's: noise and noisy labels are written and not read.
+    # In training noise and noisy labels are written and not read.
     y_0, tables = labels[0].clone(), (torch.rand(T), torch.rand(T))
     kernels = counted(
         lambda: noised_conditioning(
@@ -242,20 +241,20 @@ def _rois() -> Iterator[Count]:
 
 
 def counts() -> list[Count]:
-    """Every operation at its sizes."""
+    """The counts of all operations."""
     torch.manual_seed(0)
     return [*_denoise(), *_conditioning(), *_mmd(), *_rois()]
 
 
 def main() -> None:
-    """Print the table, and write benchmarks/results/traffic.json."""
+    """Print the table and, with --write, write benchmarks/results/traffic.json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic", description=__doc__)
     parser.add_argument(
         "--write", action="store_true", help="write benchmarks/results/traffic.json"
     )
     options = parser.parse_args()
     found = counts()
-    table = Table(title="bytes of a call, and predicted least times in microseconds")
+    table = Table(title="bytes per call, and lower bounds of its time in microseconds")
     for column in ("", "least", "touched", "ratio", "requested", "conflicts", *DEVICES):
         table.add_column(column, justify="right" if column else "left")
     for count in found:
@@ -268,7 +267,7 @@ def main() -> None:
     if options.write:
         path = RESULTS / "traffic.json"
         path.write_text(json.dumps([asdict(count) for count in found], indent=1) + "\n")
-        print("written to", path)
+        print("wrote", path)
 
 
 if __name__ == "__main__":

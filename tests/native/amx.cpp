@@ -1,7 +1,7 @@
-// The emulated tiles of AMX against scalar definitions of the instructions, and the products of
-// `denoise` with tiles against sums in the order that denoise_amx.inc.h documents. Needs AVX2.
+// Compares the emulated tiles of AMX with scalar definitions of the instructions, and the matrix
+// products of `denoise` with sums in the order that denoise_amx.inc.h documents. Needs AVX2.
 //
-// `amx --hardware` compares the emulation with the processor's own tiles, bit for bit.
+// `amx --hardware` compares the emulation with the processor's tiles bit for bit.
 #define DIFFMIC_SIMD_AVX2
 #define DIFFMIC_SIMD_AMX
 #define DIFFMIC_SIMD_AMX_EMULATED
@@ -34,12 +34,12 @@ float Widened(std::uint16_t x) { return std::bit_cast<float>(std::uint32_t{x} <<
 bool IsNan(float x) { return (BitsOf(x) & 0x7FFFFFFFu) > 0x7F800000u; }
 float Quiet(float x) { return std::bit_cast<float>(BitsOf(x) | 0x00400000u); }
 float DefaultNan() { return std::bit_cast<float>(0xFFC00000u); }
-// A denormal number: 0 of its sign.
+// Flushes a denormal number to a zero of its sign.
 float Flush(float x) {
   return (BitsOf(x) & 0x7F800000u) == 0 ? std::bit_cast<float>(BitsOf(x) & 0x80000000u) : x;
 }
 
-// a b + c as TDPBF16PS rounds it.
+// a b + c, rounded as by TDPBF16PS.
 float ScalarFma(float a, float b, float c) {
   a = Flush(a), b = Flush(b), c = Flush(c);
   for (const float x : {a, b, c}) {
@@ -48,7 +48,7 @@ float ScalarFma(float a, float b, float c) {
   const float r = std::fma(a, b, c);
   if (IsNan(r)) return DefaultNan();
   if (std::abs(r) > 0x1p-126f || r == 0.0f) return r;
-  // Denormal, or just not: rounded with an unbounded exponent. No operand can be large here.
+  // Denormal or close to it: rounded with an unbounded exponent. No operand can be large here.
   const float scaled = std::fma(a * 0x1p64f, b, c * 0x1p64f);
   return std::abs(scaled) < 0x1p-62f ? std::copysign(0.0f, r) : r;
 }
@@ -60,7 +60,7 @@ float ScalarAdd(float a, float b) {
   const float r = a + b;
   return IsNan(r) ? DefaultNan() : Flush(r);
 }
-// The sum of `pairs` pairs of bfloat16, `w_stride` numbers from pair to pair of w.
+// The sum over `pairs` pairs of bfloat16. Pairs of w are `w_stride` numbers apart.
 float ScalarDot(const std::uint16_t* a, const std::uint16_t* w, std::int64_t w_stride, int pairs,
                 float sum) {
   float even = 0.0f, odd = 0.0f;
@@ -73,7 +73,7 @@ float ScalarDot(const std::uint16_t* a, const std::uint16_t* w, std::int64_t w_s
 
 std::mt19937_64 generator(11);
 
-// Any bits, or numbers near each other, near the smallest normal number, or special.
+// Random bits, numbers of similar magnitude or near the smallest normal one, or special values.
 std::uint16_t RandomBFloat16(int kind) {
   const auto bits = static_cast<std::uint16_t>(generator());
   const auto sign_and_fraction = static_cast<std::uint16_t>(bits & 0x807Fu);
@@ -162,7 +162,7 @@ void CheckInstructions(bool hardware) {
   }
 }
 
-// A product of every number of rows' blocking: sums bit by bit in the order that is stated.
+// Matrix products of every number of rows: sums in the documented order, bit for bit.
 template <typename Product>
 void CheckProduct(std::int64_t rows, std::int64_t features, std::int64_t chunks) {
   using Number = typename Product::Activation;
@@ -193,7 +193,7 @@ void CheckProduct(std::int64_t rows, std::int64_t features, std::int64_t chunks)
   const auto tiles = RowTiles::Of<Product>(rows);
   DenoiserView model{};
   model.features = features;
-  // Rows that are not there, and what lies behind a row, may hold anything.
+  // Absent rows and the padding of rows may contain anything.
   std::vector<std::byte> in(at(tiles.count * tiles.size * RowBytes<Product>(features)),
                             std::byte{0xFF});
   for (Place place; place.row < rows; place.Next(tiles)) {
@@ -208,7 +208,7 @@ void CheckProduct(std::int64_t rows, std::int64_t features, std::int64_t chunks)
   std::vector<typename Product::Total> sums(at(sums_at.size() + 16), kSentinel);
   TileProduct<Product>(weights.data(), chunks, features, tiles, in.data(), sums.data());
   for (std::int64_t i = sums_at.size(); i < sums_at.size() + 16; ++i) {
-    if (sums[at(i)] != kSentinel) Fail("a product wrote beyond its sums");
+    if (sums[at(i)] != kSentinel) Fail("a matrix product wrote beyond its sums");
   }
   for (Place place; place.row < rows; place.Next(tiles)) {
     for (std::int64_t n = 0; n < units; n += 1 + static_cast<std::int64_t>(generator() % 7)) {
@@ -247,7 +247,7 @@ void CheckObstacles() {
       !says({true, true, true, true, EPERM}, "refused permission for AMX (arch_prctl: Operation") ||
       !says({true, true, true, true, ENOSPC}, "alternate signal stack is too small") ||
       !says({true, true, true, true, 0}, "")) {
-    Fail("an obstacle is not named");
+    Fail("a reason why AMX is not available is missing");
   }
 }
 

@@ -1,14 +1,14 @@
 // AVX-512 intrinsics on processors with AVX2, for tests of the AVX-512 kernels: SIMDe (Debian's
-// libsimde-dev 0.7.4) with what it lacks or does otherwise than the hardware. Slow.
+// libsimde-dev 0.7.4), and what it lacks or computes differently from the hardware. Slow.
 //
 //   g++ -Og -mavx2 -mfma -fno-tree-sra -include avx512_on_avx2.h -c denoise_avx512.cpp
 //
-// Without -fno-tree-sra GCC 12 ends with an internal error in conditioning_avx512.cpp.
+// Without -fno-tree-sra GCC 12 has an internal error in conditioning_avx512.cpp.
 //
-// Inline assembly with 512-bit registers must give way to intrinsics where DIFFMIC_AVX512_EMULATED
-// is defined. An intrinsic that SIMDe does not alias is the compiler's own, which the compiler
-// refuses without -mavx512f. tests/native/operations.cpp compares every operation of simd.h with
-// the hardware bit for bit, in the default rounding mode.
+// Where DIFFMIC_AVX512_EMULATED is defined, kernels use intrinsics instead of inline assembly with
+// 512-bit registers. The compiler rejects intrinsics that SIMDe does not alias, since -mavx512f is
+// missing. tests/native/operations.cpp compares every operation of simd.h with the hardware bit for
+// bit, in the default rounding mode.
 #ifndef DIFFMIC_TESTS_NATIVE_AVX512_ON_AVX2_H_
 #define DIFFMIC_TESTS_NATIVE_AVX512_ON_AVX2_H_
 
@@ -142,7 +142,7 @@ simde__m512 DotBFloat16(simde__m512 sum, const Pairs& a, const Pairs& b) {
 #define _mm512_dpbf16_ps(sum, a, b) avx512_on_avx2::DotBFloat16(sum, a, b)
 #define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)  // 0.7.4's alias takes four arguments
 
-// An emulated set is available where AVX2 is. The name is not replaced again inside its own macro.
+// Emulated sets are available with AVX2. A macro is not expanded again inside itself.
 #define __builtin_cpu_supports(feature) \
   (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
 

@@ -1,5 +1,5 @@
-// `conditioning`: both modes, whole chunks and short ones, every gradient alone and all together;
-// and its values beside plain sums in double, so that they are checked where no Python runs.
+// `conditioning`: both modes, full and partial chunks, every gradient alone and all together, and
+// its values compared with sums in double.
 #include "cpu/conditioning/conditioning.h"
 
 #include "support.h"
@@ -12,8 +12,7 @@ struct Size {
   std::int64_t streams, rows, features, classes;
 };
 
-// Arguments whose rows lie `kGap` elements apart from each other's end, and labels with the classes
-// outermost.
+// Arguments with `kGap` elements between rows, and labels with the classes outermost.
 struct Case {
   static constexpr std::int64_t kGap = 3, kTimesteps = 5;
 
@@ -92,8 +91,8 @@ std::vector<float> Run(const Case& c, const kernel::Options& options, unsigned w
   return all;
 }
 
-// Labels that a noising makes, of drawn noise and then of that noise given, against the plain call
-// with what was made.
+// Noisy labels of drawn noise, and of the same noise as an argument, compared with a plain call on
+// these labels.
 void CheckNoised(const Case& c, const kernel::Options& options) {
   const Size& s = c.size;
   const std::int64_t f = s.features, rows = s.streams * s.rows;
@@ -122,13 +121,14 @@ void CheckNoised(const Case& c, const kernel::Options& options) {
     batch.y = {y.get(), {s.rows * s.classes, s.classes, 1}};
     Forward(c.layer, batch, noising, running, options, statistics.get(), out.get());
     Forward(c.layer, batch, diffmic::Noising{}, running, options, statistics.get(), plain.get());
-    if (out.copy() != plain.copy()) Fail("conditioning: made labels are not those that are used");
+    if (out.copy() != plain.copy())
+      Fail("conditioning: the noisy labels written are not those used");
     found.push_back(y.copy());
   }
-  if (found[0] != found[1]) Fail("conditioning: drawn noise is not what was written");
+  if (found[0] != found[1]) Fail("conditioning: the noise written is not the noise drawn");
 }
 
-// Forward of unit f and stream s, as the definition says.
+// Forward of feature f and branch s by the definition.
 std::vector<double> Define(const Case& c, std::int64_t s, std::int64_t f) {
   const Size& size = c.size;
   std::vector<double> z;

@@ -102,7 +102,7 @@ void CheckDenoise(const std::string& set, Precision precision, std::int64_t rows
     options.threads = threads;
     options.cache = threads == 2 ? nullptr : &cache;
     options.watch = [](std::int64_t, std::int64_t) { return true; };
-    if (!Denoise(call, options)) Fail("denoise stopped by itself");
+    if (!Denoise(call, options)) Fail("denoise stopped without a request");
     return out.copy();
   };
   const std::vector<float> first = run(set, 1, 1);
@@ -116,8 +116,8 @@ void CheckDenoise(const std::string& set, Precision precision, std::int64_t rows
       }
     }
   }
-  // With int8 sums are exact. Else another set sums in another order, and then a rounding may fall
-  // to the other side.
+  // Sums of int8 are exact. Otherwise instruction sets sum in different orders, and a value may be
+  // rounded to the neighbouring one.
   const float allowed = precision == Precision::kFloat32    ? 1e-4f
                         : precision == Precision::kBFloat16 ? 1e-2f
                                                             : 0.0f;
@@ -130,7 +130,7 @@ void CheckDenoise(const std::string& set, Precision precision, std::int64_t rows
   }
 }
 
-// Initial sums of int8 at the largest number of features, where they are beyond int32.
+// Initial sums of int8 at the largest number of features, where they exceed int32.
 void CheckPacking(const std::string& set) {
   constexpr std::int64_t kFeatures = diffmic::cpu::kMostInt8Features;
   const auto* kernels = diffmic::cpu::FindDenoiseKernels(set, Precision::kInt8);
@@ -139,7 +139,7 @@ void CheckPacking(const std::string& set) {
       static_cast<std::size_t>(kernels->chunk_bytes(Precision::kInt8, kFeatures)));
   float scale = 0.0f;
   kernels->pack_chunk(Precision::kInt8, ones.data(), kFeatures, 1, kFeatures, chunk.data(), &scale);
-  if (scale != 1.0f / 127.0f) Fail("denoise: " + set + " packs another scale");
+  if (scale != 1.0f / 127.0f) Fail("denoise: " + set + " packs a different scale");
 }
 
 void CheckStop() {
@@ -167,8 +167,8 @@ void CheckStop() {
     ++asked;
     return done < total;
   };
-  if (Denoise(call, options)) Fail("denoise went on after a stop");
-  if (asked == 0) Fail("denoise asked nobody");
+  if (Denoise(call, options)) Fail("denoise continued after a stop");
+  if (asked == 0) Fail("denoise did not call watch");
 }
 
 void CheckRois() {
@@ -182,7 +182,7 @@ void CheckRois() {
                                   {kClasses * 42, 42, 6, 1}};
     if (ChooseWindows(maps, diffmic::cpu::SaliencyType::kFloat32, {3, 2}, kCount, cells.data(),
                       threads) >= 0) {
-      Fail("rois found a number that is not finite");
+      Fail("rois reports a number that is not finite");
     }
     diffmic::cpu::CellsToPixels(cells.data(), kBatch * kCount, {7, 6}, {kSide, kSide},
                                 origins.data());
@@ -193,7 +193,7 @@ void CheckRois() {
              kCount, {5, 6}, 1, crops.get(), threads);
     const std::vector<float> found(crops.get(), crops.get() + kBatch * kCount * 60);
     if (first.empty()) first = found;
-    if (found != first) Fail("rois: threads leave a trace");
+    if (found != first) Fail("rois: results depend on the number of threads");
   }
 }
 
@@ -206,7 +206,7 @@ void CheckNoise() {
                                {timesteps.data(), 2, 1}, 7, out.get(), threads);
     const std::vector<float> found(out.get(), out.get() + 2 * 1'100 * 7);
     if (first.empty()) first = found;
-    if (found != first) Fail("noise: threads leave a trace");
+    if (found != first) Fail("noise: results depend on the number of threads");
   }
 }
 

@@ -15,7 +15,7 @@ using mmd::Options;
 using mmd::Side;
 using mmd::Weights;
 
-// [count, width], compact in the order of rows or of columns.
+// [count, width], contiguous in row-major or column-major order.
 template <typename T>
 struct Rows {
   Rows(std::int64_t count, std::int64_t width, bool by_columns = false)
@@ -55,7 +55,7 @@ void CheckValue(Isa isa, const Size& size, const std::vector<double>& scales, bo
         const Options options{scales, unbiased, isa, threads};
         if (Mmd(x.matrix, y.matrix, x_weights, y_weights, options, value.get(),
                 x_slope ? gx.get() : nullptr, y_slope ? gy.get() : nullptr) != Side::kNone) {
-          Fail("mmd: good weights were refused");
+          Fail("mmd: valid weights were rejected");
         }
         std::vector<T> found = value.copy();
         Append(&found, gx, x_slope);
@@ -78,7 +78,7 @@ void CheckWeights() {
       Mmd(x.matrix, y.matrix, none, {alone, 1}, biased, value.get(), no, no) != Side::kNone ||
       Mmd(x.matrix, y.matrix, none, {alone, 1}, unbiased, value.get(), no, no) != Side::kY ||
       Mmd(x.matrix, y.matrix, none, {alone, 0}, biased, value.get(), no, no) != Side::kY) {
-    Fail("mmd: weights were judged wrong");
+    Fail("mmd: the check of weights is wrong");
   }
 }
 
@@ -114,11 +114,11 @@ void CheckMedian(Isa isa, const Size& size) {
   }
   x.memory.get()[0] = std::numeric_limits<T>::quiet_NaN();
   if (!std::isnan(MedianSquaredDistance(x.matrix, y.matrix, isa, 2))) {
-    Fail("mmd: the median of what is not a number is one");
+    Fail("mmd: the median of NaN is not NaN");
   }
 }
 
-// Rows backwards, and one row many times.
+// Rows in reverse order, and one row many times.
 template <typename T>
 void CheckStrides(Isa isa) {
   const NumbersOf<T> a(5 * 3, -1.0, 1.0), b(3, -1.0, 1.0);
@@ -132,7 +132,7 @@ void CheckStrides(Isa isa) {
   finite.Compare(kernel.copy(), 1);
 }
 
-// The last prediction of a stack ends where its memory does.
+// The last prediction of a stack ends at the end of its memory.
 template <typename T>
 void CheckNoiseLosses(Isa isa, std::int64_t count, const Size& size) {
   const std::int64_t apart = size.n * size.d + 3;

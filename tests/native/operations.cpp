@@ -1,6 +1,6 @@
-// The AVX-512 operations of simd.h, and what uses them there, on random bit patterns: denormal
-// numbers, infinities and NaN among them. Prints a line of name and digest for each, the same
-// whether it is compiled for AVX-512 or, with avx512_on_avx2.h, for AVX2.
+// The AVX-512 operations of simd.h on random bit patterns, which include denormal numbers,
+// infinities and NaN. Prints name and digest of each, which are the same for AVX-512 and, with
+// avx512_on_avx2.h, for AVX2.
 #define DIFFMIC_SIMD_AVX512
 #define DIFFMIC_SIMD_AVX512_BF16
 #include <bit>
@@ -24,7 +24,7 @@ constexpr int kRounds = 100'000;
 // Words of 32 bits.
 class Random {
  public:
-  // float32: zero, denormal, infinite, NaN, tiny, any pattern, or near 1.
+  // float32: zero, denormal, infinite, NaN, tiny, random bits, or near 1.
   std::uint32_t Float() {
     const auto bits = static_cast<std::uint32_t>(generator_());
     switch (generator_() % 12) {
@@ -88,8 +88,8 @@ struct Words {
   }
 };
 
-// An operation of up to three arguments. Which NaN an arithmetic operation hands on depends on the
-// order of operands, which is the compiler's: NaNs of such results are one.
+// An operation of up to three arguments. Which NaN an arithmetic operation propagates depends on
+// the compiler's order of operands: all NaNs in such results count as equal.
 template <typename Draw, typename Operation>
 [[gnu::noinline]] void Check(const char* name, bool any_nan, const Draw& draw,
                              const Operation& operation) {
@@ -109,7 +109,7 @@ template <typename Draw, typename Operation>
   std::printf("%s %016llx\n", name, static_cast<unsigned long long>(digest));
 }
 
-// Sums of a normal number just above 2^-126 and a product that takes it back to about there.
+// Sums of a normal number above 2^-126 and a product that brings the result close to 2^-126.
 [[gnu::noinline]] void CheckTinyDots() {
   std::uint64_t digest = 0xCBF29CE484222325u;
   std::mt19937_64 generator(11);

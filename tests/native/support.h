@@ -1,11 +1,11 @@
-// What the programs of this folder share. Each runs kernels of csrc/cpu on odd sizes and several
-// threads, in arrays that end where their last element does, for the sanitizers to look at, and
-// checks that the number of threads leaves no trace. Exit status 1 with a sentence where it does.
+// Shared by the programs of this folder. Each runs kernels of csrc/cpu at odd sizes and on several
+// threads, in arrays without space after their last element, so that sanitizers find accesses
+// beyond it. It exits with status 1 and a message if results depend on the number of threads.
 //
 //   PROGRAM [--quick] [--results FILE] [INSTRUCTION_SET ...]
 //
-// runs the sets named, or all that the processor has; --quick: the smallest sizes alone. FILE
-// receives every result that depends on the set, as float64.
+// runs the named instruction sets, by default all of the processor, with --quick at the smallest
+// sizes only. FILE receives all results that depend on the instruction set, as float64.
 #ifndef DIFFMIC_TESTS_NATIVE_SUPPORT_H_
 #define DIFFMIC_TESTS_NATIVE_SUPPORT_H_
 
@@ -26,7 +26,7 @@
   std::exit(1);
 }
 
-// What the arguments of a program ask for.
+// The arguments of a program.
 class Request {
  public:
   Request(int count, char** arguments, const std::vector<std::string>& available) {
@@ -51,7 +51,7 @@ class Request {
   bool quick() const { return quick_; }
   const std::vector<std::string>& sets() const { return sets_; }
 
-  // An operation must give kernels for the names that are available and for no other.
+  // Fails unless an operation has kernels exactly for the available instruction sets.
   template <typename Find>
   void CheckNames(const std::string& operation, const Find& find) const {
     for (const std::string name : {"avx512_bf16", "avx512", "avx2", "portable", "sse", ""}) {
@@ -62,7 +62,7 @@ class Request {
     }
   }
 
-  // Says that `program` ran to its end, and with which sets.
+  // Prints that `program` has finished, and with which instruction sets.
   void Finish(const std::string& program) const {
     Results().flush();
     if (Results().is_open() && !Results()) Fail("the results could not be written");
@@ -96,7 +96,7 @@ class Request {
   std::vector<std::string> available_, sets_;
 };
 
-// Exactly `count` numbers on the heap: a sanitizer sees the first one beyond.
+// Exactly `count` numbers on the heap, so that a sanitizer finds an access to the next one.
 template <typename T>
 class NumbersOf {
  public:
@@ -116,7 +116,7 @@ class NumbersOf {
 
 using Numbers = NumbersOf<float>;
 
-// The results of one call on different numbers of threads must have the same bits, and be numbers.
+// Fails unless the results of a call are finite and bitwise the same on any number of threads.
 template <typename T>
 class Trace {
  public:
@@ -132,7 +132,7 @@ class Trace {
     }
     if (found.size() != first_.size() ||
         std::memcmp(found.data(), first_.data(), found.size() * sizeof(T)) != 0) {
-      Fail(what_ + ": " + std::to_string(threads) + " threads leave a trace");
+      Fail(what_ + ": " + std::to_string(threads) + " threads change the results");
     }
   }
 
