@@ -1,8 +1,7 @@
-"""setup.py: its decisions, and builds and installations without CUDA and without a compiler."""
+"""plans.py: its decisions, and builds and installations without CUDA and without a compiler."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -13,9 +12,11 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from build_support import plan as plans
+from build_support.progress import run_showing_progress
 
 SOURCE = Path(__file__).resolve().parents[2]
 
@@ -27,16 +28,6 @@ OUTSIDE = (
     "tests/test_info.py",
 )
 KNOWN = ("75", "80", "86", "89", "90", "100", "103", "110", "120", "121")
-
-
-@pytest.fixture(scope="module")
-def setup() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("diffmic_setup", SOURCE / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 # ---- CUDA architectures ----------------------------------------------------------------------
@@ -58,8 +49,8 @@ def setup() -> ModuleType:
         ("All", ("80", "86", "89", "90", "100", "120+PTX")),
     ],
 )
-def test_arch_list(setup: ModuleType, text: str, targets: tuple[str, ...]) -> None:
-    assert setup.parse_architectures(text, KNOWN) == targets
+def test_arch_list(text: str, targets: tuple[str, ...]) -> None:
+    assert plans.parse_architectures(text, KNOWN) == targets
 
 
 @pytest.mark.parametrize(
@@ -76,9 +67,9 @@ def test_arch_list(setup: ModuleType, text: str, targets: tuple[str, ...]) -> No
         (" ; ", "names no architecture"),
     ],
 )
-def test_invalid_arch_lists_raise(setup: ModuleType, text: str, message: str) -> None:
-    with pytest.raises(setup.ConfigurationError, match=f"TORCH_CUDA_ARCH_LIST.*{message}"):
-        setup.parse_architectures(text, KNOWN)
+def test_invalid_arch_lists_raise(text: str, message: str) -> None:
+    with pytest.raises(plans.ConfigurationError, match=f"TORCH_CUDA_ARCH_LIST.*{message}"):
+        plans.parse_architectures(text, KNOWN)
 
 
 @pytest.mark.parametrize(
@@ -93,14 +84,14 @@ def test_invalid_arch_lists_raise(setup: ModuleType, text: str, message: str) ->
     ],
 )
 def test_default_architectures(
-    setup: ModuleType, known: tuple[str, ...], visible: tuple[str, ...], targets: tuple[str, ...]
+    known: tuple[str, ...], visible: tuple[str, ...], targets: tuple[str, ...]
 ) -> None:
-    assert setup.default_architectures(known, visible) == targets
+    assert plans.default_architectures(known, visible) == targets
 
 
-def test_gpus_that_are_too_old_build_without_cuda(setup: ModuleType) -> None:
-    with pytest.raises(setup.CudaUnavailable, match=r"8\.0 or newer, got 7\.5"):
-        setup.default_architectures(KNOWN, ("61", "75"))
+def test_gpus_that_are_too_old_build_without_cuda() -> None:
+    with pytest.raises(plans.CudaUnavailable, match=r"8\.0 or newer, got 7\.5"):
+        plans.default_architectures(KNOWN, ("61", "75"))
 
 
 # ---- what is compiled ------------------------------------------------------------------------
@@ -125,71 +116,69 @@ def programs(tmp_path: Path) -> Programs:
 GOOD_NVCC = 'if [ "$1" = --list-gpu-arch ]; then echo compute_80; echo compute_90; fi; exit 0'
 
 
-def test_without_a_compiler_nothing_is_compiled(setup: ModuleType, programs: Programs) -> None:
-    plan = setup.make_plan({"PATH": programs(nvcc=GOOD_NVCC)})
+def test_without_a_compiler_nothing_is_compiled(programs: Programs) -> None:
+    plan = plans.make_plan({"PATH": programs(nvcc=GOOD_NVCC)})
     assert plan.compiler is None and plan.nvcc is None
     assert plan.reason.startswith("no C++ compiler was found")
 
 
-def test_cuda_follows_nvcc(setup: ModuleType, programs: Programs) -> None:
+def test_cuda_follows_nvcc(programs: Programs) -> None:
     path = programs(cxx="exit 0", nvcc=GOOD_NVCC)
     for wanted in ("auto", "on", ""):
-        plan = setup.make_plan({"PATH": path, "DIFFMIC_CUDA": wanted})
+        plan = plans.make_plan({"PATH": path, "DIFFMIC_CUDA": wanted})
         assert (plan.nvcc, plan.architectures) == (f"{path}/nvcc", ("80+PTX",))
-    plan = setup.make_plan({"PATH": path, "TORCH_CUDA_ARCH_LIST": "9.0a"})
+    plan = plans.make_plan({"PATH": path, "TORCH_CUDA_ARCH_LIST": "9.0a"})
     assert plan.architectures == ("90a",)
     programs(nvidia_smi="echo 8.6; echo 9.0; echo 9.0")
-    assert setup.make_plan({"PATH": path}).architectures == ("80+PTX", "90")
+    assert plans.make_plan({"PATH": path}).architectures == ("80+PTX", "90")
     programs(nvidia_smi="echo 7.5")
-    assert setup.make_plan({"PATH": path}).cuda_reason.endswith("8.0 or newer, got 7.5")
+    assert plans.make_plan({"PATH": path}).cuda_reason.endswith("8.0 or newer, got 7.5")
     programs(nvidia_smi="echo 'NVIDIA-SMI has failed'; exit 9")
-    assert setup.make_plan({"PATH": path}).architectures == ("80+PTX",)
-    plan = setup.make_plan({"PATH": path, "DIFFMIC_CUDA": "off"})
+    assert plans.make_plan({"PATH": path}).architectures == ("80+PTX",)
+    plan = plans.make_plan({"PATH": path, "DIFFMIC_CUDA": "off"})
     assert plan.compiler == f"{path}/c++"
     assert (plan.nvcc, plan.cuda_reason) == (None, "DIFFMIC_CUDA=off")
 
 
-def test_nvcc_is_found_by_cuda_home(setup: ModuleType, programs: Programs, tmp_path: Path) -> None:
+def test_nvcc_is_found_by_cuda_home(programs: Programs, tmp_path: Path) -> None:
     path = programs(cxx="exit 0", nvcc=GOOD_NVCC)
     (tmp_path / "toolkit" / "bin").mkdir(parents=True)
     shutil.move(f"{path}/nvcc", tmp_path / "toolkit" / "bin" / "nvcc")
-    assert setup.make_plan({"PATH": path}).nvcc is None
+    assert plans.make_plan({"PATH": path}).nvcc is None
     home = str(tmp_path / "toolkit")
-    assert setup.make_plan({"PATH": path, "CUDA_HOME": home}).nvcc == f"{home}/bin/nvcc"
-    assert setup.make_plan({"PATH": path, "CUDA_PATH": home}).nvcc == f"{home}/bin/nvcc"
+    assert plans.make_plan({"PATH": path, "CUDA_HOME": home}).nvcc == f"{home}/bin/nvcc"
+    assert plans.make_plan({"PATH": path, "CUDA_PATH": home}).nvcc == f"{home}/bin/nvcc"
 
 
-def test_without_nvcc_auto_builds_without_cuda_and_on_raises(
-    setup: ModuleType, programs: Programs
-) -> None:
+def test_without_nvcc_auto_builds_without_cuda_and_on_raises(programs: Programs) -> None:
     path = programs(cxx="exit 0")
-    plan = setup.make_plan({"PATH": path})
+    plan = plans.make_plan({"PATH": path})
     assert plan.nvcc is None and plan.cuda_reason.startswith("nvcc was not found")
-    with pytest.raises(setup.ConfigurationError, match="DIFFMIC_CUDA=on, but nvcc was not found"):
-        setup.make_plan({"PATH": path, "DIFFMIC_CUDA": "on"})
+    with pytest.raises(plans.ConfigurationError, match="DIFFMIC_CUDA=on, but nvcc was not found"):
+        plans.make_plan({"PATH": path, "DIFFMIC_CUDA": "on"})
 
 
-def test_an_nvcc_that_rejects_the_compiler(setup: ModuleType, programs: Programs) -> None:
+def test_an_nvcc_that_rejects_the_compiler(programs: Programs) -> None:
     path = programs(cxx="exit 0", nvcc="echo 'error: unsupported GNU version' >&2; exit 1")
-    plan = setup.make_plan({"PATH": path})
+    plan = plans.make_plan({"PATH": path})
     assert plan.nvcc is None
     assert plan.cuda_reason.endswith("c++: error: unsupported GNU version")
-    with pytest.raises(setup.ConfigurationError, match="unsupported GNU version"):
-        setup.make_plan({"PATH": path, "DIFFMIC_CUDA": "on"})
+    with pytest.raises(plans.ConfigurationError, match="unsupported GNU version"):
+        plans.make_plan({"PATH": path, "DIFFMIC_CUDA": "on"})
 
 
-def test_invalid_variables_raise(setup: ModuleType, programs: Programs) -> None:
+def test_invalid_variables_raise(programs: Programs) -> None:
     path = programs(cxx="exit 0")
-    with pytest.raises(setup.ConfigurationError, match="must be auto, on or off, got 'yes'"):
-        setup.make_plan({"PATH": path, "DIFFMIC_CUDA": "yes"})
-    with pytest.raises(setup.ConfigurationError, match="CXX=nowhere/c"):
-        setup.make_plan({"PATH": path, "CXX": "nowhere/c++"})
-    with pytest.raises(setup.ConfigurationError, match="on, but no C"):
-        setup.make_plan({"PATH": "", "DIFFMIC_CUDA": "on"})
+    with pytest.raises(plans.ConfigurationError, match="must be auto, on or off, got 'yes'"):
+        plans.make_plan({"PATH": path, "DIFFMIC_CUDA": "yes"})
+    with pytest.raises(plans.ConfigurationError, match="CXX=nowhere/c"):
+        plans.make_plan({"PATH": path, "CXX": "nowhere/c++"})
+    with pytest.raises(plans.ConfigurationError, match="on, but no C"):
+        plans.make_plan({"PATH": "", "DIFFMIC_CUDA": "on"})
 
 
 def test_progress_is_written_to_a_file_or_a_terminal(
-    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The number of compiled files of how many, and the last one; nothing where no terminal is."""
     ninja = """
@@ -205,14 +194,14 @@ exit $STATUS
     path = tmp_path / "progress"
     for status, end in ((0, "compiled"), (3, "failed")):
         monkeypatch.setenv("STATUS", str(status))
-        assert setup.run_showing_progress(command, str(path)) == status
+        assert run_showing_progress(command, str(path)) == status
         assert path.read_text().splitlines()[-4:] == [
             *(f"diffmic_fast: {line}" for line in expected), f"diffmic_fast: {end} after 0 s"
         ]  # fmt: skip
     for nowhere in ("", str(tmp_path / "no folder" / "progress")):
-        assert setup.run_showing_progress(command, nowhere) == 3
+        assert run_showing_progress(command, nowhere) == 3
     terminal, name = os.openpty()
-    assert setup.run_showing_progress(command, os.ttyname(name)) == 3
+    assert run_showing_progress(command, os.ttyname(name)) == 3
     shown = os.read(terminal, 4096).decode().split("\r\x1b[K")
     assert shown[1:-1] == [f"diffmic_fast: {line} " for line in expected]
 
