@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from diffmic_fast.checkpoint import NAME, load_model, read_checkpoint
 from diffmic_fast.config.run import RunConfig
-from diffmic_fast.config.schema import merge, parse_override
+from diffmic_fast.config.yaml_reader import merge, parse_override
 from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.diffusion.sampling_options import SamplingOptions

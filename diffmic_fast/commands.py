@@ -12,7 +12,7 @@ from diffmic_fast import demo
 from diffmic_fast.checkpoint import NAME, load_model, read_checkpoint
 from diffmic_fast.cli import EXIT_FAILED, EXIT_UNREADABLE
 from diffmic_fast.config.run import RunConfig, read_config
-from diffmic_fast.config.schema import merge, parse_override
+from diffmic_fast.config.yaml_reader import merge, parse_override
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.distributed.processes import current, started

@@ -73,7 +73,7 @@ def test_guidance_can_be_elsewhere_and_must_be_somewhere(model, published, tmp_p
 
 def test_names_and_shapes_of_a_published_file_are_accepted(tmp_path):
     """A full-size file by its recorded keys: sizes are told from shapes alone."""
-    keys = json.loads((Path(__file__).parents[1] / "data/checkpoint_keys.json").read_text())
+    keys = json.loads((Path(__file__).parent / "data/checkpoint_keys.json").read_text())
     shapes = next(v for k, v in keys.items() if k.startswith("ConditionalModel"))
     state = {k: torch.zeros(()).expand(shape) for k, shape in shapes.items()}
     torch.save([state, {}, 1, 1], tmp_path / "a.pth")

@@ -1,9 +1,8 @@
 """Translation of the authors' configuration files (the CARD family of YAML) into ours.
 
-Their files have the sections data, model, diffusion, training, sampling, testing, optim and
-aux_optim. Keys that decide the model or its training are carried over; keys about plots, image
-folders and logging of their program have no meaning here and are passed over in silence; a key
-this translation has never heard of is reported, and so is a value it cannot follow.
+Their files have the sections data, model, diffusion, training, sampling, testing, optim and aux_optim. Keys that
+decide the model or its training are translated. Keys about plots, image folders and logging of their program have no
+meaning here and are ignored silently; unknown keys and values that are not supported are reported.
 """
 
 from __future__ import annotations
@@ -12,22 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffmic_fast.config.schema import nearest
+from diffmic_fast.config.errors import nearest
 
-_SECTIONS = (
-    "data",
-    "model",
-    "diffusion",
-    "training",
-    "sampling",
-    "testing",
-    "optim",
-    "aux_optim",
-)
-
-# Known keys by section. Those not used below change nothing in this package: names of their own
-# variants (type, var_type, cat_x ...), numbers of figures and of log lines, folders, and
-# measures of regression tasks that the file format shares.
+# Keys that their files may have, by section. Those not used below have no effect in this package: names of their own
+# variants (type, var_type, cat_x ...), numbers of figures and of log lines, folders, and metrics of regression tasks,
+# for which the file format is used too.
 _KNOWN: dict[str, tuple[str, ...]] = {
     "data": (
         "dataset", "seed", "label_min_max", "num_classes", "traindata", "testdata", "valdata",
@@ -68,25 +56,97 @@ _KNOWN: dict[str, tuple[str, ...]] = {
         "optimizer", "lr", "weight_decay", "beta1", "amsgrad", "eps", "grad_clip", "lr_schedule",
         "min_lr",
     ),
+    "diffusion.aux_cls": (
+        "arch", "feature_dim", "hidden_dim", "hidden_layers", "use_batchnorm", "negative_slope",
+        "dropout_rate", "batch_size", "n_pretrain_epochs", "n_epochs", "logging_interval",
+        "joint_train", "pre_train",
+    ),
 }  # fmt: skip
-_AUX_CLS = (
-    "arch", "feature_dim", "hidden_dim", "hidden_layers", "use_batchnorm", "negative_slope",
-    "dropout_rate", "batch_size", "n_pretrain_epochs", "n_epochs", "logging_interval",
-    "joint_train", "pre_train",
-)  # fmt: skip
 
-# What their aux_cls.arch is called as a trunk. Their guidance model is a ResNet-50 whatever the
-# entry says; names of other families are leftovers of the file format.
+_SECTIONS = tuple(section for section in _KNOWN if "." not in section)
+
+# Our keys and where their files have them.
+_MODEL = {
+    "classes": "data.num_classes",
+    "encoder": "model.arch",
+    "feature_dim": "model.feature_dim",
+    "schedule": "diffusion.beta_schedule",
+    "beta_start": "diffusion.beta_start",
+    "beta_end": "diffusion.beta_end",
+    "timesteps": "diffusion.timesteps",
+}
+_TRAINING = {
+    "batch_size": "training.batch_size",
+    "epochs": "training.n_epochs",
+    "warmup_epochs": "training.warmup_epochs",
+    "validate_every": "training.validation_freq",
+    "learning_rate": "optim.lr",
+    "min_learning_rate": "optim.min_lr",
+    "weight_decay": "optim.weight_decay",
+    "gradient_clip": "optim.grad_clip",
+    "guidance_learning_rate": "aux_optim.lr",
+    "guidance_weight_decay": "aux_optim.weight_decay",
+    "guidance_epochs": "diffusion.aux_cls.n_pretrain_epochs",
+    "ema_decay": "model.ema_rate",
+}
+
+# Values of their aux_cls.arch that name a trunk. Their guidance model is a ResNet-50 whatever the entry says; names of
+# other families are leftovers of the file format.
 _TRUNKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "densenet121")
 
-# Published test timesteps and guidance epochs by dataset; their program has them on its command
-# line or as defaults, not in every file.
+# Published test timesteps by dataset; their program has them on its command line or as defaults, not in every file.
 _TEST_STEPS = {"APTOS": 60, "APTOS2019": 60, "HAM10000": 250, "ISIC": 250}
 
 
 def is_authors(values: Mapping[str, Any]) -> bool:
-    """Whether a configuration is of the authors' kind: it has sections that ours does not have."""
+    """Whether a configuration has the authors' format: it has sections that ours does not have."""
     return any(key in values for key in ("diffusion", "optim", "aux_optim", "testing"))
+
+
+def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Translate the content of one of the authors' files.
+
+    Returns:
+        Our configuration as plain dicts, and reports of unknown keys and settings that are not supported.
+
+    Raises:
+        ValueError: an unknown section, no number of classes, or a variant that is not DiffMIC (no guidance model).
+    """
+    for name in values:
+        if name not in _SECTIONS:
+            raise ValueError(
+                f"config: unknown section '{name}' in a configuration in the authors' format; the nearest known "
+                f"section is '{nearest(str(name), _SECTIONS)}'"
+            )
+    theirs = {section: _section(values, section) for section in _SECTIONS}
+    theirs["diffusion.aux_cls"] = theirs["diffusion"].get("aux_cls") or {}
+    reports = [
+        f"unknown key '{key}' in section '{section}' is ignored; the nearest known key is "
+        f"'{nearest(str(key), known)}'"
+        for section, known in _KNOWN.items()
+        for key in theirs[section]
+        if key not in known
+    ]
+    for key in ("include_guidance", "apply_aux_cls"):
+        if not theirs["diffusion"].get(key, True):
+            raise ValueError(
+                f"config: diffusion.{key} is false: a diffusion without the guidance model is not DiffMIC and is not "
+                "supported; remove the key or set it to true"
+            )
+    model = _translated(theirs, _MODEL)
+    if "classes" not in model:
+        raise ValueError("config: data.num_classes is missing; the number of classes is needed")
+    if theirs["diffusion.aux_cls"].get("arch") in _TRUNKS:
+        model["guidance_trunk"] = theirs["diffusion.aux_cls"]["arch"]
+    result = {
+        "data": _data(theirs["data"], reports),
+        "model": model,
+        "training": _training(theirs, reports),
+        "sampling": _sampling(theirs, model.get("timesteps", 1000)),
+    }
+    if theirs["data"].get("seed") is not None:
+        result["seed"] = theirs["data"]["seed"]
+    return result, reports
 
 
 def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -94,139 +154,51 @@ def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if section is None:
         return {}
     if not isinstance(section, Mapping):
-        raise ValueError(f"config: section '{name}' wants keys with values, got {section!r}")
+        raise ValueError(f"config: section '{name}' must be a mapping, got {section!r}")
     return section
 
 
-def _report(section: str, keys: Mapping[str, Any], known: tuple[str, ...]) -> list[str]:
-    reports = []
-    for key in keys:
-        if key not in known:
-            hint = nearest(str(key), known)
-            reports.append(
-                f"unknown key '{key}' in section '{section}' is ignored; the nearest known key is "
-                f"'{hint}'"
-            )
-    return reports
+def _translated(theirs: Mapping[str, Mapping[str, Any]], keys: Mapping[str, str]) -> dict[str, Any]:
+    """Our keys with their values, of those that are given."""
+    ours = {}
+    for key, path in keys.items():
+        section, _, name = path.rpartition(".")
+        if theirs[section].get(name) is not None:
+            ours[key] = theirs[section][name]
+    return ours
 
 
-def _copy(source: Mapping[str, Any], pairs: Mapping[str, str], target: dict[str, Any]) -> None:
-    for theirs, ours in pairs.items():
-        if source.get(theirs) is not None:
-            target[ours] = source[theirs]
+def _training(theirs: Mapping[str, Mapping[str, Any]], reports: list[str]) -> dict[str, Any]:
+    ours = _translated(theirs, _TRAINING)
+    if not theirs["model"].get("ema", True):
+        ours["ema_decay"] = None
+    for section in ("optim", "aux_optim"):
+        optimizer = theirs[section].get("optimizer", "Adam")
+        if str(optimizer).lower() != "adam":
+            reports.append(f"{section}.optimizer {optimizer!r} is not supported; Adam is used")
+    if not theirs["optim"].get("lr_schedule", True):
+        reports.append("optim.lr_schedule false is not supported; warm-up and half-cosine are used")
+    return ours
 
 
-def _switched(source: Mapping[str, Any], key: str, default: bool) -> bool:
-    return bool(source.get(key, default))
-
-
-def translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Our configuration (plain dicts) for one of the authors' files, and a list of reports.
-
-    Reports name unknown keys and settings that cannot be followed. Raises ValueError for an
-    unknown section, for a missing number of classes, or for a variant that this package does not
-    have (a label diffusion without guidance).
-    """
-    for name in values:
-        if name not in _SECTIONS:
-            hint = nearest(str(name), _SECTIONS)
-            raise ValueError(
-                f"config: unknown section '{name}' in a configuration of the authors' kind; the "
-                f"nearest known section is '{hint}'"
-            )
-    reports = []
-    for name in _SECTIONS:
-        reports += _report(name, _section(values, name), _KNOWN[name])
-    data, model, diffusion = (_section(values, s) for s in ("data", "model", "diffusion"))
-    training, optim, aux_optim = (_section(values, s) for s in ("training", "optim", "aux_optim"))
-    testing, sampling = _section(values, "testing"), _section(values, "sampling")
-    aux = diffusion.get("aux_cls") or {}
-    reports += _report("diffusion.aux_cls", aux, _AUX_CLS)
-    for key in ("include_guidance", "apply_aux_cls"):
-        if not _switched(diffusion, key, True):
-            raise ValueError(
-                f"config: diffusion.{key} is false: a diffusion without the guidance model is "
-                "not DiffMIC and is not offered here; remove the key or set it to true"
-            )
-
-    our_model: dict[str, Any] = {}
-    _copy(data, {"num_classes": "classes"}, our_model)
-    if "classes" not in our_model:
-        raise ValueError("config: data.num_classes is missing; the number of classes is needed")
-    _copy(model, {"arch": "encoder", "feature_dim": "feature_dim"}, our_model)
-    _copy(
-        diffusion,
-        {
-            "beta_schedule": "schedule",
-            "beta_start": "beta_start",
-            "beta_end": "beta_end",
-            "timesteps": "timesteps",
-        },
-        our_model,
-    )
-    if aux.get("arch") in _TRUNKS:
-        our_model["guidance_trunk"] = aux["arch"]
-
-    our_training: dict[str, Any] = {}
-    _copy(
-        training,
-        {"batch_size": "batch_size", "n_epochs": "epochs", "warmup_epochs": "warmup_epochs",
-         "validation_freq": "validate_every"},
-        our_training,
-    )  # fmt: skip
-    _copy(
-        optim,
-        {"lr": "learning_rate", "min_lr": "min_learning_rate", "weight_decay": "weight_decay",
-         "grad_clip": "gradient_clip"},
-        our_training,
-    )  # fmt: skip
-    _copy(
-        aux_optim,
-        {"lr": "guidance_learning_rate", "weight_decay": "guidance_weight_decay"},
-        our_training,
-    )
-    _copy(aux, {"n_pretrain_epochs": "guidance_epochs"}, our_training)
-    if not _switched(model, "ema", True):
-        our_training["ema_decay"] = None
-    else:
-        _copy(model, {"ema_rate": "ema_decay"}, our_training)
-    for name, section in (("optim", optim), ("aux_optim", aux_optim)):
-        if str(section.get("optimizer", "Adam")).lower() != "adam":
-            reports.append(
-                f"{name}.optimizer {section['optimizer']!r} is not offered; Adam is used"
-            )
-    if not _switched(optim, "lr_schedule", True):
-        reports.append("optim.lr_schedule false is not offered; warm-up and half-cosine are used")
-
-    our_sampling: dict[str, Any] = {"sampler": "ddpm_truncated"}
-    timesteps = our_model.get("timesteps", 1000)
-    dataset = str(data.get("dataset", ""))
-    steps = diffusion.get("test_timesteps", testing.get("test_timesteps"))
+def _sampling(theirs: Mapping[str, Mapping[str, Any]], timesteps: Any) -> dict[str, Any]:
+    steps = theirs["diffusion"].get("test_timesteps", theirs["testing"].get("test_timesteps"))
     if steps is None:
-        steps = _TEST_STEPS.get(dataset.upper(), 60)
+        steps = _TEST_STEPS.get(str(theirs["data"].get("dataset", "")).upper(), 60)
     if isinstance(steps, int) and isinstance(timesteps, int):
         steps = min(steps, timesteps)
-    our_sampling["steps"] = steps
-    size = testing.get("batch_size", sampling.get("batch_size"))
+    ours = {"sampler": "ddpm_truncated", "steps": steps}
+    size = theirs["testing"].get("batch_size", theirs["sampling"].get("batch_size"))
     if size is not None:
-        our_sampling["batch_size"] = size
-
-    result: dict[str, Any] = {
-        "data": _data(data, dataset, reports),
-        "model": our_model,
-        "training": our_training,
-        "sampling": our_sampling,
-    }
-    if data.get("seed") is not None:
-        result["seed"] = data["seed"]
-    return result, reports
+        ours["batch_size"] = size
+    return ours
 
 
-def _data(data: Mapping[str, Any], dataset: str, reports: list[str]) -> dict[str, Any]:
+def _data(data: Mapping[str, Any], reports: list[str]) -> dict[str, Any]:
     """The data section: a .pkl list each for training and test, a CSV, or folders of classes.
 
-    Their lists are named relative to the working directory, ours relative to the root of the
-    images: a list that is there as they name it is passed on by its full path.
+    Their lists are named relative to the working directory, ours relative to the root of the images: a list that
+    exists as they name it is passed on by its absolute path.
     """
 
     def located(name: Any) -> str:
@@ -234,22 +206,24 @@ def _data(data: Mapping[str, Any], dataset: str, reports: list[str]) -> dict[str
         return str(path.absolute() if data.get("dataroot") and path.exists() else path)
 
     ours: dict[str, Any] = {"num_classes": data["num_classes"]}
-    train, test = data.get("traindata"), data.get("testdata")
     ours["root"] = str(data["dataroot"]) if data.get("dataroot") else "."
+    train = data.get("traindata")
     if train is None:
         reports.append(
-            f"data.traindata is missing (dataset {dataset!r}); set data.kind, data.root and so on "
-            "of this package's configuration"
+            f"data.traindata is missing (dataset {str(data.get('dataset', ''))!r}); set data.kind, data.root and so "
+            "on of this package's configuration"
         )
         ours["kind"] = "folder"
     else:
         suffix = Path(str(train)).suffix.lower()
         ours["kind"] = {".pkl": "pkl", ".csv": "csv", ".npz": "medmnist"}.get(suffix, "folder")
-        ours["train_table"] = located(train)
-        if test is not None:
-            ours["test_table"] = located(test)
-        if data.get("valdata") is not None:
-            ours["validation_table"] = located(data["valdata"])
+        for split, name in (
+            ("train", train),
+            ("test", data.get("testdata")),
+            ("validation", data.get("valdata")),
+        ):
+            if name is not None:
+                ours[f"{split}_table"] = located(name)
     if isinstance(data.get("num_workers"), int):
         ours["workers"] = data["num_workers"]
     return ours

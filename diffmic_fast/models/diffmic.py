@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmic_fast.checks import Arguments
+from diffmic_fast.config.model import DiffMICConfig
 from diffmic_fast.diffusion.samplers import make_steps
 from diffmic_fast.diffusion.schedule import make_schedule
 from diffmic_fast.models.denoiser import ConditionalModel, Noising
@@ -24,40 +24,6 @@ from diffmic_fast.ops.denoise import PRECISIONS, StepTable, denoise
 from diffmic_fast.ops.mmd import mmd
 from diffmic_fast.ops.noise_losses import noise_losses
 from diffmic_fast.reference.denoise import chain
-from diffmic_fast.reference.rois import Channels
-
-
-@dataclass
-class DiffMICConfig:
-    """What a DiffMIC model is made of; the section `model` of a configuration file.
-
-    Attributes:
-        classes: C >= 2.
-        image_size: side of the (square) images in pixels that the model is meant for.
-        timesteps, schedule, beta_start, beta_end: the noise schedule (`diffusion.make_schedule`).
-        feature_dim: F, width of the denoiser.
-        encoder, encoder_weights: image encoder of the denoiser (`models.encoders.make_trunk`).
-        guidance_trunk, guidance_weights: both trunks of the guidance model.
-        crops, crop_size, percent_t, crop_channels: patches of the guidance model (`models.DCG`).
-        mmd_weight: weight of the two MMD terms in the training loss.
-    """
-
-    classes: int
-    image_size: int = 224
-    timesteps: int = 1000
-    schedule: str = "linear"
-    beta_start: float = 1e-4
-    beta_end: float = 2e-2
-    feature_dim: int = 6144
-    encoder: str = "resnet18"
-    encoder_weights: str | None = None
-    guidance_trunk: str = "resnet50"
-    guidance_weights: str | None = None
-    crops: int = 6
-    crop_size: int = 32
-    percent_t: float = 1.0
-    crop_channels: Channels = "first"
-    mmd_weight: float = 0.5
 
 
 class DiffMICLoss(NamedTuple):

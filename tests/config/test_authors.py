@@ -1,4 +1,4 @@
-"""Configuration files of the authors' kind are accepted as they are, and translated."""
+"""Configuration files in the authors' format are read and translated."""
 
 import warnings
 
@@ -85,7 +85,7 @@ def read(tmp_path, text):
     return read_config(path)
 
 
-def test_translation_without_a_warning(tmp_path):
+def test_translation_emits_no_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config = read(tmp_path, TEXT)
@@ -108,25 +108,25 @@ def test_translation_without_a_warning(tmp_path):
     assert config.sampling.batch_size == 64
 
 
-def test_dataset_decides_the_test_timesteps_and_the_average_can_be_off(tmp_path):
+def test_test_timesteps_follow_the_dataset_and_ema_can_be_off(tmp_path):
     config = read(tmp_path, TEXT.replace('"APTOS"', '"HAM10000"').replace("ema: True", "ema: no"))
     assert config.sampling.steps == 250
     assert config.training.ema_decay is None
 
 
-def test_unknown_key_is_reported_and_unknown_section_refused(tmp_path):
+def test_unknown_keys_warn_and_unknown_sections_raise(tmp_path):
     with pytest.warns(UserWarning, match=r"'n_epoch' in section 'training'.*'n_epochs'"):
         read(tmp_path, TEXT.replace("n_epochs: 1000", "n_epochs: 9\n    n_epoch: 3"))
     with pytest.raises(ValueError, match=r"unknown section 'modell'.*'model'"):
         read(tmp_path, TEXT + "modell:\n    arch: resnet18\n")
 
 
-def test_what_cannot_be_followed_is_said(tmp_path):
+def test_unsupported_settings_raise_or_warn(tmp_path):
     with pytest.raises(ValueError, match="include_guidance is false"):
         read(tmp_path, TEXT.replace("include_guidance: True", "include_guidance: False"))
     with pytest.raises(ValueError, match="num_classes is missing"):
         read(tmp_path, TEXT.replace("num_classes: 5", ""))
-    with pytest.raises(ValueError, match=r"num_classes wants a whole number.*got 'five'"):
+    with pytest.raises(ValueError, match=r"num_classes must be a valid integer, got 'five'"):
         read(tmp_path, TEXT.replace("num_classes: 5", "num_classes: five"))
-    with pytest.warns(UserWarning, match="optim.optimizer 'SGD' is not offered"):
+    with pytest.warns(UserWarning, match="optim.optimizer 'SGD' is not supported"):
         read(tmp_path, TEXT.replace("optimizer: Adam\n    lr: 0.001", "optimizer: SGD\n    lr: 1"))

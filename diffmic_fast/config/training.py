@@ -1,0 +1,99 @@
+"""The section `training` of a configuration."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from diffmic_fast.config.fields import (
+    SECTION,
+    AtLeastTwo,
+    Count,
+    Flag,
+    Natural,
+    NonNegative,
+    OpenUnit,
+    Positive,
+)
+
+
+@dataclass(config=SECTION)
+class TrainingConfig:
+    """Length, optimizers and precision of a training run; the defaults are the published settings.
+
+    Attributes:
+        batch_size: images per step and process, at least 2 (batch normalisation). The last batch of an epoch may be
+            smaller; fewer left-over images than two per process join the batch before them.
+        accumulation: number of micro-batches that a batch is split into. Their gradients are accumulated for one step
+            of each optimizer. Batch statistics and the two MMD terms are then those of a micro-batch, and the running
+            statistics are updated once per micro-batch.
+        recompute: activation checkpointing of the image networks (the denoiser's encoder, the guidance model's
+            trunks): the same numbers with less memory and one more forward pass.
+        sync_batch_norm: several processes: batch statistics over the images of all processes, equal to those of one
+            process with the whole batch. Otherwise each process has its own, and those of rank 0 are kept.
+        gather_mmd: several processes: the two MMD terms over the gathered rows of all processes, not of each.
+        fsdp: several processes: shard weights, gradients, moving average and optimizer state (PyTorch's FSDP2) instead
+            of replicating them.
+        draws: timesteps and noises per image in a denoiser step. The published number is 1; more share the encoder
+            pass of the image and let the denoiser learn from few images.
+        epochs: joint epochs.
+        guidance_epochs: epochs of the guidance model alone, before the joint ones.
+        warmup_epochs: joint epochs in which the denoiser's learning rate rises linearly from 0. It then follows a
+            half-cosine to `min_learning_rate`.
+        learning_rate: of the denoiser after the warm-up.
+        min_learning_rate: of the denoiser at the end, at most `learning_rate`.
+        encoder_learning_rate: of the denoiser's image encoder; None for `learning_rate`. A pretrained encoder needs a
+            lower rate than the randomly initialised layers after it.
+        weight_decay: of the denoiser.
+        gradient_clip: largest gradient norm of a denoiser step; None for no clipping.
+        guidance_learning_rate: of the guidance model.
+        guidance_weight_decay: of the guidance model.
+        guidance_cosine: whether the guidance model's learning rate falls by a half-cosine over all epochs; otherwise
+            it is constant.
+        ema_decay: of the moving average of the denoiser's weights; None for no average. It averages over about
+            1 / (1 - ema_decay) steps: short runs need a smaller value than the published 0.9999.
+        precision: "fp32", or "bf16" for forward passes under autocast to bfloat16; weights, optimizers, batch
+            statistics and MMD stay in float32. "auto" is bf16 where the processor multiplies bfloat16 (AMX, AVX-512),
+            otherwise fp32; the choice is recorded in config.yml and the checkpoint, and a resumed run keeps it.
+        validate_every: joint epochs between two validations; the last epoch is always validated.
+        checkpoint_every: epochs between two checkpoints; one is always written at the end and when interrupted.
+        select: validation metric that selects the best checkpoint.
+        tensorboard: write TensorBoard events.
+
+    Raises:
+        ValueError: from the constructor, for a value of another type or out of its range.
+    """
+
+    batch_size: AtLeastTwo = 32
+    accumulation: Count = 1
+    recompute: Flag = False
+    sync_batch_norm: Flag = False
+    gather_mmd: Flag = False
+    fsdp: Flag = False
+    draws: Count = 1
+    epochs: Natural = 1000
+    guidance_epochs: Natural = 15
+    warmup_epochs: NonNegative = 40.0
+    learning_rate: Positive = 1e-3
+    min_learning_rate: NonNegative = 0.0
+    encoder_learning_rate: Positive | None = None
+    weight_decay: NonNegative = 0.0
+    gradient_clip: Positive | None = 1.0
+    guidance_learning_rate: Positive = 2e-4
+    guidance_weight_decay: NonNegative = 0.0
+    guidance_cosine: Flag = False
+    ema_decay: OpenUnit | None = 0.9999
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    validate_every: Count = 1
+    checkpoint_every: Count = 1
+    select: Literal["accuracy", "macro_f1", "kappa", "balanced_accuracy"] = "macro_f1"
+    tensorboard: Flag = True
+
+    def __post_init__(self) -> None:
+        if self.epochs + self.guidance_epochs == 0:
+            raise ValueError("epochs and guidance_epochs must not both be 0")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate must be at most learning_rate {self.learning_rate}, got {self.min_learning_rate}"
+            )
