@@ -17,9 +17,10 @@ from diffmic_fast.config.data import DataConfig
 from diffmic_fast.config.errors import describe
 from diffmic_fast.config.fields import SECTION
 from diffmic_fast.config.model import DiffMICConfig
-from diffmic_fast.config.sampling import SamplingConfig, check_steps
+from diffmic_fast.config.sampling import SamplingConfig
 from diffmic_fast.config.training import TrainingConfig
 from diffmic_fast.config.yaml_reader import merge, parse_override, parse_yaml
+from diffmic_fast.diffusion.samplers import check_sampler
 
 
 @dataclass(config=SECTION)
@@ -49,7 +50,8 @@ class RunConfig:
             raise ValueError(
                 f"model.crop_size must be at most image_size {m.image_size}, got {m.crop_size}"
             )
-        check_steps(self.sampling.sampler, self.sampling.steps, m.timesteps)
+        s = self.sampling
+        check_sampler(s.sampler, s.steps, s.eta, m.timesteps)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and text, as in a YAML file or a checkpoint."""
