@@ -22,8 +22,8 @@ PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 CXX_SOURCES := $(shell find csrc tests/native tests/emulator \
   -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 # A change here compiles what it concerns.
-COMPILED := $(filter csrc/%,$(CXX_SOURCES)) csrc/bindings/build_config.h.in CMakeLists.txt setup.py $(wildcard build_support/*.py) \
-  pyproject.toml
+COMPILED := $(filter csrc/%,$(CXX_SOURCES)) csrc/bindings/build_config.h.in CMakeLists.txt setup.py \
+  $(wildcard build_support/*.py) pyproject.toml
 
 RUN ?= benchmarks rois
 

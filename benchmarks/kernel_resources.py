@@ -41,6 +41,8 @@ SOURCE = Path(__file__).resolve().parents[1]
 TABLE = SOURCE / "tests" / "data" / "kernel_resources.csv"
 CLAIMS = SOURCE / "tests" / "data" / "kernel_claims.json"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# Of an editable installation; CMake puts the object file of csrc/cuda/mmd/mmd.cu below csrc/cuda/mmd.
+_OBJECTS = SOURCE / "build/editable/CMakeFiles/_C.dir"
 
 _FLAGS = (
     "-std=c++20",
@@ -225,8 +227,25 @@ def compile_ptx(file: Path, architecture: int, target: Path) -> Path:
     return target
 
 
+def _object_file(file: Path) -> Path:
+    return _OBJECTS / f"{file.relative_to(SOURCE)}.o"
+
+
+def built_architecture() -> int | None:
+    """The one architecture for which an editable installation has up-to-date object files, if any."""
+    try:
+        record = json.loads((SOURCE / "diffmic_fast/_build.json").read_text(encoding="utf-8"))
+        oldest = min(_object_file(file).stat().st_mtime for file in sources())
+    except OSError:
+        return None
+    newest = max(path.stat().st_mtime for path in (SOURCE / "csrc").rglob("*.[ch]*"))
+    compiler = record.get("cuda_compiler", "").startswith(f"NVIDIA {compiler_version()}.")
+    found = re.fullmatch(r"(\d+)(\+PTX)?", record.get("cuda_architectures", ""))
+    return int(found[1]) if found and compiler and oldest > newest else None
+
+
 def compile_all(
-    work: Sequence[tuple[int, Path]], folder: Path, *, ptx: bool, jobs: int
+    work: Sequence[tuple[int, Path]], folder: Path, *, built: int | None, ptx: bool, jobs: int
 ) -> dict[tuple[int, str], Path]:
     """Compile pairs of architecture and file; returns the cubins by architecture and the file's stem.
 
@@ -236,6 +255,8 @@ def compile_all(
 
     def compile_one(job: tuple[int, Path]) -> tuple[tuple[int, str], Path]:
         architecture, file = job
+        if architecture == built:
+            return (architecture, file.stem), _object_file(file)
         target = folder / f"{file.stem}.sm_{architecture}.cubin"
         _run([*_nvcc(file, architecture), "-cubin", "-o", str(target)])
         if ptx:
@@ -311,6 +332,7 @@ def measure(
     *,
     files: Sequence[Path] | None = None,
     known: Sequence[Row] = (),
+    built: int | None = None,
     ptx: bool = False,
     jobs: int = 2,
 ) -> list[Row]:
@@ -319,6 +341,7 @@ def measure(
     Args:
         architectures, files: what to compile; all files by default.
         known: rows that are valid unless their sources or the compiler have changed.
+        built: an architecture to read from the object files of an editable installation.
         ptx: whether to write PTX too.
         jobs: processes of nvcc.
     """
@@ -335,7 +358,7 @@ def measure(
         if (architecture, file.stem, compiler, digests[file]) not in done
     ]
     of_names = {file.stem: text for file, text in digests.items()}
-    cubins = compile_all(work, folder, ptx=ptx, jobs=jobs)
+    cubins = compile_all(work, folder, built=built, ptx=ptx, jobs=jobs)
     rows = []
     for (architecture, file), cubin in cubins.items():
         kernels = read_cubin(cuobjdump, cubin)
