@@ -95,7 +95,6 @@ class BuildExtension(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "DIFFMIC_VERSION": self.distribution.get_version(),
-            "DIFFMIC_OUTPUT_DIR": str(target.parent),
             "DIFFMIC_WITH_CUDA": "ON" if plan().nvcc else "OFF",
             "DIFFMIC_CUDA_ARCHITECTURES": " ".join(plan().architectures),
         }
@@ -105,16 +104,17 @@ class BuildExtension(build_ext):
             options["CMAKE_CUDA_COMPILER"] = nvcc
             if host := cuda_host_compiler(str(plan().compiler), os.environ):
                 options["CMAKE_CUDA_HOST_COMPILER"] = host
-        cmake = tool("cmake", "CMAKE_BIN_DIR")
-        configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
-        configure += [f"-D{name}={value}" for name, value in options.items()]
         # Only what has changed is compiled, if the tools and the options are those of the last time.
-        configured = json.dumps([configure, [os.environ.get(name) for name in CONFIGURING]])
+        configured = json.dumps([options, [os.environ.get(name) for name in CONFIGURING]])
         stamp = folder / "configured.json"
         if not stamp.exists() or stamp.read_text(encoding="utf-8") != configured:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             stamp.write_text(configured, encoding="utf-8")
+        options["DIFFMIC_OUTPUT_DIR"] = str(target.parent)  # a temporary folder, for linking alone
+        cmake = tool("cmake", "CMAKE_BIN_DIR")
+        configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder)]
+        configure += [f"-D{name}={value}" for name, value in options.items()]
         status = subprocess.run(configure, check=False).returncode
         progress = os.environ.get("DIFFMIC_PROGRESS", "/dev/tty")
         if status or run_showing_progress([cmake, "--build", str(folder)], progress):

@@ -47,6 +47,7 @@ def run_divided(rank: int, config: RunConfig, folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_run_of_divided_weights(shared_config: RunConfig, tmp_path: Path) -> None:
     """Its log and checkpoint are those of processes that have all; validations see the weights of their epoch."""
     config = with_training(shared_config, batch_size=4, **TOGETHER)
@@ -77,6 +78,7 @@ def describe(value: Any) -> Any:
     return (type(value), *((value.shape, value.dtype) if isinstance(value, Tensor) else ()))
 
 
+@pytest.mark.slow
 def test_weights_are_read_anew_each_time_they_are_made_whole() -> None:
     """What a chain keeps of weights goes by versions, which all-gathered memory does not have by itself."""
     values = in_processes(2, run_chains)

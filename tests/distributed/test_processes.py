@@ -102,6 +102,7 @@ def runs(shared_config: RunConfig, images: Path, tmp_path_factory) -> tuple[Path
     return folder, in_processes(2, run_whole, config, folder, files), files
 
 
+@pytest.mark.slow
 def test_a_run_of_two_is_that_of_one_with_their_batch(
     runs: tuple[Path, Any, list[Path]], shared_config: RunConfig, tmp_path: Path
 ) -> None:
@@ -121,6 +122,7 @@ def test_a_run_of_two_is_that_of_one_with_their_batch(
     assert a[0].keys() == b[0].keys()
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both_and_the_run_goes_on(runs: tuple[Path, Any, list[Path]]) -> None:
     folder, found, _ = runs
     for each in found:
@@ -130,6 +132,7 @@ def test_a_signal_to_one_stops_both_and_the_run_goes_on(runs: tuple[Path, Any, l
     assert_same_run(folder / "unbroken", folder / "broken")
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_between_epochs(
     runs: tuple[Path, Any, list[Path]], shared_config: RunConfig, tmp_path: Path
 ) -> None:
@@ -150,6 +153,7 @@ def test_another_number_of_processes_goes_on_between_epochs(
     assert a["step"] == b["step"] and float(a["loss"]) == pytest.approx(float(b["loss"]), rel=0.02)
 
 
+@pytest.mark.slow
 def test_evaluation_and_prediction_in_shards(
     runs: tuple[Path, Any, list[Path]], shared_config: RunConfig
 ) -> None:

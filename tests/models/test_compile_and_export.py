@@ -66,6 +66,7 @@ def equal_states(a: nn.Module, b: nn.Module, **tolerance: float) -> None:
         torch.testing.assert_close(value, other[name], **tolerance, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "draws", "tolerance"),
     [("aot_eager", 3, 1e-6), pytest.param("inductor", 1, 1e-4, id="inductor")],

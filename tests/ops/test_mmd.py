@@ -290,7 +290,10 @@ def test_the_median_is_one_of_the_distances(shape: tuple[int, int], dtype: torch
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("n", "d", "gradients"), [(16384, 512, False), (2048, 4096, True)])
+@pytest.mark.parametrize(
+    ("n", "d", "gradients"),
+    [pytest.param(16384, 512, False, marks=pytest.mark.slow), (2048, 4096, True)],
+)
 def test_memory_is_that_of_the_rows(n: int, d: int, gradients: bool) -> None:
     """Inputs of 67 MB: a copy of them and gradients of their size, nothing of n x n."""
     program = f"""
