@@ -20,22 +20,19 @@ designed for, and beginnings of opcodes that must occur at least once, with the 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import hashlib
-import importlib.util
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from benchmarks.cubins import find_tool, plain_name, read_cubin, read_rows, run_tool, write_rows
+from benchmarks.gpu_limits import resident_warps
 
 SOURCE = Path(__file__).resolve().parents[1]
 TABLE = SOURCE / "tests" / "data" / "kernel_resources.csv"
@@ -49,65 +46,6 @@ _FLAGS = (
     "-Werror=all-warnings",
     "-Xcompiler=-Wall,-Wextra,-Werror,-ffp-contract=off",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Multiprocessor:
-    """Limits of one multiprocessor (CUDA C++ Programming Guide, "Compute Capabilities").
-
-    Attributes:
-        warps, blocks: resident at most.
-        shared_bytes: shared memory.
-        block_shared_bytes: shared memory of one block at most.
-        registers: of 32 bits.
-    """
-
-    warps: int
-    blocks: int
-    shared_bytes: int
-    block_shared_bytes: int
-    registers: int = 65536
-
-
-_KIB = 1024
-MULTIPROCESSORS = {
-    80: Multiprocessor(64, 32, 164 * _KIB, 163 * _KIB),
-    86: Multiprocessor(48, 16, 100 * _KIB, 99 * _KIB),
-    89: Multiprocessor(48, 24, 100 * _KIB, 99 * _KIB),
-    90: Multiprocessor(64, 32, 228 * _KIB, 227 * _KIB),
-    100: Multiprocessor(64, 32, 228 * _KIB, 227 * _KIB),
-    120: Multiprocessor(48, 24, 100 * _KIB, 99 * _KIB),
-}
-_RESERVED_BYTES = 1024  # of every block's shared memory, by the system
-
-
-def resident_warps(
-    architecture: int, registers: int, shared_bytes: int, dynamic: int | str, block: int
-) -> int:
-    """Warps of a kernel that are resident on one multiprocessor.
-
-    Args:
-        registers: per thread.
-        shared_bytes: static shared memory, as cuobjdump counts it.
-        dynamic: bytes of dynamic shared memory, or "most".
-        block: threads per block.
-    """
-    limits = MULTIPROCESSORS[architecture]
-    warps = -(-block // 32)
-    # From 9.0 on the static count includes the system's share.
-    reserved = 0 if architecture >= 90 else _RESERVED_BYTES
-    if dynamic == "most":
-        shared = limits.block_shared_bytes + _RESERVED_BYTES
-    else:
-        shared = shared_bytes + reserved + int(dynamic)
-    shared = -(-shared // 128) * 128
-    warp_registers = -(-registers * 32 // 256) * 256  # allocated in units of 256
-    # A multiprocessor has four register files, and a warp uses one.
-    by_registers = 4 * (limits.registers // 4 // warp_registers) // warps
-    blocks = min(
-        limits.blocks, limits.warps // warps, by_registers, limits.shared_bytes // max(shared, 1)
-    )
-    return blocks * warps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,39 +95,15 @@ class Row:
 # ---- tools -----------------------------------------------------------------------------------
 
 
-def find_tool(name: str) -> str | None:
-    """Path of a program: on the PATH, beside nvcc, or in Triton's wheel; None if it is not installed."""
-    if found := shutil.which(name):
-        return found
-    places = []
-    if nvcc := shutil.which("nvcc"):
-        root = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-        places += [Path(nvcc).resolve().parent, Path(root) / "bin"]
-    if triton := importlib.util.find_spec("triton"):
-        for folder in triton.submodule_search_locations or ():
-            places.append(Path(folder) / "backends" / "nvidia" / "bin")
-    for place in places:
-        if os.access(place / name, os.X_OK):
-            return str(place / name)
-    return None
-
-
 def missing_tools() -> str:
     """Why kernels cannot be compiled and read here; empty if they can."""
     missing = [name for name in ("nvcc", "cuobjdump", "c++filt") if find_tool(name) is None]
     return f"not installed: {', '.join(missing)}" if missing else ""
 
 
-def _run(command: Sequence[str], text: str | None = None) -> str:
-    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
-    return done.stdout
-
-
 def compiler_version() -> str:
     """Release of nvcc, for example "13.0"."""
-    found = re.search(r"release (\d+\.\d+)", _run(["nvcc", "--version"]))
+    found = re.search(r"release (\d+\.\d+)", run_tool(["nvcc", "--version"]))
     return found[1] if found else "unknown"
 
 
@@ -223,7 +137,7 @@ def _nvcc(file: Path, architecture: int) -> list[str]:
 
 def compile_ptx(file: Path, architecture: int, target: Path) -> Path:
     """Compile a file to PTX; returns `target`."""
-    _run([*_nvcc(file, architecture), "-ptx", "-o", str(target)])
+    run_tool([*_nvcc(file, architecture), "-ptx", "-o", str(target)])
     return target
 
 
@@ -258,7 +172,7 @@ def compile_all(
         if architecture == built:
             return (architecture, file.stem), _object_file(file)
         target = folder / f"{file.stem}.sm_{architecture}.cubin"
-        _run([*_nvcc(file, architecture), "-cubin", "-o", str(target)])
+        run_tool([*_nvcc(file, architecture), "-cubin", "-o", str(target)])
         if ptx:
             compile_ptx(file, architecture, target.with_suffix(".ptx"))
         return (architecture, file.stem), target
@@ -274,41 +188,7 @@ def _weight(file: Path) -> int:
     return sum(part.stat().st_size for part in headers) + file.stat().st_size
 
 
-# ---- cubins ----------------------------------------------------------------------------------
-
-
-def plain_name(demangled: str) -> str:
-    """A kernel's name without parameters and namespaces: "denoise::ChainsKernel<BFloat16Product<4>>"."""
-    name = demangled.replace("(anonymous namespace)::", "").removeprefix("void ")
-    depth = 0
-    for place, letter in enumerate(name):  # the parameters start outside of template arguments
-        depth += {"<": 1, ">": -1}.get(letter, 0)
-        if letter == "(" and depth == 0:
-            name = name[:place]
-            break
-    namespace = re.match(r"diffmic::cuda::(\w+::)?", name)
-    operation = namespace[1] or "" if namespace else ""
-    name = name.replace(f"diffmic::cuda::{operation}", "").replace("diffmic::cuda::", "")
-    return operation + re.sub(r"\(\w+\)(?=\d)", "", name).replace("> >", ">>").replace(", ", ",")
-
-
-def read_cubin(cuobjdump: str, cubin: Path) -> dict[str, tuple[dict[str, int], Counter[str]]]:
-    """Resource usage and counts of opcodes by the mangled names of kernels."""
-    usage: dict[str, dict[str, int]] = {}
-    name = ""
-    for line in _run([cuobjdump, "-res-usage", str(cubin)]).splitlines():
-        if function := re.match(r"\s*Function (\S+):", line):
-            name = function[1]
-        elif name and "REG:" in line:
-            usage[name] = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
-    opcodes: dict[str, Counter[str]] = {}
-    for line in _run([cuobjdump, "-sass", str(cubin)]).splitlines():
-        if function := re.match(r"\s*Function : (\S+)", line):
-            name = function[1]
-            opcodes[name] = Counter()
-        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
-            opcodes[name][found[1]] += 1
-    return {name: (usage[name], opcodes[name]) for name in usage if name in opcodes}
+# ---- measuring -------------------------------------------------------------------------------
 
 
 def read_claims() -> list[Claim]:
@@ -362,7 +242,7 @@ def measure(
     rows = []
     for (architecture, file), cubin in cubins.items():
         kernels = read_cubin(cuobjdump, cubin)
-        names = _run(["c++filt"], "\n".join(kernels)).splitlines()
+        names = run_tool(["c++filt"], "\n".join(kernels)).splitlines()
         for demangled, (usage, opcodes) in zip(names, kernels.values(), strict=True):
             kernel = plain_name(demangled)
             claim = claim_of(kernel, claims)
@@ -391,29 +271,6 @@ def measure(
 
 
 # ---- the table -------------------------------------------------------------------------------
-
-
-RowType = TypeVar("RowType")
-
-
-def read_rows(path: Path, kind: type[RowType]) -> list[RowType]:
-    """Rows of a CSV file as dataclasses with fields of type int and str."""
-    types = {field.name: field.type for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    with path.open(encoding="utf-8", newline="") as file:
-        return [
-            kind(**{k: int(v) if types[k] == "int" else v for k, v in row.items()})
-            for row in csv.DictReader(file)
-        ]
-
-
-def write_rows(path: Path, rows: Iterable[Any]) -> None:
-    """Write dataclasses of one type as a CSV file."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        for number, row in enumerate(map(dataclasses.asdict, rows)):
-            if number == 0:
-                writer.writerow(row)
-            writer.writerow(row.values())
 
 
 def read_table() -> list[Row]:

@@ -17,14 +17,14 @@ import argparse
 import dataclasses
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kernel_resources import MULTIPROCESSORS, find_tool, read_rows, write_rows
+from benchmarks.cubins import find_tool, read_rows, run_tool, write_rows
+from benchmarks.gpu_limits import MULTIPROCESSORS
 
 SOURCE = Path(__file__).resolve().parents[1]
 TABLE = SOURCE / "tests" / "data" / "triton_resources.csv"
@@ -176,8 +176,7 @@ def _registers(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = run_tool([str(tool), "-res-usage", file.name])
     match = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if match is None:
         raise RuntimeError(f"cuobjdump printed no registers: {text}")

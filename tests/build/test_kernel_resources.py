@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from benchmarks import kernel_resources as resources
+from benchmarks.cubins import plain_name
+from benchmarks.gpu_limits import resident_warps
 
 SOURCE = Path(__file__).resolve().parents[2]
 needs_nvcc = pytest.mark.skipif(
@@ -153,7 +155,7 @@ def test_resident_warps(
     block: int,
     warps: int,
 ) -> None:
-    assert resources.resident_warps(architecture, registers, shared, dynamic, block) == warps
+    assert resident_warps(architecture, registers, shared, dynamic, block) == warps
 
 
 def test_plain_names() -> None:
@@ -161,7 +163,7 @@ def test_plain_names() -> None:
         "void diffmic::cuda::rois::(anonymous namespace)::CutCropsKernel<diffmic::cuda::rois::"
         "Float32, 4>(diffmic::cuda::rois::(anonymous namespace)::CutProblem)"
     )
-    assert resources.plain_name(name) == "rois::CutCropsKernel<Float32,4>"
+    assert plain_name(name) == "rois::CutCropsKernel<Float32,4>"
 
 
 @pytest.mark.slow
