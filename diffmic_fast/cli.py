@@ -12,7 +12,6 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TextIO
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -139,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: Arguments (default: those of the process).
+        argv: arguments (default: those of the process).
 
     Returns:
         The exit status. Errors that a user can act on are one line on standard error; --debug raises them instead.
@@ -178,14 +177,7 @@ def _run(args: argparse.Namespace) -> int:
     return COMMANDS[args.command](args)
 
 
-def _print_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 

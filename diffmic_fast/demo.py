@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -37,16 +36,16 @@ def run_demo(
     A second run in the same folder resumes the training of the first.
 
     Args:
-        out: Folder for everything that is written.
-        device: As in `training.trainer.choose_device`.
-        preset: Preset or YAML file with the sizes.
-        quiet: Print nothing.
+        out: folder for everything that is written.
+        device: as in `training.trainer.choose_device`.
+        preset: preset or YAML file with the sizes.
+        quiet: print nothing.
 
     Returns:
         The files and folders written, by name.
 
     Raises:
-        TrainingError, Interrupted: As `Trainer.fit`.
+        TrainingError, Interrupted: as `Trainer.fit`.
     """
     say = (lambda text: None) if quiet else partial(print, flush=True)
     start = time.perf_counter()
@@ -61,9 +60,8 @@ def run_demo(
         "picture": out / "picture.png",
     }
     say(WARNING)
-    source = read_config(preset)
-    say(_draw_images(source, paths["images"]))
-    config = _on_files(source, paths["images"])
+    config, text = _draw_images(preset, paths["images"])
+    say(text)
     resume = paths["checkpoint"] if paths["checkpoint"].exists() else None
     trainer = Trainer(config, out / "run", device=device, resume=resume, quiet=quiet)
     model, classes = load_model(trainer.fit())
@@ -83,29 +81,18 @@ def run_demo(
     return paths
 
 
-def _draw_images(config: RunConfig, folder: Path) -> str:
-    """Draw training and test images into folders of classes; returns a sentence about them."""
-    data = config.data
+def _draw_images(preset: str, folder: Path) -> tuple[RunConfig, str]:
+    """Draw training and test images; returns the preset with these folders as its data, and a sentence about them."""
+    data = read_config(preset).data
     train, test = data.synthetic_per_class, data.synthetic_test_per_class
     for split, count, first in (("train", train, 0), ("test", test, train)):
         write_dataset(
             folder / split, count, data.synthetic_size, data.synthetic_seed, first_index=first
         )
-    return f"drew {train} training and {test} test images of each grade in {folder}"
-
-
-def _on_files(config: RunConfig, folder: Path) -> RunConfig:
-    """The configuration with the drawn images, read as any others."""
-    data = replace(
-        config.data,
-        kind="folder",
-        root=str(folder),
-        train_table="train",
-        test_table="test",
-        synthetic_per_class=0,
-        synthetic_test_per_class=0,
-    )
-    return replace(config, data=data)
+    drawn = {"kind": "folder", "root": str(folder), "train_table": "train", "test_table": "test",
+             "synthetic_per_class": 0, "synthetic_test_per_class": 0}  # fmt: skip
+    text = f"drew {train} training and {test} test images of each grade in {folder}"
+    return read_config(preset, [{"data": drawn}]), text
 
 
 def _evaluate(model: DiffMIC, config: RunConfig, device: torch.device) -> Evaluation:

@@ -19,8 +19,8 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
     number of workers gives the same images.
 
     Attributes:
-        table: The images and labels.
-        transform: Applied to their pixels.
+        table: the images and labels.
+        transform: applied to their pixels.
     """
 
     def __init__(
@@ -35,11 +35,11 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         """Create the data set; files are read on demand.
 
         Args:
-            table: The images and labels.
-            transform: From `transforms.training_transform` or `evaluation_transform`.
-            seed: Of the augmentation.
-            cache: Keep images as `transform.prepare` returns them, in 3 * size**2 bytes each.
-            shared: Keep them in shared memory, for the worker processes of a loader. Containers may have little of it.
+            table: the images and labels.
+            transform: from `transforms.training_transform` or `evaluation_transform`.
+            seed: of the augmentation.
+            cache: keep images as `transform.prepare` returns them, in 3 * size**2 bytes each.
+            shared: keep them in shared memory, for the worker processes of a loader. Containers may have little of it.
         """
         self.table = table
         self.transform = transform
@@ -68,7 +68,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         """Image, label and index.
 
         Raises:
-            UnreadableImageError: The file is unreadable (`decode.load_image`).
+            UnreadableImageError: the file is unreadable (`decode.load_image`).
         """
         prepared = self._prepare(index)
         key = np.random.SeedSequence([self._seed % 2**64, int(self._epoch), index])

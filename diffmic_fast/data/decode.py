@@ -19,8 +19,8 @@ class UnreadableImageError(ValueError):
     """An image file is missing or damaged, or has no well-defined RGB form.
 
     Attributes:
-        path: The file.
-        reason: What is wrong with it.
+        path: the file.
+        reason: what is wrong with it.
     """
 
     def __init__(self, path: str | Path, reason: str = "") -> None:
@@ -51,15 +51,15 @@ def load_image(source: ImageSource | str, *, bit_depth: int = 16) -> np.ndarray:
     The orientation in the EXIF data is applied.
 
     Args:
-        source: A file, or an image of memory or of the synthetic generator.
-        bit_depth: Bits in use in 16-bit grey files (`AugmentationConfig.bit_depth`), for example 12 for much of
+        source: a file, `ArrayImage` or `SyntheticImage`.
+        bit_depth: bits in use in 16-bit grey files (`AugmentationConfig.bit_depth`), for example 12 for much of
             radiography.
 
     Returns:
         [H, W, 3] uint8, RGB.
 
     Raises:
-        UnreadableImageError: The file is missing, truncated, damaged, not an image, or unreadable as above.
+        UnreadableImageError: the file is missing, truncated, damaged, not an image, or unreadable as above.
     """
     if isinstance(source, ArrayImage):
         pixels = source.images[source.index]

@@ -16,12 +16,12 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
     not followed, since they could lead in a circle.
 
     Args:
-        folder: Where to look.
-        recursive: Look in the folders inside it too.
+        folder: where to look.
+        recursive: look in the folders inside it too.
 
     Raises:
         ValueError: `folder` is not a folder or has no image.
-        OSError: A folder cannot be read.
+        OSError: a folder cannot be read.
     """
     if not os.path.isdir(folder):
         raise ValueError(f"data: {folder} is not a folder")

@@ -97,7 +97,7 @@ def load_plain_pickle(path: str | Path) -> Any:
     become Python numbers. Nothing that the file asks for is imported or run.
 
     Raises:
-        ValueError: The file is missing, damaged or larger than `MAX_BYTES`, or holds anything else, which is named.
+        ValueError: the file is missing, damaged or larger than `MAX_BYTES`, or holds anything else, which is named.
     """
     path = Path(path)
     if not path.is_file():

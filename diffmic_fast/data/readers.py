@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from diffmic_fast.config.data import check_class_names
 from diffmic_fast.data.files import find_file, list_images
 from diffmic_fast.data.pickles import load_plain_pickle
 from diffmic_fast.data.rows import INTEGER, TableBuilder, csv_rows
@@ -26,12 +25,12 @@ def read_folder(root: str | Path, classes: Sequence[str] | None = None) -> Image
     """Read a folder that has a folder for each class, with images at any depth.
 
     Args:
-        root: The folder of class folders.
-        classes: Their names in the order of the labels (default: sorted). A class without a folder keeps its number,
+        root: the folder of class folders.
+        classes: their names in the order of the labels (default: sorted). A class without a folder keeps its number,
             so that a test set may lack one.
 
     Raises:
-        ValueError: There is no such folder, it has no class folders, one of them is empty, or is not in `classes`.
+        ValueError: there is no such folder, it has no class folders, one of them is empty, or is not in `classes`.
     """
     root = Path(root)
     if not root.is_dir():
@@ -44,7 +43,7 @@ def read_folder(root: str | Path, classes: Sequence[str] | None = None) -> Image
             f"data: the folders in {root} must be classes, got splits ({', '.join(folders)}); give train_table and "
             "test_table"
         )
-    names = check_class_names(classes if classes is not None else folders)
+    names = tuple(classes if classes is not None else folders)
     unknown = [folder for folder in folders if folder not in names]
     if unknown:
         raise ValueError(
@@ -71,13 +70,13 @@ def read_csv(
     Labels are class names, or numbers from 0 if every one of them is a whole number.
 
     Args:
-        table: The CSV file (`rows.csv_rows`).
-        root: Folder that file names are relative to (default: that of `table`).
-        classes, num_classes: As in `rows.TableBuilder.build`.
-        columns: Names of the columns of file, label and fold; the last may be absent.
+        table: the CSV file (`rows.csv_rows`).
+        root: folder that file names are relative to (default: that of `table`).
+        classes, num_classes: as in `rows.TableBuilder.build`.
+        columns: names of the columns of file, label and fold; the last may be absent.
 
     Raises:
-        ValueError: A row is invalid, by file and line, or image files are missing.
+        ValueError: a row is invalid, by file and line, or image files are missing.
     """
     table = Path(table)
     root = table.parent if root is None else Path(root)
@@ -103,11 +102,11 @@ def read_ham10000(
 
     Args:
         table: CSV file with the columns image, MEL, NV, BCC, AKIEC, BKL, DF, VASC.
-        folders: Folders of the images, searched in this order.
-        suffix: Of the image files.
+        folders: folders of the images, searched in this order.
+        suffix: of the image files.
 
     Raises:
-        ValueError: The header is another, a row is not one-hot, or image files are missing.
+        ValueError: the header is another, a row is not one-hot, or image files are missing.
     """
 
     def label(where: str, row: Mapping[str, str]) -> str:
@@ -130,12 +129,12 @@ def read_aptos2019(
     """Read train.csv of APTOS 2019: id_code and diagnosis, a grade from 0 to 4.
 
     Args:
-        table: The CSV file.
-        folders: Folders of the images, searched in this order.
-        suffix: Of the image files.
+        table: the CSV file.
+        folders: folders of the images, searched in this order.
+        suffix: of the image files.
 
     Raises:
-        ValueError: A column is missing (the published test.csv has no diagnosis), a grade is invalid, or image files
+        ValueError: a column is missing (the published test.csv has no diagnosis), a grade is invalid, or image files
             are missing.
     """
 
@@ -183,12 +182,12 @@ def read_pickle(
     """Read the published program's list of images, without running code (`pickles.load_plain_pickle`).
 
     Args:
-        path: A pickled list of {"img_root": path, "label": number}, or of (path, number).
-        root: Folder that relative paths start from.
-        classes, num_classes: As in `rows.TableBuilder.build`.
+        path: a pickled list of {"img_root": path, "label": number}, or of (path, number).
+        root: folder that relative paths start from.
+        classes, num_classes: as in `rows.TableBuilder.build`.
 
     Raises:
-        ValueError: The pickle holds something else, or image files are missing.
+        ValueError: the pickle holds something else, or image files are missing.
     """
     path = Path(path)
     content = load_plain_pickle(path)
@@ -225,13 +224,13 @@ def read_medmnist(path: str | Path, split: str, classes: Sequence[str] | None = 
     """Read one split of a MedMNIST .npz file.
 
     Args:
-        path: The file; its arrays are {train,val,test}_images uint8 [N, H, W] or [N, H, W, 3] and
+        path: the file; its arrays are {train,val,test}_images uint8 [N, H, W] or [N, H, W, 3] and
             {train,val,test}_labels [N] or [N, 1].
         split: "train", "validation" or "test".
-        classes: Names in the order of the labels (default: "0", "1", ...).
+        classes: names in the order of the labels (default: "0", "1", ...).
 
     Raises:
-        ValueError: The file or an array is missing, the images are volumes, or an image has several labels.
+        ValueError: the file or an array is missing, the images are volumes, or an image has several labels.
     """
     path = Path(path)
     prefix = {"train": "train", "validation": "val", "test": "test"}[split]
@@ -260,7 +259,7 @@ def read_medmnist(path: str | Path, split: str, classes: Sequence[str] | None = 
         top = max(int(part.max(initial=0)) for part in every)
         classes = tuple(str(i) for i in range(max(top + 1, 2)))
     return ImageTable(
-        check_class_names(classes),
+        tuple(classes),
         tuple(
             ImageEntry(f"{split}/{i}", int(label), ArrayImage(images, i))
             for i, label in enumerate(labels.reshape(-1))

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from diffmic_fast.config.data import check_class_names
 from diffmic_fast.data.table import ImageEntry, ImageTable
 
 INTEGER = re.compile(r"[+-]?\d+")
@@ -37,14 +36,14 @@ class TableBuilder:
         """Add an image.
 
         Args:
-            where: The row, for errors: "line 3".
-            name: As the file has it.
-            label: Name or number of its class.
-            file: Where its pixels are.
-            fold: Fold of a cross-validation.
+            where: the row, for errors: "line 3".
+            name: as the file has it.
+            label: name or number of its class.
+            file: where its pixels are.
+            fold: fold of a cross-validation.
 
         Raises:
-            ValueError: The name was added before.
+            ValueError: the name was added before.
         """
         first = self._rows.setdefault(
             os.path.normpath(name), row := _Row(where, name, str(label), file, fold)
@@ -60,12 +59,12 @@ class TableBuilder:
         """The table of all images.
 
         Args:
-            classes: Names of the classes in the order of their numbers. By default "0", "1", ... if every label is a
+            classes: names of the classes in the order of their numbers. By default "0", "1", ... if every label is a
                 whole number, else the sorted labels.
-            num_classes: Number of classes, for numbers without names.
+            num_classes: number of classes, for numbers without names.
 
         Raises:
-            ValueError: There are no images, a label is not a class, or image files are missing.
+            ValueError: there are no images, a label is not a class, or image files are missing.
         """
         rows = list(self._rows.values())
         if not rows:
@@ -79,7 +78,6 @@ class TableBuilder:
         else:
             names = tuple(sorted({row.label for row in rows}))
         labels = [self._number(row, names, numeric) for row in rows]
-        check_class_names(names)
         missing = [str(row.file) for row in rows if not row.file.is_file()]
         if missing:
             raise ValueError(
@@ -105,14 +103,14 @@ def csv_rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[st
     """Read a CSV file in UTF-8, comma separated, with a header.
 
     Args:
-        table: The file.
-        columns: Columns that the header must have.
+        table: the file.
+        columns: columns that the header must have.
 
     Yields:
         ("line N", cells by column without surrounding blanks) for each row that is not blank.
 
     Raises:
-        ValueError: The file is missing or not such a CSV, or a row has another number of cells than the header.
+        ValueError: the file is missing or not such a CSV, or a row has another number of cells than the header.
     """
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:

@@ -22,11 +22,11 @@ def open_source(config: DataConfig, split: str = "train") -> ImageTable:
     """The images of one split.
 
     Args:
-        config: Where they come from.
+        config: where they come from.
         split: "train", "validation" or "test".
 
     Raises:
-        ValueError: There is no such split; a table or folder is invalid, by file and row; image files are missing, by
+        ValueError: there is no such split; a table or folder is invalid, by file and row; image files are missing, by
             the first few names; an image belongs to training and to another split.
     """
     if not config.has_split(split):

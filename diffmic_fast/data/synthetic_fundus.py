@@ -30,15 +30,15 @@ def generate(grade: int, seed: int = 0, size: int = 128, index: int = 0) -> np.n
 
     Args:
         grade: 0 to 4.
-        seed: Of the data set, at least 0.
-        size: Side in pixels, 16 to 4096.
-        index: Number of the image within its grade and seed, at least 0.
+        seed: of the data set, at least 0.
+        size: side in pixels, 16 to 4096.
+        index: number of the image within its grade and seed, at least 0.
 
     Returns:
         [size, size, 3] uint8, RGB.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: an argument is out of range.
     """
     if not 0 <= grade < len(GRADES):
         raise ValueError(f"synthetic_fundus: grade must be 0 to {len(GRADES) - 1}, got {grade}")
@@ -56,16 +56,16 @@ def write_dataset(
     """Write `per_grade` >= 1 PNG images of every grade, in a folder for each grade.
 
     Args:
-        root: Folder of these folders; created if it does not exist.
-        per_grade: Number of images of each grade.
-        size, seed: As in `generate`.
-        first_index: Number of the first image; ranges that do not overlap give disjoint sets.
+        root: folder of these folders; created if it does not exist.
+        per_grade: number of images of each grade.
+        size, seed: as in `generate`.
+        first_index: number of the first image; ranges that do not overlap give disjoint sets.
 
     Returns:
         The files, in the order of grade and index.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: an argument is out of range.
     """
     if per_grade < 1:
         raise ValueError(f"write_dataset: per_grade must be at least 1, got {per_grade}")

@@ -37,10 +37,10 @@ class ImageEntry:
     """One labelled image.
 
     Attributes:
-        name: The path as written in the table, or split and number in an array.
-        label: Number of its class.
-        source: Where its pixels are.
-        fold: Fold of a cross-validation, or None.
+        name: the path as written in the table, or split and number in an array.
+        label: number of its class.
+        source: where its pixels are.
+        fold: fold of a cross-validation, or None.
     """
 
     name: str
@@ -54,11 +54,11 @@ class ImageTable:
     """Labelled images.
 
     Attributes:
-        classes: Names of the C classes, in the order of their numbers.
-        entries: The N images.
+        classes: names of the C classes, in the order of their numbers.
+        entries: the N images.
 
     Raises:
-        ValueError: From the constructor: there are no entries, a class name is empty or repeated, or a label is not in
+        ValueError: from the constructor: there are no entries, a class name is empty or repeated, or a label is not in
             [0, C).
     """
 
@@ -99,7 +99,7 @@ class ImageTable:
         """A table of the entries of these folds.
 
         Raises:
-            ValueError: An entry has no fold, or a fold has no entry.
+            ValueError: an entry has no fold, or a fold has no entry.
         """
         known = set()
         for entry in self.entries:
@@ -123,8 +123,8 @@ class ImageTable:
         choice depends on the seed and on the names of the images, not on the order of the table.
 
         Args:
-            fraction: The share, in (0, 1).
-            seed: Of the choice.
+            fraction: the share, in (0, 1).
+            seed: of the choice.
 
         Returns:
             (rest, share), both in the order of the table.

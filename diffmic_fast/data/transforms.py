@@ -18,8 +18,8 @@ class ImageTransform:
     Random numbers are from torch's global generator.
 
     Attributes:
-        size: Side of the image in pixels.
-        bit_depth: Of 16-bit grey files (`decode.load_image`).
+        size: side of the image in pixels.
+        bit_depth: of 16-bit grey files (`decode.load_image`).
     """
 
     def __init__(self, size: int, config: AugmentationConfig, *, augment: bool) -> None:

@@ -32,7 +32,7 @@ def make_steps(
         Table of n steps, on the CPU.
 
     Raises:
-        ValueError: As `check_sampler`; or alpha_bar is 0 in float32 at a timestep of the chain.
+        ValueError: as `check_sampler`; or alpha_bar is 0 in float32 at a timestep of the chain.
     """
     total = len(schedule.betas)
     check_sampler(sampler, steps, eta, total)
@@ -46,11 +46,11 @@ def check_sampler(
     """Check the arguments of a sampler.
 
     Args:
-        sampler, steps, eta: As in `make_steps`.
+        sampler, steps, eta: as in `make_steps`.
         timesteps: T of the schedule, or None where it is not known yet.
 
     Raises:
-        ValueError: The sampler is unknown, or does not take these `steps` or this `eta`.
+        ValueError: the sampler is unknown, or does not take these `steps` or this `eta`.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}; got {sampler!r}")
@@ -73,14 +73,13 @@ def check_sampler(
 
 
 def ddpm(schedule: Schedule, steps: int, eta: float = 0.0) -> StepTable:
-    """Ancestral sampling over the first `steps` timesteps of the schedule; all T of them are the whole chain.
+    """Ancestral sampling over the first `steps` timesteps of the schedule; `eta` has no effect.
 
-    With fewer, the chain still starts from noise of unit scale, as the published program's "n test timesteps" do.
-    `eta` has no effect.
+    With fewer than T the chain still starts from noise of unit scale, as with the published program's "test timesteps".
     """
     timesteps = torch.arange(steps - 1, -1, -1)
     q = schedule.sqrt_one_minus_alpha_bar[timesteps]
-    # Recovered from q as in the published program, with the digits that this loses near the end.
+    # Recovered from q as in the published program, which loses digits near the end of the schedule.
     s = torch.sqrt(1.0 - q.square())
     alphas = schedule.alphas[timesteps]
     s_next, q_next = _shift(s, 1.0), _shift(q, 0.0)
@@ -100,13 +99,7 @@ def ddpm(schedule: Schedule, steps: int, eta: float = 0.0) -> StepTable:
 
 
 def ddim(schedule: Schedule, steps: int, eta: float = 0.0) -> StepTable:
-    """Sampling over `steps` timesteps spaced evenly from the last one down (Song et al., ICLR 2021; "trailing").
-
-        y' = s' y0 + (1 - s') prior + sqrt(q'^2 - sigma^2) eps + sigma z
-        sigma = eta q' / q sqrt(1 - (s / s')^2)
-
-    This is DDIM for a chain that ends at N(prior, I).
-    """
+    """Sampling over `steps` timesteps spaced evenly over the whole chain (Song et al., ICLR 2021)."""
     total = len(schedule.betas)
     timesteps = (torch.arange(steps, 0, -1).double() * (total / steps)).round().long() - 1
     s = schedule.sqrt_alpha_bar[timesteps]
@@ -131,8 +124,8 @@ class Sampler(NamedTuple):
     """What `make_steps` knows of a sampler.
 
     Attributes:
-        table: Builds the step table from (schedule, steps, eta).
-        whole_chain: The sampler takes all T timesteps, so `steps` is T or None; else `steps` is in [1, T].
+        table: builds the step table from (schedule, steps, eta).
+        whole_chain: the sampler takes all T timesteps, so `steps` is T or None; else `steps` is in [1, T].
         takes_eta: `eta` may be other than 0.
     """
 

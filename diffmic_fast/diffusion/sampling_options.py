@@ -19,17 +19,17 @@ class SamplingOptions:
     """How `DiffMIC.predict` samples labels (docs/algorithm.md, "Sampling").
 
     Attributes:
-        sampler: A key of `diffusion.SAMPLERS`.
-        steps: Number of denoiser evaluations; None for the whole chain.
-        eta: In [0, 1], for the sampler "ddim"; 0 is deterministic after the first draw.
+        sampler: a key of `diffusion.SAMPLERS`.
+        steps: number of denoiser evaluations; None for the whole chain.
+        eta: in [0, 1], for the sampler "ddim"; 0 is deterministic after the first draw.
         samples: S >= 1 chains per image.
         seed: 64-bit key of the noise.
-        precision: Of the chain, one of `ops.denoise.PRECISIONS`; see `DiffMIC.predict`.
-        compile: Run the convolutions through `torch.compile`.
+        precision: of the chain, one of `ops.denoise.PRECISIONS`; see `DiffMIC.predict`.
+        compile: run the convolutions through `torch.compile`.
 
     Raises:
-        TypeError: From the constructor: a number is not a whole number, or `compile` is not a bool.
-        ValueError: From the constructor: a value is out of its range. `steps` is held against a schedule by `check`.
+        TypeError: from the constructor: a number is not a whole number, or `compile` is not a bool.
+        ValueError: from the constructor: a value is out of its range. `steps` is held against a schedule by `check`.
     """
 
     sampler: str = "ddpm"

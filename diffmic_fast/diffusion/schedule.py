@@ -1,14 +1,43 @@
-"""Noise schedules and the forward process (spec, sections 1 and 2)."""
+"""Noise schedules and the forward process (docs/algorithm.md, "Noise schedule" and "Forward process")."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-SCHEDULES = ("linear", "const", "quad", "jsd", "sigmoid", "cosine", "cosine_anneal")
+
+def _cosine(timesteps: int, start: float, end: float) -> Tensor:
+    def level(time: float) -> float:
+        return math.cos((time + 0.008) / 1.008 * math.pi / 2.0) ** 2
+
+    levels = [level(i / timesteps) for i in range(timesteps + 1)]
+    return torch.tensor([min(1.0 - after / before, 0.999) for before, after in pairwise(levels)])
+
+
+def _cosine_anneal(timesteps: int, start: float, end: float) -> Tensor:
+    last = max(timesteps - 1, 1)
+    rise = [1.0 - math.cos(math.pi * i / last) for i in range(timesteps)]
+    return torch.tensor([start + 0.5 * (end - start) * each for each in rise])
+
+
+# Betas as functions of T, start and end.
+_BETAS: dict[str, Callable[[int, float, float], Tensor]] = {
+    "linear": lambda n, start, end: torch.linspace(start, end, n),
+    "const": lambda n, start, end: end * torch.ones(n),
+    "quad": lambda n, start, end: torch.linspace(start**0.5, end**0.5, n) ** 2,
+    "jsd": lambda n, start, end: 1.0 / torch.linspace(n, 1, n),
+    "sigmoid": lambda n, start, end: (
+        torch.sigmoid(torch.linspace(-6, 6, n)) * (end - start) + start
+    ),
+    "cosine": _cosine,
+    "cosine_anneal": _cosine_anneal,
+}
+SCHEDULES = tuple(_BETAS)
 
 
 def make_betas(schedule: str, timesteps: int, start: float = 1e-4, end: float = 2e-2) -> Tensor:
@@ -17,57 +46,32 @@ def make_betas(schedule: str, timesteps: int, start: float = 1e-4, end: float = 
     Args:
         schedule: one of `SCHEDULES`.
         timesteps: T >= 1.
-        start, end: first and last beta where the schedule has them ("const" uses `end`; "jsd" and "cosine" neither).
+        start, end: limits of the betas; "const" has only `end`, "jsd" and "cosine" have neither.
 
     Returns:
         [T] float32.
 
     Raises:
-        ValueError: an unknown schedule or fewer than one timestep.
+        ValueError: `schedule` is unknown or `timesteps` is less than 1.
     """
     if timesteps < 1:
         raise ValueError(f"make_betas: timesteps must be at least 1, got {timesteps}")
-    if schedule == "linear":
-        return torch.linspace(start, end, timesteps)
-    if schedule == "const":
-        return end * torch.ones(timesteps)
-    if schedule == "quad":
-        return torch.linspace(start**0.5, end**0.5, timesteps) ** 2
-    if schedule == "jsd":
-        return 1.0 / torch.linspace(timesteps, 1, timesteps)
-    if schedule == "sigmoid":
-        return torch.sigmoid(torch.linspace(-6, 6, timesteps)) * (end - start) + start
-    if schedule == "cosine":
-        levels = [_cosine_level(i / timesteps) for i in range(timesteps + 1)]
-        return torch.tensor(
-            [min(1.0 - levels[i + 1] / levels[i], 0.999) for i in range(timesteps)],
+    if schedule not in _BETAS:
+        raise ValueError(
+            f"make_betas: schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}"
         )
-    if schedule == "cosine_anneal":
-        last = max(timesteps - 1, 1)
-        return torch.tensor(
-            [
-                start + 0.5 * (end - start) * (1.0 - math.cos(math.pi * i / last))
-                for i in range(timesteps)
-            ]
-        )
-    raise ValueError(
-        f"make_betas: schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}"
-    )
-
-
-def _cosine_level(time: float) -> float:
-    return math.cos((time + 0.008) / 1.008 * math.pi / 2.0) ** 2
+    return _BETAS[schedule](timesteps, start, end)
 
 
 class Schedule(NamedTuple):
-    """The tables of a noise schedule, [T] float32 each, on the CPU.
+    """The tables of a noise schedule, each [T] float32 on the CPU.
 
     Attributes:
         betas: variance added at each timestep.
         alphas: 1 - betas.
-        alpha_bar: running product of alphas.
-        sqrt_alpha_bar: weight of the label in q(y_t | y_0).
-        sqrt_one_minus_alpha_bar: deviation of q(y_t | y_0).
+        alpha_bar: cumulative product of alphas.
+        sqrt_alpha_bar: s, weight of the label in q(y_t | y_0).
+        sqrt_one_minus_alpha_bar: q, standard deviation of q(y_t | y_0).
     """
 
     betas: Tensor
@@ -80,10 +84,13 @@ class Schedule(NamedTuple):
 def make_schedule(
     schedule: str = "linear", timesteps: int = 1000, start: float = 1e-4, end: float = 2e-2
 ) -> Schedule:
-    """Betas and all that follows from them, computed in float32 as the published program does.
+    """The betas of a schedule and the tables that follow from them, in float32 as in the published program.
+
+    Args:
+        schedule, timesteps, start, end: as in `make_betas`.
 
     Raises:
-        ValueError: as `make_betas`; betas outside [0, 1].
+        ValueError: as `make_betas`, or a beta is outside [0, 1].
     """
     betas = make_betas(schedule, timesteps, start, end)
     if not bool(((betas >= 0) & (betas <= 1)).all()):
@@ -95,7 +102,7 @@ def make_schedule(
     alpha_bar = alphas.cumprod(dim=0)
     deviation = torch.sqrt(1.0 - alpha_bar)
     if schedule == "cosine":
-        # Keeps sqrt(alpha_bar), recovered from this table, away from 0 at the end of the chain.
+        # Keeps sqrt(alpha_bar), which samplers recover from this table, away from 0 at the end of the chain.
         deviation = deviation * 0.9999
     return Schedule(betas, alphas, alpha_bar, torch.sqrt(alpha_bar), deviation)
 
@@ -103,11 +110,12 @@ def make_schedule(
 def q_sample(
     y: Tensor, prior: Tensor, schedule: Schedule, timesteps: Tensor, noise: Tensor
 ) -> Tensor:
-    """y_t = s y + (1 - s) prior + q noise, s = sqrt(alpha_bar_t) and q = sqrt(1 - alpha_bar_t).
+    """The noisy label y_t = s y + (1 - s) prior + q noise.
 
     Args:
         y: [..., B, C] label vectors.
         prior: [..., B, C] prior means.
+        schedule: tables of T timesteps.
         timesteps: [B] int64 in [0, T).
         noise: [..., B, C].
 

@@ -34,8 +34,8 @@ class Result:
 
     Attributes:
         method: `GUIDANCE` or `SamplingOptions.method`.
-        metrics: Against the labels.
-        seconds_per_image: Time of the model alone.
+        metrics: against the labels.
+        seconds_per_image: time of the model alone.
         probabilities: [N, C].
     """
 
@@ -50,11 +50,11 @@ class Evaluation:
     """Results of all methods on the same N images.
 
     Attributes:
-        classes: Names of the C classes.
+        classes: names of the C classes.
         labels: [N].
-        results: One for each method, the guidance model alone first.
-        samples, seed: Of all samplers.
-        notes: Remarks for the JSON file.
+        results: one for each method, the guidance model alone first.
+        samples, seed: of all samplers.
+        notes: remarks for the JSON file.
     """
 
     classes: tuple[str, ...]
@@ -129,20 +129,26 @@ def evaluate(
     result.
 
     Args:
-        model: Moved to `device` and set to evaluation mode.
-        dataset: Images and labels.
-        methods: Samplers, with the same `samples`, `seed`, `precision` and `compile`. May be empty.
-        batch_size: Images at a time.
-        workers: Processes that load images; 0 loads them in this one.
-        device: Where the model runs.
-        on_batch: Called with the number of images after each batch. May raise to stop the evaluation.
+        model: moved to `device` and set to evaluation mode.
+        dataset: images and labels.
+        methods: samplers, with the same `samples`, `seed`, `precision` and `compile`. May be empty.
+        batch_size: images at a time.
+        workers: processes that load images; 0 loads them in this one.
+        device: where the model runs.
+        on_batch: called with the number of images after each batch. May raise to stop the evaluation.
 
     Raises:
-        ValueError: The classes of the images and of the model differ in number, or a sampler does not fit.
+        ValueError: the classes of the images and of the model differ in number, or a sampler does not fit.
     """
     classes = dataset.table.classes
-    _check(model, classes, methods)
-    options = methods[0] if methods else SamplingOptions()
+    if len(classes) != model.config.classes:
+        raise ValueError(
+            f"evaluate: the images must have the {model.config.classes} classes of the model, got {len(classes)} "
+            f"({', '.join(classes)})"
+        )
+    for method in methods:
+        method.check(model.config.timesteps)
+    options = _shared_options(methods)
     device = torch.device(device)
     model.eval()
     # A module that is on the device is not asked to move: that would shard weights that are gathered for this call.
@@ -160,7 +166,7 @@ def evaluate(
     for images, batch_labels, _ in loader:
         images = images.to(device)
         if not batches:
-            _warm_up(model, images, methods, options)
+            _warm_up(model, images, options, sample=bool(methods))
         batches.append(_classify(model, images, methods, options))
         labels.append(np.asarray(batch_labels, dtype=np.int64))
         if on_batch is not None:
@@ -176,31 +182,23 @@ def evaluate(
     return Evaluation(classes, truth, tuple(results), options.samples, options.seed)
 
 
-def _check(model: DiffMIC, classes: Sequence[str], methods: Sequence[SamplingOptions]) -> None:
-    for method in methods:
-        method.check(model.config.timesteps)
-        for name in ("samples", "seed", "precision", "compile"):
-            first, other = getattr(methods[0], name), getattr(method, name)
-            if first != other:
-                raise ValueError(
-                    f"evaluate: {name} must be the same for all methods, got {first!r} and {other!r}"
-                )
-    if len(classes) != model.config.classes:
+def _shared_options(methods: Sequence[SamplingOptions]) -> SamplingOptions:
+    """What all methods have in common, with the default sampler."""
+    shared = {replace(m, sampler="ddpm", steps=None, eta=0.0) for m in methods}
+    if len(shared) > 1:
         raise ValueError(
-            f"evaluate: the images must have the {model.config.classes} classes of the model, got {len(classes)} "
-            f"({', '.join(classes)})"
+            "evaluate: all methods must have the same samples, seed, precision and compile, got "
+            f"{', '.join(map(repr, methods))}"
         )
+    return shared.pop() if shared else SamplingOptions()
 
 
-def _warm_up(
-    model: DiffMIC, images: Tensor, methods: Sequence[SamplingOptions], options: SamplingOptions
-) -> None:
+def _warm_up(model: DiffMIC, images: Tensor, options: SamplingOptions, sample: bool) -> None:
     """Make the first calls, which allocate memory and choose algorithms, outside the timed ones."""
     few = images if options.compile else images[:1]
     model.guide(few, precision=options.precision, compile=options.compile)
-    if methods:
-        short = replace(options, sampler="ddim", steps=1, eta=0.0, samples=1)
-        model.predict(few, **asdict(short))
+    if sample:
+        model.predict(few, **asdict(replace(options, sampler="ddim", steps=1, samples=1)))
 
 
 _Timed = tuple[NDArray[np.float64], float]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffmic_fast.checkpoint import atomic_file
+from diffmic_fast.config.data import AugmentationConfig
 from diffmic_fast.models import Prediction
 
 if TYPE_CHECKING:
@@ -35,14 +36,14 @@ class Panel:
     """What `draw_predictions` shows of one image.
 
     Attributes:
-        name: Shown above the image.
+        name: shown above the image.
         image: [H, W, 3], as the model saw it.
         saliency: [h, w], of the predicted class.
         boxes: [K, 4] patches in pixels: top, left, bottom, right.
         trajectory: [S, n + 1, C], states of S chains. Their mean is drawn as a line, their standard deviation as a
             band.
         guidance, probabilities: [C], of the guidance model alone and after the diffusion.
-        truth: Number of the true class, or None.
+        truth: number of the true class, or None.
     """
 
     name: str
@@ -64,52 +65,49 @@ def make_panels(
     images: Tensor,
     prediction: Prediction,
     names: Sequence[str],
-    mean: Sequence[float],
-    std: Sequence[float],
-    truths: Sequence[int] | None = None,
+    augmentation: AugmentationConfig,
+    truths: Sequence[int | None],
 ) -> list[Panel]:
     """Make a panel for each image of a batch.
 
     Args:
-        images: [B, 3, H, W], normalised by `mean` and `std`.
-        prediction: With trajectory, saliency and boxes.
+        images: [B, 3, H, W], normalised.
+        prediction: with trajectory, saliency and boxes.
         names: B names to show.
-        mean, std: For each channel.
-        truths: B numbers of true classes, where they are known.
+        augmentation: with the mean and deviation that the images are normalised by.
+        truths: B numbers of true classes, None where they are not known.
 
     Raises:
-        ValueError: The prediction lacks trajectory, saliency or boxes.
+        ValueError: the prediction lacks trajectory, saliency or boxes.
     """
     if prediction.trajectory is None or prediction.saliency is None or prediction.boxes is None:
         raise ValueError(
             "figure: the prediction must have trajectory, saliency and boxes; "
             "call predict(..., trajectory=True, saliency=True, boxes=True)"
         )
-    scale = torch.tensor(list(std)).view(1, 3, 1, 1)
-    shift = torch.tensor(list(mean)).view(1, 3, 1, 1)
+    scale = torch.tensor(augmentation.std).view(1, 3, 1, 1)
+    shift = torch.tensor(augmentation.mean).view(1, 3, 1, 1)
     pixels = ((images.float().cpu() * scale + shift) * 255).round().clamp(0, 255).byte()
-    panels = []
-    for i, name in enumerate(names):
-        panels.append(
-            Panel(
-                name=name,
-                image=pixels[i].permute(1, 2, 0).numpy(),
-                saliency=prediction.saliency[i, int(prediction.label[i])].float().cpu().numpy(),
-                boxes=prediction.boxes[i].cpu().numpy(),
-                trajectory=prediction.trajectory[i].float().cpu().numpy(),
-                guidance=prediction.guidance[i, 0].float().cpu().numpy(),
-                probabilities=prediction.probabilities[i].float().cpu().numpy(),
-                truth=None if truths is None else int(truths[i]),
-            )
+    return [
+        Panel(
+            name=name,
+            image=pixels[i].permute(1, 2, 0).numpy(),
+            saliency=prediction.saliency[i, int(prediction.label[i])].float().cpu().numpy(),
+            boxes=prediction.boxes[i].cpu().numpy(),
+            trajectory=prediction.trajectory[i].float().cpu().numpy(),
+            guidance=prediction.guidance[i, 0].float().cpu().numpy(),
+            probabilities=prediction.probabilities[i].float().cpu().numpy(),
+            truth=truths[i],
         )
-    return panels
+        for i, name in enumerate(names)
+    ]
 
 
 def draw_predictions(panels: Sequence[Panel], classes: Sequence[str], title: str = "") -> Figure:
     """Draw a row for each image: image, saliency, patches, trajectory of the label, probabilities.
 
     Raises:
-        ValueError: There are no panels, or more than `MAX_ROWS`.
+        ValueError: there are no panels, or more than `MAX_ROWS`.
     """
     rows = len(panels)
     if not 1 <= rows <= MAX_ROWS:

@@ -28,15 +28,15 @@ class Metrics:
     """Measures of N classified images; a measure that is not defined for them is NaN.
 
     Attributes:
-        accuracy: Share of right labels.
+        accuracy: share of right labels.
         macro_f1: F1, averaged over the classes that occur among labels or predictions.
         kappa: Cohen's kappa with quadratic weights, for ordered grades.
-        balanced_accuracy: Recall, averaged over the classes that occur among the labels.
-        auc_ovo: Area under the ROC curve, one-vs-one, macro average (Hand and Till 2001).
+        balanced_accuracy: recall, averaged over the classes that occur among the labels.
+        auc_ovo: area under the ROC curve, one-vs-one, macro average (Hand and Till 2001).
         ece: `expected_calibration_error`.
         confusion: [C, C], rows true classes, columns predicted ones.
         count: N.
-        notes: The reason for each measure that is NaN, by its name.
+        notes: the reason for each measure that is NaN, by its name.
     """
 
     accuracy: float
@@ -72,7 +72,7 @@ def expected_calibration_error(
     Args:
         probabilities: [N, C].
         labels: [N].
-        bins: Number of bins.
+        bins: number of bins.
     """
     confidence = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == labels
@@ -89,7 +89,7 @@ def compute_metrics(probabilities: Any, labels: Any) -> Metrics:
         labels: [N] whole numbers in [0, C).
 
     Raises:
-        ValueError: The arguments do not fit this description, or N is 0.
+        ValueError: the arguments do not fit this description, or N is 0.
     """
     from sklearn import metrics as sk
 

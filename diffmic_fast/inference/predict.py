@@ -24,9 +24,9 @@ class Row:
     """The prediction for one file.
 
     Attributes:
-        file: Its path.
-        label, name: Number and name of the predicted class.
-        probabilities, spread: For each class, mean and standard deviation over the samples.
+        file: its path.
+        label, name: number and name of the predicted class.
+        probabilities, spread: for each class, mean and standard deviation over the samples.
     """
 
     file: str
@@ -41,8 +41,8 @@ class Predictions:
     """Predictions for a list of files.
 
     Attributes:
-        classes: Names of the classes.
-        rows: Of the readable files, in the order given.
+        classes: names of the classes.
+        rows: of the readable files, in the order given.
         unreadable: (file, reason) of the others, in the order given.
     """
 
@@ -55,11 +55,11 @@ def collect_files(inputs: Sequence[str | Path]) -> list[Path]:
     """List image files, each once.
 
     Args:
-        inputs: Files, taken as they are, and folders, replaced by the image files at any depth, sorted. A missing file
+        inputs: files, taken as they are, and folders, replaced by the image files at any depth, sorted. A missing file
             stays in the list if its name has the suffix of an image; `predict_files` reports it as unreadable.
 
     Raises:
-        ValueError: Another path does not exist, a folder has no image, or `inputs` is empty.
+        ValueError: another path does not exist, a folder has no image, or `inputs` is empty.
     """
     files: dict[Path, None] = {}
     for entry in map(Path, inputs):
@@ -111,19 +111,19 @@ def predict_files(
     processes of a `torch.distributed` group take a contiguous shard of the files each; all return the whole result.
 
     Args:
-        model: Moved to `device` and set to evaluation mode.
-        files: Image files.
-        classes: Names of the model's classes.
-        augmentation: The preprocessing that the model was trained with.
-        options: How labels are sampled.
-        batch_size: Images at a time.
-        workers: Processes that decode files; 0 decodes them in this one.
-        device: Where the model runs.
-        on_batch: Called after each batch of this process with the readable files, their images [B, 3, H, W] and the
+        model: moved to `device` and set to evaluation mode.
+        files: image files.
+        classes: names of the model's classes.
+        augmentation: the preprocessing that the model was trained with.
+        options: how labels are sampled.
+        batch_size: images at a time.
+        workers: processes that decode files; 0 decodes them in this one.
+        device: where the model runs.
+        on_batch: called after each batch of this process with the readable files, their images [B, 3, H, W] and the
             prediction, which then has trajectory, saliency and boxes.
 
     Raises:
-        ValueError: The number of class names is not the model's, or the sampler does not fit its schedule.
+        ValueError: the number of class names is not the model's, or the sampler does not fit its schedule.
     """
     options.check(model.config.timesteps)
     if len(classes) != model.config.classes:

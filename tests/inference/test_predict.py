@@ -113,7 +113,7 @@ def test_pictures_show_the_images_that_the_model_saw(model, config, images, tmp_
 def test_bad_input_is_rejected(model, config):
     plain = model.predict(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match="must have trajectory, saliency and boxes"):
-        make_panels(torch.zeros(1, 3, 32, 32), plain, ["a"], (0, 0, 0), (1, 1, 1))
+        make_panels(torch.zeros(1, 3, 32, 32), plain, ["a"], config.data.augmentation, [None])
     with pytest.raises(ValueError, match="must be 1 to 16 images, got 0"):
         draw_predictions([], NAMES)
     with pytest.raises(ValueError, match=r"must be 3 class names, .* got 2"):
