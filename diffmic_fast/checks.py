@@ -1,4 +1,4 @@
-"""Argument checks at the border of the package, in words: operation, argument, what it wants, what it got."""
+"""Checks of the arguments of public functions; messages say "operation: argument must be ..., got ..."."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 class Arguments:
-    """Checks the tensors of one call against shapes written with letters, equal letters being equal sizes.
+    """Checks the tensors of one call against shapes written with letters; equal letters are equal sizes.
 
         args = Arguments("mmd")
         args.floating("x", x, "n d")
         args.floating("y", y, "m d")    # ValueError: mmd: y must be [m, d=5], got (32, 7)
 
     Attributes:
-        operation: begins every message.
-        sizes: the size each letter has been seen to have.
+        operation: Begins every message.
+        sizes: The size of each letter so far.
     """
 
     def __init__(self, operation: str) -> None:
@@ -25,7 +25,7 @@ class Arguments:
         self._dtype: torch.dtype | None = None
 
     def floating(self, name: str, value: object, *shapes: str) -> Tensor:
-        """A floating-point tensor of one of the shapes, on the device and of the dtype of those before it."""
+        """Require a floating-point tensor of one of the shapes, on the device and of the dtype of those before it."""
         tensor = self.tensor(name, value, *shapes)
         if not tensor.is_floating_point():
             raise TypeError(
@@ -41,35 +41,41 @@ class Arguments:
         return tensor
 
     def integer(self, name: str, value: object, *shapes: str) -> Tensor:
-        """An int64 tensor of one of the shapes."""
+        """Require an int64 tensor of one of the shapes, on the device of those before it."""
         tensor = self.tensor(name, value, *shapes)
         if tensor.dtype != torch.int64:
             raise TypeError(f"{self.operation}: {name} must be int64, got {tensor.dtype}")
         return tensor
 
     def tensor(self, name: str, value: object, *shapes: str) -> Tensor:
-        """A tensor of one of the shapes, on the device of those before it."""
+        """Require a tensor of one of the shapes, on the device of those before it.
+
+        Raises:
+            TypeError: The value is not a tensor.
+            ValueError: Shape or device differ.
+        """
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"{self.operation}: {name} must be a torch.Tensor, got {type(value).__name__}"
             )
-        for shape in shapes:  # no generator, which takes as long as what it asks
+        for shape in shapes:  # a loop, since a generator takes as long as the check
             if self._bind(value, shape):
                 break
         else:
-            wanted = " or ".join(self._describe(shape) for shape in shapes)
-            raise ValueError(f"{self.operation}: {name} must be {wanted}, got {tuple(value.shape)}")
-        device = value.device
-        if self._device is None:
-            self._device = device
-        elif self._device != device:
+            expected = " or ".join(self._describe(shape) for shape in shapes)
             raise ValueError(
-                f"{self.operation}: {name} must be on {self._device} as the arguments before it, got {device}"
+                f"{self.operation}: {name} must be {expected}, got {tuple(value.shape)}"
+            )
+        if self._device is None:
+            self._device = value.device
+        elif self._device != value.device:
+            raise ValueError(
+                f"{self.operation}: {name} must be on {self._device} as the arguments before it, got {value.device}"
             )
         return value
 
     def within(self, name: str, value: Tensor, low: int, high: int) -> None:
-        """Every element in [low, high]. Not looked at while `torch.compile` traces."""
+        """Require every element to be in [low, high]. Not checked while `torch.compile` traces."""
         if value.numel() == 0 or torch.compiler.is_compiling():
             return
         least, most = (int(bound) for bound in value.aminmax())
@@ -84,12 +90,12 @@ class Arguments:
             return False
         seen: dict[str, int] = {}
         for letter, size in zip(letters, sizes, strict=True):
-            wanted = self.sizes.get(letter, seen.get(letter))
-            if wanted is None and letter.isdigit():
-                wanted = int(letter)
-            elif wanted is None:
-                wanted = seen[letter] = size
-            if wanted != size:
+            expected = self.sizes.get(letter, seen.get(letter))
+            if expected is None and letter.isdigit():
+                expected = int(letter)
+            elif expected is None:
+                expected = seen[letter] = size
+            if expected != size:
                 return False
         self.sizes.update(seen)
         return True
@@ -100,3 +106,21 @@ class Arguments:
             for letter in shape.split()
         ]
         return f"[{', '.join(parts)}]"
+
+
+def check_finite(what: str, values: Tensor, error: type[Exception]) -> None:
+    """Raise an error that names the images whose values are not finite. Not checked while `torch.compile` traces.
+
+    Args:
+        what: Begins the message.
+        values: [B, ...], one entry per image.
+        error: Class of the exception.
+    """
+    if torch.compiler.is_compiling():
+        return
+    # One pass without temporaries, where isfinite makes four; a sum may overflow though every value is finite.
+    if bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all()):
+        return
+    finite = torch.isfinite(values.flatten(1)).all(dim=1)
+    indices = (~finite).nonzero()[:, 0].tolist()
+    raise error(f"{what}: NaN or infinity for image {', '.join(map(str, indices[:8]))}")

@@ -2,27 +2,29 @@
 
     from diffmic_fast.compat import *    # in place of its model, diffusion_utils and dcg modules
 
-Noise comes from torch's own generator in the published order, so a `torch.manual_seed` that was set before the swap
-gives the same labels after it. What changes is the work: under `no_grad` the image encoder runs once for a loop instead
-of once a step, and `p_sample_loop` is one call of `ops.denoise`.
+Noise is drawn from torch's own generator in the published order, so that a seed gives the same labels as before. Under
+`no_grad` the image encoder runs once per loop instead of once per step, and `p_sample_loop` is one call of
+`ops.denoise`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from diffmic_fast.diffusion.samplers import ddpm
 from diffmic_fast.diffusion.schedule import Schedule, make_betas
 from diffmic_fast.models import denoiser, guidance
+from diffmic_fast.models._torch_internals import has_hooks
 from diffmic_fast.ops.denoise import denoise
 from diffmic_fast.ops.mmd import kernel_matrix, mmd
 from diffmic_fast.reference.denoise import estimate_y0
 
-# What `from diffmic_fast.compat import *` brings, and nothing else.
+# All that `from diffmic_fast.compat import *` imports.
 __all__ = [
     "DCG",
     "ConditionalModel",
@@ -48,12 +50,12 @@ class ConditionalModel(denoiser.ConditionalModel):
         """Build from a configuration.
 
         Args:
-            config: namespace (or nested mapping) with `data.num_classes`, `model.arch`, `model.feature_dim` and
+            config: Namespace (or nested mapping) with `data.num_classes`, `model.arch`, `model.feature_dim` and
                 `diffusion.timesteps`.
-            guidance: condition on y_0_hat.
+            guidance: Condition on y_0_hat.
 
         Raises:
-            ValueError: a setting is missing, named, or has no such value.
+            ValueError: A setting is missing or out of range; the message names it.
         """
         super().__init__(
             int(_setting(config, "data.num_classes")),
@@ -67,12 +69,58 @@ class ConditionalModel(denoiser.ConditionalModel):
 class DCG(guidance.DCG):
     """The guidance model, built from the published program's configuration namespace (`config.data.num_classes`).
 
-    Called as `y_fusion, y_global, y_local = dcg(x)`, three tensors of logits [B, C].
+    Called as `y_fusion, y_global, y_local = dcg(x)`, three tensors of logits [B, C]. The attributes below are those of
+    the last call and do not exist before it. The tensors are part of its autograd graph, as in the published program,
+    which is freed with the next call; copies and pickles carry them detached. A call inside `torch.compile` or
+    `torch.export` sets no attributes and removes those of the call before.
+
+    Attributes:
+        saliency_map: [B, C, h, w].
+        patch_locations: int64 array [B, K, 2], upper-left pixel (row, column) of each patch; copied when read.
+        patches: Array [B, K, 3, h, w] of the dtype of the images; copied when read.
+        patch_attns: [B, K], weight of each patch.
+        y_fusion, y_global, y_local: The logits.
     """
+
+    _last: guidance.GuidanceDetail | None = None
 
     def __init__(self, parameters: Any) -> None:
         """Build with the published sizes: ResNet-50 trunks, 6 patches of 32 x 32, percent_t 1."""
         super().__init__(int(_setting(parameters, "data.num_classes")))
+
+    def forward(self, images: Tensor) -> guidance.Guidance:
+        """Logits y_fusion, y_global, y_local for images [B, 3, H, W]."""
+        detail = self.detail(images)
+        self._last = None if torch.compiler.is_compiling() else detail
+        return detail.logits
+
+    def __getattr__(self, name: str) -> Any:
+        # Called for names that are found nowhere else.
+        if name in _OF_LAST_CALL and self._last is not None:
+            return _OF_LAST_CALL[name](self._last)
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        last = self._last
+        if last is not None:
+            logits = guidance.Guidance(*(each.detach() for each in last.logits))
+            last = guidance.GuidanceDetail(logits, *(each.detach() for each in last[1:]))
+        return {**vars(self), "_last": last}
+
+
+_OF_LAST_CALL: dict[str, Callable[[guidance.GuidanceDetail], Tensor | np.ndarray]] = {
+    "saliency_map": lambda last: last.saliency,
+    "patch_locations": lambda last: _copied(last.origins),
+    "patches": lambda last: _copied(last.crops),
+    "patch_attns": lambda last: last.attention,
+    "y_fusion": lambda last: last.logits.fused,
+    "y_global": lambda last: last.logits.global_,
+    "y_local": lambda last: last.logits.local,
+}
+
+
+def _copied(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy().copy()
 
 
 def make_beta_schedule(
@@ -88,10 +136,10 @@ def extract(input: Tensor, t: Tensor, x: Tensor) -> Tensor:
     Args:
         input: [T] table.
         t: [B] int64 timesteps.
-        x: [B, …] tensor whose number of dimensions is taken.
+        x: [B, …] tensor, of which only the number of dimensions is used.
 
     Raises:
-        ValueError: a timestep outside the table.
+        ValueError: A timestep is outside the table.
     """
     t = t.to(input.device)
     if t.numel() and not 0 <= int(t.min()) <= int(t.max()) < len(input):
@@ -109,7 +157,7 @@ def q_sample(
     t: Tensor,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """y_t drawn from q(y_t | y_0), with prior mean y_0_hat (spec, section 2); noise is drawn if not given."""
+    """y_t from q(y_t | y_0) with prior mean y_0_hat (docs/algorithm.md, "Forward process"); draws noise if None."""
     if noise is None:
         noise = torch.randn_like(y)
     s = extract(alphas_bar_sqrt, t, y).to(y.device)
@@ -127,15 +175,15 @@ def p_sample(
     alphas: Tensor,
     one_minus_alphas_bar_sqrt: Tensor,
 ) -> Tensor:
-    """One reverse step, y_t to y_{t-1} (spec, section 6).
+    """One reverse step, y_t to y_{t-1} (docs/algorithm.md, "Sampling").
 
     Args:
-        model: called as model(x, y, t, y_0_hat); no gradient passes through it.
+        model: Called as model(x, y, t, y_0_hat); no gradient passes through it.
         x: [B, …] images.
         y: [B, C], y_t.
         y_0_hat: [B, C], guidance.
         y_T_mean: [B, C], prior mean.
-        t: timestep, >= 1.
+        t: Timestep, >= 1.
         alphas, one_minus_alphas_bar_sqrt: [T] tables.
     """
     z = torch.randn_like(y)
@@ -162,7 +210,7 @@ def y_0_reparam(
     t: int | Tensor,
     one_minus_alphas_bar_sqrt: Tensor,
 ) -> Tensor:
-    """The label [B, C] that the model's noise at timestep t implies; arguments as in `p_sample`."""
+    """The label [B, C] estimated from the model's noise at timestep t; arguments as in `p_sample`."""
     t = _timestep(t, y)
     q = extract(one_minus_alphas_bar_sqrt, t, y).to(y.device)
     s = (1 - q.square()).sqrt()
@@ -177,7 +225,7 @@ def p_sample_t_1to0(
     y_T_mean: Tensor,
     one_minus_alphas_bar_sqrt: Tensor,
 ) -> Tensor:
-    """The last reverse step, at timestep 0, which takes no noise; arguments as in `p_sample`."""
+    """The last reverse step, at timestep 0, which adds no noise; arguments as in `p_sample`."""
     return y_0_reparam(model, x, y, y_0_hat, y_T_mean, 0, one_minus_alphas_bar_sqrt)
 
 
@@ -191,17 +239,17 @@ def p_sample_loop(
     one_minus_alphas_bar_sqrt: Tensor,
     only_last_sample: bool = False,
 ) -> Tensor | list[Tensor]:
-    """A reverse run over the first `n_steps` entries of the tables.
+    """A reverse chain over the first `n_steps` entries of the tables; arguments as in `p_sample`.
 
     Args:
-        n_steps: in [1, T]; other arguments as in `p_sample`.
-        only_last_sample: return y_0 instead of every state.
+        n_steps: In [1, T].
+        only_last_sample: Return y_0 instead of every state.
 
     Returns:
         [y_T, …, y_0], n_steps + 1 tensors [B, C]; or y_0.
 
     Raises:
-        ValueError: n_steps outside the tables.
+        ValueError: n_steps is outside the tables.
     """
     if not 1 <= n_steps <= len(alphas):
         raise ValueError(f"p_sample_loop: n_steps must be in [1, {len(alphas)}], got {n_steps}")
@@ -233,12 +281,11 @@ def compute_mmd(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _runs_as_one_call(model: nn.Module) -> bool:
-    """Whether a loop over the model's calls can only give what `ops.denoise` gives on its weights."""
+    """Whether calling the model in a loop must give what `ops.denoise` computes from its weights."""
     return (
         isinstance(model, denoiser.ConditionalModel)
         and type(model).forward is denoiser.ConditionalModel.forward
-        and "forward" not in vars(model)
-        and not (model._forward_hooks or model._forward_pre_hooks)
+        and not has_hooks(model)
         and model.runs_on_weights
         and not any(part.training for part in model.modules())
     )

@@ -26,7 +26,7 @@ def divide(module: nn.Module) -> None:
     backward pass. Convolutions lose their channels-last weights, which it does not take.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     module.to(memory_format=torch.contiguous_format)
     with torch.no_grad():
@@ -34,6 +34,8 @@ def divide(module: nn.Module) -> None:
             dist.broadcast(tensor, 0)
     mesh = init_device_mesh(next(module.parameters()).device.type, (dist.get_world_size(),))
     fully_shard(module, mesh=mesh, reshard_after_forward=False)
+    if hasattr(module, "forward_branches"):  # the denoiser's in training
+        register_fsdp_forward_method(module, "forward_branches")
 
 
 def is_divided(value: object) -> bool:

@@ -1,12 +1,16 @@
 """The denoiser, the guidance model, their image encoders, and DiffMIC, which joins them."""
 
-from diffmic_fast.models.denoiser import ConditionalLinear, ConditionalModel, Noising
-from diffmic_fast.models.diffmic import DiffMIC, DiffMICConfig, DiffMICLoss, Prediction
+from diffmic_fast.models.config import DiffMICConfig
+from diffmic_fast.models.denoiser import BranchForward, ConditionalLinear, ConditionalModel
+from diffmic_fast.models.diffmic import DiffMIC
 from diffmic_fast.models.encoders import ImageEncoder, Trunk
 from diffmic_fast.models.guidance import DCG, Guidance, GuidanceDetail
+from diffmic_fast.models.loss import DiffMICLoss
+from diffmic_fast.models.prediction import Prediction
 
 __all__ = [
     "DCG",
+    "BranchForward",
     "ConditionalLinear",
     "ConditionalModel",
     "DiffMIC",
@@ -15,7 +19,6 @@ __all__ = [
     "Guidance",
     "GuidanceDetail",
     "ImageEncoder",
-    "Noising",
     "Prediction",
     "Trunk",
 ]

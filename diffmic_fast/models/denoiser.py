@@ -1,8 +1,6 @@
-"""The denoiser: image encoder and four conditional layers (spec, section 4)."""
+"""The denoiser: image encoder and four conditional layers (docs/algorithm.md, "Denoiser")."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,33 +9,22 @@ from torch import Tensor, nn
 from diffmic_fast.checks import Arguments
 from diffmic_fast.diffusion.schedule import Schedule, q_sample
 from diffmic_fast.distributed.sync_batch_norm import SyncBatchNorm
-from diffmic_fast.models.encoders import ImageEncoder, repeated_statistics
-from diffmic_fast.models.feature_cache import FeatureCache, every_module
-from diffmic_fast.models.folding import has_hooks
+from diffmic_fast.models._torch_internals import has_hooks, is_replica
+from diffmic_fast.models.encoders import ImageEncoder
+from diffmic_fast.models.feature_cache import FeatureCache
+from diffmic_fast.models.modes import repeated_statistics
 from diffmic_fast.ops.conditional_linear import ConditionalLayer, conditional_linear
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.ops.denoise import DenoiserWeights
 from diffmic_fast.ops.noised_conditioning import noised_conditioning
 
 
-class Noising(NamedTuple):
-    """How clean labels become those that the denoiser sees in training (spec, section 5).
-
-    Attributes:
-        schedule: its tables of sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t).
-        noise: [B, C], shared by the streams.
-    """
-
-    schedule: Schedule
-    noise: Tensor
-
-
 class ConditionalLinear(nn.Module):
-    """gamma_t * (W h + b), with one row of gamma a timestep.
+    """gamma_t * (W h + b), with one row of gamma per timestep.
 
     Attributes:
         lin: W and b.
-        embed: gamma, [rows, out_features], uniform in [0, 1) at the start.
+        embed: gamma, [rows, out_features], initialised uniformly in [0, 1).
     """
 
     def __init__(self, in_features: int, out_features: int, rows: int) -> None:
@@ -54,14 +41,14 @@ class ConditionalLinear(nn.Module):
 class ConditionalModel(nn.Module):
     """Predicts the noise in a label vector, given the image and the guidance.
 
-    Called as `model(images, y_t, timesteps, guidance)`. In eval mode without gradients, the image features are kept and
-    given again while images and encoder stay what they are, so a sampling loop pays for one encoder pass.
+    Called as `model(images, y_t, timesteps, guidance)`. In evaluation mode without gradients the image features are
+    cached until images or encoder change, so that a sampling loop runs the encoder once.
 
     Attributes:
-        encoder_x, norm: image features, [B, feature_dim].
-        lin1 … lin3, unetnorm1 … unetnorm3: the conditional layers.
-        lin4: linear, feature_dim -> classes.
-        guidance: whether lin1 reads [y_t ; guidance] or y_t alone.
+        encoder_x, norm: Image features, [B, feature_dim].
+        lin1 … lin3, unetnorm1 … unetnorm3: The conditional layers.
+        lin4: Linear, feature_dim to classes.
+        guidance: Whether lin1 reads [y_t ; guidance] or y_t alone.
     """
 
     def __init__(
@@ -79,13 +66,13 @@ class ConditionalModel(nn.Module):
         Args:
             classes: C >= 2, length of the label vector.
             timesteps: T >= 1; the gamma tables have T + 1 rows.
-            feature_dim: F, width of the layers.
-            encoder: torchvision or timm name.
-            guidance: condition on the guidance's label distribution.
-            encoder_weights: as in `make_trunk`.
+            feature_dim: F >= 1, width of the layers.
+            encoder: A torchvision or timm name.
+            guidance: Condition on the guidance model's label distribution.
+            encoder_weights: As in `make_trunk`.
 
         Raises:
-            ValueError: a size below its least value, or an encoder that does not exist.
+            ValueError: A size is too small, or the encoder does not exist.
         """
         super().__init__()
         for name, value, least in (
@@ -111,7 +98,7 @@ class ConditionalModel(nn.Module):
         self._cache = FeatureCache()
 
     def train(self, mode: bool = True) -> ConditionalModel:
-        """As `nn.Module.train`; training also frees the kept image features."""
+        """As `nn.Module.train`; training mode also frees the cached image features."""
         if mode:
             self._cache.clear()
         super().train(mode)
@@ -122,91 +109,116 @@ class ConditionalModel(nn.Module):
         return self.norm(self.encoder_x(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """As `encode`, computed anew only if something changed (see the class)."""
-        modules = (self.encoder_x, self.norm)
+        """As `encode`, or the cached result of the last call where nothing has changed (see the class)."""
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
             or not isinstance(images, Tensor)
-            or getattr(self, "_is_replica", False)
-            or any(part.training for part in every_module(modules))
+            or is_replica(self)
         ):
             return self.encode(images)
+        modules = (self.encoder_x, self.norm)
         return self._cache.features(images, modules, lambda: self.encode(images))
 
-    def forward(
-        self,
-        x: Tensor,
-        y: Tensor,
-        t: Tensor,
-        y_0_hat: Tensor | None = None,
-        draws: int = 1,
-        noising: Noising | None = None,
-    ) -> Tensor:
-        """eps of one stream, or of several as `forward_streams` (for wrappers, which see a module's forward alone).
+    def forward(self, x: Tensor, y: Tensor, t: Tensor, y_0_hat: Tensor | None = None) -> Tensor:
+        """eps of one branch.
 
         Args:
             x: [B, 3, H, W] float32 images (or whatever `encoder_x` takes).
-            y: [B, C] noisy label vectors, or [S, B * draws, C].
-            t: [B] or [1] int64 timesteps in [0, T]; [B * draws] for several streams.
-            y_0_hat: shape of `y`, label distribution of the guidance model; not used by a model without guidance.
-            draws: noisy labels an image, for several streams.
-            noising: as in `forward_streams`; for one stream too.
+            y: [B, C] noisy label vectors.
+            t: [B] or [1] int64 timesteps in [0, T].
+            y_0_hat: [B, C], label distribution of the guidance model; not used by a model without guidance.
 
         Returns:
-            Shape of `y`, with a noising that of `y_0_hat`.
+            [B, C].
 
         Raises:
-            ValueError, TypeError: arguments that do not fit, named.
+            ValueError, TypeError: An argument does not fit; the message names it.
         """
-        if y_0_hat is not None and y_0_hat.ndim == 3:
-            return self.forward_streams(x, y, t, y_0_hat, draws, noising)
-        return self.denoise_features(self.features(x), y, t, y_0_hat, noising)
+        if isinstance(y, Tensor) and y.ndim == 3:
+            raise ValueError(
+                f"ConditionalModel: y must be [rows, C], one branch, got {tuple(y.shape)}; "
+                "forward_branches takes several"
+            )
+        return self.denoise_features(self.features(x), y, t, y_0_hat)
 
-    def forward_streams(
+    def forward_branches(
         self,
         x: Tensor,
-        y: Tensor,
+        y_0: Tensor,
         t: Tensor,
         guidance: Tensor,
+        noise: Tensor,
+        schedule: Schedule,
         draws: int = 1,
-        noising: Noising | None = None,
     ) -> Tensor:
-        """eps of S streams over the same images and timesteps, in one encoder pass.
+        """eps of S branches in training, from clean labels, in one encoder pass (docs/algorithm.md, "Training step").
 
-        Gives the numbers of S calls of `forward`, running statistics included: in training each stream has its own
-        batch statistics, and every BatchNorm is updated once a stream, in order. (An encoder with dropout draws one
-        mask for all streams.)
+        Equal to S calls of `forward` with each branch's noisy labels, running statistics included: in training mode
+        every branch has its own batch statistics, and every BatchNorm is updated once per branch, in order. (An
+        encoder with dropout draws one mask for all branches.) The labels are noised in the kernel of the first layer.
 
         Args:
             x: [B, 3, H, W].
-            y, guidance: [S, B * draws, C], the draws of an image one after another.
-            t: [B * draws] int64.
-            draws: noisy labels an image.
-            noising: with it `y` are clean labels [B * draws, C], from which each stream's noisy ones are made around
-                its guidance, in the same kernel as the first layer.
+            y_0: [B * draws, C] clean label vectors, the draws of an image one after another.
+            t: [B * draws] int64 timesteps in [0, T).
+            guidance: [S, B * draws, C]; prior mean of each branch's noisy labels, and guidance of its layers.
+            noise: [B * draws, C], shared by the branches.
+            schedule: Its tables of sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t).
+            draws: Noisy labels per image and branch.
 
         Returns:
             [S, B * draws, C].
+
+        Raises:
+            ValueError, TypeError: An argument does not fit; the message names it.
         """
-        streams = guidance.shape[0]
-        with repeated_statistics(self.encoder_x, streams), repeated_statistics(self.norm, streams):
+        args = Arguments("ConditionalModel")
+        args.tensor("y_0", y_0, "rows C")
+        args.tensor("guidance", guidance, "S rows C")
+        args.tensor("noise", noise, "rows C")
+        args.integer("t", t, "rows", "1")
+        branches = guidance.shape[0]
+        with (
+            repeated_statistics(self.encoder_x, branches),
+            repeated_statistics(self.norm, branches),
+        ):
             features = self.encode(x)
         features = features.repeat_interleave(draws, dim=0)
-        return self.denoise_features(features, y, t, guidance, noising)
+        _check_rows("y_0", y_0, features)
+        if not self.guidance or not self._is_standard():
+            y = q_sample(y_0, guidance, schedule, t, noise)
+            return self.denoise_features(features, y, t, guidance)
+        training, momentum, eps = self._norm(1, guidance)
+        h = noised_conditioning(
+            features,
+            y_0,
+            guidance,
+            self._layer(1),
+            t,
+            schedule.sqrt_alpha_bar.to(noise),
+            schedule.sqrt_one_minus_alpha_bar.to(noise),
+            noise=noise,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+        ).h
+        return self._after_conditioning(h, t)
 
     def denoise_features(
-        self,
-        features: Tensor,
-        y: Tensor,
-        t: Tensor,
-        guidance: Tensor | None = None,
-        noising: Noising | None = None,
+        self, features: Tensor, y: Tensor, t: Tensor, guidance: Tensor | None = None
     ) -> Tensor:
-        """eps from image features [B, F] that are there already; y and guidance [B, C] or [S, B, C].
+        """eps from image features [B, F] and noisy labels.
 
-        With a noising y are clean labels [B, C], as in `forward_streams`.
+        Args:
+            features: [B, F], of `encode`.
+            y: [B, C], or [S, B, C] for S branches.
+            t: [B] or [1] int64 timesteps in [0, T].
+            guidance: Shape of `y`.
+
+        Returns:
+            Shape of `y`.
         """
         if self.guidance and guidance is None:
             raise ValueError(
@@ -214,51 +226,25 @@ class ConditionalModel(nn.Module):
             )
         args = Arguments("ConditionalModel")
         args.integer("t", t, "B", "1")
-        if noising is None:
-            args.tensor("y", y, "rows C", "S rows C")
-        else:
-            args.tensor("y", y, "rows C")
-            args.tensor("noise", noising.noise, "rows C")
+        args.tensor("y", y, "rows C", "S rows C")
         embed = getattr(self.lin1, "embed", None)
         if isinstance(embed, nn.Embedding):
             args.within("timesteps", t, 0, embed.num_embeddings - 1)
-        if features.shape[0] != y.shape[-2]:
-            raise ValueError(
-                f"ConditionalModel: y must have a row an image, got {tuple(y.shape)} for {features.shape[0]} images"
-            )
-        plain, guided = self._is_plain(), guidance is not None and self.guidance
-        if noising is not None and not (plain and guided):
-            if guidance is None:
-                raise ValueError("ConditionalModel: labels are noised around y_0_hat; pass it")
-            y, noising = q_sample(y, guidance, noising.schedule, t, noising.noise), None
-        if not plain:
+        _check_rows("y", y, features)
+        if not self._is_standard():
             return self._composed(features, y, t, guidance)
-        if guidance is not None and self.guidance:
-            h = self._conditioning(features, y, t, guidance, noising)
-        else:
-            h = features * self._conditional_linear(1, y, t)
+        if guidance is None or not self.guidance:
+            return self._after_conditioning(features * self._conditional_linear(1, y, t), t)
+        training, momentum, eps = self._norm(1, guidance)
+        h = conditioning(
+            features, y, guidance, self._layer(1), t, training=training, momentum=momentum, eps=eps
+        )
+        return self._after_conditioning(h, t)
+
+    def _after_conditioning(self, h: Tensor, t: Tensor) -> Tensor:
         for number in (2, 3):
             h = self._conditional_linear(number, h, t)
         return self.lin4(h)
-
-    def _conditioning(
-        self, features: Tensor, y: Tensor, t: Tensor, guidance: Tensor, noising: Noising | None
-    ) -> Tensor:
-        training, momentum, eps = self._norm(1, guidance)
-        layer = self._layer(1)
-        if noising is None:
-            return conditioning(
-                features, y, guidance, layer, t, training=training, momentum=momentum, eps=eps
-            )
-        schedule, noise = noising
-        tables = (
-            table.to(noise)
-            for table in (schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar)
-        )
-        return noised_conditioning(
-            features, y, guidance, layer, t, *tables,
-            noise=noise, training=training, momentum=momentum, eps=eps,
-        ).h  # fmt: skip
 
     def _conditional_linear(self, number: int, h: Tensor, t: Tensor) -> Tensor:
         training, momentum, eps = self._norm(number, h)
@@ -267,14 +253,14 @@ class ConditionalModel(nn.Module):
         )
 
     def weights(self) -> DenoiserWeights:
-        """The layers behind the image encoder, for `ops.denoise`.
+        """The layers after the image encoder, for `ops.denoise`.
 
         Raises:
-            TypeError: there is more to a chain than its weights (see `runs_on_weights`).
+            TypeError: The weights do not describe the model completely (see `runs_on_weights`).
         """
         if not self.runs_on_weights or not isinstance(self.lin4, nn.Linear):
             raise TypeError(
-                "ConditionalModel: weights tell all there is only of a guided model in eval mode, none of whose layers "
+                "ConditionalModel: weights() needs a model with guidance in evaluation mode, none of whose layers "
                 "was replaced or carries a hook"
             )
         return DenoiserWeights(
@@ -287,22 +273,22 @@ class ConditionalModel(nn.Module):
 
     @property
     def runs_on_weights(self) -> bool:
-        """Whether the layers are as built, in eval mode, so that `weights()` tells all there is to a chain."""
+        """Whether the layers are as built and in evaluation mode, so that `weights()` describes them completely."""
         return (
-            self._is_plain()
+            self._is_standard()
             and type(self.lin4) is nn.Linear
             and not has_hooks(self.lin4)
             and self.guidance
             and not any(getattr(self, f"unetnorm{number}").training for number in (1, 2, 3))
         )
 
-    def _is_plain(self) -> bool:
-        """Whether the conditional layers are of the types that `ops` knows, free of hooks."""
+    def _is_standard(self) -> bool:
+        """Whether the conditional layers are of the types that `ops` computes, without hooks."""
         for number in (1, 2, 3):
             layer, norm = getattr(self, f"lin{number}"), getattr(self, f"unetnorm{number}")
             if type(layer) is not ConditionalLinear:
                 return False
-            # Kernels know a batch's own statistics; without a batch there is no difference.
+            # The kernels compute statistics of one process's batch; in evaluation mode there is no difference.
             synced = isinstance(norm, (SyncBatchNorm, nn.SyncBatchNorm)) and not norm.training
             if type(norm) is not nn.BatchNorm1d and not synced:
                 return False
@@ -315,7 +301,7 @@ class ConditionalModel(nn.Module):
         return True
 
     def _composed(self, features: Tensor, y: Tensor, t: Tensor, guidance: Tensor | None) -> Tensor:
-        """The same from the modules themselves, whatever they were replaced by."""
+        """`denoise_features` by calls of the layers, whatever they were replaced by."""
         if y.ndim == 3:
             outputs = [
                 self._composed(features, y[s], t, None if guidance is None else guidance[s])
@@ -341,8 +327,41 @@ class ConditionalModel(nn.Module):
         )
 
     def _norm(self, number: int, h: Tensor) -> tuple[bool, float, float]:
-        """Mode, momentum and eps of BatchNorm `number`; in training it counts its streams as its forward would."""
+        """Mode, momentum and eps of BatchNorm `number`; in training mode its branches are counted as by its forward."""
         norm = getattr(self, f"unetnorm{number}")
         if norm.training:
             norm.num_batches_tracked.add_(h.shape[0] if h.ndim == 3 else 1)
         return norm.training, norm.momentum, norm.eps
+
+
+def _check_rows(name: str, labels: Tensor, features: Tensor) -> None:
+    if features.shape[0] != labels.shape[-2]:
+        raise ValueError(
+            f"ConditionalModel: {name} must have one row per row of features, got {tuple(labels.shape)} for "
+            f"{features.shape[0]} rows"
+        )
+
+
+class BranchForward(nn.Module):
+    """`ConditionalModel.forward_branches` as the forward of a module, for `DistributedDataParallel` to wrap.
+
+    Attributes:
+        denoiser: The model.
+    """
+
+    def __init__(self, denoiser: ConditionalModel) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(
+        self,
+        x: Tensor,
+        y_0: Tensor,
+        t: Tensor,
+        guidance: Tensor,
+        noise: Tensor,
+        schedule: Schedule,
+        draws: int = 1,
+    ) -> Tensor:
+        """As `ConditionalModel.forward_branches`."""
+        return self.denoiser.forward_branches(x, y_0, t, guidance, noise, schedule, draws)

@@ -1,45 +1,34 @@
-"""Image features kept between calls, for sampling loops that hand the same images to the denoiser at every timestep.
+"""Cached image features, for sampling loops that pass the same images to the denoiser at every timestep.
 
-The features are given again only if nothing that they could depend on has changed. Version counters would be quick to
-compare but do not see a change through `tensor.data` or through memory shared with NumPy, so the images and the
-encoder's tensors are compared by content with a copy: a hundredth of an encoder pass of 32 images, a fifth of one's.
+The features are reused only while everything they depend on is unchanged. Version counters do not see a change through
+`tensor.data` or through memory shared with NumPy, so images and encoder tensors are compared by content with a copy,
+at a hundredth of the cost of an encoder pass for 32 images and a fifth for one.
 
-A module that computes from something else than its input, tensors, arrays and plain attributes (a closure, a file, the
-fields of an object that is no module, a method replaced on its class) is beyond what can be compared: call
-`FeatureCache.clear` after changing such a thing. Forward hooks of the encoder run when it runs.
+What cannot be compared: a module that computes from anything but its input, tensors, arrays, submodules and plain
+attributes (a closure, a file, the fields of an object that is no module, a method replaced on its class). Call
+`FeatureCache.clear` after changing such a thing. Forward hooks of the encoder run when the encoder runs.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 _PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
-# What nn.Module keeps of its own: followed through named_parameters and the like, or without effect in eval mode.
-_MODULE_STATE = frozenset(vars(nn.Module()))
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
-class _Snapshot(NamedTuple):
-    settings: tuple[object, ...]
-    tensors: list[Tensor]
-    attributes: list[tuple[object, ...]]
-    features: Tensor
 
 
 class FeatureCache:
-    """The features of the last images, and what they were computed from.
+    """The features of the last images, and the state they were computed from.
 
     Copies and pickles of a model start with an empty cache.
     """
 
     def __init__(self) -> None:
-        self._snapshot: _Snapshot | None = None
+        self._last: tuple[_State, Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FeatureCache:
         return FeatureCache()
@@ -48,46 +37,97 @@ class FeatureCache:
         return FeatureCache, ()
 
     def clear(self) -> None:
-        """Forget the features and free their memory."""
-        self._snapshot = None
+        """Free the cached features."""
+        self._last = None
 
     def features(
-        self, images: Tensor, modules: tuple[nn.Module, ...], compute: Callable[[], Tensor]
+        self, images: Tensor, modules: Sequence[nn.Module], compute: Callable[[], Tensor]
     ) -> Tensor:
-        """compute(), or its last result if images, modules and the numerical settings are what they were then.
+        """compute(), or its last result if images, modules and numerical settings are unchanged.
 
         Args:
-            images: what the features are of.
-            modules: everything that `compute` runs, in eval mode.
-            compute: the encoder pass.
+            images: The images that `compute` encodes.
+            modules: All modules that `compute` runs. Nothing is cached while one is in training mode.
+            compute: The encoder pass.
         """
-        settings = _settings(images)
-        snapshot = self._snapshot
-        if (
-            snapshot is not None
-            and snapshot.settings == settings
-            and snapshot.attributes == _attributes(modules)
-            and _same(snapshot.tensors, [images, *_tensors(modules)])
-        ):
-            return snapshot.features
-        self._snapshot = None
+        state = _State(images, modules)
+        if state.training:
+            return compute()
+        if self._last is not None and self._last[0] == state:
+            return self._last[1]
+        self.clear()
         features = compute()
-        # Recorded after the pass, so that a module that counts its calls, say, is not taken for a changed one.
-        tensors = [tensor.detach().clone() for tensor in (images, *_tensors(modules))]
-        self._snapshot = _Snapshot(settings, tensors, _attributes(modules), features)
+        # Taken after the pass, so that a module that counts its calls is not taken for a changed one.
+        state = _State(images, modules)
+        state.tensors = [tensor.detach().clone() for tensor in state.tensors]
+        self._last = state, features
         return features
 
 
-def _same(kept: list[Tensor], now: list[Tensor]) -> bool:
-    """Equal in shape, dtype, device and every element (a not-a-number equals nothing)."""
-    return len(kept) == len(now) and all(
-        a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-        for a, b in zip(kept, now, strict=True)
-    )
+class _State:
+    """Everything that the result of an encoder pass can depend on, comparable with ==.
+
+    Attributes:
+        tensors: The images, and all tensors of the modules: parameters, buffers, attributes.
+        description: Nested lists of the rest: settings, classes, hooks, plain values, addresses of other objects.
+        objects: The other objects, kept alive so that no address is reused.
+        training: Whether a module is in training mode.
+    """
+
+    def __init__(self, images: Tensor, modules: Sequence[nn.Module]) -> None:
+        self.tensors = [images]
+        self.objects: list[object] = []
+        self.training = False
+        self._numbers: dict[int, int] = {}  # of the modules, by address
+        self.description = [_settings(images), *map(self._describe, modules)]
+
+    def __eq__(self, other: object) -> bool:
+        """Equal descriptions; tensors of equal shape, dtype, device and elements (NaN equals nothing)."""
+        return (
+            isinstance(other, _State)
+            and self.description == other.description
+            and len(self.tensors) == len(other.tensors)
+            and all(
+                a.shape == b.shape
+                and a.dtype == b.dtype
+                and a.device == b.device
+                and torch.equal(a, b)
+                for a, b in zip(self.tensors, other.tensors, strict=True)
+            )
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _describe(self, value: object) -> object:
+        if isinstance(value, _PLAIN):
+            return type(value), value
+        if isinstance(value, Tensor):
+            self.tensors.append(value)
+            return Tensor
+        if isinstance(value, nn.Module):
+            if id(value) in self._numbers:
+                return nn.Module, self._numbers[id(value)]
+            self._numbers[id(value)] = len(self._numbers)
+            self.training = self.training or value.training
+            # Parameters, buffers, submodules and hooks are dictionaries among the attributes.
+            return type(value), self._describe(vars(value))
+        if isinstance(value, dict):
+            return [
+                (key if isinstance(key, str) else self._describe(key), self._describe(each))
+                for key, each in value.items()
+            ]
+        if isinstance(value, (list, tuple)):
+            return [type(value), *map(self._describe, value)]
+        if isinstance(value, (set, frozenset)):
+            return frozenset(value)
+        if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+            return value.dtype, value.shape, value.tobytes()
+        self.objects.append(value)
+        return id(value)
 
 
 def _settings(images: Tensor) -> tuple[object, ...]:
-    """The images' layout, and the process-wide switches that change an encoder's numbers."""
+    """The images' layout, and the process-wide settings that change an encoder's numbers."""
     device = images.device.type
     return (
         images.stride(),
@@ -99,97 +139,3 @@ def _settings(images: Tensor) -> tuple[object, ...]:
         torch.backends.cudnn.allow_tf32,
         torch.backends.mkldnn.enabled,
     )
-
-
-def every_module(modules: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
-    """The modules, their submodules, and modules kept in plain attributes, each once."""
-    todo, seen = list(modules), set()
-    while todo:
-        module = todo.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield module
-        todo += [part for part in module._modules.values() if part is not None]
-        for name, value in vars(module).items():
-            if name not in _MODULE_STATE:
-                todo += [part for part in _within(value) if isinstance(part, nn.Module)]
-
-
-def _within(value: object) -> Iterator[object]:
-    """The value, or what a list, tuple or dict holds at any depth."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _within(part)
-    else:
-        yield value
-
-
-def _tensors(modules: tuple[nn.Module, ...]) -> list[Tensor]:
-    """Every tensor of the modules: parameters, buffers, and those kept as plain attributes."""
-    found: list[Tensor] = []
-    for module in every_module(modules):
-        found += [tensor for tensor in module._parameters.values() if tensor is not None]
-        found += [tensor for tensor in module._buffers.values() if tensor is not None]
-        for name, value in vars(module).items():
-            if name not in _MODULE_STATE:
-                for part in _within(value):
-                    if isinstance(part, Tensor):
-                        found.append(part)
-                    elif isinstance(part, np.ndarray) and part.dtype.kind in "biuf":
-                        found.append(torch.from_numpy(np.array(part)))
-    return found
-
-
-def _attributes(modules: tuple[nn.Module, ...]) -> list[tuple[object, ...]]:
-    """For each submodule: the object itself, its mode, its hooks and its own attributes."""
-    return [
-        (
-            _Identity(module),
-            module.training,
-            tuple(
-                tuple((key, _Identity(hook)) for key, hook in getattr(module, name).items())
-                for name in _HOOKS
-            ),
-            {
-                key: _value(value)
-                for key, value in vars(module).items()
-                if key not in _MODULE_STATE and not isinstance(value, Tensor)
-            },
-        )
-        for module in every_module(modules)
-    ]
-
-
-def _value(value: object) -> object:
-    """A form of an attribute that tells a changed one: a copy of plain data, the object itself of anything else."""
-    if isinstance(value, _PLAIN):
-        return type(value), value
-    if isinstance(value, (list, tuple, set, frozenset, dict)):
-        try:
-            return copy.deepcopy(value) if _is_plain(value) else _Identity(value)
-        except TypeError:
-            return _Identity(value)
-    return _Identity(value)
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, dict):
-        return all(_is_plain(part) for pair in value.items() for part in pair)
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return all(_is_plain(part) for part in value)
-    return isinstance(value, _PLAIN)
-
-
-class _Identity:
-    """Equal to another of the same object, which it keeps alive so that its address is not used again."""
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.value is other.value

@@ -1,4 +1,4 @@
-"""The guidance model: dual-granularity conditional guidance (spec, section 3)."""
+"""The guidance model: dual-granularity conditional guidance (docs/algorithm.md, "Guidance model")."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import _register_namedtuple
 
+from diffmic_fast.models._torch_internals import register_namedtuple
 from diffmic_fast.models.encoders import Trunk
 from diffmic_fast.ops.rois import rois
 from diffmic_fast.reference.rois import Channels
@@ -16,12 +16,12 @@ _ATTENTION_WIDTH = 128
 
 
 class Guidance(NamedTuple):
-    """Logits of the three streams, [B, C] each.
+    """Logits of the three branches, [B, C] each.
 
     Attributes:
-        fused: mean of the other two.
-        global_: from the whole image.
-        local: from the salient patches.
+        fused: Mean of the other two.
+        global_: From the whole image.
+        local: From the salient patches.
     """
 
     fused: Tensor
@@ -29,15 +29,15 @@ class Guidance(NamedTuple):
     local: Tensor
 
 
-# With a name to be written under, so that an exported guidance model can be saved.
-_register_namedtuple(Guidance, serialized_type_name="diffmic_fast.models.Guidance")
+# The name under which torch.export.save writes it, so that an exported guidance model can be saved.
+register_namedtuple(Guidance, serialized_type_name="diffmic_fast.models.Guidance")
 
 
 class GuidanceDetail(NamedTuple):
     """Everything that the guidance model computes for a batch.
 
     Attributes:
-        logits: of the three streams.
+        logits: Of the three branches.
         saliency: [B, C, h, w].
         cells: [B, K, 2] int64, window of each patch on the saliency map.
         origins: [B, K, 2] int64, upper-left pixel (row, column) of each patch.
@@ -61,7 +61,7 @@ class SaliencyHead(nn.Module):
         self.gn_conv_last = nn.Conv2d(channels, classes, kernel_size=1, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, channels, h, w] -> [B, C, h, w]."""
+        """[B, channels, h, w] to [B, C, h, w]."""
         return self.gn_conv_last(features)
 
 
@@ -69,11 +69,11 @@ class DCG(nn.Module):
     """Classifies an image from the whole of it and from its K most salient patches.
 
     Attributes:
-        ds_net: trunk over the image.
-        left_postprocess_net: feature map to saliency.
-        dn_resnet: trunk over the patches.
-        mil_attn_V, mil_attn_U, mil_attn_w: gated attention over the patches.
-        classifier_linear: attended patch features to logits.
+        ds_net: Trunk over the image.
+        left_postprocess_net: Feature map to saliency.
+        dn_resnet: Trunk over the patches.
+        mil_attn_V, mil_attn_U, mil_attn_w: Gated attention over the patches.
+        classifier_linear: Attended patch features to logits.
     """
 
     def __init__(
@@ -92,14 +92,14 @@ class DCG(nn.Module):
         Args:
             classes: C >= 2.
             trunk: torchvision or timm name of both trunks.
-            crops: K >= 1, patches an image.
-            crop_size: side of a patch in pixels.
-            percent_t: share of the saliency map, in (0, 1], whose largest responses are averaged to a global logit.
+            crops: K >= 1, patches per image.
+            crop_size: Side of a patch in pixels.
+            percent_t: Share of the saliency map, in (0, 1], whose largest responses are averaged to a global logit.
             crop_channels: "first" cuts channel 0 and repeats it (as published), "all" cuts every channel.
-            trunk_weights: as in `make_trunk`, for both trunks.
+            trunk_weights: As in `make_trunk`, for both trunks.
 
         Raises:
-            ValueError: a value outside its range, or a trunk that does not exist.
+            ValueError: A value is out of range, or the trunk does not exist.
         """
         super().__init__()
         if classes < 2 or crops < 1 or crop_size < 1:
@@ -126,7 +126,7 @@ class DCG(nn.Module):
         self.classifier_linear: nn.Module = nn.Linear(width, classes, bias=False)
 
     def forward(self, images: Tensor) -> Guidance:
-        """Logits of the three streams for images [B, 3, H, W]."""
+        """Logits of the three branches for images [B, 3, H, W]."""
         return self.detail(images).logits
 
     def detail(self, images: Tensor) -> GuidanceDetail:
@@ -136,7 +136,7 @@ class DCG(nn.Module):
             images: [B, 3, H, W] floating.
 
         Raises:
-            ValueError: images of another shape, or saliency that is not finite.
+            ValueError: `images` have another shape, or the saliency is not finite.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"DCG: images must be [B, 3, H, W], got {tuple(images.shape)}")
@@ -157,7 +157,14 @@ class DCG(nn.Module):
         return responses.topk(count, dim=2).values.mean(dim=2)
 
     def classify_patches(self, crops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Local stream of patches [B, K, 3, ch, cw]: attended features z [B, D], attention [B, K], logits [B, C]."""
+        """The local branch.
+
+        Args:
+            crops: [B, K, 3, ch, cw].
+
+        Returns:
+            Attended features z [B, D], attention [B, K], logits [B, C].
+        """
         batch, count = crops.shape[:2]
         h = self.dn_resnet(crops.flatten(0, 1))
         if h.ndim == 4:

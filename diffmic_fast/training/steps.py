@@ -17,8 +17,8 @@ from diffmic_fast.config.run import TrainingConfig
 from diffmic_fast.distributed.fsdp import divide, is_divided, share_of, whole
 from diffmic_fast.distributed.processes import Processes, current, sizes
 from diffmic_fast.distributed.sync_batch_norm import synchronize_statistics
-from diffmic_fast.models import DiffMIC, ImageEncoder, Trunk
-from diffmic_fast.models.diffmic import antithetic_timesteps
+from diffmic_fast.models import BranchForward, DiffMIC, ImageEncoder, Trunk
+from diffmic_fast.models.loss import antithetic_timesteps
 from diffmic_fast.training.deferred_gradients import LaterGradients
 from diffmic_fast.training.precision import bfloat16_passes
 from diffmic_fast.training.schedules import MovingAverage, half_cosine, warmup_cosine
@@ -123,10 +123,10 @@ class Steps:
                     self._later.append(weight)
 
         # Last: they read the modules as they are now, and give every process the first one's weights.
-        self._denoiser: nn.Module = model.denoiser
+        self._denoiser: nn.Module = BranchForward(model.denoiser)
         self._guidance: nn.Module = model.guidance
         if several and not config.fsdp:
-            self._denoiser, self._guidance = _parallel(model.denoiser), _parallel(model.guidance)
+            self._denoiser, self._guidance = _parallel(self._denoiser), _parallel(model.guidance)
 
     def _autocast(self, images: Tensor) -> contextlib.AbstractContextManager[Any]:
         if self.config.precision == "bf16":
@@ -305,6 +305,7 @@ class Steps:
         """Gradients of several processes meet once a step, behind its last part."""
         if isinstance(module, DistributedDataParallel) and not part.last:
             return module.no_sync()
+        module = module.denoiser if isinstance(module, BranchForward) else module
         if is_divided(module):
             module.set_requires_gradient_sync(part.last)  # type: ignore[operator]
         return contextlib.nullcontext()

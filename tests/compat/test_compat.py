@@ -1,10 +1,15 @@
-"""The published program's sequences, played through `compat`."""
+"""The published program's call sequences through `compat`, against recorded numbers."""
 
 from __future__ import annotations
 
+import copy
+import gc
 import importlib
+import pickle
+import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from cuda_backends import CUDA_BACKENDS, NO_TRITON, TRITON_DEVICE
@@ -106,22 +111,15 @@ def test_training_step_is_the_recorded_one(model, record, tables):
 
 @pytest.mark.parametrize("backend", ["auto", EMULATED, TRITON_ON_CPU])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what has no such backend says so
-def test_one_pass_of_three_streams_is_the_recorded_step(
-    model, record, tables, backend, monkeypatch
+def test_one_pass_of_three_branches_is_the_recorded_step(
+    model, record, schedule, backend, monkeypatch
 ):
     """The same step as `DiffMIC.loss` does it."""
     monkeypatch.setenv("DIFFMIC_BACKEND", backend)
-    _, sqrt_alpha_bar, deviation = tables
     model.train()
     x = record["x"].requires_grad_()
     priors = torch.stack([record[name] for name in ("y_hat", "y_global", "y_local")])
-    y_t = torch.stack(
-        [
-            q_sample(record["y0"], p, sqrt_alpha_bar, deviation, record["t"], record["noise"])
-            for p in priors
-        ]
-    )
-    eps = model.forward_streams(x, y_t, record["t"], priors)
+    eps = model.forward_branches(x, record["y0"], record["t"], priors, record["noise"], schedule)
     noise = record["noise"]
     mmds = compute_mmd(noise, eps[1]) + compute_mmd(noise, eps[2])
     ((noise - eps[0]).square().mean() + 0.5 * mmds).backward()
@@ -217,7 +215,7 @@ def test_gradient_reaches_the_prior_but_not_the_model(model, record, tables):
 
 
 @torch.no_grad()
-def test_a_loop_pays_for_one_encoder_pass(record, tables):
+def test_a_loop_runs_the_encoder_once(record, tables):
     alphas, _, deviation = tables
     torch.manual_seed(0)
     model, passes = ConditionalModel(namespace(3, 16)).eval(), []
@@ -231,7 +229,7 @@ def test_a_loop_pays_for_one_encoder_pass(record, tables):
 
 
 @torch.no_grad()
-def test_a_model_of_ones_own_is_called(record, tables):
+def test_a_custom_model_is_called(record, tables):
     alphas, _, deviation = tables
 
     class Own(nn.Module):
@@ -266,6 +264,118 @@ def test_guidance_gives_three_logits():
     assert y_fusion.shape == (2, 4)
     dcg.ds_net = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Conv2d(3, 2048, 1))
     assert not torch.allclose(dcg(torch.ones(2, 3, 64, 64))[1], y_global)
+
+
+ATTRIBUTES = {
+    "saliency_map": torch.Tensor,
+    "patch_locations": np.ndarray,
+    "patches": np.ndarray,
+    "patch_attns": torch.Tensor,
+    "y_fusion": torch.Tensor,
+    "y_global": torch.Tensor,
+    "y_local": torch.Tensor,
+}
+
+
+class Fixed(nn.Module):
+    """In the place of a network: always the recorded result."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        return self.value
+
+
+def test_attributes_after_a_call_are_the_recorded_ones(golden):
+    data = golden("guidance")
+    dcg = DCG(namespace()).eval()
+    assert not any(hasattr(dcg, name) for name in ATTRIBUTES)
+    weights = {key[6:]: value for key, value in data.items() if key.startswith("state/")}
+    dcg.load_state_dict(weights, strict=False)
+    dcg.ds_net, dcg.left_postprocess_net = nn.Identity(), Fixed(data["saliency"])
+    dcg.dn_resnet = Fixed(data["h_crops"].flatten(0, 1))
+    images = data["image_channel0"].float()[:, None].expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        y_fusion, y_global, y_local = dcg(images)
+    for name, kind in ATTRIBUTES.items():
+        assert type(getattr(dcg, name)) is kind, name
+    assert dcg.y_fusion is y_fusion and dcg.y_global is y_global and dcg.y_local is y_local
+    assert torch.equal(dcg.saliency_map, data["saliency"])
+    assert dcg.patch_locations.dtype == np.int64
+    np.testing.assert_array_equal(dcg.patch_locations, data["crop_origin"].numpy())
+    assert dcg.patches.shape == (*data["crops"].shape[:2], 3, 32, 32)
+    for channel in range(3):
+        np.testing.assert_array_equal(
+            dcg.patches[:, :, channel].astype(np.float16), data["crops"].numpy()
+        )
+    for name, recorded in (
+        ("patch_attns", "attention"),
+        ("y_global", "y_global"),
+        ("y_local", "y_local"),
+    ):
+        torch.testing.assert_close(getattr(dcg, name), data[recorded], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def small_dcg():
+    """With trunks of a few layers."""
+    torch.manual_seed(0)
+    dcg = DCG(namespace(classes=3))
+    dcg.ds_net, dcg.dn_resnet = nn.Conv2d(3, 2048, 3, stride=16), nn.Conv2d(3, 2048, 3, stride=8)
+    return dcg
+
+
+def test_attributes_are_of_the_last_call_and_differentiable(small_dcg):
+    """An auxiliary loss may be made of them; a copy of the patches is not what the backward pass reads."""
+    first, second = torch.randn(2, 2, 3, 64, 64)
+    small_dcg(first)
+    before = small_dcg.saliency_map
+    small_dcg(second)
+    assert not torch.equal(small_dcg.saliency_map, before)
+    kept = weakref.ref(small_dcg.y_global)
+    small_dcg.patches[:] = 0.0
+    small_dcg.patch_locations[:] = -1
+    assert np.abs(small_dcg.patches).max() > 0 and small_dcg.patch_locations.min() >= 0
+    (small_dcg.y_local.sum() + small_dcg.saliency_map.abs().sum()).backward()
+    assert float(small_dcg.dn_resnet.weight.grad.abs().max()) > 0
+    assert float(small_dcg.ds_net.weight.grad.abs().max()) > 0
+    with torch.no_grad():
+        small_dcg(first)
+    gc.collect()
+    assert kept() is None and not small_dcg.y_fusion.requires_grad
+
+
+def test_attributes_are_carried_by_copies_and_are_no_state(small_dcg):
+    keys = list(small_dcg.state_dict())
+    small_dcg(torch.randn(2, 3, 64, 64, requires_grad=True))
+    assert list(small_dcg.state_dict()) == keys
+    for other in (copy.deepcopy(small_dcg), pickle.loads(pickle.dumps(small_dcg))):
+        for name in ATTRIBUTES:
+            own, copied = getattr(small_dcg, name), getattr(other, name)
+            np.testing.assert_array_equal(
+                *(v if isinstance(v, np.ndarray) else v.detach().numpy() for v in (own, copied))
+            )
+        assert not other.y_fusion.requires_grad and small_dcg.y_fusion.requires_grad
+        other.load_state_dict(small_dcg.state_dict(), strict=True)
+        other(torch.zeros(2, 3, 64, 64))
+    with pytest.raises(AttributeError, match="no attribute 'y_nothing'"):
+        _ = small_dcg.y_nothing
+
+
+def test_a_traced_call_leaves_no_attributes(small_dcg):
+    """Rather than those of the call before."""
+    images = torch.randn(2, 3, 64, 64)
+    small_dcg.eval()
+    with torch.no_grad():
+        expected = small_dcg(images)
+        compiled = torch.compile(small_dcg, backend="eager", fullgraph=True)
+        torch.testing.assert_close(tuple(compiled(images)), tuple(expected))
+        assert not hasattr(small_dcg, "y_fusion")
+        small_dcg(images)
+        exported = torch.export.export(small_dcg, (images,)).module()
+        torch.testing.assert_close(tuple(exported(images)), tuple(expected))
 
 
 def test_small_functions(golden):

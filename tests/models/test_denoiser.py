@@ -1,4 +1,4 @@
-"""The denoiser against recorded numbers; streams against single passes; replaced submodules."""
+"""The denoiser against recorded numbers; several branches against single passes; replaced submodules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffmic_fast.diffusion import make_schedule, q_sample
-from diffmic_fast.models import ConditionalModel, Noising
+from diffmic_fast.models import BranchForward, ConditionalModel
+from diffmic_fast.models.modes import repeated_statistics
 
 
 @pytest.fixture
@@ -31,8 +32,18 @@ def small_model(seed=0, **options):
     return ConditionalModel(3, timesteps=10, feature_dim=16, **options)
 
 
+@pytest.fixture
+def schedule():
+    return make_schedule("linear", 10)
+
+
+def noisy(y_0, guidance, schedule, t, noise):
+    """Noisy labels of every branch, [S, rows, C]."""
+    return torch.stack([q_sample(y_0, prior, schedule, t, noise) for prior in guidance])
+
+
 @pytest.mark.usefixtures("auto_backend")
-def test_streams_are_three_passes():
+def test_branches_are_single_passes(schedule):
     """Outputs, gradients of every parameter and every buffer, with a real image encoder, over two steps.
 
     In float64: a bias before BatchNorm has the gradient 0, and float32 would leave only rounding to compare.
@@ -40,12 +51,13 @@ def test_streams_are_three_passes():
     once, thrice = small_model().double(), small_model().double()
     x, t = torch.randn(6, 3, 32, 32).double(), torch.randint(0, 10, (6,))
     for _ in range(2):
-        y, guidance = torch.randn(2, 3, 6, 3).double()
-        streams = once.forward_streams(x, y, t, guidance)
+        (y_0, noise), guidance = torch.randn(2, 6, 3).double(), torch.randn(3, 6, 3).double()
+        branches = once.forward_branches(x, y_0, t, guidance, noise, schedule)
+        y = noisy(y_0, guidance, schedule, t, noise)
         single = torch.stack([thrice(x, y[s], t, guidance[s]) for s in range(3)])
-        torch.testing.assert_close(streams, single, rtol=1e-9, atol=1e-9)
-        weight = torch.randn_like(streams)
-        (streams * weight).sum().backward()
+        torch.testing.assert_close(branches, single, rtol=1e-9, atol=1e-9)
+        weight = torch.randn_like(branches)
+        (branches * weight).sum().backward()
         (single * weight).sum().backward()
     for (name, a), b in zip(once.named_parameters(), thrice.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-7, atol=1e-9, msg=name)
@@ -53,12 +65,29 @@ def test_streams_are_three_passes():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
 
 
-def test_streams_run_the_encoder_once():
+def test_branches_run_the_encoder_once(schedule):
     model, calls = small_model(), []
     model.encoder_x.register_forward_hook(lambda *_: calls.append(1))
-    y = torch.randn(3, 4, 3)
-    model.forward_streams(torch.randn(4, 3, 40, 40), y, torch.zeros(4).long(), y)
+    labels, noise = torch.randn(2, 4, 3)
+    guidance = torch.randn(3, 4, 3)
+    model.forward_branches(
+        torch.randn(4, 3, 40, 40), labels, torch.zeros(4).long(), guidance, noise, schedule
+    )
     assert len(calls) == 1
+
+
+def test_a_module_of_the_branches_has_the_models_tensors(schedule):
+    """For wrappers that call a module's forward alone; the model's own state dict stays as published."""
+    model = small_model()
+    keys = list(model.state_dict())
+    wrapped = BranchForward(model)
+    assert [id(p) for p in wrapped.parameters()] == [id(p) for p in model.parameters()]
+    assert list(model.state_dict()) == keys
+    labels, noise = torch.randn(2, 4, 3)
+    arguments = (torch.randn(4, 3, 40, 40), labels, torch.zeros(4).long())
+    arguments += (torch.randn(3, 4, 3), noise, schedule)
+    expected = copy.deepcopy(model).forward_branches(*arguments)
+    assert torch.equal(wrapped(*arguments), expected)
 
 
 class Doubled(nn.Module):
@@ -108,14 +137,14 @@ def test_a_patched_forward_is_used(name):
     assert not torch.allclose(model(x, y, t, y), before) and not model.runs_on_weights
 
 
-def test_composed_layers_train_as_the_operations_do():
+def test_composed_layers_train_as_the_operations_do(schedule):
     plain, hooked = small_model().train(), small_model().train()
     hooked.unetnorm1.register_forward_hook(lambda *_: None)
     x, t = torch.randn(5, 3, 40, 40), torch.randint(0, 10, (5,))
-    y, guidance = torch.randn(2, 3, 5, 3)
+    (y_0, noise), guidance = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
     torch.testing.assert_close(
-        plain.forward_streams(x, y, t, guidance),
-        hooked.forward_streams(x, y, t, guidance),
+        plain.forward_branches(x, y_0, t, guidance, noise, schedule),
+        hooked.forward_branches(x, y_0, t, guidance, noise, schedule),
         rtol=1e-4,
         atol=1e-5,
     )
@@ -124,20 +153,26 @@ def test_composed_layers_train_as_the_operations_do():
 
 
 @pytest.mark.usefixtures("auto_backend")
+@pytest.mark.parametrize("branches", [1, 3])
 @pytest.mark.parametrize("kind", ["as built", "eval", "a hook", "without guidance"])
-def test_labels_noised_inside_are_those_noised_before(kind):
-    """Outputs, gradients and running statistics, from clean labels and from noisy ones, two draws an image."""
-    schedule = make_schedule("linear", 10)
+def test_labels_noised_by_the_kernel_are_those_noised_before(kind, branches, schedule):
+    """Outputs, gradients and running statistics, from clean labels and from noisy ones, two draws per image."""
     x, t, noise = torch.randn(3, 3, 40, 40), torch.randint(0, 10, (6,)), torch.randn(6, 3)
-    y_0, prior = F.one_hot(torch.tensor([0, 0, 2, 2, 1, 1]), 3).float(), torch.rand(3, 6, 3)
-    y_t = torch.stack([q_sample(y_0, each, schedule, t, noise) for each in prior])
+    y_0 = F.one_hot(torch.tensor([0, 0, 2, 2, 1, 1]), 3).float()
+    prior = torch.rand(branches, 6, 3)
+    y_t = noisy(y_0, prior, schedule, t, noise)
     inside, before = (small_model(guidance=kind != "without guidance") for _ in range(2))
     for model in (inside, before):
         model.train(kind != "eval")
         if kind == "a hook":
             model.unetnorm1.register_forward_hook(lambda *_: None)
-    found = inside(x, y_0, t, prior, 2, Noising(schedule, noise))
-    expected = before(x, y_t, t, prior, 2)
+    found = inside.forward_branches(x, y_0, t, prior, noise, schedule, 2)
+    with (
+        repeated_statistics(before.encoder_x, branches),
+        repeated_statistics(before.norm, branches),
+    ):
+        features = before.encode(x).repeat_interleave(2, dim=0)
+    expected = before.denoise_features(features, y_t, t, prior)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     weight = torch.randn_like(found)
     (found * weight).sum().backward()
@@ -150,28 +185,22 @@ def test_labels_noised_inside_are_those_noised_before(kind):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_labels_of_one_stream_are_noised_too():
-    """And move the running statistics once."""
-    schedule, noise, prior = make_schedule("linear", 10), torch.randn(4, 3), torch.rand(4, 3)
-    x, y_0, t = torch.randn(4, 3, 40, 40), torch.eye(4, 3), torch.randint(0, 10, (4,))
-    inside, before = small_model(), small_model()
-    found = inside(x, y_0, t, prior, noising=Noising(schedule, noise))
-    expected = before(x, q_sample(y_0, prior, schedule, t, noise), t, prior)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    for (name, a), b in zip(inside.named_buffers(), before.buffers(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=name)
-
-
-def test_a_noising_that_does_not_fit_is_named():
-    model, schedule, t = small_model(guidance=False), make_schedule("linear", 10), torch.zeros(2)
-    x, y, t = torch.randn(2, 3, 40, 40), torch.randn(2, 3), t.long()
-    with pytest.raises(ValueError, match="y_0_hat"):  # clean labels are never taken for noisy ones
-        model(x, y, t, None, noising=Noising(schedule, torch.randn(2, 3)))
-    with pytest.raises(ValueError, match="noise must be"):
-        model(x, y, t, y, noising=Noising(schedule, torch.randn(1, 3)))
-    with pytest.raises(ValueError, match="y must be"):
-        streams = y.expand(3, 2, 3)
-        model(x, streams, t, streams, noising=Noising(schedule, torch.randn(2, 3)))
+def test_bad_arguments_of_branches_are_named(schedule):
+    model = small_model()
+    x, y, t = torch.randn(2, 3, 40, 40), torch.randn(2, 3), torch.zeros(2).long()
+    guidance = torch.rand(3, 2, 3)
+    with pytest.raises(ValueError, match=r"guidance must be \[S, rows=2, C=3\]"):
+        model.forward_branches(x, y, t, guidance[0], y, schedule)
+    with pytest.raises(ValueError, match=r"noise must be \[rows=2, C=3\], got \(1, 3\)"):
+        model.forward_branches(x, y, t, guidance, torch.randn(1, 3), schedule)
+    with pytest.raises(ValueError, match=r"y_0 must be \[rows, C\]"):
+        model.forward_branches(x, guidance, t, guidance, y, schedule)
+    with pytest.raises(ValueError, match="y_0 must have one row per row of features"):
+        model.forward_branches(x, y, t, guidance, y, schedule, 2)
+    with pytest.raises(ValueError, match=r"timesteps must be in \[0, 9\]"):
+        model.forward_branches(x, y, t + 10, guidance, y, schedule)
+    with pytest.raises(ValueError, match=r"y must be \[rows, C\], one branch, got \(3, 2, 3\)"):
+        model(x, guidance, t, guidance)
 
 
 def test_without_guidance():
@@ -206,7 +235,7 @@ def test_bad_arguments_are_named():
         model(x, y[0], t, y)
     with pytest.raises(ValueError, match="pass y_0_hat"):
         model(x, y, t)
-    with pytest.raises(ValueError, match="y must have a row an image"):
+    with pytest.raises(ValueError, match="y must have one row per row of features"):
         model(x, y[:1], t, y[:1])
     with pytest.raises(ValueError, match=r"images must be \[B, 3, H, W\], got \(2, 1, 40, 40\)"):
         model(x[:, :1], y, t, y)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from diffmic_fast import DiffMIC, DiffMICConfig
-from diffmic_fast.models.diffmic import _check_finite, antithetic_timesteps
+from diffmic_fast.checks import check_finite
+from diffmic_fast.models.loss import antithetic_timesteps
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_forward_gives_probabilities(model, images):
     assert probabilities.shape == (5, 3)
     torch.testing.assert_close(probabilities.sum(1), torch.ones(5))
     assert torch.equal(probabilities, model.predict(images, sampler="ddpm").probabilities)
-    with pytest.raises(RuntimeError, match="wants eval mode"):
+    with pytest.raises(RuntimeError, match="must be called in evaluation mode"):
         model.train()(images)
 
 
@@ -132,7 +133,7 @@ def test_precision_of_the_chain(model, images):
     ):
         model.predict(images, precision="int4", **arguments)
     handle = model.denoiser.lin2.register_forward_hook(lambda *_: None)
-    with pytest.raises(RuntimeError, match=r"precision='bf16' cannot be served.*hook"):
+    with pytest.raises(RuntimeError, match=r"precision='bf16' is not available.*hook"):
         model.predict(images, precision="bf16", **arguments)
     handle.remove()
 
@@ -152,7 +153,7 @@ def test_several_draws_share_the_encoder(model, images, draws):
 
 
 def test_loss_is_its_definition(model, images):
-    """Against the three streams written out, one pass each, in the published order."""
+    """Against the three branches written out, one pass each, in the published order."""
     from diffmic_fast.reference.mmd import mmd
 
     labels = torch.tensor([0, 2, 1, 1, 0])
@@ -225,23 +226,23 @@ def test_bad_arguments_are_named(model, images):
     with pytest.raises(ValueError, match="'ddpm' walks all 40 timesteps, got steps=60"):
         model.predict(images, steps=60)
     images[3, 0, 5, 5] = float("nan")
-    with pytest.raises(ValueError, match="infinite for image 3"):
+    with pytest.raises(ValueError, match="NaN or infinity for image 3"):
         model.predict(images)
 
 
-def test_a_result_that_is_no_number_is_not_served(model, images):
+def test_a_result_that_is_not_finite_raises(model, images):
     model.denoiser.lin4.bias.data[1] = float("nan")
-    with pytest.raises(FloatingPointError, match="result: not-a-number or infinite for image 0"):
+    with pytest.raises(FloatingPointError, match="result: NaN or infinity for image 0"):
         model.predict(images, sampler="ddim", steps=2)
 
 
 def test_finite_images_whose_sum_overflows_are_accepted():
     images = torch.full((3, 3, 2, 2), 3e38)
-    _check_finite("images", images, ValueError)
+    check_finite("images", images, ValueError)
     for bad in (float("inf"), float("-inf"), float("nan")):
         images[1, 0, 1, 0] = bad
-        with pytest.raises(ValueError, match="images: not-a-number or infinite for image 1"):
-            _check_finite("images", images, ValueError)
-    images[2, 0, 0, 0] = float("inf")  # and a not-a-number: their sum is none
+        with pytest.raises(ValueError, match="images: NaN or infinity for image 1"):
+            check_finite("images", images, ValueError)
+    images[2, 0, 0, 0] = float("inf")  # and a NaN: the sum is NaN
     with pytest.raises(ValueError, match="image 1, 2"):
-        _check_finite("images", images, ValueError)
+        check_finite("images", images, ValueError)

@@ -12,7 +12,8 @@ import torchvision
 from torch import nn
 
 from diffmic_fast.models import DCG, ConditionalModel, ImageEncoder, Trunk
-from diffmic_fast.models.encoders import evaluation_mode, make_trunk, repeated_statistics
+from diffmic_fast.models.encoders import make_trunk
+from diffmic_fast.models.modes import evaluation_mode, repeated_statistics
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -102,6 +103,19 @@ def test_one_pass_counts_as_several(momentum, times):
     assert encoder[1].momentum == momentum and not encoder[1]._forward_hooks
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_no_times_keeps_the_running_statistics(momentum):
+    """The output has batch statistics as in training; a shared layer may run twice."""
+    norm = nn.BatchNorm1d(4, momentum=momentum)
+    encoder = nn.Sequential(norm, nn.Linear(4, 4), norm)
+    for rows in (torch.randn(5, 4), torch.randn(3, 4)):  # before the first batch too
+        before = copy.deepcopy(encoder.state_dict())
+        with repeated_statistics(encoder, 0):
+            found = encoder(rows)
+        assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
+        assert torch.equal(found, encoder(rows)) and norm.momentum == momentum
+
+
 def test_a_shared_batchnorm_is_refused():
     norm = nn.BatchNorm1d(4)
     encoder = nn.Sequential(norm, nn.Linear(4, 4), norm)
@@ -110,7 +124,7 @@ def test_a_shared_batchnorm_is_refused():
     assert norm.momentum == 0.1
 
 
-def test_evaluation_mode_gives_back_every_mode():
+def test_evaluation_mode_restores_every_mode():
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(), nn.Sequential(nn.Dropout()))
     model[1].eval()
     before = [part.training for part in model.modules()]

@@ -1,4 +1,4 @@
-"""How encoder and guidance run in a prediction: once, in the precision asked for, compiled on request."""
+"""How encoder and guidance run in a prediction: once, in the requested precision, compiled on request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from diffmic_fast import DiffMIC, DiffMICConfig
 from diffmic_fast.models import DCG
 from diffmic_fast.models import execution as module
 from diffmic_fast.models.execution import bfloat16_convolutions, bfloat16_obstacle, inference
-from diffmic_fast.models.folding import FoldedConvolution
 
 CPU = torch.device("cpu")
 
@@ -50,13 +49,13 @@ def model(built):
 
 @pytest.fixture
 def images():
-    """As many pixels as folding pays for."""
+    """As many pixels as folding is faster for."""
     return torch.randn(26, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """bfloat16 convolutions wherever this runs, however slow."""
+    """bfloat16 convolutions on any processor, however slow."""
     monkeypatch.setattr(module, "bfloat16_obstacle", lambda _: "")
 
 
@@ -74,6 +73,7 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@torch.no_grad()
 def operators(call):
     with Operators() as mode:
         call()
@@ -105,25 +105,21 @@ def test_encoder_and_guidance_run_once_and_folded(model, images):
     assert set(calls.values()) == {1} and len(calls) == 3
 
 
-def test_folding_changes_rounding_alone(model, images, monkeypatch):
-    ran = []
-    plain = FoldedConvolution.forward
-
-    def counted(self, x):
-        ran.append(self)
-        return plain(self, x)
-
-    monkeypatch.setattr(FoldedConvolution, "forward", counted)
-    result = model.predict(images, samples=2, saliency=True, boxes=True, **DDIM)
-    assert ran
-    monkeypatch.setattr(module, "_LEAST_PIXELS", 10**9)
-    before = len(ran)
-    expected = model.predict(images, samples=2, saliency=True, boxes=True, **DDIM)
-    assert len(ran) == before
-    assert torch.equal(result.label, expected.label) and torch.equal(result.boxes, expected.boxes)
+def test_folding_changes_rounding_alone(model, images):
+    """Images in a batch large enough for folding, and in smaller ones, for which layers run as they are."""
+    results = []
+    for some, folds in ((images, True), (images[:24], False)):
+        count = operators(lambda some=some: model.guidance.ds_net(some))
+        left = sum(n for (name, _), n in count.items() if "batch_norm" in name)
+        norms = sum(isinstance(p, nn.BatchNorm2d) for p in model.guidance.ds_net.modules())
+        assert (left < norms) is folds
+        results.append(model.predict(some, samples=2, saliency=True, boxes=True, **DDIM))
+    result, expected = results
+    for name in ("label", "boxes"):
+        assert torch.equal(getattr(result, name)[:24], getattr(expected, name))
     for name in ("probabilities", "guidance", "saliency", "samples"):
         torch.testing.assert_close(
-            getattr(result, name), getattr(expected, name), rtol=1e-4, atol=1e-4, msg=name
+            getattr(result, name)[:24], getattr(expected, name), rtol=1e-4, atol=1e-4, msg=name
         )
 
 
@@ -167,7 +163,8 @@ def test_bfloat16_convolutions(model, images, emulated):
     fused = sum(count[name, torch.bfloat16] for name in FUSED)
     assert count["convolution", torch.bfloat16] + fused == convolutions(model) - heads
     # The patches have too few pixels.
-    assert fused == (convolutions(model.guidance.ds_net, model.denoiser) if module._fuses() else 0)
+    fuses = "fused" in bfloat16_convolutions()
+    assert fused == (convolutions(model.guidance.ds_net, model.denoiser) if fuses else 0)
     exact = model.predict(images, saliency=True, **DDIM)
     coarse = model.predict(images, precision="bf16", saliency=True, **DDIM)
     assert coarse.saliency.dtype == coarse.guidance.dtype == torch.float32
@@ -190,7 +187,7 @@ def pretend(monkeypatch, instructions):
     monkeypatch.setattr(module, "bfloat16_instructions", lambda: instructions)
 
 
-def test_what_stands_in_the_way_of_bfloat16(monkeypatch):
+def test_obstacles_of_bfloat16(monkeypatch):
     assert "mps" in bfloat16_obstacle(torch.device("mps"))
     for instructions in ("", "AVX-512", "AMX", "Arm"):
         pretend(monkeypatch, instructions)
@@ -222,7 +219,7 @@ def test_the_processor_decides_how_convolutions_run(
         return torch.zeros(len(images), 96, 2, 2, dtype=torch.bfloat16)
 
     pretend(monkeypatch, instructions)
-    monkeypatch.setattr(module, "operators_exist", lambda: exist)
+    monkeypatch.setattr(module, "convolution_operators_exist", lambda: exist)
     monkeypatch.setattr(module, "fused", lambda _: network)
     assert bfloat16_convolutions() == shown
     layers = model.denoiser.encoder_x.f
@@ -242,18 +239,22 @@ def test_the_processor_decides_how_convolutions_run(
     assert not ran
 
 
-def test_a_block_holds_for_its_thread_alone(emulated):
-    seen = []
+@torch.no_grad()
+def test_a_block_applies_to_its_thread_alone(model, images, emulated):
+    layers, results = model.denoiser.encoder_x.f, []
+    expected = module.run_layers(layers, images)
 
+    @torch.no_grad()
     def work():
-        seen.append(module._bfloat16.get())
+        results.append(module.run_layers(layers, images))
 
     with inference(bfloat16=True):
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
-        assert module._bfloat16.get()
-    assert seen == [False] and not module._bfloat16.get()
+        assert not torch.equal(module.run_layers(layers, images), expected)
+    assert torch.equal(results[0], expected)
+    assert torch.equal(module.run_layers(layers, images), expected)
 
 
 def test_compiled(model, images):
@@ -276,8 +277,8 @@ def test_compiled(model, images):
 
 @pytest.mark.parametrize("count", [1, 26])
 @torch.no_grad()
-def test_guidance_never_looks_at_a_number(count):
-    """Tensors without contents: .item(), .tolist(), .cpu() and a branch on a value would raise."""
+def test_guidance_reads_no_value(count):
+    """On tensors without contents: .item(), .tolist(), .cpu() and a branch on a value would raise."""
     with FakeTensorMode():
         guidance = DCG(3, "resnet18", crops=2, crop_size=16).eval()
         detail = guidance.detail(torch.empty(count, 3, 64, 64))
@@ -292,7 +293,7 @@ def test_guidance_is_one_graph(model, images):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_layers_run_as_they_are_where_something_is_learned(model, images, monkeypatch):
+def test_layers_run_as_they_are_with_gradients_and_in_training_mode(model, images, monkeypatch):
     monkeypatch.setattr(module, "folded", lambda _: pytest.fail("folded"))
     model.guidance(images)  # gradients
     with torch.no_grad():

@@ -1,9 +1,11 @@
-"""A sampling loop pays for one encoder pass, and never gets stale features."""
+"""A sampling loop runs the encoder once, and features are never stale."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from diffmic_fast.models import ConditionalModel
 
 
 class CountingEncoder(nn.Module):
-    """Counts its passes, as a user's wrapper might, and has every kind of state."""
+    """Counts its passes, as a user's wrapper might, and has every kind of state that features can depend on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,6 +27,7 @@ class CountingEncoder(nn.Module):
         self.gains = [1.0, 2.0]
         self.table = {"shift": torch.zeros(8)}
         self.mean = np.zeros(8, np.float32)
+        self.options = {"flip": (False, {1})}
         self.hidden = [nn.Linear(8, 8).eval().requires_grad_(False)]  # not in the state dict
         self.calls = 0
 
@@ -32,6 +35,8 @@ class CountingEncoder(nn.Module):
         self.calls += 1
         h = self.norm(self.linear(x.flatten(1))) + self.offset + self.table["shift"]
         h = self.hidden[0](h - torch.from_numpy(self.mean))
+        if self.options["flip"][0] or 2 in self.options["flip"][1]:
+            h = -h
         return h * self.scale * self.gains[0]
 
 
@@ -137,12 +142,32 @@ def _array(model, x):
     model.encoder_x.mean[3] = 5.0
 
 
+def _array_replaced(model, x):
+    model.encoder_x.mean = np.ones(8, np.float32)
+
+
+def _tuple_in_dict(model, x):
+    model.encoder_x.options["flip"] = (True, {1})
+
+
+def _set_in_tuple(model, x):
+    model.encoder_x.options["flip"][1].add(2)
+
+
 def _hidden_module(model, x):
     model.encoder_x.hidden[0].weight.mul_(3)
 
 
 def _submodule(model, x):
     model.encoder_x.linear = nn.Linear(12, 8)
+
+
+def _class(model, x):
+    class Negated(CountingEncoder):
+        def forward(self, x):
+            return -super().forward(x)
+
+    model.encoder_x.__class__ = Negated
 
 
 def _hook(model, x):
@@ -178,8 +203,12 @@ CHANGES = [
     _attribute_in_list,
     _tensor_in_dict,
     _array,
+    _array_replaced,
+    _tuple_in_dict,
+    _set_in_tuple,
     _hidden_module,
     _submodule,
+    _class,
     _hook,
     _forward,
     _state_dict,
@@ -253,7 +282,7 @@ def fresh_features(model, x):
 
 
 @torch.no_grad()
-def test_not_a_number_is_computed_anew(model, x):
+def test_features_of_nan_are_not_cached(model, x):
     x[0, 0, 0, 0] = float("nan")
     call(model, x)
     call(model, x)
@@ -261,11 +290,19 @@ def test_not_a_number_is_computed_anew(model, x):
 
 
 @torch.no_grad()
-def test_copies_start_empty_and_training_frees(model, x):
-    call(model, x)
+def test_copies_compute_features_of_their_own(model, x):
+    expected = call(model, x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other._cache._snapshot is None
-        assert torch.equal(call(other, x), call(model, x))
-    assert "_cache" not in "".join(model.state_dict())
+        assert torch.equal(call(other, x), expected)
+        assert other.encoder_x.calls == model.encoder_x.calls + 1
+    assert list(model.state_dict()) == list(copy.deepcopy(model).state_dict())
+
+
+@torch.no_grad()
+def test_training_mode_frees_the_features(model, x):
+    kept = weakref.ref(model.features(x))
+    gc.collect()
+    assert kept() is not None and model.features(x) is kept()
     model.train()
-    assert model._cache._snapshot is None
+    gc.collect()
+    assert kept() is None

@@ -1,4 +1,4 @@
-"""Folding BatchNorm into convolutions: the same function, of the weights as they are now."""
+"""Folding BatchNorm into convolutions: the same function, with the current weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffmic_fast.models import folding
 from diffmic_fast.models.encoders import make_trunk
 from diffmic_fast.models.folding import FoldedConvolution, folded
 
@@ -22,19 +22,13 @@ from diffmic_fast.models.folding import FoldedConvolution, folded
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(autouse=True)
-def always(monkeypatch):
-    """Fold every layer, however small the images."""
-    monkeypatch.setattr(folding, "_pays", lambda *_: True)
-
-
 @pytest.fixture
 def images():
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
 def unsettle(network):
-    """Give every BatchNorm statistics and weights of a trained one, some variances nearly 0."""
+    """Give every BatchNorm statistics and weights as after training, some variances nearly 0."""
     generator = torch.Generator().manual_seed(2)
     for part in network.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
@@ -46,10 +40,18 @@ def unsettle(network):
     return network.eval()
 
 
+def always(network):
+    """Let every layer be folded, however small the images."""
+    for part in network.modules():
+        if isinstance(part, FoldedConvolution):
+            part.always = True
+    return network
+
+
 def check(network, images, count=None):
-    """The folded network gives the network's numbers; `count` BatchNorms are gone from it."""
+    """The folded network gives the network's numbers; `count` BatchNorms are folded in it."""
     with torch.no_grad():
-        other = folded(network)
+        other = always(folded(network))
         expected, result = network(images), other(images)
     error = float((result - expected).abs().max() / expected.abs().max())
     assert error <= TOLERANCE
@@ -230,7 +232,7 @@ def test_statistics_that_are_not_running():
         network[1].train()  # alone: batch statistics, and running ones that move
         before = network[1].running_mean.clone()
         expected = copy.deepcopy(network)(images)
-        torch.testing.assert_close(folded(network)(images), expected)
+        torch.testing.assert_close(always(folded(network))(images), expected)
     assert not torch.equal(network[1].running_mean, before)
 
 
@@ -317,9 +319,13 @@ def test_copies_and_casts(images):
     check(network, images, 20)
     exact = copy.deepcopy(network).double()
     expected = exact(images.double())
-    torch.testing.assert_close(folded(exact)(images.double()), expected, rtol=1e-10, atol=1e-10)
+    result = always(folded(exact))(images.double())
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(
-        folded(network)(images).double(), expected, rtol=1e-3, atol=1e-5 * float(expected.max())
+        always(folded(network))(images).double(),
+        expected,
+        rtol=1e-3,
+        atol=1e-5 * float(expected.max()),
     )
 
 
@@ -335,7 +341,7 @@ def test_nothing_is_kept_alive():
 
 @torch.no_grad()
 def test_several_threads(images):
-    """Other threads' modules run undisturbed while a network is looked at for the first time."""
+    """Modules of other threads run undisturbed while a network is recorded."""
     networks = [unsettle(make_trunk("resnet18")[0]) for _ in range(3)]
     expected = networks[0](images)
     for network in networks[1:]:
@@ -347,7 +353,7 @@ def test_several_threads(images):
         start.wait()
         for _ in range(3):
             network = networks[number % 3]
-            results.append(folded(network)(images) if number < 5 else network(images))
+            results.append(always(folded(network))(images) if number < 5 else network(images))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
     for thread in threads:
@@ -359,8 +365,23 @@ def test_several_threads(images):
     assert all(float((r - expected).abs().max()) <= TOLERANCE * scale for r in results)
 
 
-def test_only_layers_that_pay(monkeypatch):
-    monkeypatch.undo()
-    layer = nn.Conv2d(64, 64, 3, stride=2)
-    assert folding._pays(layer, torch.empty(1, 64, 48, 48))
-    assert not folding._pays(layer, torch.empty(1, 64, 46, 46))
+@pytest.mark.parametrize(("side", "folds"), [(48, True), (46, False)])
+@torch.no_grad()
+def test_only_layers_with_less_weight_than_result_are_folded(side, folds):
+    """576 weights per output channel, against 24 x 24 or 23 x 23 pixels."""
+    network = unsettle(nn.Sequential(nn.Conv2d(64, 64, 3, stride=2), nn.BatchNorm2d(64)))
+    with Operators() as operators:
+        folded(network)(torch.empty(1, 64, side, side))
+    assert any("batch_norm" in name for name in operators.names) is not folds
+
+
+class Operators(TorchDispatchMode):
+    """Records the names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))

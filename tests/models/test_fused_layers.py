@@ -1,4 +1,4 @@
-"""Fused convolutions: the network's function, of the weights as they are now, in bfloat16 on request."""
+"""Fused convolutions: the network's function, with the current weights, in bfloat16 on request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from diffmic_fast.cpu_capabilities import bfloat16_instructions
-from diffmic_fast.models import fused_layers as module
 from diffmic_fast.models.encoders import make_trunk
 from diffmic_fast.models.fused_layers import fused
 from tests.models.test_folding import TOLERANCE, library, unsettle
@@ -43,7 +42,7 @@ def check(network, images):
 
 def counts(network):
     """Convolutions; those with a residual; those with an activation."""
-    calls = [n for n in network.recorder.calls() if n.target in network.convolutions]
+    calls = [n for n in network.graph.calls() if n.target in network.convolutions]
     layers = network.convolutions.values()
     residuals = sum(len(call.args) == 2 for call in calls)
     return len(layers), residuals, sum(layer.activation is not None for layer in layers)
@@ -206,7 +205,7 @@ def test_every_kind_of_convolution(layer, images):
 
 
 class Mine(nn.Conv2d):
-    """A layer of another maker."""
+    """A layer of another package."""
 
 
 def test_what_is_not_fused(images):
@@ -239,22 +238,27 @@ def test_weights_are_read_at_every_call(images):
     check(network, images)
 
 
+@library
+class Watching(nn.Module):
+    """Passes its input on and records the sizes of the batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        return x
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_blocks_of_a_batch(count, images, monkeypatch):
-    network = network_of(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-    images = torch.randn(count, 3, 30, 20)
-    sizes = []
-    run = module._Pass.run
-
-    def counted(self, block):
-        sizes.append(len(block))
-        return run(self, block)
-
-    monkeypatch.setattr(module._Pass, "run", counted)
-    monkeypatch.setattr(module, "_BLOCK_PIXELS", 2 * 30 * 20)
+@pytest.mark.parametrize(("count", "blocks"), [(1, [1]), (2, [2]), (5, [2, 2, 1])])
+def test_blocks_of_a_batch(count, blocks):
+    """Of 8 x 224 x 224 pixels at most."""
+    network = network_of(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), Watching())
+    images = torch.randn(count, 3, 448, 448)
     check(network, images)
-    assert sum(sizes) == count and max(sizes) <= 2 and len(sizes) == -(-count // 2)
+    assert network[3].sizes == [count, *blocks]
 
 
 def test_a_network_is_not_kept():

@@ -1,0 +1,56 @@
+"""`Prediction`: the result of `DiffMIC.predict`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Prediction(NamedTuple):
+    """What `DiffMIC.predict` returns for B images.
+
+    Attributes:
+        probabilities: [B, C] float32, softmax of y_0, mean over the samples.
+        label: [B] int64, argmax of `probabilities`.
+        spread: [B, C], standard deviation of the probabilities over the samples (0 for one sample).
+        samples: [B, S, C], y_0 of every sample.
+        guidance: [B, 3, C], probabilities of the guidance's fused, global and local branches.
+        trajectory: [B, S, n + 1, C], the states of each chain from the initial one to y_0, or None.
+        saliency: [B, C, h, w], or None.
+        boxes: [B, K, 4] int64 patches in pixels (top, left, bottom, right; the last two exclusive), or None.
+    """
+
+    probabilities: Tensor
+    label: Tensor
+    spread: Tensor
+    samples: Tensor
+    guidance: Tensor
+    trajectory: Tensor | None = None
+    saliency: Tensor | None = None
+    boxes: Tensor | None = None
+
+    @classmethod
+    def from_states(
+        cls, states: Tensor, guidance: Tensor, samples: int, *, trajectory: bool = False
+    ) -> Prediction:
+        """The prediction that chains lead to, without saliency and boxes.
+
+        Args:
+            states: [n, B * S, C], the samples of an image one after another; states[-1] is y_0.
+            guidance: [B, 3, C].
+            samples: S.
+            trajectory: Keep all states.
+        """
+        states = states.unflatten(1, (guidance.shape[0], samples))
+        y_0 = states[-1]
+        each = y_0.softmax(dim=-1)
+        probabilities = each.mean(dim=1)
+        return cls(
+            probabilities=probabilities,
+            label=probabilities.argmax(dim=-1),
+            spread=each.std(dim=1, correction=0),
+            samples=y_0,
+            guidance=guidance,
+            trajectory=states.permute(1, 2, 0, 3) if trajectory else None,
+        )
