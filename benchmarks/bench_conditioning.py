@@ -1,12 +1,11 @@
-"""`conditioning` of the published size, F = 6144, C = 5, T = 1000: a training step's part, and eval mode's.
+"""`conditioning` at the published size, F = 6144, C = 5, T = 1000.
 
-Training is forward and backward of 3 streams of 32 rows, to x and all parameters as in a model. The
-gradient of gamma is dense, 25 MB of zeros but for 32 rows, whoever computes it, so there is a table
-without it too. Eval mode is forward alone, for 32 rows and for one.
+Training: forward and backward of 3 branches of 32 rows, to x and all parameters. The gradient of gamma is dense, 25 MB
+of zeros but for 32 rows, whoever computes it, so there is a table without it too. Evaluation mode: forward alone, for
+32 rows and for one.
 
-Peers: the reference, as written, compiled, and with
-`torch.set_float32_matmul_precision("medium")`; the kernel on one thread and on torch's threads. All
-but the compiled one through the public call.
+Peers: the reference as written, compiled, and with `torch.set_float32_matmul_precision("medium")`; the kernel on one
+thread and on torch's threads. All but the compiled one through the public call.
 """
 
 from __future__ import annotations
@@ -17,73 +16,54 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Maker, Setup, on_one_thread, with_matmul_precision
+from benchmarks.harness import Maker, Setup, copying, on_one_thread, with_matmul_precision
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.reference.conditioning import conditioning as reference
 
-STREAMS, BATCH, FEATURES, CLASSES, TIMESTEPS = 3, 32, 6144, 5, 1000
+BRANCHES, BATCH, FEATURES, CLASSES, TIMESTEPS = 3, 32, 6144, 5, 1000
 
 Call = Callable[[], object]
+Conditioning = Callable[..., Tensor]
 
 
 def setups() -> Iterator[Setup]:
-    """A training step's forward and backward pass, and forward passes in eval mode."""
-    peers: dict[str, Callable[..., Tensor]] = {
-        "reference": partial(conditioning, backend="reference"),
-        "reference, compiled": torch.compile(reference, dynamic=False),
-        "cpu": partial(conditioning, backend="cpu"),
-    }
+    """A training step's forward and backward pass, and forward passes in evaluation mode."""
+    by_reference = partial(conditioning, backend="reference")
+    compiled = torch.compile(reference, dynamic=False)
+    by_kernel = partial(conditioning, backend="cpu")
     copied = 2**21
     for title, make, moved in (
-        (
-            "training, 3 x 32 rows, forward and backward",
-            partial(_training, True),
-            _bytes(3, True, True),
-        ),
+        ("training, 3 x 32 rows, forward and backward", partial(_training, True), _bytes(3, True, True)),
         ("the same without gamma's gradient", partial(_training, False), _bytes(3, True, False)),
         ("eval, 32 rows, forward", partial(_eval, BATCH), _bytes(1, False, False)),
         ("eval, 1 row, forward", partial(_eval, 1), 0),
-    ):
-        makers: dict[str, Maker] = {
-            name: partial(_make, make, call) for name, call in peers.items()
+    ):  # fmt: skip
+        peers: dict[str, Maker] = {
+            "reference": partial(make, by_reference),
+            "reference, compiled": partial(make, compiled),
+            "cpu": partial(make, by_kernel),
+            "reference, precision medium": lambda make=make: with_matmul_precision(
+                "medium", make(by_reference)
+            ),
+            "cpu, 1 thread": lambda make=make: on_one_thread(make(by_kernel)),
+            "copy": partial(copying, copied),
         }
-        makers["reference, precision medium"] = partial(_medium, make, peers["reference"])
-        makers["cpu, 1 thread"] = partial(_on_one_thread, make, peers["cpu"])
-        makers["copy"] = partial(_copy, copied)
         yield Setup(
             f"conditioning, {title} (F = {FEATURES})",
-            makers,
+            peers,
             "reference",
             bytes_moved=moved,
             copy=("copy", 8 * copied),
         )
 
 
-def _make(make: Callable[[], Callable[..., Call]], call: Callable[..., Tensor]) -> Call:
-    return make()(call)
-
-
-def _on_one_thread(make: Callable[[], Callable[..., Call]], call: Callable[..., Tensor]) -> Call:
-    return on_one_thread(make()(call))
-
-
-def _medium(make: Callable[[], Callable[..., Call]], call: Callable[..., Tensor]) -> Call:
-    return with_matmul_precision("medium", make()(call))
-
-
-def _copy(count: int) -> Call:
-    source = torch.randn(count)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
-
-
-def _bytes(streams: int, backward: bool, gamma: bool) -> int:
-    """What has to be read and written at least: each array once."""
+def _bytes(branches: int, backward: bool, gamma: bool) -> int:
+    """Bytes to be read and written at least: each array once."""
     rows, labels = BATCH, 2 * CLASSES + 1
-    forward = 2 * rows + labels + streams * rows
+    forward = 2 * rows + labels + branches * rows
     # x, the gradient of h1, that of x, gamma's rows, W and its gradient.
-    back = 3 * rows + streams * rows + 2 * labels if backward else 0
+    back = 3 * rows + branches * rows + 2 * labels if backward else 0
     dense = TIMESTEPS + 1 + rows if gamma else 0
     return 4 * FEATURES * (forward + back + dense)
 
@@ -101,43 +81,37 @@ def _layer() -> ConditionalLayer:
 
 
 @cache
-def _training(gamma: bool) -> Callable[[Callable[..., Tensor]], Call]:
+def _training_inputs() -> tuple[Tensor, ...]:
     torch.manual_seed(0)
-    layer = _layer()
     x = torch.randn(BATCH, FEATURES).requires_grad_()
-    y, guidance = torch.randn(STREAMS, BATCH, CLASSES), torch.rand(STREAMS, BATCH, CLASSES)
-    grad = torch.randn(STREAMS, BATCH, FEATURES)
-    t = torch.randint(0, TIMESTEPS, (BATCH,))
-    learned = [part for i, part in enumerate(layer[:5]) if gamma or i != 2]
-    for part in learned:
-        part.requires_grad_()
-
-    def make(call: Callable[..., Tensor]) -> Call:
-        return lambda: torch.autograd.grad(
-            call(x, y, guidance, layer, t, training=True), (x, *learned), grad
-        )
-
-    return make
+    y, guidance = torch.randn(BRANCHES, BATCH, CLASSES), torch.rand(BRANCHES, BATCH, CLASSES)
+    grad = torch.randn(BRANCHES, BATCH, FEATURES)
+    return x, y, guidance, torch.randint(0, TIMESTEPS, (BATCH,)), grad
 
 
 @cache
-def _eval(rows: int) -> Callable[[Callable[..., Tensor]], Call]:
-    torch.manual_seed(0)
+def _trained_layer(gamma: bool) -> tuple[ConditionalLayer, list[Tensor]]:
     layer = _layer()
+    learned = [part for i, part in enumerate(layer[:5]) if gamma or i != 2]
+    return layer, [part.requires_grad_() for part in learned]
+
+
+def _training(gamma: bool, call: Conditioning) -> Call:
+    x, y, guidance, t, grad = _training_inputs()
+    layer, learned = _trained_layer(gamma)
+    return lambda: torch.autograd.grad(
+        call(x, y, guidance, layer, t, training=True), (x, *learned), grad
+    )
+
+
+@cache
+def _eval_inputs(rows: int) -> tuple[Tensor, Tensor, Tensor, ConditionalLayer, Tensor]:
+    torch.manual_seed(0)
     x, t = torch.randn(rows, FEATURES), torch.randint(0, TIMESTEPS, (rows,))
-    y, guidance = torch.randn(rows, CLASSES), torch.rand(rows, CLASSES)
+    return x, torch.randn(rows, CLASSES), torch.rand(rows, CLASSES), _layer(), t
 
-    def make(call: Callable[..., Tensor]) -> Call:
-        def once() -> None:
-            with torch.no_grad():
-                call(x, y, guidance, layer, t)
 
-        torch.testing.assert_close(
-            call(x, y, guidance, layer, t),
-            reference(x, y, guidance, layer, t),
-            rtol=1e-4,
-            atol=1e-5,
-        )
-        return once
-
-    return make
+def _eval(rows: int, call: Conditioning) -> Call:
+    inputs = _eval_inputs(rows)
+    torch.testing.assert_close(call(*inputs), reference(*inputs), rtol=1e-4, atol=1e-5)
+    return torch.no_grad()(partial(call, *inputs))

@@ -1,16 +1,17 @@
 """`denoise`: steps of a chain at the published size, F = 6144, C = 5, T = 1000.
 
-Peers: the reference, which is the chain with the image encoder hoisted out, in stock PyTorch; the same compiled; what
-stock PyTorch makes of it in bfloat16, in int8 and with a lower precision of float32 products (`denoise_peers`); its two
-hidden products alone; and, once, the published program's way, a ResNet-18 pass over the images at every step.
+Peers: the reference, which runs the chain with the image encoder hoisted out, in stock PyTorch ("hoisted"); the same
+compiled; stock PyTorch in bfloat16, in int8 and with a lower precision of float32 products (`denoise_peers`); its two
+hidden products alone; and, one step of it, the published way: a ResNet-18 pass over the images at every step.
 
-Beside them, in the same rounds, two limits of the machine: reading the hidden weights once, and the two products'
-multiply-adds on random operands. Each is the best of several implementations, chosen by timing them on this processor
-before the first round (csrc/cpu/denoise/denoise_probes.inc.h): ways of reading by as many threads, memory on large
-pages as the kernels' own; instructions of a precision by one thread.
+Two limits of the machine are measured in the same rounds: reading the hidden weights once, and the two products'
+multiply-adds on random operands. Each is the best of several implementations, selected by timing them on this processor
+before the first round (csrc/cpu/denoise/denoise_probes.inc.h): ways of reading with as many threads, on large pages as
+the kernels' own memory; instructions of a precision on one thread.
 
-The weights are those of a small denoiser (F = 256, fitted for some seconds to made-up features), every unit repeated 24
-times with 1/24 of its weight behind it: the function, and so the behaviour of windows of steps, is the small model's.
+The weights are those of a small denoiser (F = 256, fitted for some seconds to made-up features), every output channel
+repeated 24 times, with 1/24 of the weight in the next layer: the function, and so the behaviour of windows of steps, is
+the small model's.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ SMALL, REPEATS, CLASSES, T, SIDE = 256, 24, 5, 1000, 224
 FEATURES = SMALL * REPEATS
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 STEPS = (10, 30, 100, 300, T)
-_STOCK_STEPS = 10  # that are timed where a stock chain of more is a multiple of them
-TOLERANCE = 1e-5  # of states, where windows of steps may have one
-_LARGEST_PUBLISHED = 32  # rows; an encoder pass a step
+_STOCK_STEPS = 10  # timed steps of a longer stock chain
+TOLERANCE = 1e-5
+_LARGEST_PUBLISHED = 32  # rows: an encoder pass per step takes long
 _READ, _MULTIPLY = "limit: reading the weights", "limit: multiply-adds"
 PRECISIONS = PRECISIONS_OF["cpu"]
 _BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a hidden weight
-# A size a compilation; more than this many, and torch.compile would quietly stop compiling.
+# torch.compile compiles once per size, and silently stops beyond this many.
 torch._dynamo.config.recompile_limit = 4 * len(ROWS)
 
 
@@ -96,7 +97,7 @@ def _widen(layer: ConditionalLayer, first: bool = False) -> ConditionalLayer:
 
 
 def setups() -> Iterator[Setup]:
-    """Steps one after the other over rows; then one row's steps over their number, by windows too."""
+    """Sequential steps over the number of rows; then one row over the number of steps, in windows too."""
     for rows in ROWS:
         yield _over_rows(rows)
     for steps in STEPS:
@@ -104,7 +105,7 @@ def setups() -> Iterator[Setup]:
 
 
 def _over_rows(rows: int) -> Setup:
-    # Beside which the fingerprint of the weights that each call takes, as long as a reading of them, is little.
+    # Enough for the hash of the weights that each call computes, one reading of them, to be little beside them.
     steps = max(8, min(60, 1024 // rows))
     peers = _stock(rows, steps)
     peers |= {name: partial(_chain, rows, steps, precision=name, window=1) for name in PRECISIONS}
@@ -115,7 +116,7 @@ def _over_rows(rows: int) -> Setup:
         peers[bound] = partial(_multiply, 2 * FEATURES * FEATURES * rows * steps, name)
         limits[name] = {_READ: _BYTES[name] / 4, bound: 1.0}
     if rows <= _LARGEST_PUBLISHED:
-        peers["published way, one step"] = partial(_published_step, rows)
+        peers["published way, one step"] = partial(published_step, rows)
     return Setup(
         f"chain, {steps} steps, {rows} rows, F = {FEATURES}",
         peers,
@@ -123,12 +124,12 @@ def _over_rows(rows: int) -> Setup:
         {"rows": rows, "steps": steps, "features": FEATURES},
         1.0 if rows == 1 else 0.5 if rows <= 32 else 0.25,
         limits,
-        skipped=_skipped(),
+        skipped=denoise_peers.skipped(),
     )
 
 
 def _over_steps(steps: int) -> Setup:
-    # Stock PyTorch takes the same time for each step: a few of them are timed in every round.
+    # Stock PyTorch takes the same time for each step: a few are timed in every round.
     part = min(steps, _STOCK_STEPS)
     stock = _stock(1, part)
     totals = {}
@@ -140,7 +141,7 @@ def _over_steps(steps: int) -> Setup:
         call = partial(_chain, 1, steps, precision=name)
         peers[f"{name}, one after the other"] = partial(call, window=1)
         peers[f"{name}, windows"] = call
-        if name != "int8":  # which takes no tolerance
+        if name != "int8":  # takes no tolerance
             peers[f"{name}, windows, {TOLERANCE:.0e}"] = partial(call, tolerance=TOLERANCE)
     return Setup(
         f"1 row, {steps} steps, several at once",
@@ -148,55 +149,55 @@ def _over_steps(steps: int) -> Setup:
         "fp32, one after the other",
         {"rows": 1, "steps": steps, "features": FEATURES},
         0.5 if steps <= 100 else 0.125,
-        skipped=_skipped(),
+        skipped=denoise_peers.skipped(),
         totals=totals,
     )
 
 
 def _stock(rows: int, steps: int) -> dict[str, Maker]:
-    """What PyTorch has: the chain in every way of `denoise_peers`, and its products alone."""
+    """Stock PyTorch: the chain in every way of `denoise_peers`, and its products alone."""
+
+    def floating(dtype: torch.dtype, compiled: bool) -> Callable[[], object]:
+        chain = (*inputs(rows), weights(dtype), step_table(steps))
+        return denoise_peers.floating(*chain, compiled=compiled)
+
+    def products(dtype: torch.dtype) -> Callable[[], object]:
+        return denoise_peers.products(rows, weights(dtype), steps)
+
     peers: dict[str, Maker] = {}
     for name, dtype in (("hoisted", torch.float32), ("stock bf16", torch.bfloat16)):
-        peers[name] = partial(_floating, rows, steps, dtype)
-        peers[f"{name}, compiled"] = partial(_floating, rows, steps, dtype, compiled=True)
-    peers["stock fp32, matmul precision medium"] = partial(_medium, rows, steps)
-    if not denoise_peers.int8_obstacle():
-        peers["stock int8"] = partial(_int8, rows, steps)
+        peers[name] = partial(floating, dtype, False)
+        peers[f"{name}, compiled"] = partial(floating, dtype, True)
+    peers["stock fp32, matmul precision medium"] = lambda: with_matmul_precision(
+        "medium", floating(torch.float32, True)
+    )
+    if not denoise_peers.skipped():
+        peers["stock int8"] = lambda: denoise_peers.int8(
+            *inputs(rows), weights(), step_table(steps)
+        )
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        peers[f"stock {name} products"] = partial(_products, rows, steps, dtype)
+        peers[f"stock {name} products"] = partial(products, dtype)
     return peers
 
 
-def _skipped() -> dict[str, str]:
-    obstacle = denoise_peers.int8_obstacle()
-    return {"stock int8": obstacle} if obstacle else {}
-
-
 @cache
-def _weights() -> DenoiserWeights:
-    return fitted()
+def weights(dtype: torch.dtype = torch.float32) -> DenoiserWeights:
+    """The fitted denoiser's."""
+    return fitted() if dtype == torch.float32 else denoise_peers.cast(weights(), dtype)
 
 
-@cache
-def _stock_weights(dtype: torch.dtype) -> DenoiserWeights:
-    return denoise_peers.cast(_weights(), dtype)
-
-
-def _inputs(rows: int) -> tuple[Tensor, Tensor]:
+def inputs(rows: int) -> tuple[Tensor, Tensor]:
+    """Features [rows, F] and prior [rows, C]."""
     torch.manual_seed(1)
     labels = torch.randint(CLASSES, (rows,))
     prior = (4 * nn.functional.one_hot(labels, CLASSES) + torch.randn(rows, CLASSES)).softmax(-1)
     return _repeat(_features(labels), 1), prior
 
 
-def _table(steps: int) -> StepTable:
-    """Of a respaced chain; of all timesteps the whole chain, with its noise."""
+def step_table(steps: int) -> StepTable:
+    """A respaced chain; with T steps the whole chain, with its noise."""
     schedule = make_schedule("linear", T)
     return make_steps(schedule, "ddpm") if steps == T else make_steps(schedule, "ddim", steps)
-
-
-def _without_gradients(call: Callable[[], object]) -> Callable[[], object]:
-    return torch.no_grad()(call)
 
 
 def _chain(
@@ -206,56 +207,36 @@ def _chain(
     window: int | None = None,
     tolerance: float = 0.0,
 ) -> Callable[[], object]:
-    x, prior = _inputs(rows)
+    x, prior = inputs(rows)
     options = {"backend": "cpu", "precision": precision, "window": window, "tolerance": tolerance}
-    return _without_gradients(
-        partial(denoise, x, prior, prior, _weights(), _table(steps), **options)
+    return torch.no_grad()(
+        partial(denoise, x, prior, prior, weights(), step_table(steps), **options)
     )
 
 
-def _floating(
-    rows: int, steps: int, dtype: torch.dtype, compiled: bool = False
-) -> Callable[[], object]:
-    return denoise_peers.floating(
-        *_inputs(rows), _stock_weights(dtype), _table(steps), compiled=compiled
-    )
-
-
-def _medium(rows: int, steps: int) -> Callable[[], object]:
-    call = denoise_peers.floating(*_inputs(rows), _weights(), _table(steps), compiled=True)
-    return with_matmul_precision("medium", call)
-
-
-def _int8(rows: int, steps: int) -> Callable[[], object]:
-    return denoise_peers.int8(*_inputs(rows), _weights(), _table(steps))
-
-
-def _products(rows: int, steps: int, dtype: torch.dtype) -> Callable[[], object]:
-    return denoise_peers.products(rows, _stock_weights(dtype), steps)
-
-
-def _published_step(rows: int) -> Callable[[], object]:
-    """The image encoder, and a step."""
-    encoder = ImageEncoder("resnet18", FEATURES).eval()
-    images = torch.randn(rows, 3, SIDE, SIDE)
-    prior, one = _inputs(rows)[1], _table(1)
+def published_step(rows: int, device: str = "cpu") -> Callable[[], object]:
+    """The image encoder, and one step of the reference."""
+    encoder = ImageEncoder("resnet18", FEATURES).eval().to(device)
+    images = torch.randn(rows, 3, SIDE, SIDE, device=device)
+    prior, one = inputs(rows)[1].to(device), step_table(1)
+    there = denoise_peers.cast(weights(), device=device)
 
     def step() -> None:
-        denoise(encoder(images), prior, prior, _weights(), one, backend="reference")
+        denoise(encoder(images), prior, prior, there, one, backend="reference")
 
-    return _without_gradients(step)
+    return torch.no_grad()(step)
 
 
 @cache
 def _memory() -> Tensor:
-    """As much memory as the hidden weights take in float32; `read_probe` is ready to read it."""
+    """Memory of the size of the float32 hidden weights, for which `read_probe` is calibrated."""
     memory = on_large_pages(2 * FEATURES * FEATURES)
     _native.extension().calibrate_read_probe(memory, torch.get_num_threads())
     return memory
 
 
 def _read(steps: int) -> Callable[[], object]:
-    """Every hidden weight once a step."""
+    """Every hidden weight once per step."""
     memory, threads = _memory(), torch.get_num_threads()
 
     def read() -> None:

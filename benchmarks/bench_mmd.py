@@ -1,10 +1,9 @@
 """`mmd`, forward and backward to both row sets: 32 x 5 (training), and n x 64 over n.
 
-Peers: the published formula (the reference), where its n x m x d array is not absurd; the Gram
-formula |u|^2 + |v|^2 - 2uv, as written, compiled, and with
-`torch.set_float32_matmul_precision("medium")`; torch.cdist; geomloss and pykeops where they are
-installed (`pip install .[bench]`); the kernel on one thread and on torch's threads, through the
-public call. The limit is three multiply-adds for an element of each pair of rows, in registers.
+Peers: the published formula (the reference), up to the sizes whose n x m x d array is reasonable; the Gram formula
+|u|^2 + |v|^2 - 2uv, as written, compiled, and with `torch.set_float32_matmul_precision("medium")`; torch.cdist;
+geomloss and pykeops where they are installed (`pip install .[bench]`); the kernel on one thread and on torch's threads,
+through the public call. The limit is three multiply-adds per element of each pair of rows, in registers.
 """
 
 from __future__ import annotations
@@ -23,9 +22,18 @@ from diffmic_fast.ops.mmd import mmd
 SIZES = ((32, 5), (64, 64), (256, 64), (1024, 64), (4096, 64))
 _LARGEST_REFERENCE = 1024
 _LIMIT = "limit: multiply-adds"
-_LONG_ENOUGH = 200_000_000  # multiply-adds beside which the start of threads is nothing
+_LONG_ENOUGH = 200_000_000  # multiply-adds beside which starting threads takes no time
+_NEEDS = {
+    "geomloss": ("geomloss",),
+    "geomloss, online": ("geomloss", "pykeops"),
+    "pykeops": ("pykeops",),
+}
 
 Formula = Callable[[Tensor, Tensor], Tensor]
+
+
+def _discrepancy(mean: Formula, x: Tensor, y: Tensor) -> Tensor:
+    return mean(x, x) + mean(y, y) - 2 * mean(x, y)
 
 
 def gram(x: Tensor, y: Tensor) -> Tensor:
@@ -35,16 +43,14 @@ def gram(x: Tensor, y: Tensor) -> Tensor:
         squares = u.square().sum(dim=1)[:, None] + v.square().sum(dim=1) - 2 * u @ v.T
         return torch.exp(-squares.clamp_min(0) / u.shape[1] ** 2).mean()
 
-    return mean(x, x) + mean(y, y) - 2 * mean(x, y)
+    return _discrepancy(mean, x, y)
 
 
 def cdist(x: Tensor, y: Tensor) -> Tensor:
     """The discrepancy by torch.cdist."""
-
-    def mean(u: Tensor, v: Tensor) -> Tensor:
-        return torch.exp(-torch.cdist(u, v).square() / u.shape[1] ** 2).mean()
-
-    return mean(x, x) + mean(y, y) - 2 * mean(x, y)
+    return _discrepancy(
+        lambda u, v: torch.exp(-torch.cdist(u, v).square() / u.shape[1] ** 2).mean(), x, y
+    )
 
 
 def keops(x: Tensor, y: Tensor) -> Tensor:
@@ -56,7 +62,7 @@ def keops(x: Tensor, y: Tensor) -> Tensor:
         sums = (-squares / u.shape[1] ** 2).exp().sum(dim=1, backend="CPU")
         return sums.sum() / (len(u) * len(v))
 
-    return mean(x, x) + mean(y, y) - 2 * mean(x, y)
+    return _discrepancy(mean, x, y)
 
 
 def geomloss(x: Tensor, y: Tensor, backend: str) -> Tensor:
@@ -68,7 +74,7 @@ def geomloss(x: Tensor, y: Tensor, backend: str) -> Tensor:
 
 @cache
 def _missing(module: str) -> str:
-    """Why a package cannot be used, or nothing."""
+    """Why a package cannot be used; empty where it can."""
     try:
         importlib.import_module(module)
     except Exception as error:  # pykeops looks for compilers when it is imported
@@ -83,33 +89,25 @@ def _compiled() -> Formula:
 
 def setups() -> Iterator[Setup]:
     """Value and gradients; the large sizes in fewer rounds."""
+    reasons = {
+        name: "; ".join(filter(None, map(_missing, modules))) for name, modules in _NEEDS.items()
+    }
+    skipped = {name: reason for name, reason in reasons.items() if reason}
+    formulas: dict[str, Formula] = {
+        "reference": partial(mmd, backend="reference"),
+        "Gram": gram,
+        "Gram, compiled": lambda x, y: _compiled()(x, y),
+        "cdist": cdist,
+        "geomloss": partial(geomloss, backend="tensorized"),
+        "geomloss, online": partial(geomloss, backend="online"),
+        "pykeops": keops,
+        "cpu": partial(mmd, backend="cpu"),
+    }
     for n, d in SIZES:
-        formulas: dict[str, Formula] = {}
-        if n <= _LARGEST_REFERENCE:
-            formulas["reference"] = partial(mmd, backend="reference")
-        formulas |= {
-            "Gram": gram,
-            "Gram, compiled": lambda x, y: _compiled()(x, y),
-            "cdist": cdist,
-            "geomloss": partial(geomloss, backend="tensorized"),
-            "geomloss, online": partial(geomloss, backend="online"),
-            "pykeops": keops,
-            "cpu": partial(mmd, backend="cpu"),
-        }
-        needs = {
-            "geomloss": ("geomloss",),
-            "geomloss, online": ("geomloss", "pykeops"),
-            "pykeops": ("pykeops",),
-        }
-        skipped = {
-            name: reason
-            for name, modules in needs.items()
-            if (reason := "; ".join(filter(None, map(_missing, modules))))
-        }
         peers: dict[str, Maker] = {
             name: partial(_checked, formula, n, d)
             for name, formula in formulas.items()
-            if name not in skipped
+            if name not in skipped and (name != "reference" or n <= _LARGEST_REFERENCE)
         }
         peers["cpu, 1 thread"] = lambda make=peers["cpu"]: on_one_thread(make())  # type: ignore[misc]
         peers["Gram, precision medium"] = partial(_medium, n, d)
@@ -136,21 +134,23 @@ def _rows(n: int, d: int) -> tuple[Tensor, Tensor]:
 
 
 def _checked(formula: Formula, n: int, d: int) -> Callable[[], object]:
-    """The call, once it has been seen to compute the same as the kernel."""
+    """The call, after its value and gradients were compared with the kernel's."""
     x, y = _rows(n, d)
-    value = mmd(x, y, backend="cpu")
-    wanted = (value, *torch.autograd.grad(value, (x, y)))
-    value = formula(x, y)
-    found = (value, *torch.autograd.grad(value, (x, y)))
-    for got, want in zip(found, wanted, strict=True):
-        # Formulas of matrix products lose digits in the distances, the more the larger rows are.
+
+    def outcome(of: Formula) -> tuple[Tensor, ...]:
+        value = of(x, y)
+        return value, *torch.autograd.grad(value, (x, y))
+
+    kernel = partial(mmd, backend="cpu")
+    for got, want in zip(outcome(formula), outcome(kernel), strict=True):
+        # Distances by matrix products lose digits, more of them for longer rows.
         size = float(want.detach().abs().max())
         torch.testing.assert_close(got, want, rtol=0, atol=2e-3 * size + 1e-6 / n)
     return lambda: torch.autograd.grad(formula(x, y), (x, y))
 
 
 def _medium(n: int, d: int) -> Callable[[], object]:
-    """Where the processor multiplies bfloat16, its products may be of that precision: not compared."""
+    """Not compared: on a processor with bfloat16 instructions its products may have that precision."""
     x, y = _rows(n, d)
     return with_matmul_precision("medium", lambda: torch.autograd.grad(gram(x, y), (x, y)))
 

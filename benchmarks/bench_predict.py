@@ -1,13 +1,14 @@
 """`predict`: 32 images in the APTOS2019 setting, 224 px, ResNet-50 guidance, ResNet-18 encoder, F = 6144, C = 5, 60
 truncated steps; whole, and in its three parts.
 
-The published program's way is a model of its work in eager PyTorch, float32, contiguous layout, nothing folded: the
-guidance model twice, then at each step the image encoder and the denoiser's layers. It takes minutes, and its steps are
-alike: one guidance pass and one step are timed in every round, and its row is 2 of the first and 60 of the second. The
-same with what a line changes: under `torch.autocast` in bfloat16, where the processor has such convolutions, and with
+"Published way" is a re-implementation here of the published program's work: this package's modules in eager PyTorch,
+float32, contiguous layout, BatchNorm not folded, the chain by the reference. It runs the guidance model twice, then at
+each step the image encoder and the denoiser's layers. That takes minutes, and its steps are alike: one guidance pass
+and one step are timed in every round, and its row is the sum of 2 of the first and 60 of the second. It is timed also
+under `torch.autocast` in bfloat16, where the processor has such convolutions, and with
 `torch.set_float32_matmul_precision("medium")`.
 
-Weights and images are random, which costs the same; the chain is the native one in all precisions that it has.
+Weights and images are random, which costs the same; the chain is the native one in all its precisions.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from torch import Tensor
 from benchmarks.harness import Maker, Setup, with_matmul_precision
 from diffmic_fast import DiffMIC, DiffMICConfig
 from diffmic_fast.diffusion import make_steps
-from diffmic_fast.models import execution as inference
+from diffmic_fast.models import execution
 from diffmic_fast.ops.denoise import PRECISIONS_OF
 from diffmic_fast.reference.denoise import denoise
 
@@ -32,10 +34,12 @@ _PUBLISHED = "published way"
 _AUTOCAST, _MEDIUM = f"{_PUBLISHED}, bf16 autocast", f"{_PUBLISHED}, matmul precision medium"
 _GUIDANCE, _STEP = "one guidance pass", "one step"
 
+Call = Callable[[], object]
+
 
 def setups() -> Iterator[Setup]:
     """The whole, and its parts."""
-    obstacle = inference.bfloat16_obstacle(torch.device("cpu"))
+    obstacle = execution.bfloat16_obstacle(torch.device("cpu"))
     ways = [_PUBLISHED, _MEDIUM] if obstacle else [_PUBLISHED, _AUTOCAST, _MEDIUM]
     peers: dict[str, Maker] = {
         f"{way}, {part}": partial(_published, way, part)
@@ -66,14 +70,14 @@ def _model() -> tuple[DiffMIC, Tensor]:
     return DiffMIC(DiffMICConfig(classes=5)).eval(), torch.randn(IMAGES, 3, SIDE, SIDE)
 
 
-def _predict(precision: str) -> Callable[[], object]:
+def _predict(precision: str) -> Callable[..., object]:
     model, images = _model()
     return partial(
         model.predict, images, sampler="ddpm_truncated", steps=STEPS, precision=precision
     )
 
 
-def _published(way: str, part: str) -> Callable[[], object]:
+def _published(way: str, part: str) -> Call:
     model, images = _model()
     published = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     denoiser = published.denoiser
@@ -84,29 +88,25 @@ def _published(way: str, part: str) -> Callable[[], object]:
         denoise(denoiser.encode(images), prior, prior, denoiser.weights(), one)
 
     work = partial(published.guidance, images) if part == _GUIDANCE else step
-    call = torch.no_grad()(partial(_not_folded, work))
+    call = torch.no_grad()(_not_folded(work))
     if way == _AUTOCAST:
-        # A user's block covers all steps, and weights are cast once in it. Nested, so are those here.
+        # A user's autocast block covers all steps, and casts weights once. Nested, so do these blocks.
         torch.autocast_increment_nesting()
         return torch.autocast("cpu", torch.bfloat16)(call)
     return with_matmul_precision("medium", call) if way == _MEDIUM else call
 
 
-def _part(part: str, precision: str, folded: bool) -> Callable[[], object]:
+def _part(part: str, precision: str, folded: bool) -> Call:
     model, images = _model()
     method = model.guide if part == "guidance" else model.encode
     call = partial(method, images, precision=precision)
-    return call if folded else partial(_not_folded, call)
+    return call if folded else _not_folded(call)
 
 
-def _chain(precision: str) -> Callable[[], object]:
+def _chain(precision: str) -> Call:
     model, images = _model()
     return partial(_predict(precision), guidance=model.guide(images), features=model.encode(images))
 
 
-def _not_folded(call: Callable[[], object]) -> None:
-    least, inference._LEAST_PIXELS = inference._LEAST_PIXELS, 10**12
-    try:
-        call()
-    finally:
-        inference._LEAST_PIXELS = least
+def _not_folded(call: Call) -> Call:
+    return patch.object(execution, "_LEAST_PIXELS", 10**12)(call)

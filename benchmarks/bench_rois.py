@@ -1,8 +1,7 @@
 """`rois`: 32 images of 224 x 224, 7 x 7 cells, five classes, K = 6 crops of 32 x 32.
 
-Peers: the kernel on one thread and on torch's threads, through the public call; the reference; and
-what is written first, a Python loop over images and crops. The loop is given its best form: one
-minimum an image, only where a crop leaves it, and no check of its arguments.
+Peers: the kernel on one thread and on torch's threads, through the public call; the reference; and a Python loop over
+images and crops in its best form: one minimum per image, only where a crop leaves it, and no validation.
 """
 
 from __future__ import annotations
@@ -13,14 +12,15 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Setup, on_one_thread
+from benchmarks.harness import Maker, Setup, copying, on_one_thread
 from diffmic_fast.ops import rois as ops
 
 BATCH, CLASSES, GRID, SIDE, CROP, COUNT = 32, 5, 7, 224, 32, 6
+_WRITTEN = BATCH * COUNT * 3 * CROP * CROP  # numbers in all crops
 
 
 def loop_windows(saliency: Tensor, count: int) -> Tensor:
-    """Best cells of a 1 x 1 window, image by image and crop by crop."""
+    """Chosen cells of a 1 x 1 window, image by image and crop by crop."""
     cells = torch.empty(len(saliency), count, 2, dtype=torch.int64)
     columns = saliency.shape[3]
     for b in range(len(saliency)):
@@ -57,13 +57,13 @@ def loop_crops(images: Tensor, origins: Tensor, side: int) -> Tensor:
 
 @cache
 def _inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Saliency, images, and corners inside and across edges; the loop finds and cuts the same."""
+    """Saliency, images, and origins inside and across edges, after the loop was compared with the operation."""
     generator = torch.Generator().manual_seed(0)
     saliency = torch.randn(BATCH, CLASSES, GRID, GRID, generator=generator)
     images = torch.randn(BATCH, 3, SIDE, SIDE, generator=generator)
     cells = ops.choose_windows(saliency, (1, 1), COUNT)
     origins = _to_pixels(cells)
-    outside = origins - CROP // 2  # most images have a crop that leaves them
+    outside = origins - CROP // 2  # in most images a crop crosses the edge
     assert torch.equal(loop_windows(saliency, COUNT), cells)
     for corners in (origins, outside):
         found = ops.cut_crops(images, corners, (CROP, CROP))
@@ -75,60 +75,51 @@ def _to_pixels(cells: Tensor) -> Tensor:
     return ops.cell_to_pixel(cells, (GRID, GRID), (SIDE, SIDE))
 
 
-def _both(backend: str) -> object:
-    saliency, images, _, _ = _inputs()
-    if backend == "loop":
+Call = Callable[[], object]
+
+
+def _operations() -> Iterator[tuple[str, Call, Callable[..., object], int]]:
+    """Title, the loop, the operation (of a backend), and bytes moved."""
+    saliency, images, origins, outside = _inputs()
+    size = (CROP, CROP)
+    moved = 4 * (_WRITTEN + _WRITTEN // 3)
+
+    def loop() -> Tensor:
         return loop_crops(images, _to_pixels(loop_windows(saliency, COUNT)), CROP)
-    return ops.rois(saliency, images, (CROP, CROP), COUNT, backend=backend)
 
-
-def _windows(backend: str) -> object:
-    saliency = _inputs()[0]
-    if backend == "loop":
-        return loop_windows(saliency, COUNT)
-    return ops.choose_windows(saliency, (1, 1), COUNT, backend=backend)
-
-
-def _crops(outside: bool, backend: str) -> object:
-    _, images, *corners = _inputs()
-    if backend == "loop":
-        return loop_crops(images, corners[outside], CROP)
-    return ops.cut_crops(images, corners[outside], (CROP, CROP), backend=backend)
+    yield "rois: windows and crops", loop, partial(ops.rois, saliency, images, size, COUNT), 0
+    choose = partial(ops.choose_windows, saliency, (1, 1), COUNT)
+    yield "choose_windows", partial(loop_windows, saliency, COUNT), choose, 0
+    minima = 4 * _planes_with_minimum(outside) * SIDE * SIDE
+    for title, corners, read in (
+        ("cut_crops, all inside", origins, 0),
+        ("cut_crops, across the upper and left edges", outside, minima),
+    ):
+        cut = partial(ops.cut_crops, images, corners, size)
+        yield title, partial(loop_crops, images, corners, CROP), cut, moved + read
 
 
 def setups() -> Iterator[Setup]:
-    """Both parts and the whole, with crops inside their images and with crops that leave them."""
-    written = BATCH * COUNT * 3 * CROP * CROP * 4
-    read = written // 3
-    for title, call, moved in (
-        ("rois: windows and crops", _both, 0),
-        ("choose_windows", _windows, 0),
-        ("cut_crops, all inside", partial(_crops, False), written + read),
-        (
-            "cut_crops, across the upper and left edges",
-            partial(_crops, True),
-            written + read + _planes_with_minimum(_inputs()[3]) * SIDE * SIDE * 4,
-        ),
-    ):
+    """Both parts and the whole, with crops inside their images and across the edges."""
+    for title, loop, call, moved in _operations():
+        kernel = partial(call, backend="cpu")
+        peers: dict[str, Call] = {
+            "loop": loop,
+            "reference": partial(call, backend="reference"),
+            "cpu, 1 thread": on_one_thread(kernel),
+            "cpu": kernel,
+        }
+        makers: dict[str, Maker] = {
+            name: lambda made=made: made
+            for name, made in peers.items()  # type: ignore[misc]
+        }
         yield Setup(
             f"{title} ({BATCH} images {SIDE} x {SIDE}, K = {COUNT})",
-            {
-                "loop": lambda call=call: partial(call, "loop"),
-                "reference": lambda call=call: partial(call, "reference"),
-                "cpu, 1 thread": lambda call=call: on_one_thread(partial(call, "cpu")),
-                "cpu": lambda call=call: partial(call, "cpu"),
-                "copy": lambda: _copy(written // 4),
-            },
+            {**makers, "copy": partial(copying, _WRITTEN)},
             "loop",
             bytes_moved=moved,
-            copy=("copy", 2 * written),
+            copy=("copy", 8 * _WRITTEN),
         )
-
-
-def _copy(count: int) -> Callable[[], object]:
-    source = torch.randn(count)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
 
 
 def _planes_with_minimum(origins: Tensor) -> int:

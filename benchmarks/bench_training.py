@@ -1,34 +1,29 @@
 """Training steps in the published setting: 32 images of 224 px, ResNet-18 encoder, F = 6144, ResNet-50 guidance, C = 5.
 
-The published program's way is a model of its work in eager PyTorch, float32, contiguous layout: three passes of the
-denoiser, each with its own image encoder, of the plain modules; plain mean squared error and MMD, backward, clipping
-and `torch.optim.Adam` as it comes. Ours is `training.steps.Steps`. Both begin with the same weights, and before
-anything is timed both losses are computed from the same noise and compared. Neither keeps a moving average.
-
-The published way is timed with what a line changes, too: its forward passes under `torch.autocast` in bfloat16, where
-the processor has such convolutions, and `torch.set_float32_matmul_precision("medium")`.
+Peers: the published way (`benchmarks.published`), timed whole, also with its forward passes under `torch.autocast` in
+bfloat16, where the processor has such convolutions, and with `torch.set_float32_matmul_precision("medium")`; and
+`training.steps.Steps`. All begin with the same weights, and before anything is timed both losses are computed from the
+same noise and compared. None keeps a moving average.
 
 A denoiser step has the guidance's probabilities given; a joint step is the guidance's forward pass, a denoiser step and
-a step of the guidance model. Steps in bfloat16 are timed where the processor has such convolutions.
+a step of the guidance model. Memory is that of a process of its own for each peer.
 
-Memory is that of a process of its own for each peer, models, gradients, optimizer and libraries included.
-
-The small sizes tell what a call costs beside its work.
+The small sizes show what a call costs beside its work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import Maker, Setup, with_matmul_precision
+from benchmarks.published import Published, published_loss
 from diffmic_fast import DiffMIC, DiffMICConfig
 from diffmic_fast.config.run import TrainingConfig
-from diffmic_fast.diffusion.schedule import q_sample
 from diffmic_fast.models.encoders import Trunk
 from diffmic_fast.models.execution import bfloat16_obstacle
 from diffmic_fast.models.loss import antithetic_timesteps
@@ -36,7 +31,6 @@ from diffmic_fast.ops.conditional_linear import conditional_linear
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.ops.mmd import mmd
 from diffmic_fast.ops.noise_losses import noise_losses
-from diffmic_fast.reference import mmd as reference_mmd
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.training.steps import Steps
 
@@ -88,15 +82,15 @@ def setups() -> Iterator[Setup]:
 
 
 class _Given(nn.Module):
-    """A guidance model that answers at once."""
+    """A guidance model that returns given logits."""
 
-    def __init__(self, streams: Tensor) -> None:
+    def __init__(self, logits: Tensor) -> None:
         super().__init__()
-        self.streams = nn.Parameter(streams)
+        self.logits = nn.Parameter(logits)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Logits of the three streams."""
-        return tuple(self.streams.detach())
+        """Logits of the three branches."""
+        return tuple(self.logits.detach())
 
 
 @cache
@@ -109,18 +103,14 @@ def _model(joint: bool) -> DiffMIC:
     torch.manual_seed(0)
     model = DiffMIC(DiffMICConfig(classes=CLASSES))
     if not joint:
-        streams = torch.randn(3, BATCH, CLASSES, generator=torch.Generator().manual_seed(1))
-        given = _Given(streams)
-        given.ds_net = given.dn_resnet = Trunk("resnet18")  # nobody asks them
+        given = _Given(torch.randn(3, BATCH, CLASSES, generator=torch.Generator().manual_seed(1)))
+        given.ds_net = given.dn_resnet = Trunk("resnet18")  # never called
         model.guidance = given  # type: ignore[assignment]
     return model.train()
 
 
-def _ours(joint: bool, precision: str, *, recompute: bool = False) -> Call:
+def _steps(steps: Steps | Published, joint: bool) -> Call:
     images, labels = _batch()
-    config = TrainingConfig(ema_decay=None, warmup_epochs=1.0, recompute=recompute)
-    config.precision = precision  # type: ignore[assignment]
-    steps = Steps(_model(joint), config, seed=0)
 
     def step() -> None:
         steps.denoiser_step(images, labels, 1.0)
@@ -130,65 +120,24 @@ def _ours(joint: bool, precision: str, *, recompute: bool = False) -> Call:
     return step
 
 
+def _ours(joint: bool, precision: Literal["fp32", "bf16"], *, recompute: bool = False) -> Call:
+    config = TrainingConfig(
+        ema_decay=None, warmup_epochs=1.0, recompute=recompute, precision=precision
+    )
+    return _steps(Steps(_model(joint), config, seed=0), joint)
+
+
 def _published(joint: bool, *, autocast: bool = False) -> Call:
-    images, labels = _batch()
-    model = _model(joint).to(memory_format=torch.contiguous_format)
-    optimizer = torch.optim.Adam(model.denoiser.parameters(), lr=1e-3)
-    of_guidance = torch.optim.Adam(model.guidance.parameters(), lr=2e-4, amsgrad=True)
-    generator = torch.Generator().manual_seed(0)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = published_loss(model, images, labels, generator)
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(model.denoiser.parameters(), 1.0)
-        optimizer.step()
-        if joint:
-            of_guidance.zero_grad()
-            model.guidance.train()
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = F.cross_entropy(model.guidance(images)[0], labels)
-            torch.autograd.backward(loss)
-            of_guidance.step()
-
-    return step
+    config = TrainingConfig(warmup_epochs=1.0)
+    return _steps(Published(_model(joint), config, seed=0, autocast=autocast), joint)
 
 
 def _published_medium(joint: bool) -> Call:
     return with_matmul_precision("medium", _published(joint))
 
 
-def published_loss(
-    model: DiffMIC, images: Tensor, labels: Tensor, generator: torch.Generator
-) -> Tensor:
-    """The loss of spec.md, section 5, pass after pass; draws what `DiffMIC.loss` draws."""
-    denoiser = model.denoiser
-    timesteps = antithetic_timesteps(len(images), model.config.timesteps, generator)
-    noise = torch.randn(len(images), model.config.classes, generator=generator).to(images.dtype)
-    model.guidance.eval()
-    with torch.no_grad():
-        priors = [logits.softmax(dim=1) for logits in model.guidance(images)]
-    y_0 = F.one_hot(labels, model.config.classes).to(images.dtype)
-    found = []
-    for prior in priors:
-        y_t = q_sample(y_0, prior, model.schedule, timesteps, noise)
-        h = denoiser.encoder_x(images)
-        h = denoiser.norm(h) * _plain(denoiser, 1, torch.cat((y_t, prior), dim=1), timesteps)
-        for number in (2, 3):
-            h = _plain(denoiser, number, h, timesteps)
-        found.append(denoiser.lin4(h))
-    others = sum(reference_mmd.mmd(noise, eps) for eps in found[1:])
-    return F.mse_loss(found[0], noise) + model.config.mmd_weight * others
-
-
-def _plain(denoiser: nn.Module, number: int, h: Tensor, timesteps: Tensor) -> Tensor:
-    layer, norm = getattr(denoiser, f"lin{number}"), getattr(denoiser, f"unetnorm{number}")
-    return F.softplus(norm(layer(h, timesteps)))
-
-
 def _compare(joint: bool) -> None:
-    """Both ways' losses from the same weights and noise."""
+    """Compare both ways' losses from the same weights and noise."""
     images, labels = _batch()
     with torch.no_grad():
         ours = _model(joint).loss(images, labels, generator=torch.Generator().manual_seed(3)).total
@@ -202,16 +151,15 @@ def _compare(joint: bool) -> None:
 def _small_layer(width: int) -> tuple[ConditionalLayer, Tensor]:
     torch.manual_seed(0)
     f = SMALL_FEATURES
-    learned = [
+    learned = (
         torch.randn(f, width),
         torch.randn(f),
         torch.rand(11, f),
         torch.rand(f),
         torch.rand(f),
-    ]
-    layer = ConditionalLayer(
-        *(part.requires_grad_() for part in learned), torch.zeros(f), torch.ones(f)
     )
+    parts = (part.requires_grad_() for part in learned)
+    layer = ConditionalLayer(*parts, torch.zeros(f), torch.ones(f))
     return layer, torch.randint(0, 11, (SMALL_BATCH,))
 
 

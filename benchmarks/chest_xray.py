@@ -1,15 +1,15 @@
-"""The real run: chest X-rays, DiffMIC beside plain networks of the same budget, over several seeds.
+"""Chest X-rays: DiffMIC beside plain networks of the same budget, over several seeds.
 
     make bench RUN="benchmarks.chest_xray --data $PWD/data/chest_xray --out $PWD/runs"
 
 Trains the preset `chest_xray_small` (folds 1 to 3), tests it on fold 0 with the guidance alone and with each sampler,
 and trains plain networks on the same images with the same augmentation and batch size: a ResNet-18 from random weights
 for as many epochs and for as much time as DiffMIC, and DiffMIC's own image encoder, from the same ImageNet weights, for
-as much time. Every finished row is kept in benchmarks/results/chest_xray.json, so a run that broke off goes on where it
-was; prints the table at the end.
+as much time. Every finished row is kept in benchmarks/results/chest_xray.json, so an interrupted run resumes there;
+prints the table at the end.
 
-Accuracies may be collected on a busy machine; times may not. `--timings` takes them alone: an epoch of everything and
-the milliseconds an image of every method. The table's training minutes are epochs times seconds an epoch.
+Accuracies may be collected on a busy machine; times may not. `--timings` takes them alone: one epoch of everything and
+the milliseconds per image of every method. The table's training minutes are epochs times seconds per epoch.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from diffmic_fast.config.run import RunConfig, read_config
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.inference.evaluate import evaluate
-from diffmic_fast.inference.metrics import NAMES, compute_metrics
+from diffmic_fast.inference.metrics import NAMES, Metrics, compute_metrics
 from diffmic_fast.models.encoders import ImageEncoder
 from diffmic_fast.training.schedules import epoch_batches, half_cosine
 from diffmic_fast.training.trainer import Trainer, make_dataset
 
 METHODS = ("ddpm_truncated:60", "ddpm", "ddim:20")
-# Network and epochs. The larger numbers give it DiffMIC's time, by the seconds an epoch that --timings measured.
+# Network and epochs. The larger numbers give it DiffMIC's time, by the seconds per epoch of --timings.
 PLAIN = {
     "ResNet-18, same epochs": ("resnet18", 11),
     "ResNet-18, more time": ("resnet18", 24),
@@ -62,7 +62,7 @@ Row = dict[str, Any]
 
 
 def run_diffmic(config: RunConfig, out: Path) -> dict[str, Row]:
-    """Train, or go on with, the run in `out`; a row for the guidance alone and one for each sampler."""
+    """Train or resume the run in `out`; a row for the guidance alone and one for each sampler."""
     checkpoint = out / NAME
     trainer = Trainer(config, out, resume=checkpoint if checkpoint.exists() else None)
     model, _ = load_model(trainer.fit())
@@ -75,17 +75,18 @@ def run_diffmic(config: RunConfig, out: Path) -> dict[str, Row]:
     )
     evaluation.print()
     return {
-        result.method: {name: getattr(result.metrics, name) for name in NAMES}
-        | {
-            "milliseconds": 1000 * result.seconds_per_image,
-            "confusion": result.metrics.confusion.tolist(),
-        }
+        result.method: _row(result.metrics, result.seconds_per_image)
         for result in evaluation.results
     }
 
 
+def _row(metrics: Metrics, seconds: float) -> Row:
+    row = {name: getattr(metrics, name) for name in NAMES}
+    return row | {"milliseconds": 1000 * seconds, "confusion": metrics.confusion.tolist()}
+
+
 def make_plain(network_name: str, config: RunConfig) -> nn.Module:
-    """One of the plain networks, in the layout that convolutions are fastest in."""
+    """A plain network in channels-last layout."""
     torch.manual_seed(config.seed)
     classes = config.model.classes
     network: nn.Module
@@ -97,7 +98,7 @@ def make_plain(network_name: str, config: RunConfig) -> nn.Module:
 
 
 def train_plain(network: nn.Module, config: RunConfig, epochs: int) -> list[float]:
-    """Cross-entropy, Adam 1e-3 with a half-cosine to 0; the seconds of every epoch."""
+    """Train by cross-entropy, Adam 1e-3 with a half-cosine to 0; the seconds of every epoch."""
     dataset = make_dataset(config, open_source(config.data, "train"), train=True)
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=True)
     seconds = []
@@ -118,7 +119,7 @@ def train_plain(network: nn.Module, config: RunConfig, epochs: int) -> list[floa
 
 @torch.no_grad()
 def test_plain(network: nn.Module, config: RunConfig) -> Row:
-    """Measures on the test images, and milliseconds an image of the network alone."""
+    """Metrics on the test images, and milliseconds per image of the network alone."""
     dataset = make_dataset(config, open_source(config.data, "test"), train=False)
     network.eval()
     probabilities: list[Tensor] = []
@@ -133,16 +134,13 @@ def test_plain(network: nn.Module, config: RunConfig) -> Row:
         labels.append(truth)
     truth = torch.cat(labels)
     metrics = compute_metrics(torch.cat(probabilities).double().numpy(), truth.numpy())
-    return {name: getattr(metrics, name) for name in NAMES} | {
-        "milliseconds": 1000 * seconds / len(truth),
-        "confusion": metrics.confusion.tolist(),
-    }
+    return _row(metrics, seconds / len(truth))
 
 
 def measure_times(config: RunConfig) -> dict[str, Any]:
-    """Seconds a training epoch and milliseconds an image, of everything in the table.
+    """Training minutes and milliseconds per image of everything in the table.
 
-    The first epoch of each pays for decoding the images, so the second counts.
+    The first epoch of each pays for decoding the images, so the second one is taken.
     """
     training = config.training
     brief = dataclasses.replace(training, guidance_epochs=2, epochs=1, warmup_epochs=0)
@@ -167,12 +165,8 @@ def measure_times(config: RunConfig) -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """Markdown: mean and standard deviation over the seeds, and times where they were taken."""
     seeds, times = record["seeds"], record.get("times", {}).get("methods", {})
-    lines = [
-        "| method | " + " | ".join(COLUMNS.values()) + " |",
-        "|---|" + "---|" * len(COLUMNS),
-    ]
-    names = dict.fromkeys(name for rows in seeds.values() for name in rows)
-    for name in names:
+    lines = [f"| method | {' | '.join(COLUMNS.values())} |", "|---|" + "---|" * len(COLUMNS)]
+    for name in dict.fromkeys(name for rows in seeds.values() for name in rows):
         cells = []
         for column in COLUMNS:
             if column in ("milliseconds", "minutes"):
@@ -185,12 +179,12 @@ def table(record: dict[str, Any]) -> str:
                 cells.append(f"{100 * mean:.2f} ± {100 * spread:.2f} %")
             else:
                 cells.append(f"{mean:.3f} ± {spread:.3f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def machine() -> dict[str, Any]:
-    """The machine and the versions that numbers belong to."""
+    """The machine and the versions."""
     return {
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
@@ -203,12 +197,12 @@ def machine() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Make the rows that are missing in the results file, or its times; then print the table."""
+    """Complete the rows of the results file, or take its times; then print the table."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("data/chest_xray"))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--only", choices=("diffmic", "plain"), help="leave the others out")
-    parser.add_argument("--timings", action="store_true", help="only take the times")
+    parser.add_argument("--only", choices=("diffmic", "plain"), help="only these rows")
+    parser.add_argument("--timings", action="store_true", help="take the times alone")
     parser.add_argument("--out", type=Path, default=Path("runs/chest_xray"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()

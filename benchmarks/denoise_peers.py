@@ -1,14 +1,14 @@
-"""What stock PyTorch makes of a chain of `denoise`: the peers that a user gets by a line or two.
+"""Peers of `denoise` in stock PyTorch, each a line or two of a user's code.
 
-All are the reference's chain, whose states are float32, with another evaluation of eps:
+All run the reference's chain, whose states are float32, with another evaluation of eps:
 
-- fp32: the reference itself, or compiled, or compiled with `torch.set_float32_matmul_precision("medium")`. PyTorch then
-  hands products to oneDNN, which may compute them in bfloat16. On Zen 4 it stays with float32 (an error of 5e-6 where
-  bfloat16 has 1e-2), and is faster than MKL all the same, twice at 8 rows;
+- fp32: the reference itself, or compiled, or compiled with `torch.set_float32_matmul_precision("medium")`, which lets
+  oneDNN compute products in bfloat16. On Zen 4 it stays with float32 (an error of 5e-6 where bfloat16 has 1e-2), and is
+  faster than MKL all the same, twice as fast at 8 rows;
 - bf16: weights, features and activations after `.bfloat16()`, so the products are oneDNN's;
-- int8: the linear layers after `torch.ao.quantization.quantize_dynamic`: bytes, with one scale of each weight and one
-  of the activations of a call. torchao's `Int8DynamicActivationInt8WeightConfig`, which is to replace it, was slower at
-  1, 5 and 32 rows, so it is not timed.
+- int8: linear layers after `torch.ao.quantization.quantize_dynamic`: int8, with one scale per weight and one per call
+  for the activations. torchao's `Int8DynamicActivationInt8WeightConfig`, its designated successor, was slower at 1, 5
+  and 32 rows, so it is not timed.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def floating(
     *,
     compiled: bool = False,
 ) -> Callable[[], Tensor]:
-    """The chain in the weights' own type.
+    """The chain in the weights' dtype.
 
     Args:
         features: [M, F] float32.
         prior: [M, C] float32, also the guidance.
         weights: all float32, or all bfloat16.
         steps: the sampler.
-        compiled: whether the evaluation of eps is compiled.
+        compiled: compile the evaluation of eps.
     """
     dtype = weights.output_weight.dtype
     x, guidance = features.to(dtype), prior.to(dtype)
@@ -59,23 +59,25 @@ def floating(
     return torch.no_grad()(partial(chain, eps, prior, steps))
 
 
-def cast(weights: DenoiserWeights, dtype: torch.dtype) -> DenoiserWeights:
-    """Every weight in another type, as `nn.Module.to(dtype)` leaves them."""
+def cast(
+    weights: DenoiserWeights, dtype: torch.dtype | None = None, device: str | None = None
+) -> DenoiserWeights:
+    """Every weight in another dtype or on another device, as by `nn.Module.to`."""
 
     def layer(of: ConditionalLayer) -> ConditionalLayer:
-        return ConditionalLayer(*(part.to(dtype) for part in of))
+        return ConditionalLayer(*(part.to(device, dtype) for part in of))
 
     return DenoiserWeights(
         layer(weights.conditioning),
         (layer(weights.hidden[0]), layer(weights.hidden[1])),
-        weights.output_weight.to(dtype),
-        weights.output_bias.to(dtype),
+        weights.output_weight.to(device, dtype),
+        weights.output_bias.to(device, dtype),
         weights.eps,
     )
 
 
 def products(rows: int, weights: DenoiserWeights, steps: int) -> Callable[[], None]:
-    """The two hidden products [rows, F] x [F, F] of each step alone, in the weights' type."""
+    """The two hidden products [rows, F] x [F, F] of each step alone, in the weights' dtype."""
     first, second = (layer.weight for layer in weights.hidden)
     h = torch.randn(rows, len(first)).to(first.dtype)
 
@@ -88,7 +90,7 @@ def products(rows: int, weights: DenoiserWeights, steps: int) -> Callable[[], No
 
 
 class _Denoiser(nn.Module):
-    """The weights as modules, since quantisation replaces `nn.Linear`."""
+    """The weights as modules: quantisation replaces `nn.Linear`."""
 
     def __init__(self, weights: DenoiserWeights) -> None:
         super().__init__()
@@ -113,13 +115,13 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return linear.eval()
 
 
-def int8_obstacle() -> str:
-    """Why there is no int8 peer; empty where there is one."""
+def skipped() -> dict[str, str]:
+    """Peers that this torch lacks, and why."""
     try:
         _quantized(nn.Sequential(nn.Linear(4, 4)))
     except (ImportError, AttributeError, RuntimeError) as error:
-        return f"torch.ao.quantization.quantize_dynamic: {error}"
-    return ""
+        return {"stock int8": f"torch.ao.quantization.quantize_dynamic: {error}"}
+    return {}
 
 
 def int8(
@@ -137,7 +139,7 @@ def _int8_model(weights: DenoiserWeights) -> nn.Module:
 
 def _quantized(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchao is to replace it
+        warnings.simplefilter("ignore")  # deprecated in favour of torchao
         from torch.ao.quantization import quantize_dynamic
 
         return quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)

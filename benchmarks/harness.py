@@ -1,4 +1,4 @@
-"""Timing of peers in one run, interleaved: a slow moment of the machine falls on all of them."""
+"""Timing of peers in one run, interleaved, so that a slow moment of the machine falls on all of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -25,7 +25,7 @@ import diffmic_fast
 from diffmic_fast import _native
 
 RESULTS = Path(__file__).parent / "results"
-# What names a processor in /proc/cpuinfo beside, or instead of, its name: x86, then Arm.
+# Keys of /proc/cpuinfo that identify a processor beside, or instead of, its name: x86, then Arm.
 _NUMBERS = {
     "family": "cpu family",
     "model": "model",
@@ -33,14 +33,19 @@ _NUMBERS = {
     "part": "CPU part",
 }
 _FOR_PRODUCTS = ("amx_tile", "amx_bf16", "amx_int8", "amx_fp16", "avx_vnni", "i8mm", "bf16")
-_SHORTEST_SAMPLE = 2e-3  # seconds; shorter calls are timed several at once
+_OF_SETUP = ("title", "baseline", "sizes", "bytes_moved", "limits", "skipped")
+_SHORTEST_SAMPLE = 2e-3  # seconds; several shorter calls make one sample
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call: median, quartiles and best of all rounds.
+    """Seconds per call.
 
-    On a machine with other work the best round is the one that the others left alone.
+    Attributes:
+        best: the fastest round, the least disturbed one on a machine with other work.
+        median, low, high: median and quartiles of all rounds.
+        calls: number of calls timed.
     """
 
     best: float
@@ -59,17 +64,17 @@ class Setup:
 
     Attributes:
         title: what is computed, with its sizes.
-        peers: name -> what makes the call to be timed.
+        peers: name -> function that makes the call to be timed.
         baseline: the peer whose ratio to the others is shown.
         sizes: the same sizes by name, for plots.
-        effort: a part of the rounds asked for, less where a round is long.
-        limits: peer -> {peer that bounds it: factor}. What the machine would need at least is the
-            largest factor * timing; a peer's share of it is shown and kept.
-        bytes_moved: bytes that one call has to read and write, 0 where that says nothing.
+        effort: fraction of the requested rounds to run, less where a round is long.
+        limits: peer -> {limiting peer: factor}. The largest factor * timing is the least time that the machine needs;
+            a peer's share of it is shown and kept.
+        bytes_moved: bytes that a call must read and write, 0 where that is not meaningful.
         copy: the peer that copies, and the bytes that it reads and writes; not shown.
-        skipped: peer -> why it is not here.
-        totals: name -> {peer: times}, for what is too long to be timed whole: so many times each.
-        memory: whether the most memory that a process with one peer takes is measured, too.
+        skipped: peer -> why it is missing.
+        totals: name -> {peer: count}, for what is too long to be timed whole: the sum of count times each peer.
+        memory: measure the peak memory of a process with one peer, too.
     """
 
     title: str
@@ -87,13 +92,14 @@ class Setup:
 
 @dataclass(frozen=True)
 class Case:
-    """A measured `Setup`: its attributes, and
+    """A measured `Setup`.
 
     Attributes:
+        title, baseline, sizes, bytes_moved, limits, skipped: of the setup.
         timings: peer -> Timing.
-        bound: bytes a second that this machine copies, in the best of the same rounds.
-        peak_bytes: peer -> the most resident memory of a process that makes and calls it twice, beyond
-            that of Python and the libraries.
+        bound: bytes per second that this machine copies, in the best of the same rounds.
+        peak_bytes: peer -> peak resident memory of a process that makes it and calls it twice, beyond that of Python
+            and the libraries.
     """
 
     title: str
@@ -107,11 +113,19 @@ class Case:
     peak_bytes: dict[str, int] = field(default_factory=dict)
 
     def share(self, name: str) -> float | None:
-        """Least time over the peer's own, both the median of the same rounds."""
+        """Least time over the peer's own, both medians of the same rounds; None for a peer without limits."""
         if name not in self.limits:
             return None
         least = max(f * self.timings[bound].median for bound, f in self.limits[name].items())
         return least / self.timings[name].median
+
+    def ratios(self) -> dict[str, dict[str, float]]:
+        """peer -> {other: the other's median over the peer's}: how many times as fast the peer is."""
+        medians = {name: timing.median for name, timing in self.timings.items()}
+        return {
+            name: {other: medians[other] / own for other in medians if other != name}
+            for name, own in medians.items()
+        }
 
 
 def run(setups: Iterable[Setup], rounds: int) -> list[Case]:
@@ -120,7 +134,7 @@ def run(setups: Iterable[Setup], rounds: int) -> list[Case]:
 
 
 def _run(setup: Setup, rounds: int) -> Case:
-    # Before anything is made here: a large process beside them could push the others out of memory.
+    # Memory first: a large process beside these could push them out.
     peaks = {name: peak_bytes(make) for name, make in setup.peers.items()} if setup.memory else {}
     timings = measure({name: make() for name, make in setup.peers.items()}, rounds)
     bound = 0.0
@@ -129,24 +143,24 @@ def _run(setup: Setup, rounds: int) -> Case:
         bound = moved / timings.pop(name).best
     for name, parts in setup.totals.items():
         timings = {name: _total(parts, timings), **timings}
-    return Case(
-        setup.title,
-        timings,
-        setup.baseline,
-        setup.sizes,
-        setup.bytes_moved,
-        bound,
-        setup.limits,
-        setup.skipped,
-        {name: peak for name, peak in peaks.items() if peak},
-    )
+    peaks = {name: peak for name, peak in peaks.items() if peak}
+    of_setup = {name: getattr(setup, name) for name in _OF_SETUP}
+    return Case(timings=timings, bound=bound, peak_bytes=peaks, **of_setup)
+
+
+def _total(parts: Mapping[str, int], timings: Mapping[str, Timing]) -> Timing:
+    def add(key: str) -> float:
+        return sum(count * getattr(timings[part], key) for part, count in parts.items())
+
+    calls = min(timings[part].calls for part in parts)
+    return Timing(add("best"), add("median"), add("low"), add("high"), calls)
 
 
 def peak_bytes(make: Maker) -> int:
-    """The most resident memory that making the call and calling it twice adds to a new process; 0 where /proc is not.
+    """Peak resident memory that making a call and calling it twice adds to a new process; 0 without /proc.
 
     Args:
-        make: what a new process can import, a function of a module or a `functools.partial` of one.
+        make: importable by a new process: a function of a module, or a `functools.partial` of one.
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_here, (make,))
@@ -157,42 +171,46 @@ def _peak_here(make: Maker) -> int:
     call = make()
     call()
     call()
-    # Not getrusage's, which a process takes over from the one that started it.
+    # Not getrusage's maximum, which a process inherits from its parent.
     return _resident("VmHWM") - before
 
 
 def _resident(key: str) -> int:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+    lines = _read(Path("/proc/self/status")).splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), 0)
 
 
-def _total(parts: Mapping[str, int], timings: Mapping[str, Timing]) -> Timing:
-    def add(key: str) -> float:
-        return sum(times * getattr(timings[part], key) for part, times in parts.items())
-
-    calls = min(timings[part].calls for part in parts)
-    return Timing(add("best"), add("median"), add("low"), add("high"), calls)
-
-
-def on_one_thread(call: Callable[[], object]) -> Callable[[], None]:
-    """The call, with torch's number of threads at 1 meanwhile."""
-
+def _with_setting(
+    call: Callable[[], object], value: _T, get: Callable[[], _T], set_value: Callable[[_T], None]
+) -> Callable[[], None]:
     def run_it() -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        before = get()
+        set_value(value)
         try:
             call()
         finally:
-            torch.set_num_threads(threads)
+            set_value(before)
 
     return run_it
 
 
+def on_one_thread(call: Callable[[], object]) -> Callable[[], None]:
+    """The call with one torch thread."""
+    return _with_setting(call, 1, torch.get_num_threads, torch.set_num_threads)
+
+
+def with_matmul_precision(precision: str, call: Callable[[], object]) -> Callable[[], None]:
+    """The call under `torch.set_float32_matmul_precision(precision)`."""
+    return _with_setting(
+        call,
+        precision,
+        torch.get_float32_matmul_precision,
+        torch.set_float32_matmul_precision,
+    )
+
+
 def on_large_pages(count: int) -> torch.Tensor:
-    """Random float32 [count] on 2 MB pages where the system gives them, as kernels have their weights.
+    """Random float32 [count] on 2 MB pages where the system offers them, as the kernels' packed weights are.
 
     Ordinary pages cost a reader a tenth to a fifth of its speed.
     """
@@ -203,22 +221,15 @@ def on_large_pages(count: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.float32).uniform_()
 
 
-def with_matmul_precision(precision: str, call: Callable[[], object]) -> Callable[[], None]:
-    """The call, with `torch.set_float32_matmul_precision(precision)` meanwhile."""
-
-    def run_it() -> None:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(precision)
-        try:
-            call()
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-    return run_it
+def copying(count: int) -> Callable[[], object]:
+    """A copy of `count` float32 numbers."""
+    source = torch.randn(count)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 def measure(peers: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
-    """Time every peer once a round, in turn, after two calls that are not counted."""
+    """Time every peer once per round, in turn, after two calls that are not counted."""
     repeats = {}
     for name, call in peers.items():
         call()
@@ -241,7 +252,7 @@ def measure(peers: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine, its software and this build."""
     extension = _native.extension()
     cpuinfo = _read(Path("/proc/cpuinfo"))
     return {
@@ -273,14 +284,9 @@ def show(cases: list[Case]) -> None:
             table.add_column(column, justify="right")
         base = case.timings[case.baseline]
         for name, timing in case.timings.items():
-            row = [
-                name,
-                _duration(timing.best),
-                _duration(timing.median),
-                f"{_duration(timing.low)} to {_duration(timing.high)}",
-                f"{base.best / timing.best:.1f}",
-                f"{base.median / timing.median:.1f}",
-            ]
+            row = [name, _duration(timing.best), _duration(timing.median)]
+            row += [f"{_duration(timing.low)} to {_duration(timing.high)}"]
+            row += [f"{base.best / timing.best:.1f}", f"{base.median / timing.median:.1f}"]
             if case.bytes_moved:
                 speed = case.bytes_moved / timing.best
                 row += [f"{speed / 1e9:.2f}", f"{speed / case.bound:.0%}"]
@@ -297,57 +303,39 @@ def show(cases: list[Case]) -> None:
 
 
 def write(name: str, cases: list[Case]) -> tuple[Path, Path]:
-    """Keep the cases with the machine they were measured on, as JSON and as a CSV table."""
+    """Write the cases and the machine as JSON and as a CSV table; returns both paths."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    content = {"machine": machine(), "cases": [_with_ratios(case) for case in cases]}
+    kept = []
+    for case in cases:
+        shares = {peer: case.share(peer) for peer in case.limits}
+        kept.append({**asdict(case), "ratios": case.ratios(), "share_of_limit": shares})
+    content = {"machine": machine(), "cases": kept}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path, _write_table(path.with_suffix(".csv"), cases, content["machine"])
 
 
-def ratios(case: Case) -> dict[str, dict[str, float]]:
-    """peer -> {other: the other's median over the peer's}: how many times as fast the peer is."""
-    medians = {name: timing.median for name, timing in case.timings.items()}
-    return {
-        name: {other: medians[other] / own for other in medians if other != name}
-        for name, own in medians.items()
-    }
-
-
-def _with_ratios(case: Case) -> dict[str, Any]:
-    shares = {name: case.share(name) for name in case.limits}
-    return {**asdict(case), "ratios": ratios(case), "share_of_limit": shares}
-
-
 def _write_table(path: Path, cases: list[Case], facts: dict[str, Any]) -> Path:
-    """A line a peer, and in it a column for the ratio to each other peer of the file."""
-    names = list(dict.fromkeys(name for case in cases for name in case.timings))
-    head = ["case", "peer", "best_s", "median_s", "low_s", "high_s", "calls", "share_of_limit"]
-    peaks = any(case.peak_bytes for case in cases)
-    head += ["peak_bytes"] if peaks else []
-    versions = ("processor", "torch_threads", "python", "torch", "diffmic_fast")
+    """One line per peer, with a column for the ratio to each other peer of the file."""
+    names = dict.fromkeys(name for case in cases for name in case.timings)
+    columns = ["case", "peer", "best_s", "median_s", "low_s", "high_s", "calls", "share_of_limit"]
+    columns += ["peak_bytes"] if any(case.peak_bytes for case in cases) else []
+    columns += [f"times {name}" for name in names]
+    columns += ["processor", "torch_threads", "python", "torch", "diffmic_fast"]
     with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow([*head, *(f"times {name}" for name in names), *versions])
+        table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
         for case in cases:
-            to_others = ratios(case)
-            for name, t in case.timings.items():
-                share = case.share(name)
-                numbers = [t.best, t.median, t.low, t.high]
-                table.writerow(
-                    [
-                        *(case.title, name, *(f"{number:.6g}" for number in numbers), t.calls),
-                        "" if share is None else f"{share:.4f}",
-                        *([case.peak_bytes.get(name, "")] if peaks else []),
-                        *_cells(to_others[name], names),
-                        *(facts[version] for version in versions),
-                    ]
-                )
+            for name, timing in case.timings.items():
+                share, ratios = case.share(name), case.ratios()[name]
+                line: dict[str, object] = {"case": case.title, "peer": name, "calls": timing.calls}
+                for key in ("best", "median", "low", "high"):
+                    line[f"{key}_s"] = f"{getattr(timing, key):.6g}"
+                line["share_of_limit"] = "" if share is None else f"{share:.4f}"
+                line["peak_bytes"] = case.peak_bytes.get(name, "")
+                line |= {f"times {other}": f"{ratio:.4g}" for other, ratio in ratios.items()}
+                table.writerow(line | facts)
     return path
-
-
-def _cells(found: Mapping[str, float], names: list[str]) -> list[str]:
-    return [f"{found[name]:.4g}" if name in found else "" for name in names]
 
 
 def _duration(seconds: float) -> str:
@@ -355,10 +343,10 @@ def _duration(seconds: float) -> str:
 
 
 def processor_name(cpuinfo: str) -> str:
-    """The first processor's name in the text of /proc/cpuinfo, or the machine's architecture.
+    """Name of the first processor in the text of /proc/cpuinfo, or the machine's architecture.
 
-    A virtual machine may name a whole line of processors ("AMD EPYC"). Then family and model are added, by which its
-    manufacturer's documents tell the microarchitecture.
+    A virtual machine may give the name of a product line ("AMD EPYC"). Family and model, which identify the
+    microarchitecture, are then added.
     """
     facts: dict[str, str] = {}
     for line in cpuinfo.split("\n\n")[0].splitlines():
@@ -366,20 +354,20 @@ def processor_name(cpuinfo: str) -> str:
         facts[key.strip()] = value.strip()
     name = facts.get("model name", "")
     numbers = [f"{key} {facts[value]}" for key, value in _NUMBERS.items() if value in facts]
-    if re.search(r"\d", name.split("@")[0]) is None and numbers:  # after "@" stands the clock
+    if re.search(r"\d", name.split("@")[0]) is None and numbers:  # the clock follows "@"
         return f"{name or platform.machine()} ({', '.join(numbers)})"
     return name or platform.processor() or platform.machine()
 
 
 def instruction_sets(known: list[str], cpuinfo: str) -> list[str]:
-    """Those that the extension looks for, and the newer ones for products that /proc/cpuinfo names."""
+    """Instruction sets that the extension knows, and newer ones for matrix products listed in /proc/cpuinfo."""
     found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
     flags = found.group(1).split() if found else []
     return known + [flag for flag in flags if flag in _FOR_PRODUCTS and flag not in known]
 
 
 def caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> dict[str, int]:
-    """Bytes of the first processor's caches of data: L1d, L2, L3. Empty where the system does not say."""
+    """Bytes of the first processor's data caches: L1d, L2, L3. Empty where the system does not report them."""
     sizes = {}
     for index in sorted(folder.glob("index*")):
         kind, level, size = (_read(index / name).strip() for name in ("type", "level", "size"))

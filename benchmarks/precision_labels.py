@@ -1,10 +1,10 @@
-"""What a precision does to diagnoses: a trained model on a test split, in float32 and in each other precision.
+"""What a precision changes in predictions: a trained model on a test split, in float32 and in each other precision.
 
     make bench RUN="benchmarks.precision_labels $PWD/runs/chest --json $PWD/labels.json"
 
-Prints a table: images, those of the same label as in float32, the same among the images whose two best float32
-probabilities are more than 0.01 apart, the largest and the mean difference of a probability; then the worst images.
-The data are those of the checkpoint's configuration; --set data.root=… moves them.
+Prints a table: images, those with the label of float32, the same among images whose two best float32 probabilities are
+more than 0.01 apart, the largest and the mean difference of a probability; then the images that differ most. The data
+are those of the checkpoint's configuration; --set data.root=... moves them.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Agreement:
 
     Attributes:
         precision: its name.
-        images, same: how many there are, and how many have the same label.
-        clear, same_clear: the same of images whose two best float32 probabilities are more than `CLEAR` apart.
+        images, same: number of images, and of those with the same label.
+        clear, same_clear: the same for images whose two best float32 probabilities are more than `CLEAR` apart.
         largest, mean: absolute difference of a probability.
         worst: (file, largest difference, float32 label, label) of the images that differ most.
     """
@@ -59,7 +59,7 @@ class Agreement:
 
 
 def compare(precision: str, exact: Tensor, other: Tensor, files: list[str]) -> Agreement:
-    """Probabilities [N, C] of a precision against those of float32."""
+    """Compare probabilities [N, C] of a precision with those of float32."""
     difference = (other.double() - exact.double()).abs()
     each = difference.amax(dim=1)
     labels, others = exact.argmax(dim=1), other.argmax(dim=1)
@@ -87,7 +87,7 @@ def agreements(
     batch_size: int = 32,
     precisions: tuple[str, ...] = PRECISIONS_OF["cpu"],
 ) -> list[Agreement]:
-    """Every precision but the first, which is float32, against it, on the same noise."""
+    """Compare each precision with the first one, float32, on the same noise."""
     rows: dict[str, list[Tensor]] = {precision: [] for precision in precisions}
     for images, _, _ in DataLoader(dataset, batch_size):
         for precision, parts in rows.items():
@@ -102,7 +102,7 @@ def agreements(
 
 
 def show(results: list[Agreement], console: Console) -> None:
-    """The table, and the worst images of each precision."""
+    """Print the table, and the images of each precision that differ most."""
     console.print(f"convolutions in bfloat16: {_convolutions()}", soft_wrap=True)
     table = Table(title="against fp32")
     for title in ("", "images", "same label", f"{CLEAR} apart", "largest |dp|", "mean"):

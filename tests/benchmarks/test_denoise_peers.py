@@ -57,8 +57,8 @@ def test_bfloat16_rounds_everything_but_the_states(peers: ModuleType, chain: tup
 
 
 def test_int8_is_near_the_reference(peers: ModuleType, chain: tuple) -> None:
-    if peers.int8_obstacle():
-        pytest.skip(peers.int8_obstacle())
+    if missing := peers.skipped():
+        pytest.skip(missing["stock int8"])
     arguments, expected = chain
     error = (peers.int8(*arguments)() - expected).abs().max()
     assert 1e-4 < error < 0.5

@@ -22,10 +22,10 @@ SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[2])
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The published program's joint step, from the benchmarks, which an installed package comes without."""
-    if not (SOURCE / "benchmarks" / "loss_curves.py").exists():
+    if not (SOURCE / "benchmarks" / "published.py").exists():
         pytest.skip("no benchmarks beside the tests")
     monkeypatch.setattr(sys, "path", [*sys.path, str(SOURCE)])
-    from benchmarks.loss_curves import Published
+    from benchmarks.published import Published
 
     return Published
 
