@@ -7,7 +7,7 @@ images and crops in its best form: one minimum per image, only where a crop leav
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from benchmarks.harness import Maker, Setup, copying, on_one_thread
 from diffmic_fast.ops import rois as ops
 
 BATCH, CLASSES, GRID, SIDE, CROP, COUNT = 32, 5, 7, 224, 32, 6
+Call = Callable[[], object]
 _WRITTEN = BATCH * COUNT * 3 * CROP * CROP  # numbers in all crops
 
 
@@ -55,7 +56,6 @@ def loop_crops(images: Tensor, origins: Tensor, side: int) -> Tensor:
     return crops
 
 
-@cache
 def _inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Saliency, images, and origins inside and across edges, after the loop was compared with the operation."""
     generator = torch.Generator().manual_seed(0)
@@ -73,9 +73,6 @@ def _inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _to_pixels(cells: Tensor) -> Tensor:
     return ops.cell_to_pixel(cells, (GRID, GRID), (SIDE, SIDE))
-
-
-Call = Callable[[], object]
 
 
 def _operations() -> Iterator[tuple[str, Call, Callable[..., object], int]]:
@@ -99,6 +96,10 @@ def _operations() -> Iterator[tuple[str, Call, Callable[..., object], int]]:
         yield title, partial(loop_crops, images, corners, CROP), cut, moved + read
 
 
+def _made(call: Call) -> Call:
+    return call
+
+
 def setups() -> Iterator[Setup]:
     """Both parts and the whole, with crops inside their images and across the edges."""
     for title, loop, call, moved in _operations():
@@ -109,10 +110,7 @@ def setups() -> Iterator[Setup]:
             "cpu, 1 thread": on_one_thread(kernel),
             "cpu": kernel,
         }
-        makers: dict[str, Maker] = {
-            name: lambda made=made: made
-            for name, made in peers.items()  # type: ignore[misc]
-        }
+        makers: dict[str, Maker] = {name: partial(_made, call) for name, call in peers.items()}
         yield Setup(
             f"{title} ({BATCH} images {SIDE} x {SIDE}, K = {COUNT})",
             {**makers, "copy": partial(copying, _WRITTEN)},
