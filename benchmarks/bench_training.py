@@ -26,7 +26,6 @@ from diffmic_fast import DiffMIC, DiffMICConfig
 from diffmic_fast.config.run import TrainingConfig
 from diffmic_fast.models.encoders import Trunk
 from diffmic_fast.models.execution import bfloat16_obstacle
-from diffmic_fast.models.loss import antithetic_timesteps
 from diffmic_fast.ops.conditional_linear import conditional_linear
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.ops.mmd import mmd

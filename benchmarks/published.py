@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffmic_fast import DiffMIC
 from diffmic_fast.config.run import TrainingConfig
 from diffmic_fast.diffusion.schedule import q_sample
-from diffmic_fast.models.diffmic import antithetic_timesteps
+from diffmic_fast.models.loss import antithetic_timesteps
 from diffmic_fast.reference.mmd import mmd
 from diffmic_fast.training.schedules import half_cosine, warmup_cosine
 
