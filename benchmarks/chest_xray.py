@@ -38,8 +38,10 @@ from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.inference.evaluate import evaluate
 from diffmic_fast.inference.metrics import NAMES, Metrics, compute_metrics
 from diffmic_fast.models.encoders import ImageEncoder
-from diffmic_fast.training.schedules import epoch_batches, half_cosine
-from diffmic_fast.training.trainer import Trainer, make_dataset
+from diffmic_fast.training.batches import epoch_batches
+from diffmic_fast.training.datasets import make_dataset
+from diffmic_fast.training.learning_rates import half_cosine
+from diffmic_fast.training.trainer import Trainer
 
 METHODS = ("ddpm_truncated:60", "ddpm", "ddim:20")
 # Network and epochs. The larger numbers give it DiffMIC's time, by the seconds per epoch of --timings.

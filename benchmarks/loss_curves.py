@@ -30,9 +30,9 @@ from benchmarks.published import Published
 from diffmic_fast import DiffMIC
 from diffmic_fast.config.run import RunConfig, read_config
 from diffmic_fast.data.sources import open_source
-from diffmic_fast.training.schedules import epoch_batches
+from diffmic_fast.training.batches import epoch_batches
+from diffmic_fast.training.datasets import make_dataset
 from diffmic_fast.training.steps import Steps
-from diffmic_fast.training.trainer import make_dataset
 
 RESULTS = Path(__file__).parent / "results" / "loss_curves.json"
 

@@ -30,7 +30,7 @@ from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.models import DiffMIC
 from diffmic_fast.models.execution import bfloat16_obstacle
 from diffmic_fast.ops.denoise import PRECISIONS_OF
-from diffmic_fast.training.trainer import make_dataset
+from diffmic_fast.training.datasets import make_dataset
 
 CLEAR = 0.01  # between the two best probabilities
 WORST = 5

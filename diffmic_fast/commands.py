@@ -14,14 +14,16 @@ from diffmic_fast.cli import EXIT_FAILED, EXIT_UNREADABLE
 from diffmic_fast.config.run import RunConfig, read_config
 from diffmic_fast.config.yaml_reader import merge, parse_override
 from diffmic_fast.data.sources import open_source
+from diffmic_fast.devices import choose_device
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
-from diffmic_fast.distributed.processes import current, started
+from diffmic_fast.distributed.processes import current, process_group
 from diffmic_fast.inference.evaluate import evaluate
 from diffmic_fast.inference.figures import draw_confusion, save_figure
 from diffmic_fast.inference.output import check_suffix, save, to_csv
 from diffmic_fast.inference.pictures import Pictures
 from diffmic_fast.inference.predict import Predictions, collect_files, predict_files
-from diffmic_fast.training.trainer import Trainer, choose_device, make_dataset
+from diffmic_fast.training.datasets import make_dataset
+from diffmic_fast.training.trainer import Trainer
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -31,10 +33,10 @@ def _train(args: argparse.Namespace) -> int:
     if args.config is None and resume is None:
         raise ValueError("train: give --config (a preset or a YAML file), or --resume")
     config = _config(args, resume)
-    with started(args.device) as device:
+    with process_group(args.device) as device:
         trainer = Trainer(config, args.out, device=device, resume=resume, quiet=args.quiet)
         path = trainer.fit()
-    if not trainer.processes.first:
+    if not trainer.processes.is_rank_zero:
         return 0
     print(f"trained {trainer.epochs} epochs; the model is {path}")
     if trainer.best is not None:
@@ -56,7 +58,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         )
     options = _sampling(args, config)
     methods = [options.with_sampler(text) for text in args.sampler or []] or [options]
-    with started(args.device) as device:
+    with process_group(args.device) as device:
         evaluation = evaluate(
             model,
             make_dataset(config, table, train=False),
@@ -65,7 +67,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             workers=args.workers,
             device=choose_device(device),
         )
-        first = current().first
+        first = current().is_rank_zero
     if not first:
         return 0
     evaluation.print()
@@ -91,8 +93,8 @@ def _predict(args: argparse.Namespace) -> int:
     if args.sampler:
         options = options.with_sampler(args.sampler)
     pictures = Pictures(classes, config.data.augmentation, args.figure, args.images_out)
-    with started(args.device) as device:
-        if pictures.wanted and current().count > 1:
+    with process_group(args.device) as device:
+        if pictures.wanted and current().world_size > 1:
             raise ValueError(
                 "predict: --figure and --images-out need a single process; leave them out, or torchrun"
             )
@@ -107,7 +109,7 @@ def _predict(args: argparse.Namespace) -> int:
             device=choose_device(device),
             on_batch=pictures.add if pictures.wanted else None,
         )
-        first = current().first
+        first = current().is_rank_zero
     if first:
         _write(predictions, args.out)
         pictures.finish()

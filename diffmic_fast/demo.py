@@ -12,6 +12,7 @@ from diffmic_fast.checkpoint import NAME, load_model
 from diffmic_fast.config.run import RunConfig, read_config
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.data.synthetic_fundus import write_dataset
+from diffmic_fast.devices import choose_device
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.inference.evaluate import Evaluation, evaluate
 from diffmic_fast.inference.figures import draw_confusion, save_figure
@@ -19,7 +20,8 @@ from diffmic_fast.inference.output import save
 from diffmic_fast.inference.pictures import Pictures
 from diffmic_fast.inference.predict import collect_files, predict_files
 from diffmic_fast.models import DiffMIC
-from diffmic_fast.training.trainer import Trainer, choose_device, make_dataset
+from diffmic_fast.training.datasets import make_dataset
+from diffmic_fast.training.trainer import Trainer
 
 WARNING = (
     "These are synthetic images, drawn by a program. What is learned and measured here shows that "

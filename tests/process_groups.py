@@ -1,4 +1,4 @@
-"""Functions run by the processes of one group."""
+"""Functions run by several processes of one process group."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-_PATIENCE = timedelta(seconds=120)  # for a process that waits for another in vain
+_PATIENCE = timedelta(seconds=120)  # for a process that waits for one that has ended
 
 
 def in_processes(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """function(rank, *arguments) in `count` new processes of a gloo group, one thread each; what each returned.
+    """The results by rank of function(rank, *arguments) in `count` new processes of a gloo group, one thread each.
 
     Args:
-        function: of a module that can be imported there; an exception there is raised here.
+        count: number of processes.
+        function: importable by them; their exceptions are raised here.
+        arguments: the same for all.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(

@@ -1,4 +1,4 @@
-"""A small data set and configuration that train in seconds."""
+"""Fixtures: a small data set and a configuration that train in seconds."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ CLASSES = ("blue", "green", "red")
 
 
 def write_images(root: Path, per_class: int, size: int = 36, seed: int = 0) -> Path:
-    """A folder a class of noisy images whose brightest channel tells the class."""
+    """One folder per class of noisy images; the brightest channel is the class."""
     rng = np.random.default_rng(seed)
     for label, name in enumerate(CLASSES):
         (root / name).mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A configuration that trains in seconds; what a training run left in its folder, and whether two left the same."""
+"""A configuration that trains in seconds, and comparison of the files of two training runs."""
 
 import csv
 import dataclasses
@@ -11,7 +11,7 @@ from diffmic_fast.config.data import DataConfig
 from diffmic_fast.config.run import RunConfig, SamplingConfig, TrainingConfig
 from diffmic_fast.models import DiffMICConfig
 
-# Processes that have the batch statistics and the MMD of one with the whole batch.
+# Batch statistics and MMD over all processes, as of one process with the global batch.
 TOGETHER = {"sync_batch_norm": True, "gather_mmd": True}
 
 
@@ -50,7 +50,7 @@ def rows(out):
 
 
 def flat(value, prefix=""):
-    """Every tensor and number of a nested checkpoint, by its path."""
+    """The tensors and numbers of a nested checkpoint by path."""
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, (list, tuple)):
@@ -61,7 +61,7 @@ def flat(value, prefix=""):
 
 
 def assert_same_run(one, other):
-    """Checkpoints equal bit by bit, logs equal but for the times."""
+    """Checkpoints are equal bit by bit, logs except for the times."""
     a, b = (flat(torch.load(p / "ckpt.pth", weights_only=True)) for p in (one, other))
     assert a.keys() == b.keys()
     for key in a:

@@ -18,48 +18,45 @@ from diffmic_fast.config.errors import nearest
 # for which the file format is used too.
 _KNOWN: dict[str, tuple[str, ...]] = {
     "data": (
-        "dataset", "seed", "label_min_max", "num_classes", "traindata", "testdata", "valdata",
-        "dataroot", "num_workers", "image_size", "data_size", "crop_size", "channels",
-        "dataset_size", "gaussian_dequantization", "random_flip", "rescaled", "logit_transform",
-        "uniform_dequantization", "dir", "normalize_x", "normalize_y", "train_ratio",
+        "dataset", "seed", "label_min_max", "num_classes", "traindata", "testdata", "valdata", "dataroot",
+        "num_workers", "image_size", "data_size", "crop_size", "channels", "dataset_size", "gaussian_dequantization",
+        "random_flip", "rescaled", "logit_transform", "uniform_dequantization", "dir", "normalize_x", "normalize_y",
+        "train_ratio",
     ),
     "model": (
-        "type", "data_dim", "n_input_channels", "n_input_padding", "arch", "feature_dim",
-        "hidden_dim", "cat_x", "cat_y_pred", "var_type", "ema_rate", "ema", "x_dim", "y_dim",
-        "z_dim", "num_k",
+        "type", "data_dim", "n_input_channels", "n_input_padding", "arch", "feature_dim", "hidden_dim", "cat_x",
+        "cat_y_pred", "var_type", "ema_rate", "ema", "x_dim", "y_dim", "z_dim", "num_k",
     ),
     "diffusion": (
-        "beta_schedule", "beta_start", "beta_end", "timesteps", "test_timesteps", "vis_step",
-        "num_figs", "include_guidance", "apply_aux_cls", "trained_aux_cls_ckpt_path",
-        "trained_aux_cls_ckpt_name", "trained_aux_cls_log_path", "trained_diffusion_ckpt_path",
-        "trained_diffusion_ckpt_name", "aux_cls", "nonlinear_guidance", "noise_prior",
-        "conditioning_signal",
+        "beta_schedule", "beta_start", "beta_end", "timesteps", "test_timesteps", "vis_step", "num_figs",
+        "include_guidance", "apply_aux_cls", "trained_aux_cls_ckpt_path", "trained_aux_cls_ckpt_name",
+        "trained_aux_cls_log_path", "trained_diffusion_ckpt_path", "trained_diffusion_ckpt_name", "aux_cls",
+        "nonlinear_guidance", "noise_prior", "conditioning_signal",
     ),
     "training": (
-        "batch_size", "n_epochs", "n_minibatches_per_epoch", "n_iters", "n_ce_epochs_warmup",
-        "n_ce_epochs_interval", "n_sanity_check_epochs", "warmup_epochs", "add_ce_loss",
-        "snapshot_freq", "logging_freq", "validation_freq", "image_folder", "n_ckpts_to_keep",
-        "n_steps_req_grad", "patience", "lambda_ce", "log_all",
+        "batch_size", "n_epochs", "n_minibatches_per_epoch", "n_iters", "n_ce_epochs_warmup", "n_ce_epochs_interval",
+        "n_sanity_check_epochs", "warmup_epochs", "add_ce_loss", "snapshot_freq", "logging_freq", "validation_freq",
+        "image_folder", "n_ckpts_to_keep", "n_steps_req_grad", "patience", "lambda_ce", "log_all",
     ),
-    "sampling": ("batch_size", "sampling_size", "last_only", "image_folder", "n_steps"),
+    "sampling": (
+        "batch_size", "sampling_size", "last_only", "image_folder", "n_steps",
+    ),
     "testing": (
-        "batch_size", "sampling_size", "last_only", "plot_freq", "image_folder", "n_samples",
-        "n_bins", "compute_metric_all_steps", "mean_t", "coverage_t", "nll_t", "nll_global_var",
-        "nll_test_var_type", "trimmed_mean_range", "PICP_range", "make_plot", "squared_plot",
-        "plot_true", "plot_gen", "fig_size", "one_plot_multi_steps", "test_timesteps",
+        "batch_size", "sampling_size", "last_only", "plot_freq", "image_folder", "n_samples", "n_bins",
+        "compute_metric_all_steps", "mean_t", "coverage_t", "nll_t", "nll_global_var", "nll_test_var_type",
+        "trimmed_mean_range", "PICP_range", "make_plot", "squared_plot", "plot_true", "plot_gen", "fig_size",
+        "one_plot_multi_steps", "test_timesteps",
     ),
     "optim": (
-        "optimizer", "lr", "weight_decay", "beta1", "amsgrad", "eps", "grad_clip", "lr_schedule",
-        "min_lr", "warmup_epochs",
+        "optimizer", "lr", "weight_decay", "beta1", "amsgrad", "eps", "grad_clip", "lr_schedule", "min_lr",
+        "warmup_epochs",
     ),
     "aux_optim": (
-        "optimizer", "lr", "weight_decay", "beta1", "amsgrad", "eps", "grad_clip", "lr_schedule",
-        "min_lr",
+        "optimizer", "lr", "weight_decay", "beta1", "amsgrad", "eps", "grad_clip", "lr_schedule", "min_lr",
     ),
     "diffusion.aux_cls": (
-        "arch", "feature_dim", "hidden_dim", "hidden_layers", "use_batchnorm", "negative_slope",
-        "dropout_rate", "batch_size", "n_pretrain_epochs", "n_epochs", "logging_interval",
-        "joint_train", "pre_train",
+        "arch", "feature_dim", "hidden_dim", "hidden_layers", "use_batchnorm", "negative_slope", "dropout_rate",
+        "batch_size", "n_pretrain_epochs", "n_epochs", "logging_interval", "joint_train", "pre_train",
     ),
 }  # fmt: skip
 
@@ -67,14 +64,10 @@ _SECTIONS = tuple(section for section in _KNOWN if "." not in section)
 
 # Our keys and where their files have them.
 _MODEL = {
-    "classes": "data.num_classes",
-    "encoder": "model.arch",
-    "feature_dim": "model.feature_dim",
-    "schedule": "diffusion.beta_schedule",
-    "beta_start": "diffusion.beta_start",
-    "beta_end": "diffusion.beta_end",
-    "timesteps": "diffusion.timesteps",
-}
+    "classes": "data.num_classes", "encoder": "model.arch", "feature_dim": "model.feature_dim",
+    "schedule": "diffusion.beta_schedule", "beta_start": "diffusion.beta_start",
+    "beta_end": "diffusion.beta_end", "timesteps": "diffusion.timesteps",
+}  # fmt: skip
 _TRAINING = {
     "batch_size": "training.batch_size",
     "epochs": "training.n_epochs",

@@ -17,12 +17,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def describe(error: ValidationError, config: type) -> str:
-    """All that pydantic found wrong with the values of a dataclass of sections, on one line.
-
-    Args:
-        error: from the construction of `config` or one of its sections.
-        config: the dataclass; its sections are the fields that are dataclasses themselves.
-    """
+    """Everything that pydantic found wrong in `config`, a dataclass of sections, on one line."""
     return "config: " + "; ".join(_describe(each, config) for each in error.errors())
 
 

@@ -22,6 +22,8 @@ from diffmic_fast.config.training import TrainingConfig
 from diffmic_fast.config.yaml_reader import merge, parse_override, parse_yaml
 from diffmic_fast.diffusion.samplers import check_sampler
 
+_PRESETS = importlib.resources.files("diffmic_fast.config") / "presets"
+
 
 @dataclass(config=SECTION)
 class RunConfig:
@@ -78,16 +80,14 @@ class RunConfig:
 
 def presets() -> tuple[str, ...]:
     """Names of the configurations in the package."""
-    folder = importlib.resources.files("diffmic_fast.config") / "presets"
-    return tuple(sorted(p.name[:-4] for p in folder.iterdir() if p.name.endswith(".yml")))
+    return tuple(sorted(p.name[:-4] for p in _PRESETS.iterdir() if p.name.endswith(".yml")))
 
 
 def _read_text(name: str | Path) -> tuple[str, str]:
     """The YAML text of a preset or file, and its name for errors."""
     names = presets()
     if str(name) in names:
-        folder = importlib.resources.files("diffmic_fast.config") / "presets"
-        return (folder / f"{name}.yml").read_text(encoding="utf-8"), f"preset {name}"
+        return (_PRESETS / f"{name}.yml").read_text(encoding="utf-8"), f"preset {name}"
     path = Path(name)
     if not path.is_file():
         raise ValueError(

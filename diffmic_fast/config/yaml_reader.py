@@ -42,15 +42,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, what: str) -> Any:
-    """The value of a YAML text.
-
-    Args:
-        text: the YAML.
-        what: the file's name, for errors.
-
-    Raises:
-        ValueError: invalid YAML or a duplicate key; names `what` and the line.
-    """
+    """The value of a YAML text; raises ValueError, naming the file `what` and the line, for invalid YAML."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:

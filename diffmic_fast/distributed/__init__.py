@@ -1,1 +1,1 @@
-"""Several processes: collectives, sharded parameters, batch statistics over all processes."""
+"""Training and inference by several processes: collectives, DDP and FSDP2, synchronised batch statistics."""

@@ -1,9 +1,9 @@
-"""Weights divided over the processes of a run (`training.fsdp`), by PyTorch's FSDP2.
+"""Parameters sharded over the processes of a run (`training.fsdp`), by PyTorch's FSDP2.
 
-A model is one group of parameters: most of the denoiser's are in the conditional layers, whose weights the kernels read
-themselves, so that no call of a module could gather them. What is divided is what is kept from step to step: weights,
-gradients, moving averages, optimizer state. A process has a model whole from a call of it to the end of the backward
-pass, and in a block `undivided`.
+A model is one parameter group: most of the denoiser's parameters are in the conditional layers, whose weights the
+kernels read themselves, so that no call of a submodule could all-gather them. Weights, gradients, moving averages and
+optimizer state are sharded; a process holds all weights of a model from a call of it to the end of the backward pass,
+and in a block `gathered`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from diffmic_fast.distributed.processes import Processes
 
 
-def divide(module: nn.Module) -> None:
-    """Leave each process its share of every parameter, of the first one's values; buffers stay whole.
+def shard_parameters(module: nn.Module) -> None:
+    """Collective: shard the parameters in place, with the values of rank 0; buffers are replicated.
 
-    By `fully_shard`, in place: parameters are `DTensor`s, and whole from a call of the module to the end of its
-    backward pass. Convolutions lose their channels-last weights, which it does not take.
+    Parameters become `DTensor`s. The weights of convolutions lose their channels-last layout, which `fully_shard`
+    does not support.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -38,39 +38,38 @@ def divide(module: nn.Module) -> None:
         register_fsdp_forward_method(module, "forward_branches")
 
 
-def is_divided(value: object) -> bool:
-    """Whether it is a tensor of which this process has a share, or a module of such."""
+def is_sharded(value: object) -> bool:
+    """Whether a value is a `DTensor` or an `FSDPModule`, told without the slow import of either."""
     if isinstance(value, Tensor):
         return type(value) is not Tensor and hasattr(value, "full_tensor")
     return hasattr(value, "unshard")
 
 
-def own_share(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor: the share of a divided one (its memory), else all."""
-    if not is_divided(tensor):
-        return tensor
-    share: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-    return share
+def local_shard(tensor: Tensor) -> Tensor:
+    """This process's shard of a sharded tensor (a view); any other tensor itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
 
 
-def whole(value: Any, processes: Processes) -> Any:
-    """Dictionaries and lists with whole tensors, on the CPU, for divided ones: on the first process, which keeps them.
+def full(tensor: Tensor) -> Tensor:
+    """Collective for a sharded tensor: all of it; any other tensor itself."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
 
-    Every process has to call it, with the same.
-    """
+
+def gather_state(value: Any, processes: Processes) -> Any:
+    """Collective: nested dicts and lists with their sharded tensors gathered, on the CPU of rank 0 (None elsewhere)."""
     if isinstance(value, dict):
-        return {key: whole(each, processes) for key, each in value.items()}
+        return {key: gather_state(each, processes) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(whole(each, processes) for each in value)
-    if not is_divided(value):
+        return type(value)(gather_state(each, processes) for each in value)
+    if not is_sharded(value):
         return value
-    found = value.full_tensor()
-    return found.cpu() if processes.first else None
+    gathered = full(value)
+    return gathered.cpu() if processes.is_rank_zero else None
 
 
-def share_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which every process has, divided as `like` is."""
-    if not is_divided(like):
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Collective: shard a tensor, which every process has in full, as `like` is sharded (or not)."""
+    if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
@@ -79,15 +78,15 @@ def share_of(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 @contextmanager
-def undivided(*modules: nn.Module) -> Iterator[None]:
-    """A block in which every process has the modules' weights whole, for what is no call of the module."""
-    divided: list[Any] = [module for module in modules if is_divided(module)]
-    for module in divided:
+def gathered(*modules: nn.Module) -> Iterator[None]:
+    """Collective: a block in which every process has all weights, for calls other than of the module itself."""
+    sharded: list[Any] = [module for module in modules if is_sharded(module)]
+    for module in sharded:
         module.unshard()
-        # They are written anew behind autograd's back, and what is kept of weights goes by their versions.
+        # The all-gather writes memory that autograd does not track, and caches of weights compare versions.
         torch.autograd.graph.increment_version(list(module.parameters()))
     try:
         yield
     finally:
-        for module in divided:
+        for module in sharded:
             module.reshard()

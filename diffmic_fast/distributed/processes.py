@@ -1,7 +1,7 @@
-"""Several processes at one run: `torchrun --nproc-per-node N -m diffmic_fast train …`.
+"""The processes of one run: `torchrun --nproc-per-node N -m diffmic_fast train …`.
 
-A single process is the case of one, and calls nothing of `torch.distributed`. Every process takes a contiguous shard of
-each global batch; what is decided, decided by all (`any_of`), and what is written, written by the first one (`first`).
+Each process takes a contiguous shard of every global batch. Decisions are collective, and rank 0 writes. A single
+process makes no collective call.
 """
 
 from __future__ import annotations
@@ -21,92 +21,92 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run.
+    """The processes of a run, as one of them sees them. All have to make the same collective calls.
 
     Attributes:
-        rank: this one's number.
-        count: how many there are.
+        rank: number of this process.
+        world_size: number of processes.
     """
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
 
     @property
-    def first(self) -> bool:
-        """Whether this is the one that prints and writes."""
+    def is_rank_zero(self) -> bool:
+        """Whether this is the process that prints and writes."""
         return self.rank == 0
 
     def shard(self, items: Sequence[_T]) -> Sequence[_T]:
-        """This process's part of a list: contiguous parts of nearly equal length, the longer ones first."""
-        start = sum(sizes(len(items), self.count)[: self.rank])
-        return items[start : start + sizes(len(items), self.count)[self.rank]]
+        """This process's part of a sequence: contiguous parts of nearly equal length, the longer ones first."""
+        sizes = split_sizes(len(items), self.world_size)
+        start = sum(sizes[: self.rank])
+        return items[start : start + sizes[self.rank]]
 
-    def all_of(self, value: _T) -> list[_T]:
-        """The value of every process, in their order; what can be pickled."""
-        if self.count == 1:
+    def all_gather(self, value: _T) -> list[_T]:
+        """Collective: the (picklable) value of every process, by rank."""
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.count
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
-    def any_of(self, flag: bool) -> bool:
-        """Whether the flag is set on any process."""
-        return flag if self.count == 1 else any(self.all_of(flag))
-
-    def sum(self, values: Tensor) -> Tensor:
-        """The sum over the processes, the same bits on each."""
-        if self.count > 1:
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Collective: the sum over the processes, the same bits on each."""
+        if self.world_size > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """The rows of all processes in their order; gradients reach this one's own."""
-        if self.count == 1:
-            return rows
-        counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(self.count)]
-        dist.all_gather(counts, torch.full_like(counts[0], rows.shape[0]))
-        most = max(int(count) for count in counts)
-        padded = rows.new_zeros((most, *rows.shape[1:]))
-        padded[: rows.shape[0]] = rows.detach()
-        found = [torch.empty_like(padded) for _ in range(self.count)]
-        dist.all_gather(found, padded)
-        parts = [part[: int(count)] for part, count in zip(found, counts, strict=True)]
+    def raise_together(self, reason: str) -> None:
+        """Collective: raise ValueError on every process if one of them has a reason (not "")."""
+        reasons = self.all_gather(reason)
+        if reason:
+            raise ValueError(reason)
+        for rank, other in enumerate(reasons):
+            if other:
+                raise ValueError(f"process {rank}: {other}")
+
+    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Collective: the rows [counts[rank], ...] of all processes by rank; the gradient reaches the own rows only."""
+        padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+        padded[: len(rows)] = rows.detach()
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded)
+        parts = [part[:count] for part, count in zip(gathered, counts, strict=True)]
         parts[self.rank] = rows
         return torch.cat(parts)
 
-    def share_buffers(self, module: nn.Module) -> None:
-        """Give every process the first one's buffers (running statistics)."""
-        if self.count == 1:
+    def broadcast_buffers(self, module: nn.Module) -> None:
+        """Collective: copy the buffers (running statistics) of rank 0 to every process, one transfer per dtype."""
+        if self.world_size == 1:
             return
         for dtype in dict.fromkeys(buffer.dtype for buffer in module.buffers()):
             buffers = [buffer for buffer in module.buffers() if buffer.dtype == dtype]
             joined = torch.cat([buffer.flatten() for buffer in buffers])
             dist.broadcast(joined, 0)
-            for buffer, values in zip(
-                buffers, joined.split([b.numel() for b in buffers]), strict=True
-            ):
+            parts = joined.split([buffer.numel() for buffer in buffers])
+            for buffer, values in zip(buffers, parts, strict=True):
                 buffer.copy_(values.view_as(buffer))
 
 
-def sizes(total: int, parts: int) -> list[int]:
-    """`total` in `parts` nearly equal numbers, the larger ones first."""
+def split_sizes(total: int, parts: int) -> list[int]:
+    """`total` as a sum of `parts` nearly equal numbers, the larger ones first."""
     return [total // parts + (i < total % parts) for i in range(parts)]
 
 
 def current() -> Processes:
-    """The processes of the group that this one belongs to; one where there is none."""
+    """The processes of the default process group; a single one without a group."""
     if dist.is_available() and dist.is_initialized():
         return Processes(dist.get_rank(), dist.get_world_size())
     return Processes()
 
 
 @contextmanager
-def started(device: str) -> Iterator[str]:
-    """A block in which the processes that torchrun started are a group; nothing where it started none.
+def process_group(device: str) -> Iterator[str]:
+    """A block with the process group that torchrun asks for; without torchrun, or in a group, nothing is done.
 
     Args:
-        device: as in `choose_device`.
+        device: "auto", "cpu", "cuda" or "cuda:N".
 
     Yields:
         The device of this process: on GPUs that of its local rank.

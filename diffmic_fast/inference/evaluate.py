@@ -171,7 +171,7 @@ def evaluate(
         labels.append(np.asarray(batch_labels, dtype=np.int64))
         if on_batch is not None:
             on_batch(len(images))
-    found = processes.all_of((labels, batches))
+    found = processes.all_gather((labels, batches))
     truth = np.concatenate([batch for theirs, _ in found for batch in theirs])
     every = [batch for _, theirs in found for batch in theirs]
     results = []

@@ -155,7 +155,7 @@ def predict_files(
         rows += _rows(paths, classes, prediction)
         if on_batch is not None:
             on_batch(paths, images, prediction)
-    found = processes.all_of((rows, unreadable))
+    found = processes.all_gather((rows, unreadable))
     return Predictions(
         tuple(classes),
         tuple(row for theirs, _ in found for row in theirs),

@@ -1,1 +1,1 @@
-"""Configuration, training, checkpoints, evaluation and prediction; what the command line runs."""
+"""Training: the run, the optimizer step of each model, learning rates, moving average, logs."""

@@ -1,7 +1,7 @@
-"""Gradients of linear layers' weights, made when a backward pass has freed what it went over.
+"""Weight gradients of linear layers, computed after the backward pass has freed its activations.
 
-A denoiser's two wide weights are 300 MB at F = 6144, and so are their gradients. A backward pass makes these first, and
-keeps them while it goes on through the image encoder, whose activations are all there yet when it gets to it.
+The denoiser's two wide weights are 300 MB each at F = 6144, and so are their gradients. A backward pass computes these
+first and holds them while it goes on through the image encoder, all of whose activations are still in memory.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# Of a gradient that autocast computes in bfloat16: 6 MB at F = 6144. (Zen 4, one thread, 96 rows: 156 ms for a whole
-# gradient with its conversion, 121 ms by 512 rows; a fresh matrix costs as much as the product.)
-_ROWS = 512
+# Rows per block of a gradient that autocast computes in bfloat16: 6 MB at F = 6144. (Zen 4, one thread, 96 rows:
+# 156 ms for a whole gradient and its conversion, 121 ms in blocks of 512 rows; allocating a second matrix costs as much
+# as the product.)
+_BLOCK_ROWS = 512
 
 
-class LaterGradients(TorchFunctionMode):
-    """A block of forward passes whose products leave their weights' gradients for `add`, which gives the same numbers.
+class DeferredGradients(TorchFunctionMode):
+    """A block of forward passes whose weight gradients wait for `accumulate`, with the same numbers.
 
-        with LaterGradients(weights) as later:
+        with DeferredGradients(weights) as deferred:
             loss = model(images)
         loss.backward()
-        later.add()
+        deferred.accumulate()
 
-    Between the passes there are an input and an output gradient a product. Everything else has its gradient as ever:
-    weights that carry hooks, and all of them where they are used otherwise than by `torch.nn.functional.linear` (which
-    `nn.Linear` calls).
+    Until then each product holds its input and the gradient of its output. Only weights that
+    `torch.nn.functional.linear` (and so `nn.Linear`) multiplies with are deferred; other uses of them, and weights with
+    hooks, have their gradients computed in the backward pass.
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
@@ -44,7 +45,7 @@ class LaterGradients(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Calls of anything else go through."""
+        """Replace calls of `linear`; other functions are called unchanged."""
         kwargs = kwargs or {}
         if func is F.linear and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return self._linear(*args, **kwargs)
@@ -55,14 +56,16 @@ class LaterGradients(TorchFunctionMode):
         if parameter is None or _has_hooks(parameter):
             return F.linear(input, weight, bias)
         output = F.linear(input, weight.detach(), bias)
-        if not output.requires_grad:  # which nobody would notice the gradient of
+        if (
+            not output.requires_grad
+        ):  # neither input nor bias has a gradient: no hook would be called
             return F.linear(input, weight, bias)
         rows = input.detach()
         output.register_hook(lambda grad: self._products.append((parameter, rows, grad)))
         return output
 
-    def add(self) -> None:
-        """Add the gradients that a backward pass has left, to `grad` of their weights."""
+    def accumulate(self) -> None:
+        """Add the deferred gradients to `grad` of their weights."""
         while self._products:
             weight, rows, grad = self._products.pop()
             grad = grad.flatten(0, -2)
@@ -74,14 +77,16 @@ class LaterGradients(TorchFunctionMode):
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """(a @ b).to(dtype), a few rows at a time where that converts, so that there is no second matrix in memory."""
+    """(a @ b).to(dtype), converted in blocks of rows so that no second matrix is allocated."""
     if a.dtype == dtype:
         return a @ b
-    found = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
-    for some, rows in zip(found.split(_ROWS), a.split(_ROWS), strict=True):
-        some.copy_(rows @ b)
-    return found
+    product = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+    blocks = zip(product.split(_BLOCK_ROWS), a.split(_BLOCK_ROWS), strict=True)
+    for target, rows in blocks:
+        target.copy_(rows @ b)
+    return product
 
 
 def _has_hooks(parameter: Tensor) -> bool:
+    # Private: PyTorch has no public query for hooks. Where the attributes are gone, the first step fails here.
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as requests that a training loop answers at a step boundary."""
+"""Ctrl-C and SIGTERM as requests that a training loop honours between two steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """A training run was asked to stop, and has saved; `signum` is the signal's number."""
+    """A training run was asked to stop and has written a checkpoint.
+
+    Attributes:
+        signum: number of the signal.
+    """
 
     def __init__(self, signum: int, message: str = "interrupted") -> None:
         super().__init__(message)
@@ -17,11 +21,13 @@ class Interrupted(Exception):
 
 
 class Interruption:
-    """Context in which SIGINT and SIGTERM set a flag instead of ending the process.
+    """A block in which SIGINT and SIGTERM set a flag instead of ending the process.
 
-    `check()` raises Interrupted once the flag is set. A second Ctrl-C does what Ctrl-C always
-    does, for the user who does not want to wait. Python delivers signals to the main thread only;
-    in another thread the context leaves them alone.
+    A second Ctrl-C raises KeyboardInterrupt at once. Python delivers signals to the main thread only; in other threads
+    the block changes nothing.
+
+    Attributes:
+        signum: number of the signal received, or None.
     """
 
     def __init__(self) -> None:
@@ -44,13 +50,8 @@ class Interruption:
             raise KeyboardInterrupt
         self.signum = signum
 
-    def check(self) -> None:
-        """Raise Interrupted if a signal has come."""
-        if self.signum is not None:
-            raise Interrupted(self.signum)
-
 
 def ignore_in_worker(worker: int) -> None:
-    """For DataLoader workers: Ctrl-C in a terminal reaches them too, and the trainer decides."""
+    """Initialise a DataLoader worker: a terminal sends Ctrl-C to it too, and the trainer decides."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,18 +1,18 @@
-"""Logs of a training run: a CSV with a row an epoch, TensorBoard, and progress on the terminal."""
+"""Logs of a training run: one row per epoch, as CSV, as TensorBoard events and as a line of text."""
 
 from __future__ import annotations
 
 import csv
 import io
 import os
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from diffmic_fast.checkpoint import atomic_file
+from diffmic_fast.atomic_files import atomic_file
 from diffmic_fast.inference.metrics import NAMES
+from diffmic_fast.training.progress import Progress
+from diffmic_fast.training.steps import LOSSES
 
 COLUMNS = (
     "epoch", "phase", "step", "images", "learning_rate", "loss", "noise_loss", "mmd_global",
@@ -23,11 +23,39 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def epoch_row(progress: Progress, images: int, learning_rate: float | None) -> dict[str, Any]:
+    """The row of an epoch, without validation; with a learning rate if the denoiser was trained."""
+    joint = learning_rate is not None
+    row: dict[str, Any] = {
+        "epoch": progress.epoch,
+        "phase": "joint" if joint else "guidance",
+        "step": progress.step,
+        "images": images,
+        "guidance_loss": progress.sums["guidance_loss"] / images,
+        "seconds": progress.seconds,
+        "images_per_second": images / progress.seconds,
+    }
+    if joint:
+        row["learning_rate"] = learning_rate
+        row |= {key: progress.sums[key] / images for key in LOSSES}
+    return row
+
+
+def summary(title: str, row: Mapping[str, Any]) -> str:
+    """A row as a line of text."""
+    parts = [title]
+    for key, name in (("loss", "loss"), ("guidance_loss", "guidance loss"),
+                      ("validation_guidance_accuracy", "guidance accuracy"),
+                      ("validation_accuracy", "accuracy")):  # fmt: skip
+        if key in row:
+            parts.append(f"{name} {row[key]:.4f}")
+    return ", ".join([*parts, f"{row['images_per_second']:.1f} images/s"])
+
+
 class CsvLog:
     """Rows of COLUMNS appended to a file, each on the disk before the next checkpoint.
 
-    epochs: rows of earlier epochs to keep when a run is resumed. A row may be newer than the
-        checkpoint that the run resumes from; it is taken out here and written again.
+    Only the rows of the first `epochs` are kept when a run resumes: later ones are newer than the checkpoint.
     """
 
     def __init__(self, path: Path, epochs: int) -> None:
@@ -37,45 +65,44 @@ class CsvLog:
             with open(path, newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):
                     number = row.get("epoch") or ""
-                    # A row cut short by a crash lacks its last columns.
+                    # A row truncated by a crash lacks its last columns.
                     if number.isdigit() and int(number) < epochs and None not in row.values():
-                        rows.append(row)
+                        rows.append({key: row.get(key, "") for key in COLUMNS})
         with atomic_file(path) as target:
-            target.write(self._text(rows, header=True))
-
-    @staticmethod
-    def _text(rows: list[dict[str, str]], *, header: bool) -> bytes:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        if header:
-            writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue().encode()
+            target.write(_text(rows, header=True))
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row; columns that `row` lacks stay empty."""
-        unknown = [key for key in row if key not in COLUMNS]
-        if unknown:
-            raise ValueError(f"log: unknown columns {unknown}")
-        cells = {
-            key: f"{value:.9g}" if isinstance(value, float) else value for key, value in row.items()
-        }
+        """Write one row; columns that `row` lacks are empty, and other keys raise ValueError."""
+        cells = {k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()}
         with open(self.path, "ab") as file:
-            file.write(self._text([cells], header=False))
+            file.write(_text([cells], header=False))
             file.flush()
             os.fsync(file.fileno())
 
 
+def _text(rows: list[dict[str, Any]], *, header: bool) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
 class TensorBoardLog:
-    """Numbers of each epoch for TensorBoard; events past `epochs` of an earlier run are purged."""
+    """The numbers of each epoch as TensorBoard events; those after the first `epochs` are purged.
+
+    Raises:
+        ValueError: from the constructor, where TensorBoard is not installed.
+    """
 
     def __init__(self, folder: Path, epochs: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError(
-                f"log: TensorBoard cannot be loaded ({error}); install the package tensorboard, or "
-                "set training.tensorboard=false"
+                f"log: TensorBoard cannot be loaded ({error}); install the package tensorboard, or set "
+                "training.tensorboard=false"
             ) from error
         self.writer = SummaryWriter(str(folder), purge_step=epochs or None)
 
@@ -83,62 +110,11 @@ class TensorBoardLog:
         """Write every number of `row` at its epoch."""
         for key, value in row.items():
             if key not in ("epoch", "step") and isinstance(value, (int, float)):
-                tag = f"validation/{key[11:]}" if key.startswith("validation_") else f"train/{key}"
-                self.writer.add_scalar(tag, value, row["epoch"])
+                name = key.removeprefix("validation_")
+                group = "train" if name == key else "validation"
+                self.writer.add_scalar(f"{group}/{name}", value, row["epoch"])
         self.writer.flush()
 
     def close(self) -> None:
         """Write what is left and close the file."""
         self.writer.close()
-
-
-class Progress:
-    """A bar with images a second on a terminal; elsewhere a line an epoch.
-
-    quiet: neither.
-    """
-
-    def __init__(self, quiet: bool = False, file: TextIO | None = None) -> None:
-        self.file = file if file is not None else sys.stderr
-        self.quiet = quiet
-        self.bars = not quiet and self.file.isatty()
-        self._bar: Any = None
-
-    def start(self, title: str, images: int, done: int = 0) -> None:
-        """Begin an epoch of `images` images, of which `done` were seen before a resume."""
-        if self.bars:
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=images, initial=done, desc=title, unit="img", file=self.file, leave=False
-            )
-
-    def advance(self, images: int, **numbers: float) -> None:
-        """Count `images` more and show `numbers`."""
-        if self._bar is not None:
-            self._bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items()}, refresh=False)
-            self._bar.update(images)
-
-    def stop(self) -> None:
-        """Take the bar away."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def line(self, text: str) -> None:
-        """Print a line of its own."""
-        if not self.quiet:
-            print(text, file=self.file, flush=True)
-
-
-class Stopwatch:
-    """Seconds of an epoch, over interruptions."""
-
-    def __init__(self, before: float = 0.0) -> None:
-        self.before = before
-        self.start = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds until now, those before a resume included."""
-        return self.before + time.perf_counter() - self.start

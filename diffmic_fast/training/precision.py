@@ -1,4 +1,4 @@
-"""The precision of a training run, chosen where its configuration says "auto", and its forward passes in bfloat16."""
+"""The precision of a training run: the choice behind "auto", and forward passes in bfloat16."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from diffmic_fast.distributed.processes import Processes
 from diffmic_fast.models.execution import bfloat16_obstacle
 
 
-def with_precision(
+def resolve_precision(
     config: RunConfig, device: torch.device, processes: Processes, resumed: Checkpoint | None
 ) -> RunConfig:
-    """The configuration with "auto" replaced by a precision.
+    """Collective: the configuration with "auto" replaced by a precision.
 
-    A resumed run keeps that of its checkpoint, whatever the processor: the same numbers as an unbroken run. A new one
-    is in bfloat16 on a CPU with AMX or the bfloat16 instructions of AVX-512, if those of all processes have them, else
-    in float32; on a GPU in float32, for there it was not measured.
+    A resumed run keeps that of its checkpoint, on any processor, and so the numbers of an unbroken run. A new run uses
+    bfloat16 on CPUs with AMX or the bfloat16 instructions of AVX-512 if all processes have them, otherwise float32; on
+    GPUs float32, because bfloat16 was not measured there.
 
     Args:
-        processes: all of them make this call.
-        resumed: the checkpoint to go on from.
+        config: of the run.
+        device: where the run trains.
+        processes: of the run.
+        resumed: checkpoint that the run resumes from, or None.
     """
     if config.training.precision != "auto":
         return config
@@ -40,7 +42,7 @@ def with_precision(
         and not bfloat16_obstacle(device)
         and bfloat16_instructions() in ("AMX", "AVX-512")
     )
-    chosen = "bf16" if all(processes.all_of(native)) else "fp32"
+    chosen = "bf16" if all(processes.all_gather(native)) else "fp32"
     training = dataclasses.replace(config.training, precision=stored.get("precision", chosen))
     return dataclasses.replace(config, training=training)
 
@@ -53,10 +55,10 @@ def bfloat16_passes(device: torch.device) -> Iterator[None]:
 
 
 class _UnitStrides(TorchFunctionMode):
-    """Convolutions of single pixels have the stride 1, which gives the same numbers, on a CPU.
+    """On CPUs, runs convolutions whose input and output are single pixels with stride 1, which gives the same numbers.
 
-    With another one oneDNN's gradient of the weight in bfloat16 is wrong, and differs from call to call (torch 2.14,
-    AVX-512: 3 x 3, stride 2, padding 1, as in a ResNet's last stage for patches of 16 pixels).
+    With a larger stride oneDNN's bfloat16 weight gradient is wrong and differs from call to call (torch 2.14, AVX-512:
+    3 x 3, stride 2, padding 1, as in a ResNet's last stage for patches of 16 pixels).
     """
 
     def __torch_function__(
@@ -66,7 +68,7 @@ class _UnitStrides(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Calls of anything else go through."""
+        """Replace the stride in calls of `conv2d`; other functions are called unchanged."""
         if func is F.conv2d and not kwargs and len(args) == 7:  # as nn.Conv2d calls it
             images, weight, bias, _, padding, dilation, groups = args
             if _is_one_pixel(images, weight, padding, dilation):
@@ -75,7 +77,7 @@ class _UnitStrides(TorchFunctionMode):
 
 
 def _is_one_pixel(images: Tensor, weight: Tensor, padding: Any, dilation: Any) -> bool:
-    """Whether input and result of a convolution are single pixels, whatever its stride."""
+    """Whether input and output of a convolution are single pixels, for any stride."""
     return (
         images.device.type == "cpu"
         and images.shape[2:] == (1, 1)

@@ -143,7 +143,7 @@ def test_bad_input_is_one_line(work, tmp_path, capsys):
     one_error(capsys, [*train, "--resume"], "there is no file", "ckpt.pth")
     one_error(capsys, [*train, "--device", "tpu3"], "auto, cpu, cuda")
     (tmp_path / "text.pth").write_text("dear reader")
-    one_error(capsys, ["evaluate", str(tmp_path / "text.pth")], "is no checkpoint")
+    one_error(capsys, ["evaluate", str(tmp_path / "text.pth")], "is not a checkpoint")
     one_error(capsys, ["evaluate", run, "--set", "model.classes=4"], "classes 2", "says 4")
     one_error(capsys, ["evaluate", run, "--set", "model.timesteps=99"], "timesteps 10", "says 99")
     one_error(
@@ -185,7 +185,7 @@ def test_precisions_are_those_of_the_chain(command, capsys):
 
 
 def test_debug_shows_the_traceback(work):
-    with pytest.raises(ValueError, match=r"is no checkpoint|no file"):
+    with pytest.raises(ValueError, match=r"is not a checkpoint|no file"):
         main(["evaluate", str(work / "nothere.pth"), "--debug"])
 
 

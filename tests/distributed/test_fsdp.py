@@ -1,4 +1,4 @@
-"""Runs with weights divided over two processes (`training.fsdp`) against those with all of them on each."""
+"""Runs with weights sharded over two processes (`training.fsdp`) against runs with replicated ones."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from diffmic_fast.config.run import RunConfig
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.diffusion import make_steps as make_table
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
-from diffmic_fast.distributed.fsdp import divide, own_share, undivided, whole
+from diffmic_fast.distributed.fsdp import gather_state, gathered, local_shard, shard_parameters
 from diffmic_fast.distributed.processes import Processes
 from diffmic_fast.inference.evaluate import evaluate
 from diffmic_fast.models import DiffMIC, DiffMICConfig
 from diffmic_fast.ops.denoise import denoise
+from diffmic_fast.training.datasets import make_dataset
 from diffmic_fast.training.interruption import Interrupted
-from diffmic_fast.training.trainer import Trainer, make_dataset
+from diffmic_fast.training.trainer import Trainer
 
 
-def run_divided(rank: int, config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Both ways, the divided one interrupted and resumed too, and what each validation saw."""
+def run_both(rank: int, config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Replicated and sharded runs, the sharded one also interrupted and resumed; its last validation."""
     found: dict[str, Any] = {}
-    Trainer(config, folder / "each has all", quiet=True).fit()
+    Trainer(config, folder / "replicated", quiet=True).fit()
     config = with_training(config, fsdp=True)
-    trainer = Trainer(config, folder / "divided", quiet=True)
+    trainer = Trainer(config, folder / "sharded", quiet=True)
     trainer.fit()
     assert trainer.last_evaluation is not None
     found["last"] = [r.probabilities for r in trainer.last_evaluation.results]
 
     def stop(epoch: int, step: int) -> None:
-        if (epoch, step) == (2, 1) and rank == 1:  # weights have moved, and averages not as far
+        if (epoch, step) == (2, 1) and rank == 1:  # weights and averages differ
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted):
@@ -48,18 +49,18 @@ def run_divided(rank: int, config: RunConfig, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_run_of_divided_weights(shared_config: RunConfig, tmp_path: Path) -> None:
-    """Its log and checkpoint are those of processes that have all; validations see the weights of their epoch."""
+def test_a_sharded_run_matches_a_replicated_one(shared_config: RunConfig, tmp_path: Path) -> None:
+    """The same log and checkpoint; a validation sees the weights of its epoch."""
     config = with_training(shared_config, batch_size=4, **TOGETHER)
-    last = in_processes(2, run_divided, config, tmp_path)[0]["last"]
-    plain, divided = (tmp_path / name for name in ("each has all", "divided"))
-    for a, b in zip(rows(divided), rows(plain), strict=True):
+    last = in_processes(2, run_both, config, tmp_path)[0]["last"]
+    plain, sharded = (tmp_path / name for name in ("replicated", "sharded"))
+    for a, b in zip(rows(sharded), rows(plain), strict=True):
         for key in ("loss", "guidance_loss", "noise_loss", "mmd_global"):
             assert a[key] == b[key] or float(a[key]) == pytest.approx(float(b[key]), rel=0.02), key
-    assert_same_run(divided, tmp_path / "broken")
-    files = [torch.load(folder / NAME, weights_only=True) for folder in (divided, plain)]
+    assert_same_run(sharded, tmp_path / "broken")
+    files = [torch.load(folder / NAME, weights_only=True) for folder in (sharded, plain)]
     assert describe(files[0]) == describe(files[1])
-    model, _ = load_model(divided / NAME)
+    model, _ = load_model(sharded / NAME)
     dataset = make_dataset(config, open_source(config.data, "validation"), train=False)
     s = config.sampling
     again = evaluate(model, dataset, [SamplingOptions.from_config(s)], batch_size=s.batch_size)
@@ -70,7 +71,7 @@ def test_a_run_of_divided_weights(shared_config: RunConfig, tmp_path: Path) -> N
 
 
 def describe(value: Any) -> Any:
-    """Keys, types and shapes of what a checkpoint holds."""
+    """Keys, types and shapes of the content of a checkpoint."""
     if isinstance(value, dict):
         return {key: describe(each) for key, each in value.items() if key not in ("fsdp", "random")}
     if isinstance(value, (list, tuple)):
@@ -79,19 +80,19 @@ def describe(value: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_weights_are_read_anew_each_time_they_are_made_whole() -> None:
-    """What a chain keeps of weights goes by versions, which all-gathered memory does not have by itself."""
+def test_gathered_weights_are_read_anew() -> None:
+    """Caches of weights compare versions, which an all-gather does not change by itself."""
     values = in_processes(2, run_chains)
     for first, second, expected, *_ in values:
         assert not torch.equal(first, second)
         torch.testing.assert_close(second, expected)
-    # The first process's weights are everybody's.
+    # Rank 0 has broadcast its weights.
     drawn = [each[3] for each in values]
     assert not torch.equal(*drawn) and torch.equal(drawn[0] * 1.5, values[0][4])
 
 
 def run_chains(rank: int) -> list[Tensor]:
-    """A chain, one after the weights have changed, and what it should be."""
+    """A chain, one after the weights have changed, and what that should be."""
     torch.manual_seed(rank)
     model = DiffMIC(
         DiffMICConfig(classes=3, feature_dim=32, image_size=32, crop_size=16, timesteps=8)
@@ -102,20 +103,20 @@ def run_chains(rank: int) -> list[Tensor]:
     steps = make_table(model.schedule, "ddpm")
 
     def chain() -> Tensor:
-        with undivided(model.denoiser), torch.no_grad():
+        with gathered(model.denoiser), torch.no_grad():
             versions.append(model.denoiser.lin2.lin.weight._version)
             return denoise(features, prior, prior, model.denoiser.weights(), steps, seed=1).clone()
 
     model.eval()
     versions: list[int] = []
-    divide(model.denoiser)
+    shard_parameters(model.denoiser)
     found = [chain()]
     with torch.no_grad():
         for parameter in model.denoiser.parameters():
-            own_share(parameter).mul_(1.5)
+            local_shard(parameter).mul_(1.5)
     found.append(chain())
     assert versions[1] > versions[0]
-    state = whole(dict(model.denoiser.state_dict()), Processes(0, 2))
+    state = gather_state(dict(model.denoiser.state_dict()), Processes(0, 2))
     twin = DiffMIC(model.config).denoiser.eval()
     twin.load_state_dict(state)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Steps of two processes on the CPU against those of one, also with weights divided among them."""
+"""Steps of two processes on the CPU against those of one, with replicated and with sharded weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from training_runs import TOGETHER
 
 from diffmic_fast.config.run import RunConfig
-from diffmic_fast.distributed.fsdp import is_divided, own_share
+from diffmic_fast.distributed.fsdp import full, local_shard
 from diffmic_fast.distributed.sync_batch_norm import SyncBatchNorm, synchronize_statistics
 from diffmic_fast.models import DiffMIC
 from diffmic_fast.training.steps import Steps
@@ -30,7 +30,7 @@ def make_model(config: RunConfig) -> DiffMIC:
 
 
 def make_steps(model: DiffMIC, config: RunConfig, **changes: Any) -> Steps:
-    # Clipped gradients, and Adam's steps, would be the same for gradients of another scale.
+    # Clipping and Adam would hide a wrong scale of the gradients.
     changes = {"gradient_clip": None} | changes
     return Steps(model, dataclasses.replace(config.training, **changes), seed=3)
 
@@ -44,21 +44,21 @@ def both_steps(
     def keep_gradients() -> None:
         for name, value in steps.model.named_parameters():
             if value.grad is not None:
-                found[f"gradient of {name}"] = entire(value.grad).clone()
+                found[f"gradient of {name}"] = full(value.grad).clone()
 
     losses = steps.denoiser_step(images, labels, 0.5)
     keep_gradients()
     losses["guidance"] = steps.guidance_step(images, labels, 0.5)
     keep_gradients()
-    found |= {name: entire(value).clone() for name, value in steps.model.state_dict().items()}
+    found |= {name: full(value).clone() for name, value in steps.model.state_dict().items()}
     assert steps.average is not None
     for name, value in steps.average.values.items():
-        found[f"average of {name}"] = entire(value).clone()
+        found[f"average of {name}"] = full(value).clone()
     return losses, found
 
 
 def elements_kept(steps: Steps) -> dict[str, int]:
-    """How many numbers of each kind this process has."""
+    """Number of elements of each kind on this process."""
     assert steps.average is not None
     optimizers = steps.optimizer, steps.guidance_optimizer
     kinds = {
@@ -67,14 +67,10 @@ def elements_kept(steps: Steps) -> dict[str, int]:
         "averages": list(steps.average.values.values()),
         "moments": [s["exp_avg"] for o in optimizers for s in o.state.values()],
     }
-    return {kind: sum(own_share(t).numel() for t in values) for kind, values in kinds.items()}
+    return {kind: sum(local_shard(t).numel() for t in values) for kind, values in kinds.items()}
 
 
-def entire(value: Tensor) -> Tensor:
-    return value.full_tensor() if is_divided(value) else value  # type: ignore[attr-defined]
-
-
-# Images of a batch, and what differs from the defaults.
+# Images of a batch, and changes to the defaults.
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "equal shards": (8, TOGETHER),
     "unequal shards": (7, TOGETHER),
@@ -82,10 +78,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "accumulation": (9, TOGETHER | {"accumulation": 2}),
     "recomputed": (7, TOGETHER | {"recompute": True}),
     "clipped": (7, TOGETHER | {"gradient_clip": 0.1}),
-    "divided weights": (7, TOGETHER | {"fsdp": True}),
-    "divided, accumulation": (9, TOGETHER | {"accumulation": 2, "fsdp": True, "recompute": True}),
-    "divided, clipped": (7, TOGETHER | {"gradient_clip": 0.1, "fsdp": True}),
-    "apart": (7, {}),
+    "sharded": (7, TOGETHER | {"fsdp": True}),
+    "sharded, accumulation": (9, TOGETHER | {"accumulation": 2, "fsdp": True, "recompute": True}),
+    "sharded, clipped": (7, TOGETHER | {"gradient_clip": 0.1, "fsdp": True}),
+    "local statistics": (7, {}),
     "gathered only": (7, {"gather_mmd": True}),
 }
 
@@ -101,12 +97,12 @@ def run_steps(rank: int, config: RunConfig) -> dict[str, Any]:
     steps = make_steps(make_model(config), config, **TOGETHER, fsdp=True)
     images, labels = (steps.processes.shard(part) for part in batch(8))
     steps.denoiser_step(images, labels, 0.5)  # type: ignore[arg-type]
-    found["kept behind a denoiser step"] = elements_kept(steps)
+    found["kept after a denoiser step"] = elements_kept(steps)
     steps = make_steps(make_model(config), config, **TOGETHER)
     for count in (8, 6, 7):
         images, labels = (steps.processes.shard(part) for part in batch(count))
         found["third"] = steps.denoiser_step(images, labels, 0.5)  # type: ignore[arg-type]
-    found["refusals"] = []
+    found["errors"] = []
     for wrong in ("image", "label", "weight"):
         steps = make_steps(make_model(config), config)
         images, labels = batch(4)
@@ -124,7 +120,7 @@ def run_steps(rank: int, config: RunConfig) -> dict[str, Any]:
             try:
                 step(images, labels, 0.5)
             except ValueError as error:
-                found["refusals"].append(str(error))
+                found["errors"].append(str(error))
             parameters = dict(steps.model.named_parameters())
             assert wrong == "weight" or all(
                 torch.equal(before[k], parameters[k]) for k in parameters
@@ -138,7 +134,7 @@ def two(shared_config: RunConfig) -> list[dict[str, Any]]:
 
 
 def compare(found: dict[str, Tensor], expected: dict[str, Tensor], kind: str) -> None:
-    """Gradients and running statistics to rounding; weights but for those whose gradient is rounding alone."""
+    """Gradients and running statistics up to rounding; weights except those whose gradient is rounding alone."""
     assert found.keys() == expected.keys()
     assert sum(name.startswith("average") for name in found) > 20
     gradients = [value for name, value in expected.items() if name.startswith("gradient")]
@@ -153,7 +149,7 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor], kind: str) ->
                 found[name], value, rtol=1e-4, atol=1e-5, msg=f"{kind}: {name}"
             )
         else:
-            # Adam's first step is a rate times the gradient's sign, and rounding decides the sign of next to nothing.
+            # Adam's first step is the rate times the gradient's sign, which rounding decides for tiny gradients.
             gradient = expected.get(f"gradient of {name.removeprefix('average of ')}")
             if gradient is None:
                 gradient = expected[f"gradient of denoiser.{name.removeprefix('average of ')}"]
@@ -166,14 +162,16 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor], kind: str) ->
 @pytest.mark.parametrize(
     "name", [name for name, (_, how) in CASES.items() if "sync_batch_norm" in how]
 )
-def test_two_processes_are_one_with_the_whole_batch(
+def test_two_processes_match_one_with_the_global_batch(
     name: str, two: list[dict[str, Any]], shared_config: RunConfig
 ) -> None:
-    """Losses, every gradient, running statistics and averages, of equal and unequal shards."""
+    """Losses, every gradient, running statistics and averages, for equal and unequal shards."""
     count, changes = CASES[name]
     steps = make_steps(make_model(shared_config), shared_config, **changes)
     images, labels = batch(count)
-    if "accumulation" in changes:  # a part is the processes' parts, one after the other
+    if (
+        "accumulation" in changes
+    ):  # a micro-batch is the processes' micro-batches, one after the other
         order = torch.tensor([0, 1, 2, 5, 6, 3, 4, 7, 8])
         images, labels = images[order], labels[order]
     expected, state_of_one = both_steps(steps, images, labels)
@@ -185,15 +183,15 @@ def test_two_processes_are_one_with_the_whole_batch(
     assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
-def test_divided_weights_are_kept_once(two: list[dict[str, Any]]) -> None:
-    """And gradients, averages and optimizer state: two shares make one of each, neither a large one."""
-    for name in ("divided weights", "divided, accumulation"):
+def test_sharded_weights_are_stored_once(two: list[dict[str, Any]]) -> None:
+    """And gradients, averages and optimizer state: the two shards make one of each, and neither is large."""
+    for name in ("sharded", "sharded, accumulation"):
         for kind, count in two[0]["equal shards, kept"].items():
             shares = [found[f"{name}, kept"][kind] for found in two]
             assert sum(shares) == count and max(shares) < 0.6 * count, kind
-    # The guidance has been asked, and has no backward pass.
+    # The guidance model had a forward pass and no backward pass.
     assert (
-        sum(each["kept behind a denoiser step"]["weights"] for each in two)
+        sum(each["kept after a denoiser step"]["weights"] for each in two)
         == (two[0]["equal shards, kept"]["weights"])
     )
 
@@ -205,12 +203,11 @@ def test_three_steps(two: list[dict[str, Any]], shared_config: RunConfig) -> Non
     assert two[0]["third"] == two[1]["third"] == pytest.approx(third, rel=1e-2)
 
 
-@pytest.mark.parametrize("name", ["apart", "gathered only"])
-def test_apart_each_process_has_its_own_statistics(
+@pytest.mark.parametrize("name", ["local statistics", "gathered only"])
+def test_local_statistics_and_gathered_mmd(
     name: str, two: list[dict[str, Any]], shared_config: RunConfig
 ) -> None:
-    """The gradient is the sum of the shards' by their shares; the MMD of all rows has its gradient in each. The first
-    process's running statistics are everybody's."""
+    """The gradient is the weighted sum over the processes, also of a gathered MMD; running statistics are rank 0's."""
     count, _ = CASES[name]
     models = [make_model(shared_config) for _ in range(2)]
     parameters = [dict(model.denoiser.named_parameters()) for model in models]
@@ -231,7 +228,7 @@ def test_apart_each_process_has_its_own_statistics(
         handle.remove()
         outputs.append(kept[0])
     total = sum(n / 7 * loss.noise for n, loss in zip((4, 3), losses, strict=True))
-    if name == "apart":
+    if name == "local statistics":
         for n, loss in zip((4, 3), losses, strict=True):
             total = total + n / 7 * 0.5 * (loss.mmd_global + loss.mmd_local)
     else:
@@ -258,9 +255,9 @@ def test_apart_each_process_has_its_own_statistics(
             )
 
 
-def test_what_one_refuses_ends_both(two: list[dict[str, Any]]) -> None:
-    """Before a step for images and labels, in it for a loss: nobody waits for somebody who has left."""
-    first, second = (found["refusals"] for found in two)
+def test_an_error_on_one_process_is_raised_on_both(two: list[dict[str, Any]]) -> None:
+    """Before a step for images and labels, in it for a loss: no process waits for one that has raised."""
+    first, second = (found["errors"] for found in two)
     image, label = "the images hold not-a-number or infinity", r"labels must be in [0, 2]"
     assert second[:4] == [image, image, label, label]
     assert first[:4] == [f"process 1: {reason}" for reason in second[:4]]
@@ -268,8 +265,8 @@ def test_what_one_refuses_ends_both(two: list[dict[str, Any]]) -> None:
     assert first[4].startswith("the denoiser's loss is not finite") and second[4] == first[4]
 
 
-def test_synced_norms_take_over_what_is_there() -> None:
-    """Keys and tensors stay; timm's keep their activation; what is not known is refused."""
+def test_sync_batch_norm_takes_over_tensors_and_activation() -> None:
+    """Keys and tensors stay the same, timm's activation is kept, and other subclasses are rejected."""
     import timm
 
     network = timm.create_model("test_efficientnet", num_classes=0).train()
@@ -287,13 +284,17 @@ def test_synced_norms_take_over_what_is_there() -> None:
     class Other(nn.BatchNorm2d):
         pass
 
-    with pytest.raises(ValueError, match="sync_batch_norm: a Other is not known"):
+    with pytest.raises(
+        ValueError, match=r"sync_batch_norm: must be BatchNorm1d, 2d, 3d .* got Other"
+    ):
         synchronize_statistics(nn.Sequential(Other(3)))
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])
 @pytest.mark.parametrize("shape", [(5, 4), (3, 4, 2, 5)])
-def test_a_synced_norm_alone_is_pytorchs(shape: tuple[int, ...], momentum: float | None) -> None:
+def test_sync_batch_norm_of_one_process_matches_pytorch(
+    shape: tuple[int, ...], momentum: float | None
+) -> None:
     kind = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
     norm = kind(4, momentum=momentum)
     nn.init.uniform_(norm.weight)

@@ -1,4 +1,4 @@
-"""Two processes on the CPU against one: whole runs, evaluation and prediction, the command line."""
+"""Two processes on the CPU against one: training runs, evaluation and prediction, the command line."""
 
 from __future__ import annotations
 
@@ -19,21 +19,18 @@ from diffmic_fast.checkpoint import NAME, load_model
 from diffmic_fast.config.run import RunConfig
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
-from diffmic_fast.distributed.processes import (
-    Processes,
-    sizes,
-    started,
-)
+from diffmic_fast.distributed.processes import Processes, process_group, split_sizes
 from diffmic_fast.inference.evaluate import evaluate
 from diffmic_fast.inference.predict import predict_files
 from diffmic_fast.models import DiffMIC
+from diffmic_fast.training.batches import epoch_batches
+from diffmic_fast.training.datasets import make_dataset
 from diffmic_fast.training.interruption import Interrupted
-from diffmic_fast.training.schedules import epoch_batches
-from diffmic_fast.training.trainer import Trainer, make_dataset
+from diffmic_fast.training.trainer import Trainer
 
 
 def test_shards_are_contiguous_and_nearly_equal() -> None:
-    assert sizes(7, 3) == [3, 2, 2] and sizes(2, 3) == [1, 1, 0]
+    assert split_sizes(7, 3) == [3, 2, 2] and split_sizes(2, 3) == [1, 1, 0]
     parts = [Processes(rank, 3).shard(range(7)) for rank in range(3)]
     assert [list(part) for part in parts] == [[0, 1, 2], [3, 4], [5, 6]]
     for count in (8, 9, 10, 11, 12, 13, 17):
@@ -44,8 +41,10 @@ def test_shards_are_contiguous_and_nearly_equal() -> None:
         epoch_batches(3, 8, seed=0, epoch=0, least=4)
 
 
-def run_whole(rank: int, config: RunConfig, folder: Path, files: list[Path]) -> dict[str, Any]:
-    """A run, the same run interrupted and resumed, and what its model says of images."""
+def train_and_predict(
+    rank: int, config: RunConfig, folder: Path, files: list[Path]
+) -> dict[str, Any]:
+    """A run, the same run interrupted and resumed, and the predictions of its model."""
     found: dict[str, Any] = {}
     trainer = Trainer(config, folder / "unbroken", quiet=True)
     trainer.fit()
@@ -61,7 +60,7 @@ def run_whole(rank: int, config: RunConfig, folder: Path, files: list[Path]) -> 
     except Interrupted as interrupted:
         found["signal"] = interrupted.signum, str(interrupted)
     trainer = Trainer(config, broken, resume=broken / NAME, quiet=True)
-    found["resumed at"] = trainer.epoch, trainer.position
+    found["resumed at"] = trainer.progress.epoch, trainer.progress.position
     if rank == 0:
         shutil.copy(broken / NAME, folder / "middle.pth")
 
@@ -72,19 +71,19 @@ def run_whole(rank: int, config: RunConfig, folder: Path, files: list[Path]) -> 
     trainer.on_step = keep
     trainer.fit()
     model, _ = load_model(folder / "unbroken" / NAME)
-    found["evaluation"] = whole_evaluation(model, config)
-    found["predictions"] = whole_prediction(model, config, files)
-    found["one file"] = whole_prediction(model, config, files[:1])
+    found["evaluation"] = evaluation_of(model, config)
+    found["predictions"] = prediction_of(model, config, files)
+    found["one file"] = prediction_of(model, config, files[:1])
     return found
 
 
-def whole_evaluation(model: DiffMIC, config: RunConfig) -> Any:
+def evaluation_of(model: DiffMIC, config: RunConfig) -> Any:
     dataset = make_dataset(config, open_source(config.data, "validation"), train=False)
     found = evaluate(model, dataset, [SamplingOptions("ddim", 3, samples=2)], batch_size=2)
     return found.labels, [result.probabilities for result in found.results]
 
 
-def whole_prediction(model: DiffMIC, config: RunConfig, files: list[Path]) -> Any:
+def prediction_of(model: DiffMIC, config: RunConfig, files: list[Path]) -> Any:
     classes = ("blue", "green", "red")
     return predict_files(
         model, files, classes, config.data.augmentation, SamplingOptions("ddim", 3), batch_size=2
@@ -99,14 +98,14 @@ def runs(shared_config: RunConfig, images: Path, tmp_path_factory) -> tuple[Path
     damaged.write_bytes(files[0].read_bytes()[:100])
     files.insert(4, damaged)
     config = with_training(shared_config, batch_size=4, **TOGETHER)
-    return folder, in_processes(2, run_whole, config, folder, files), files
+    return folder, in_processes(2, train_and_predict, config, folder, files), files
 
 
 @pytest.mark.slow
-def test_a_run_of_two_is_that_of_one_with_their_batch(
+def test_two_processes_match_one_with_the_global_batch(
     runs: tuple[Path, Any, list[Path]], shared_config: RunConfig, tmp_path: Path
 ) -> None:
-    """Its log to rounding, which grows from step to step; one checkpoint, that a single process reads."""
+    """The log up to rounding, which grows from step to step; one checkpoint, which a single process reads."""
     folder, found, _ = runs
     Trainer(with_training(shared_config, batch_size=8), tmp_path, quiet=True).fit()
     for a, b in zip(rows(folder / "unbroken"), rows(tmp_path), strict=True):
@@ -123,7 +122,9 @@ def test_a_run_of_two_is_that_of_one_with_their_batch(
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_stops_both_and_the_run_goes_on(runs: tuple[Path, Any, list[Path]]) -> None:
+def test_a_signal_to_one_process_stops_both_and_the_run_resumes(
+    runs: tuple[Path, Any, list[Path]],
+) -> None:
     folder, found, _ = runs
     for each in found:
         assert each["signal"][0] == signal.SIGTERM
@@ -133,10 +134,10 @@ def test_a_signal_to_one_stops_both_and_the_run_goes_on(runs: tuple[Path, Any, l
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_goes_on_between_epochs(
+def test_the_number_of_processes_can_change_between_epochs(
     runs: tuple[Path, Any, list[Path]], shared_config: RunConfig, tmp_path: Path
 ) -> None:
-    """As one with their batch; not with another one, nor in the middle of an epoch."""
+    """With the same global batch only, and not in the middle of an epoch."""
     folder, _, _ = runs
     config = with_training(shared_config, **TOGETHER)
     halfway = folder / "epoch.pth"
@@ -147,21 +148,21 @@ def test_another_number_of_processes_goes_on_between_epochs(
         with pytest.raises(ValueError, match=message):
             Trainer(with_training(config, batch_size=size), tmp_path / "no", resume=path)
     trainer = Trainer(with_training(config, batch_size=8), tmp_path, resume=halfway, quiet=True)
-    assert (trainer.epoch, trainer.position) == (2, 0)
+    assert (trainer.progress.epoch, trainer.progress.position) == (2, 0)
     trainer.fit()
     a, b = rows(folder / "unbroken")[-1], rows(tmp_path)[-1]
     assert a["step"] == b["step"] and float(a["loss"]) == pytest.approx(float(b["loss"]), rel=0.02)
 
 
 @pytest.mark.slow
-def test_evaluation_and_prediction_in_shards(
+def test_sharded_evaluation_and_prediction(
     runs: tuple[Path, Any, list[Path]], shared_config: RunConfig
 ) -> None:
-    """In the order of the input, as one process has them; a process without images, and a damaged file."""
+    """In the order of the input, as from one process; also with a process without images and a damaged file."""
     folder, found, files = runs
     model, _ = load_model(folder / "unbroken" / NAME)
-    labels, probabilities = whole_evaluation(model, shared_config)
-    predictions = whole_prediction(model, shared_config, files)
+    labels, probabilities = evaluation_of(model, shared_config)
+    predictions = prediction_of(model, shared_config, files)
     assert [row.file for row in predictions.rows] == [str(f) for f in files if f.stem != "damaged"]
     for each in found:
         assert (each["evaluation"][0] == labels).all()
@@ -176,7 +177,7 @@ def test_evaluation_and_prediction_in_shards(
 
 
 def test_torchrun(shared_config: RunConfig, images: Path, tmp_path: Path) -> None:
-    """Train and predict from the command line, what is printed and written once."""
+    """Train and predict from the command line: rank 0 alone prints and writes."""
     config = with_training(shared_config, batch_size=2, epochs=1, **TOGETHER)
     config.save(tmp_path / "run.yml")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DIFFMIC_BACKEND": "auto"}
@@ -201,16 +202,16 @@ def test_torchrun(shared_config: RunConfig, images: Path, tmp_path: Path) -> Non
     assert done.returncode != 0 and "are for a single process" in done.stderr
 
 
-def test_without_torchrun_there_is_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchrun_there_is_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with started("auto") as device:
+    with process_group("auto") as device:
         assert device == "auto" and not torch.distributed.is_initialized()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
         pytest.raises(ValueError, match="'cuda:1' is one GPU, and torchrun started 2"),
-        started("cuda:1"),
+        process_group("cuda:1"),
     ):
         pass
     monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
-    with pytest.raises(ValueError, match="has no GPU"), started("cuda"):
+    with pytest.raises(ValueError, match="has no GPU"), process_group("cuda"):
         pass

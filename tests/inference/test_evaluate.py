@@ -13,7 +13,7 @@ from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.inference.evaluate import GUIDANCE, evaluate
 from diffmic_fast.inference.metrics import compute_metrics
 from diffmic_fast.models import DiffMIC
-from diffmic_fast.training.trainer import make_dataset
+from diffmic_fast.training.datasets import make_dataset
 
 METHODS = [
     SamplingOptions("ddpm"),

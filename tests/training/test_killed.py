@@ -1,4 +1,4 @@
-"""A training that is killed, again and again, at moments that it does not choose."""
+"""A training run that is killed repeatedly, at arbitrary moments."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import pytest
 import torch
 from training_runs import assert_same_run, flat, rows
 
-from diffmic_fast import checkpoint as ckpt
+from diffmic_fast.checkpoint import read_checkpoint
+from diffmic_fast.training import run_folder
 from diffmic_fast.training.trainer import Trainer
 
 KILLS = 20
 
-# Imports once and then forks, before PyTorch has started a thread: a start of training takes no second. A third of the
-# kills come after some steps, a third while a checkpoint is being written, a third as soon as one is in its place.
+# Imports once and then forks, before PyTorch has started a thread: a run starts in less than a second. A third of the
+# kills come after some steps, a third while a checkpoint is being written, a third right after one was written.
 PROGRAM = """
 import os, pickle, random, signal, sys, time
 from pathlib import Path
@@ -79,7 +80,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_twenty_kills_end_at_the_same_numbers(config, tmp_path: Path) -> None:
+def test_twenty_kills_do_not_change_the_result(config, tmp_path: Path) -> None:
     training = dataclasses.replace(config.training, epochs=9)
     config = dataclasses.replace(config, training=training)
     unbroken, out = tmp_path / "unbroken", tmp_path / "killed"
@@ -90,7 +91,7 @@ def test_twenty_kills_end_at_the_same_numbers(config, tmp_path: Path) -> None:
             capture_output=True,
         )
         assert result.returncode == 0, result.stderr.decode()
-    # It went on from many checkpoints, and not from the beginning until nobody killed it.
+    # It resumed from many checkpoints.
     assert int(result.stdout) >= KILLS // 3
     assert len(rows(out)) == 10
     assert_same_run(unbroken, out)
@@ -101,23 +102,23 @@ def test_twenty_kills_end_at_the_same_numbers(config, tmp_path: Path) -> None:
         assert tensors and all(torch.equal(one[key], other[key]) for key in tensors), name
 
 
-@pytest.mark.parametrize("moment", ["before the best was kept", "with the next guidance in place"])
-def test_the_best_is_kept_by_the_resumed_run(
+@pytest.mark.parametrize("moment", ["before the best was kept", "after the next guidance file"])
+def test_a_resumed_run_keeps_the_best_checkpoint(
     config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """Killed behind the checkpoint of the best epoch; what is kept is that and its guidance, nothing half-written."""
+    """Killed after the checkpoint of the best epoch: that one and its guidance file are kept, nothing half-written."""
 
     def die(*_: object) -> None:
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(ckpt, "keep_copy", die)
+        patch.setattr(run_folder, "keep_copy", die)
         with pytest.raises(RuntimeError, match="killed"):
             Trainer(config, tmp_path, quiet=True).fit()
     assert not (tmp_path / "ckpt_best.pth").exists()
     (tmp_path / ".ckpt.pth.abc.tmp").write_bytes(b"half")
-    saved = ckpt.read_checkpoint(tmp_path / "ckpt.pth")
-    if moment == "with the next guidance in place":
+    saved = read_checkpoint(tmp_path / "ckpt.pth")
+    if moment == "after the next guidance file":
         guidance, optimizer = torch.load(tmp_path / "aux_ckpt.pth", weights_only=True)
         changed = {key: value + 1 for key, value in guidance.items()}
         torch.save([changed, optimizer], tmp_path / "aux_ckpt.pth")
@@ -127,7 +128,7 @@ def test_the_best_is_kept_by_the_resumed_run(
 
     with pytest.raises(RuntimeError, match="enough"):
         Trainer(config, tmp_path, quiet=True, resume=tmp_path / "ckpt.pth", on_step=stop).fit()
-    best = ckpt.read_checkpoint(tmp_path / "ckpt_best.pth")
+    best = read_checkpoint(tmp_path / "ckpt_best.pth")
     assert best.step == saved.step
     assert all(torch.equal(value, best.denoiser[key]) for key, value in saved.denoiser.items())
     guidance, _ = torch.load(tmp_path / "aux_ckpt_best.pth", weights_only=True)

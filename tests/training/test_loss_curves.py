@@ -1,4 +1,4 @@
-"""Fifty joint steps by the published way and by ours: the same losses, as far as rounding lets them."""
+"""Fifty joint steps of the published program and of ours: equal losses up to rounding."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("dtype", "steps", "tolerance"), [(torch.float64, 50, 1e-9), (torch.float32, 50, 1e-3)]
 )
-def test_both_ways_have_one_curve(
+def test_loss_curves_agree(
     published: Any, config: RunConfig, dtype: torch.dtype, steps: int, tolerance: float
 ) -> None:
-    """Losses of both models in every step, and in float64 the running statistics behind the last."""
+    """Losses of both models in every step, and in float64 the running statistics after the last."""
     training = dataclasses.replace(
         config.training,
         ema_decay=None,

@@ -1,4 +1,4 @@
-"""training.precision: auto is decided once a run, by the processor, and a resumed run keeps what was decided."""
+"""training.precision: "auto" is resolved once per run, by the processor, and a resumed run keeps it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffmic_fast.distributed.processes import current
 from diffmic_fast.models import DiffMIC
 from diffmic_fast.training import precision as module
 from diffmic_fast.training.interruption import Interrupted
-from diffmic_fast.training.precision import bfloat16_passes, with_precision
+from diffmic_fast.training.precision import bfloat16_passes, resolve_precision
 from diffmic_fast.training.steps import Steps
 from diffmic_fast.training.trainer import Trainer
 from tests.training_runs import assert_same_run, with_training
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """Lets the processor have bfloat16 instructions of a name, or none."""
+    """Sets the name of the processor's bfloat16 instructions, or "" for none."""
 
     def to_have(instructions):
         obstacle = "" if instructions else "none"
@@ -39,30 +39,32 @@ def pretend(monkeypatch):
     ("instructions", "expected"),
     [("AMX", "bf16"), ("AVX-512", "bf16"), ("Arm", "fp32"), ("", "fp32")],
 )
-def test_the_processor_decides(instructions, expected, config, pretend):
+def test_auto_follows_the_processor(instructions, expected, config, pretend):
     pretend(instructions)
     auto = with_training(config, precision="auto")
-    assert with_precision(auto, CPU, current(), None) == with_training(config, precision=expected)
-    cuda = with_precision(auto, torch.device("cuda"), current(), None)
+    assert resolve_precision(auto, CPU, current(), None) == with_training(
+        config, precision=expected
+    )
+    cuda = resolve_precision(auto, torch.device("cuda"), current(), None)
     assert cuda.training.precision == "fp32"
     for precision in ("fp32", "bf16"):
         asked = with_training(config, precision=precision)
-        assert with_precision(asked, CPU, current(), None) is asked
+        assert resolve_precision(asked, CPU, current(), None) is asked
 
 
-def test_all_processes_have_to_have_the_instructions(config, pretend):
+def test_bf16_requires_the_instructions_on_all_processes(config, pretend):
     pretend("AMX")
     auto = with_training(config, precision="auto")
     for other, expected in ((True, "bf16"), (False, "fp32")):
-        processes = SimpleNamespace(all_of=lambda own, other=other: [own, other])
-        found = with_precision(auto, CPU, processes, None)
+        processes = SimpleNamespace(all_gather=lambda own, other=other: [own, other])
+        found = resolve_precision(auto, CPU, processes, None)
         assert found.training.precision == expected
 
 
 @pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("begun", ["AVX-512", ""])
 def test_a_resumed_run_keeps_its_precision(begun, config, pretend, tmp_path, capsys):
-    """On a processor that would decide otherwise; the same bits as an unbroken run of the precision asked for."""
+    """Also on another processor; the same bits as an unbroken run of the explicit precision."""
     chosen = "bf16" if begun else "fp32"
     asked = with_training(config, precision=chosen)
     Trainer(asked, tmp_path / "whole", quiet=True).fit()
@@ -97,8 +99,8 @@ def test_a_resumed_run_keeps_its_precision(begun, config, pretend, tmp_path, cap
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (1, 0), (3, 2)])
 @pytest.mark.parametrize("side", [1, 2])
-def test_gradients_of_convolutions_of_single_pixels(stride, kernel, padding, side):
-    """bfloat16 errs by its rounding, and the same in every pass."""
+def test_weight_gradients_of_single_pixel_convolutions(stride, kernel, padding, side):
+    """The error of bfloat16 is its rounding, and the same in every pass."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(8, 64, side, side, generator=generator)
     layer = nn.Conv2d(64, 48, kernel, stride, padding).to(memory_format=torch.channels_last)
@@ -115,13 +117,13 @@ def test_gradients_of_convolutions_of_single_pixels(stride, kernel, padding, sid
     assert all(torch.equal(found[0], other) for other in found)
 
 
-def test_steps_want_a_precision(config):
+def test_steps_reject_auto(config):
     model = DiffMIC(config.model)
     with pytest.raises(ValueError, match="precision must be fp32 or bf16, got auto"):
         Steps(model, dataclasses.replace(config.training, precision="auto"), seed=0)
 
 
 @pytest.mark.parametrize("name", ["pmg2000", "aptos2019", "ham10000", "chest_xray_small"])
-def test_presets_with_published_numbers_are_in_float32(name):
+def test_presets_with_published_settings_are_in_float32(name):
     assert read_config(name).training.precision == "fp32"
     assert TrainingConfig().precision == "fp32"

@@ -1,4 +1,4 @@
-"""A step in parts, and with the image encoder computed again in the backward pass."""
+"""Optimizer steps with gradient accumulation and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def steps_of(model: DiffMIC, config: RunConfig, **changes: object) -> Steps:
 
 
 @pytest.mark.parametrize(("count", "parts"), [(9, [5, 4]), (5, [3, 2]), (4, [2, 2]), (3, [3])])
-def test_a_step_in_parts_is_one_on_the_mean_of_their_losses(
+def test_accumulation_is_a_step_on_the_weighted_mean_of_the_losses(
     model: DiffMIC, config: RunConfig, count: int, parts: list[int]
 ) -> None:
-    """Every part with its own draws, statistics and MMD, weighted by its images; one clip, one update."""
+    """Each micro-batch has its own draws, statistics and MMD, weighted by its images; one clipping, one update."""
     by_hand = copy.deepcopy(model)
     images, labels = batch(count)
     steps = steps_of(model, config, accumulation=2)
@@ -70,7 +70,7 @@ def test_a_step_in_parts_is_one_on_the_mean_of_their_losses(
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_the_default_is_one_part(model: DiffMIC, config: RunConfig) -> None:
+def test_the_default_is_no_accumulation(model: DiffMIC, config: RunConfig) -> None:
     once = copy.deepcopy(model)
     images, labels = batch(7)
     for of, changes in ((model, {}), (once, {"accumulation": 1})):
@@ -82,7 +82,7 @@ def test_the_default_is_one_part(model: DiffMIC, config: RunConfig) -> None:
 
 
 class Kept:
-    """Bytes that a block keeps for the backward pass."""
+    """Bytes saved for the backward pass."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -96,10 +96,10 @@ class Kept:
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_recomputed_encoder_gives_the_same_numbers_and_keeps_less(
+def test_recomputation_gives_the_same_bits_and_saves_memory(
     model: DiffMIC, config: RunConfig, momentum: float | None
 ) -> None:
-    """Weights, averages and every running statistic after two steps, bit by bit."""
+    """Weights, averages and running statistics after two steps."""
     for part in model.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.momentum = momentum
@@ -126,8 +126,8 @@ def test_a_recomputed_encoder_gives_the_same_numbers_and_keeps_less(
     ["resnet18", "densenet121", "efficientnet_b0", "mobilenet_v2", "mobilenet_v3_small", "convnext_tiny",
      "regnet_y_400mf", "shufflenet_v2_x0_5", "test_resnet", "test_efficientnet"],
 )  # fmt: skip
-def test_every_family_of_encoders_can_be_recomputed(name: str) -> None:
-    """Activations in place, blocks with branches, dropped paths: the gradients of one draw, bit by bit."""
+def test_every_family_of_encoders_supports_recomputation(name: str) -> None:
+    """In-place activations, blocks with branches, dropped paths: the same gradients bit by bit."""
     torch.manual_seed(0)
     encoder = ImageEncoder(name, 5).to(memory_format=torch.channels_last).train()
     other = copy.deepcopy(encoder)
@@ -144,7 +144,7 @@ def test_every_family_of_encoders_can_be_recomputed(name: str) -> None:
         assert torch.equal(a, b)
 
 
-def test_recomputing_in_eval_mode_and_without_gradients(model: DiffMIC) -> None:
+def test_recomputation_in_evaluation_mode_and_without_gradients(model: DiffMIC) -> None:
     encoder = model.denoiser.encoder_x
     assert isinstance(encoder, ImageEncoder)
     images, _ = batch(4)
@@ -161,12 +161,12 @@ def test_recomputing_in_eval_mode_and_without_gradients(model: DiffMIC) -> None:
 
 
 @pytest.mark.parametrize("of_guidance", [False, True])
-def test_a_replaced_network_cannot_be_recomputed(
+def test_recomputation_of_a_replaced_network_is_an_error(
     model: DiffMIC, config: RunConfig, of_guidance: bool
 ) -> None:
     if of_guidance:
         model.guidance.dn_resnet = nn.Conv2d(3, 512, 3)
     else:
         model.denoiser.encoder_x = nn.Sequential(nn.Flatten(), nn.Linear(3072, 32))
-    with pytest.raises(ValueError, match="would have to recompute by itself"):
+    with pytest.raises(ValueError, match="must be ImageEncoder or Trunk, got"):
         steps_of(model, config, recompute=True)

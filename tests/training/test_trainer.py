@@ -1,4 +1,4 @@
-"""The training run: its phases and logs, exact resumption, and how it stops."""
+"""The training run: phases and logs, exact resumption, interruption and errors."""
 
 import copy
 import dataclasses
@@ -14,7 +14,7 @@ import pytest
 import torch
 from training_runs import assert_same_run, rows
 
-from diffmic_fast import checkpoint as ckpt
+from diffmic_fast.checkpoint import load_model, read_checkpoint
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.models import DiffMIC
 from diffmic_fast.training.interruption import Interrupted
@@ -24,7 +24,7 @@ from diffmic_fast.training.trainer import Trainer, TrainingError
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """Folders of unbroken runs by name; made when first asked for."""
+    """Folders of unbroken runs by name; each is run once."""
     made = {}
 
     def run(name, config):
@@ -36,7 +36,7 @@ def unbroken(tmp_path_factory):
     return run
 
 
-def test_a_run_leaves_what_it_promises(config, unbroken, images):
+def test_files_of_a_run(config, unbroken, images):
     out = unbroken("plain", config)
     assert {p.name for p in out.iterdir()} == {
         "config.yml", "log.csv", "ckpt.pth", "aux_ckpt.pth", "ckpt_best.pth", "aux_ckpt_best.pth",
@@ -54,19 +54,19 @@ def test_a_run_leaves_what_it_promises(config, unbroken, images):
     rate = 1e-3 * 0.5 * (1 + math.cos(math.pi * 0.75))
     assert float(table[2]["learning_rate"]) == pytest.approx(rate)
 
-    file = ckpt.read_checkpoint(out / "ckpt.pth")
+    file = read_checkpoint(out / "ckpt.pth")
     assert (file.epoch, file.step, file.class_names) == (2, 8, ("blue", "green", "red"))
     assert file.config == config
     names = set(dict(DiffMIC(config.model).denoiser.named_parameters()))
     assert set(file.ema) == names
-    model, classes = ckpt.load_model(out / "ckpt.pth")
+    model, classes = load_model(out / "ckpt.pth")
     assert classes == ("blue", "green", "red")
     assert torch.equal(model.denoiser.lin4.weight, file.ema["lin4.weight"])
     assert not torch.equal(model.denoiser.lin4.weight, file.denoiser["lin4.weight"])
 
 
-def test_the_checkpoint_is_the_published_list(config, unbroken):
-    """A program of that family loads entries 0 to 3 and takes the average from the list's end."""
+def test_the_checkpoint_has_the_published_format(config, unbroken):
+    """Published programs load entries 0 to 3 and take the average from the end of the list."""
     parts = torch.load(unbroken("plain", config) / "ckpt.pth", weights_only=True)
     assert len(parts) == 5 and [type(part) for part in parts[2:4]] == [int, int]
     denoiser = DiffMIC(config.model).denoiser
@@ -77,16 +77,16 @@ def test_the_checkpoint_is_the_published_list(config, unbroken):
     assert all(parts[-1][name].shape == p.shape for name, p in trainable.items())
 
 
-def test_the_guidance_file_beside_is_the_published_form(config, unbroken):
+def test_the_guidance_file_has_the_published_format(config, unbroken):
     out = unbroken("plain", config)
     parts = torch.load(out / "aux_ckpt.pth", weights_only=True)
     assert isinstance(parts, list) and len(parts) == 2
-    inside = ckpt.read_checkpoint(out / "ckpt.pth").extras["guidance"]
+    inside = read_checkpoint(out / "ckpt.pth").extras["guidance"]
     assert all(torch.equal(v, inside[k]) for k, v in parts[0].items())
     DiffMIC(config.model).guidance.load_state_dict(parts[0], strict=True)
 
 
-def test_guidance_alone_leaves_the_denoiser_untouched(config, tmp_path):
+def test_guidance_epochs_do_not_change_the_denoiser(config, tmp_path):
     alone = dataclasses.replace(config.training, epochs=0)
     trainer = Trainer(dataclasses.replace(config, training=alone), tmp_path, quiet=True)
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
@@ -99,11 +99,11 @@ def test_guidance_alone_leaves_the_denoiser_untouched(config, tmp_path):
         before["guidance.classifier_linear.weight"], after["guidance.classifier_linear.weight"]
     )
     with pytest.warns(UserWarning, match="before the denoiser's first step"):
-        ckpt.load_model(tmp_path / "ckpt.pth")
+        load_model(tmp_path / "ckpt.pth")
 
 
-def test_a_joint_step_moves_each_model_by_its_own_loss(config, tmp_path):
-    """The order of spec 5: the denoiser's step first, then the guidance model's own."""
+def test_a_joint_step_updates_each_model_by_its_own_loss(config, tmp_path):
+    """The denoiser's step first, then the guidance model's own (docs/algorithm.md, "Training step")."""
     trainer = Trainer(config, tmp_path, quiet=True)
     other = Trainer(config, tmp_path / "other", quiet=True)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -128,7 +128,7 @@ def test_a_joint_step_moves_each_model_by_its_own_loss(config, tmp_path):
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5, msg=key)
 
 
-def test_encoder_rate_and_draws_reach_the_step(config, tmp_path):
+def test_encoder_learning_rate_and_draws(config, tmp_path):
     training = dataclasses.replace(config.training, encoder_learning_rate=1e-4, draws=3)
     trainer = Trainer(dataclasses.replace(config, training=training), tmp_path, quiet=True)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -150,9 +150,7 @@ def test_encoder_rate_and_draws_reach_the_step(config, tmp_path):
     [(0, 2, signal.SIGTERM), (1, 1, signal.SIGINT), (1, 4, signal.SIGTERM), (2, 3, signal.SIGINT)],
     ids=["guidance", "middle", "last step of an epoch", "last epoch"],
 )
-def test_an_interrupted_run_ends_at_the_same_numbers(
-    config, unbroken, tmp_path, epoch, step, signum
-):
+def test_an_interrupted_run_resumes_bit_for_bit(config, unbroken, tmp_path, epoch, step, signum):
     def strike(e, s):
         if (e, s) == (epoch, step):
             os.kill(os.getpid(), signum)
@@ -161,13 +159,13 @@ def test_an_interrupted_run_ends_at_the_same_numbers(
         Trainer(config, tmp_path, quiet=True, on_step=strike).fit()
     assert caught.value.signum == signum
     assert len(rows(tmp_path)) == epoch
-    torch.manual_seed(99)  # whatever the new process has drawn before must not matter
+    torch.manual_seed(99)  # the state of the global generator must not matter
     Trainer(config, tmp_path, quiet=True, resume=tmp_path / "ckpt.pth").fit()
     assert_same_run(unbroken("plain", config), tmp_path)
 
 
-def test_a_crash_resumes_from_the_last_whole_checkpoint(config, unbroken, tmp_path):
-    """The process dies in the middle of an epoch, after a row that no checkpoint covers."""
+def test_a_crashed_run_resumes_from_the_last_checkpoint(config, unbroken, tmp_path):
+    """A crash in the middle of an epoch, with rows in the log that no checkpoint covers."""
 
     def crash(e, s):
         if (e, s) == (2, 2):
@@ -183,11 +181,11 @@ def test_a_crash_resumes_from_the_last_whole_checkpoint(config, unbroken, tmp_pa
     assert_same_run(unbroken("plain", config), tmp_path)
 
 
-def test_workers_give_the_same_numbers(config, unbroken, tmp_path):
+def test_loader_workers_do_not_change_the_result(config, unbroken, tmp_path):
     data = dataclasses.replace(config.data, workers=1)
     out = tmp_path / "run"
     Trainer(dataclasses.replace(config, data=data), out, quiet=True).fit()
-    one, other = (ckpt.read_checkpoint(p / "ckpt.pth") for p in (unbroken("plain", config), out))
+    one, other = (read_checkpoint(p / "ckpt.pth") for p in (unbroken("plain", config), out))
     assert all(torch.equal(v, other.denoiser[k]) for k, v in one.denoiser.items())
 
 
@@ -198,7 +196,7 @@ def test_resuming_a_finished_run_changes_nothing(config, unbroken, tmp_path):
     assert_same_run(unbroken("plain", config), out)
 
 
-def test_a_failing_checkpoint_leaves_the_last_one_usable(config, unbroken, tmp_path, monkeypatch):
+def test_a_failed_checkpoint_leaves_the_last_one_usable(config, unbroken, tmp_path, monkeypatch):
     save, calls = torch.save, []
 
     def failing(value, file):
@@ -214,12 +212,12 @@ def test_a_failing_checkpoint_leaves_the_last_one_usable(config, unbroken, tmp_p
     monkeypatch.undo()
     assert not list(tmp_path.glob(".*tmp"))
     trainer = Trainer(config, tmp_path, quiet=True, resume=tmp_path / "ckpt.pth")
-    assert (trainer.epoch, trainer.position) == (2, 0)
+    assert (trainer.progress.epoch, trainer.progress.position) == (2, 0)
     trainer.fit()
     assert_same_run(unbroken("plain", config), tmp_path)
 
 
-def test_resuming_refuses_what_would_not_be_the_same_run(config, unbroken, tmp_path):
+def test_resuming_another_run_is_an_error(config, unbroken, tmp_path):
     out = unbroken("plain", config)
     path = out / "ckpt.pth"
     other = dataclasses.replace(
@@ -238,12 +236,12 @@ def test_resuming_refuses_what_would_not_be_the_same_run(config, unbroken, tmp_p
     with pytest.raises(ValueError, match="already holds a run"):
         Trainer(config, out, quiet=True)
     published = tmp_path / "p.pth"
-    torch.save([ckpt.read_checkpoint(path).denoiser, {}, 1, 1], published)
+    torch.save([read_checkpoint(path).denoiser, {}, 1, 1], published)
     with pytest.raises(ValueError, match="no training state beyond the denoiser"):
         Trainer(config, tmp_path / "new", quiet=True, resume=published)
 
 
-def test_a_loss_that_is_not_finite_stops_with_place_and_checkpoint(config, tmp_path):
+def test_a_loss_that_is_not_finite_names_step_and_checkpoint(config, tmp_path):
     trainer = Trainer(config, tmp_path, quiet=True)
 
     def poison(epoch, step):
@@ -257,12 +255,12 @@ def test_a_loss_that_is_not_finite_stops_with_place_and_checkpoint(config, tmp_p
     text = str(error.value)
     assert "epoch 2 of 3, step 3 of 4: the denoiser's loss is not finite (loss nan" in text
     assert f"the last checkpoint is {tmp_path / 'ckpt.pth'}" in text
-    saved = ckpt.read_checkpoint(tmp_path / "ckpt.pth")
+    saved = read_checkpoint(tmp_path / "ckpt.pth")
     assert saved.extras["progress"]["epoch"] == 1
     assert all(v.isfinite().all() for v in saved.denoiser.values())
 
 
-def test_broken_guidance_stops_too_and_no_checkpoint_is_said(config, tmp_path):
+def test_a_guidance_loss_that_is_not_finite_before_any_checkpoint(config, tmp_path):
     trainer = Trainer(config, tmp_path, quiet=True)
     with torch.no_grad():
         trainer.model.guidance.classifier_linear.weight.fill_(math.inf)
@@ -279,7 +277,7 @@ def test_class_count_of_data_and_model_must_agree(config, tmp_path):
 
 
 @pytest.mark.usefixtures("auto_backend")
-def test_bf16_tensorboard_and_lines(config, tmp_path, capsys):
+def test_bf16_tensorboard_and_printed_lines(config, tmp_path, capsys):
     training = dataclasses.replace(
         config.training, precision="bf16", tensorboard=True, epochs=1, ema_decay=None
     )
@@ -300,16 +298,16 @@ def test_bf16_tensorboard_and_lines(config, tmp_path, capsys):
     assert float(rows(tmp_path)[1]["loss"]) == pytest.approx(
         events.Scalars("train/loss")[0].value, rel=1e-5
     )
-    assert ckpt.read_checkpoint(tmp_path / "ckpt.pth").ema == {}
+    assert read_checkpoint(tmp_path / "ckpt.pth").ema == {}
 
 
-def test_unknown_device_is_refused(config, tmp_path):
-    with pytest.raises(ValueError, match="device wants auto, cpu, cuda or cuda:N, got 'gpu'"):
+def test_unknown_devices_are_rejected(config, tmp_path):
+    with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:N, got 'gpu'"):
         Trainer(config, tmp_path, device="gpu", quiet=True)
 
 
-def test_a_run_draws_nothing_from_generators_it_does_not_own(config, tmp_path):
-    """In a fresh interpreter: libraries that draw when they are first imported are loaded inside."""
+def test_a_run_does_not_draw_from_the_global_generators(config, tmp_path):
+    """In a fresh interpreter: some libraries draw when they are imported."""
     training = dataclasses.replace(config.training, tensorboard=True)
     dataclasses.replace(config, training=training).save(tmp_path / "config.yml")
     script = """

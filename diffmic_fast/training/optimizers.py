@@ -1,0 +1,54 @@
+"""The optimizers of both models, and which of the denoiser's gradients can be deferred."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from diffmic_fast.config.training import TrainingConfig
+from diffmic_fast.models.denoiser import ConditionalModel
+
+# fused=True: one pass over each tensor, several times as fast on a CPU as the loop over them.
+
+
+def denoiser_optimizer(denoiser: ConditionalModel, config: TrainingConfig) -> Adam:
+    """Adam with one parameter group, as in published checkpoints, or a second one for the image encoder's own rate."""
+    groups = [{"params": list(denoiser.parameters())}]
+    if config.encoder_learning_rate is not None:
+        encoder = list(denoiser.encoder_x.parameters())
+        in_encoder = set(map(id, encoder))
+        rest = [p for p in denoiser.parameters() if id(p) not in in_encoder]
+        groups = [{"params": rest}, {"params": encoder}]
+    return Adam(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+
+def set_denoiser_rate(optimizer: Adam, rate: float, config: TrainingConfig) -> None:
+    """Set the rate of `denoiser_optimizer`; that of the encoder keeps its proportion to it."""
+    rest, *encoder = optimizer.param_groups
+    rest["lr"] = rate
+    for group in encoder:
+        assert config.encoder_learning_rate is not None
+        group["lr"] = rate * (config.encoder_learning_rate / config.learning_rate)
+
+
+def guidance_optimizer(guidance: nn.Module, config: TrainingConfig) -> Adam:
+    """Adam with AMSGrad."""
+    return Adam(
+        guidance.parameters(),
+        lr=config.guidance_learning_rate,
+        weight_decay=config.guidance_weight_decay,
+        amsgrad=True,
+        fused=True,
+    )
+
+
+def deferrable_weights(denoiser: ConditionalModel) -> list[Tensor]:
+    """Weights of the linear layers outside the image encoder."""
+    in_encoder = set(denoiser.encoder_x.modules())
+    return [
+        parameter
+        for module in denoiser.modules()
+        if isinstance(module, nn.Linear) and module not in in_encoder
+        for name, parameter in module.named_parameters(recurse=False)
+        if name == "weight"
+    ]

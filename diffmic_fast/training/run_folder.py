@@ -1,0 +1,78 @@
+"""The folder of a training run: its checkpoints and logs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from diffmic_fast.atomic_files import keep_copy, remove_unfinished
+from diffmic_fast.checkpoint import (
+    BEST_NAME,
+    GUIDANCE_BEST_NAME,
+    GUIDANCE_NAME,
+    NAME,
+    Checkpoint,
+    save_checkpoint,
+)
+from diffmic_fast.config.run import RunConfig
+from diffmic_fast.distributed.processes import Processes
+from diffmic_fast.training.log import CsvLog, TensorBoardLog
+from diffmic_fast.training.random_states import keep_random_states
+
+
+class RunFolder:
+    """Files of a run, which rank 0 writes; on other processes the methods do nothing.
+
+    Attributes:
+        path: the checkpoint.
+    """
+
+    def __init__(self, folder: Path, processes: Processes, *, resumed: bool) -> None:
+        """Collective: check a folder, which is not changed.
+
+        Raises:
+            ValueError: the folder holds a run that is not resumed, or not all processes see the same folder.
+        """
+        self.folder, self.path = folder, folder / NAME
+        self._writes = processes.is_rank_zero
+        self._logs: list[CsvLog | TensorBoardLog] = []
+        if len(set(processes.all_gather(self.path.exists()))) > 1:
+            raise ValueError(
+                f"training: all processes must use one folder, got {self.path} for some of them only"
+            )
+        if not resumed and self.path.exists():
+            raise ValueError(
+                f"training: {folder} already holds a run ({NAME}); resume it (--resume) or use another folder (--out)"
+            )
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, and the guidance file beside it."""
+        if self._writes:
+            save_checkpoint(checkpoint)
+
+    def keep_best(self) -> None:
+        """Keep the last checkpoint as the best."""
+        if self._writes:
+            for name, best in ((NAME, BEST_NAME), (GUIDANCE_NAME, GUIDANCE_BEST_NAME)):
+                keep_copy(self.folder / name, self.folder / best)
+
+    @contextlib.contextmanager
+    def logs(self, config: RunConfig, epochs: int) -> Iterator[None]:
+        """A block in which `append` writes to the logs, after the rows of the first `epochs`."""
+        with contextlib.ExitStack() as stack:
+            if self._writes:
+                remove_unfinished(self.folder)
+                config.save(self.folder / "config.yml")
+                self._logs = [CsvLog(self.folder / "log.csv", epochs)]
+            if self._writes and config.training.tensorboard:
+                with keep_random_states():
+                    board = TensorBoardLog(self.folder / "tensorboard", epochs)
+                self._logs.append(stack.enter_context(contextlib.closing(board)))
+            yield
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write an epoch's row."""
+        for log in self._logs:
+            log.append(row)

@@ -1,0 +1,64 @@
+"""Validation between two epochs of training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+
+from diffmic_fast.config.run import RunConfig
+from diffmic_fast.data.dataset import ImageDataset
+from diffmic_fast.diffusion.sampling_options import SamplingOptions
+from diffmic_fast.distributed.fsdp import gathered
+from diffmic_fast.inference.evaluate import Evaluation, evaluate
+from diffmic_fast.inference.metrics import NAMES
+from diffmic_fast.training.random_states import keep_random_states
+from diffmic_fast.training.steps import Steps
+
+
+def validate(
+    steps: Steps,
+    dataset: ImageDataset,
+    config: RunConfig,
+    device: torch.device,
+    joint: bool,
+    on_batch: Callable[[int], None],
+) -> Evaluation:
+    """Collective: evaluate the model under training, with the state of training unchanged.
+
+    Args:
+        steps: of the model.
+        dataset: validation images.
+        config: of the run.
+        device: of the model.
+        joint: also evaluate the diffusion, with the moving average of its weights.
+        on_batch: called with the number of images after each batch; may raise.
+    """
+    average = steps.average if joint else None
+    sampling = config.sampling
+    # Libraries draw random numbers, some already when they are imported.
+    with (
+        keep_random_states(),
+        average.applied() if average else contextlib.nullcontext(),
+        gathered(steps.model.denoiser, steps.model.guidance),
+    ):
+        return evaluate(
+            steps.model,
+            dataset,
+            [SamplingOptions.from_config(sampling)] if joint else [],
+            batch_size=sampling.batch_size,
+            workers=config.data.workers,
+            device=device,
+            on_batch=on_batch,
+        )
+
+
+def log_columns(evaluation: Evaluation) -> dict[str, float]:
+    """The metrics of an evaluation as columns of the log."""
+    prefixes = ("validation_guidance_", "validation_")
+    return {
+        f"{prefix}{name}": getattr(result.metrics, name)
+        for prefix, result in zip(prefixes, evaluation.results, strict=False)
+        for name in NAMES
+    }

@@ -1,0 +1,46 @@
+"""Files are written completely or not at all."""
+
+import os
+
+import pytest
+import torch
+
+from diffmic_fast.atomic_files import atomic_file, keep_copy
+from diffmic_fast.checkpoint import atomic_save
+
+
+def test_a_failed_write_keeps_the_old_file_and_no_temporary_one(tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pth"
+    atomic_save([1, 2], path)
+    old = path.read_bytes()
+
+    def half(value, file):
+        file.write(b"half of it")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="no space left"):
+        atomic_save([3], path)
+    assert path.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pth"]
+
+
+def test_content_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: (calls.append("fsync"), fsync(f)))
+    monkeypatch.setattr(os, "replace", lambda *a: (calls.append("replace"), replace(*a)))
+    with atomic_file(tmp_path / "f") as file:
+        file.write(b"x")
+        assert not (tmp_path / "f").exists()
+    assert calls[:2] == ["fsync", "replace"]
+    assert (tmp_path / "f").read_bytes() == b"x"
+
+
+def test_a_kept_copy_survives_the_next_checkpoint(tmp_path):
+    atomic_save("best", tmp_path / "a")
+    keep_copy(tmp_path / "a", tmp_path / "b")
+    atomic_save("next", tmp_path / "a")
+    assert torch.load(tmp_path / "b", weights_only=True) == "best"
+    keep_copy(tmp_path / "a", tmp_path / "b")
+    assert torch.load(tmp_path / "b", weights_only=True) == "next"
