@@ -6,21 +6,21 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import emulated_module
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from diffmic_fast.diffusion import Schedule, make_schedule
-from diffmic_fast.reference.conditional_linear import ConditionalLayer
-from diffmic_fast.reference.denoise import DenoiserWeights
-
-# Set before a Triton kernel is imported: without a GPU they run in Triton's interpreter.
+# Set before anything imports Triton, whose kernels run in its interpreter without a GPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import emulated_module
 from training_fixtures import config, images, shared_config  # noqa: F401 (fixtures)
+
+from diffmic_fast.diffusion import Schedule, make_schedule
+from diffmic_fast.reference.conditional_linear import ConditionalLayer
+from diffmic_fast.reference.denoise import DenoiserWeights
 
 DATA = Path(__file__).parent / "data"
 

@@ -150,6 +150,22 @@ def compile_units(
         return list(pool.map(compile_unit, units))
 
 
+def installed_objects(compiler: str, units: Iterable[Unit]) -> dict[Unit, Path] | None:
+    """Object files of an editable installation by the same compiler, if all are newer than the sources."""
+    folder = SOURCE / "build/editable"
+    objects = {
+        unit: folder / f"CMakeFiles/_C.dir/{unit.path.relative_to(SOURCE)}.o" for unit in units
+    }
+    try:
+        options, _ = json.loads((folder / "configured.json").read_text(encoding="utf-8"))
+        oldest = min(path.stat().st_mtime for path in objects.values())
+    except OSError:
+        return None
+    newest = max(path.stat().st_mtime for path in (SOURCE / "csrc").rglob("*.[ch]*"))
+    same = options.get("CMAKE_CXX_COMPILER") == shutil.which(compiler)
+    return objects if same and oldest > newest else None
+
+
 def link_program(
     compiler: str, source: Path, objects: Sequence[Path], folder: Path, flags: Sequence[str]
 ) -> Path:

@@ -6,7 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
-from native_builds import COMPILER, Unit, build_once, compile_units, translation_units
+from native_builds import (
+    COMPILER,
+    Unit,
+    build_once,
+    compile_units,
+    installed_objects,
+    translation_units,
+)
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +29,8 @@ def kernel_objects(builds: Path) -> dict[Unit, Path]:
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     units = translation_units(COMPILER)
+    if installed := installed_objects(COMPILER, units):
+        return installed
     folder = build_once(
         builds / "default", lambda folder: compile_units(str(COMPILER), units, folder)
     )

@@ -97,9 +97,9 @@ def hardware_objects(builds: Path, kernel_objects: dict[Unit, Path]) -> list[Pat
 
 
 def replace_objects(objects: dict[Unit, Path], folder: Path) -> dict[Unit, Path]:
-    """The object files, replaced by those of `folder` with the same name."""
-    names = {path.name for path in folder.glob("*.o")}
-    return {u: folder / path.name if path.name in names else path for u, path in objects.items()}
+    """The object files, replaced by those of `folder` for the same units."""
+    others = {unit: folder / f"{unit.path.stem}.o" for unit in objects}
+    return {unit: others[unit] if others[unit].exists() else objects[unit] for unit in objects}
 
 
 @needs_simde
