@@ -1,4 +1,4 @@
-"""Step tables: what each sampler walks, and that they agree where they must."""
+"""Step tables of the samplers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_ddpm_walks_every_timestep(schedule):
     assert torch.equal(make_steps(schedule, "ddpm", 100).sigma, steps.sigma)
 
 
-def test_truncated_walks_the_first_entries_and_ddim_the_whole_chain(schedule):
+def test_truncated_has_the_first_timesteps_and_ddim_the_whole_chain(schedule):
     assert make_steps(schedule, "ddpm_truncated", 4).timesteps.tolist() == [3, 2, 1, 0]
     assert make_steps(schedule, "ddim", 4).timesteps.tolist() == [99, 74, 49, 24]
     assert make_steps(schedule, "ddim", 1).timesteps.tolist() == [99]
@@ -23,15 +23,14 @@ def test_truncated_walks_the_first_entries_and_ddim_the_whole_chain(schedule):
 
 
 @pytest.mark.parametrize(("sampler", "steps"), [("ddpm", None), ("ddpm_truncated", 7), ("ddim", 7)])
-def test_last_step_returns_its_estimate(schedule, sampler, steps):
+def test_last_step_returns_the_estimate(schedule, sampler, steps):
     table = make_steps(schedule, sampler, steps)
     last = [float(column[-1]) for column in table[3:8]]
     assert last == [1.0, 0.0, 0.0, 0.0, 0.0]
     assert all(bool(torch.isfinite(column).all()) for column in table[:-1])
 
 
-def test_coefficients_keep_a_noiseless_label(schedule):
-    """Fed with the exact noise of a known label, every deterministic part leads back to it."""
+def test_ddim_with_the_exact_noise_returns_the_label(schedule):
     y_0, prior = torch.tensor([0.0, 1.0]), torch.tensor([0.7, 0.3])
     steps = make_steps(schedule, "ddim", 10)
     s, q = steps.sqrt_alpha_bar, steps.sqrt_one_minus_alpha_bar
@@ -49,7 +48,7 @@ def test_coefficients_keep_a_noiseless_label(schedule):
 
 
 @pytest.mark.parametrize(("name", "timesteps"), [("const", 1000), ("linear", 2000), ("jsd", 100)])
-def test_schedules_that_lose_the_label_are_refused_before_the_chain(name, timesteps):
+def test_schedules_whose_alpha_bar_reaches_zero_are_rejected(name, timesteps):
     schedule = make_schedule(name, timesteps)
     with pytest.raises(
         ValueError,
@@ -62,7 +61,7 @@ def test_schedules_that_lose_the_label_are_refused_before_the_chain(name, timest
 
 
 def test_ddim_with_full_variance_is_ddpm(schedule, weights, features, record):
-    """At every timestep and eta = 1 the two samplers are the same chain, written in other coefficients."""
+    """With all timesteps and eta = 1 the two samplers are the same chain in other coefficients."""
     prior = record["y_hat"]
     chains = [
         denoise(features, prior, prior, weights, make_steps(schedule, *arguments), seed=5)
@@ -71,7 +70,7 @@ def test_ddim_with_full_variance_is_ddpm(schedule, weights, features, record):
     torch.testing.assert_close(*chains, rtol=0, atol=2e-3)
 
 
-def test_bad_samplers_are_named(schedule):
+def test_invalid_arguments_are_rejected(schedule):
     with pytest.raises(ValueError, match=r"one of ddpm, ddpm_truncated, ddim; got 'euler'"):
         make_steps(schedule, "euler")
     with pytest.raises(ValueError, match=r"'ddpm' walks all 100 timesteps, got steps=60"):

@@ -21,7 +21,7 @@ def test_tables_are_the_recorded_ones(record, schedule):
     )
 
 
-def test_cosine_scales_its_deviation():
+def test_cosine_scales_the_deviation():
     plain = make_schedule("cosine", 50)
     expected = torch.sqrt(1 - plain.alpha_bar) * 0.9999
     assert torch.equal(plain.sqrt_one_minus_alpha_bar, expected)
@@ -40,15 +40,15 @@ def test_q_sample_is_the_recorded_one(record, schedule):
     torch.testing.assert_close(y_t, record["q_sample"], rtol=1e-5, atol=1e-5)
 
 
-def test_q_sample_takes_streams(record, schedule):
+def test_q_sample_broadcasts_over_branches(record, schedule):
     prior = torch.stack((record["y_hat"], record["y_global"], record["y_local"]))
-    streams = q_sample(record["y0"], prior, schedule, record["t"], record["noise"])
-    for stream, mean in zip(streams, prior, strict=True):
+    branches = q_sample(record["y0"], prior, schedule, record["t"], record["noise"])
+    for branch, mean in zip(branches, prior, strict=True):
         alone = q_sample(record["y0"], mean, schedule, record["t"], record["noise"])
-        assert torch.equal(stream, alone)
+        assert torch.equal(branch, alone)
 
 
-def test_bad_schedules_are_named():
+def test_invalid_schedules_are_rejected():
     with pytest.raises(ValueError, match=r"schedule must be one of linear.*got 'square'"):
         make_betas("square", 10)
     with pytest.raises(ValueError, match="timesteps must be at least 1, got 0"):
