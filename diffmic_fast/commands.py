@@ -1,4 +1,7 @@
-"""The commands of the command line that need a model; each returns the exit status."""
+"""The commands of the command line that need a model; each returns the exit status.
+
+A command asks for its optional packages before the work whose results need them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffmic_fast import demo
+from diffmic_fast._optional import require
 from diffmic_fast.checkpoint import NAME, load_model, read_checkpoint
 from diffmic_fast.cli import EXIT_FAILED, EXIT_UNREADABLE
 from diffmic_fast.config.run import RunConfig, read_config
@@ -33,6 +37,8 @@ def _train(args: argparse.Namespace) -> int:
     if args.config is None and resume is None:
         raise ValueError("train: give --config (a preset or a YAML file), or --resume")
     config = _config(args, resume)
+    if config.data.has_split("validation"):
+        require("sklearn", extra="train", purpose="train: validation")
     with process_group(args.device) as device:
         trainer = Trainer(config, args.out, device=device, resume=resume, quiet=args.quiet)
         path = trainer.fit()
@@ -46,6 +52,10 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    for module in ("sklearn", "rich"):
+        require(module, extra="evaluate", purpose="evaluate")
+    if args.confusion:
+        require("matplotlib", extra="figures", purpose="evaluate: --confusion")
     _make_parents(args.json, args.confusion)
     path = _checkpoint(args.checkpoint)
     config = _config(args, path)
@@ -81,6 +91,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
+    if args.figure or args.images_out:
+        require("matplotlib", extra="figures", purpose="predict: --figure or --images-out")
     _make_parents(args.out, args.figure)
     if args.out:
         check_suffix(args.out)
@@ -136,6 +148,8 @@ def _write(predictions: Predictions, out: str | None) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    for module in ("sklearn", "rich", "matplotlib"):
+        require(module, extra="all", purpose="demo")
     demo.run_demo(args.out, device=args.device)
     return 0
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from diffmic_fast._optional import require
 from diffmic_fast.checkpoint import atomic_file
 from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
@@ -87,6 +88,7 @@ class Evaluation:
 
     def print(self, file: Any = None) -> None:
         """Print a table of methods and measures to `file` (default: standard output)."""
+        require("rich", extra="evaluate", purpose="printing an evaluation")
         from rich.console import Console
         from rich.table import Table
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffmic_fast._optional import require
 from diffmic_fast.checkpoint import atomic_file
 from diffmic_fast.config.data import AugmentationConfig
 from diffmic_fast.models import Prediction
@@ -165,6 +166,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 def _new_figure(width: float, height: float) -> Figure:
     """A figure of this size in inches, drawn without pyplot, whose figures are global state."""
+    require("matplotlib", extra="figures", purpose="drawing a figure")
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=110, layout="constrained")

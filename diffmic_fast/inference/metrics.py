@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffmic_fast._optional import require
+
 ECE_BINS = 15
 NAMES = ("accuracy", "macro_f1", "kappa", "balanced_accuracy", "auc_ovo", "ece")
 TITLES = {
@@ -91,6 +93,7 @@ def compute_metrics(probabilities: Any, labels: Any) -> Metrics:
     Raises:
         ValueError: the arguments do not fit this description, or N is 0.
     """
+    require("sklearn", extra="evaluate", purpose="measuring predictions")
     from sklearn import metrics as sk
 
     p, y = _check(probabilities, labels)

@@ -172,7 +172,7 @@ def test_bad_input_is_one_line(work, tmp_path, capsys):
 def test_a_precision_without_a_backend_is_one_line(work, capsys):
     one_error(capsys, ["predict", str(work / "run"), str(work / "images/test/light"),
                        "--device", "cpu", "--precision", "fp8"],
-              "precision='fp8' needs a backend that has it (cuda, cuda-emulated)", "served by")  # fmt: skip
+              "precision='fp8' needs one of the backends cuda, cuda-emulated", "served by")  # fmt: skip
 
 
 @pytest.mark.parametrize("command", [["predict", "x", "y"], ["evaluate", "x"]])
@@ -182,6 +182,25 @@ def test_precisions_are_those_of_the_chain(command, capsys):
     with pytest.raises(SystemExit):
         make_parser().parse_args([*command, "--precision", "fp16"])
     assert f"choose from {', '.join(PRECISIONS)}" in capsys.readouterr().err.replace("'", "")
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "command"),
+    [
+        ("sklearn", "evaluate", "evaluate {run}"),
+        ("rich", "evaluate", "evaluate {run}"),
+        ("matplotlib", "figures", "evaluate {run} --confusion c.png"),
+        ("matplotlib", "figures", "predict {run} x.png --figure c.png"),
+        ("sklearn", "all", "demo"),
+    ],
+)
+def test_a_missing_optional_package_is_one_line_with_its_extra(
+    work, capsys, monkeypatch, module, extra, command
+):
+    monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    one_error(
+        capsys, command.format(run=work / "run").split(), f"pip install 'diffmic_fast[{extra}]'"
+    )
 
 
 def test_debug_shows_the_traceback(work):
