@@ -21,64 +21,6 @@ EXIT_UNREADABLE = 3
 _CONTINUE = {"train": "go on with --resume", "demo": "go on with the same command"}
 
 
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
-    return value
-
-
-def _parent_options() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return options
-
-
-def _compute_options() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    options.add_argument("--threads", type=_positive, help="CPU threads (default: torch's choice)")
-    return options
-
-
-def _config_options() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False)
-    options.add_argument(
-        "--config", metavar="NAME", help="preset or YAML file (ours, or the authors' configs/*.yml)"
-    )
-    options.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE",
-        help="change one entry of the configuration, e.g. training.batch_size=16; repeatable",
-    )  # fmt: skip
-    return options
-
-
-def _model_options() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(add_help=False)
-    options.add_argument("checkpoint", help="ckpt.pth, or the folder of a run")
-    options.add_argument("--guidance", help="guidance file, where the checkpoint has none inside")
-    options.add_argument(
-        "--no-ema", dest="ema", action="store_false", help="use the weights, not their average"
-    )
-    options.add_argument("--samples", type=_positive, help="chains per image (default: config's)")
-    options.add_argument("--seed", type=int, help="seed of the noise (default: config's)")
-    options.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp8", "int8"), default="fp32",
-        help="of the chain: int8 on a CPU, fp8 on a GPU, the others on both; bf16 covers the convolutions too "
-        "where the device has bfloat16 instructions (default: fp32)",
-    )  # fmt: skip
-    options.add_argument(
-        "--compile", action="store_true",
-        help="compile the convolutions: takes minutes, worth it for tens of thousands of images",
-    )  # fmt: skip
-    options.add_argument("--batch-size", type=_positive, help="images at a time")
-    options.add_argument("--workers", type=int, default=0, help="processes that load images")
-    return options
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
@@ -87,10 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=__doc__.split("\n\n")[1] if __doc__ else None,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    debug, compute = _parent_options(), _compute_options()
-    config, model = _config_options(), _model_options()
-
-    train = commands.add_parser("train", parents=[config, compute, debug], help="train a model")
+    train = commands.add_parser("train", help="train a model")
     train.add_argument("--out", required=True, help="folder for checkpoints and logs")
     train.add_argument(
         "--resume", nargs="?", const="", metavar="CHECKPOINT",
@@ -99,9 +38,9 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="no progress")
 
     evaluate = commands.add_parser(
-        "evaluate", parents=[model, config, compute, debug],
-        help="measure the guidance model alone and the diffusion on labelled images",
-    )  # fmt: skip
+        "evaluate", help="measure the guidance model alone and the diffusion on labelled images"
+    )
+    _add_model_options(evaluate)
     evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
     evaluate.add_argument(
         "--sampler", action="append", metavar="NAME[:STEPS[:ETA]]",
@@ -112,10 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--confusion", metavar="PNG", help="draw the confusion matrix of the first sampler"
     )
 
-    predict = commands.add_parser(
-        "predict", parents=[model, config, compute, debug],
-        help="label image files or folders",
-    )  # fmt: skip
+    predict = commands.add_parser("predict", help="label image files or folders")
+    _add_model_options(predict)
     predict.add_argument("inputs", nargs="+", help="image files and folders")
     predict.add_argument("--out", help="FILE.csv or FILE.json (default: CSV to standard output)")
     predict.add_argument("--sampler", metavar="NAME[:STEPS[:ETA]]", help="default: config's")
@@ -124,14 +61,65 @@ def make_parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--images-out", metavar="DIR", help="draw this picture for every image")
 
-    info = commands.add_parser("info", parents=[debug], help="versions, build, backends")
+    info = commands.add_parser("info", help="versions, build, backends")
     info.add_argument("--json", action="store_true", help="as JSON")
 
-    demo = commands.add_parser(
-        "demo", parents=[compute, debug], help="train and use a small model on synthetic images"
-    )
+    demo = commands.add_parser("demo", help="train and use a small model on synthetic images")
     demo.add_argument("--out", default="diffmic-fast-demo", help="folder (default: %(default)s)")
+
+    for command in (train, evaluate, predict):
+        _add_config_options(command)
+    for command in (train, evaluate, predict, demo):
+        _add_compute_options(command)
+    for command in (train, evaluate, predict, info, demo):
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _add_model_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("checkpoint", help="ckpt.pth, or the folder of a run")
+    command.add_argument("--guidance", help="guidance file, where the checkpoint has none inside")
+    command.add_argument(
+        "--no-ema", dest="ema", action="store_false", help="use the weights, not their average"
+    )
+    command.add_argument("--samples", type=_positive, help="chains per image (default: config's)")
+    command.add_argument("--seed", type=int, help="seed of the noise (default: config's)")
+    command.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp8", "int8"), default="fp32",
+        help="of the chain: int8 on a CPU, fp8 on a GPU, the others on both; bf16 covers the convolutions too "
+        "where the device has bfloat16 instructions (default: fp32)",
+    )  # fmt: skip
+    command.add_argument(
+        "--compile", action="store_true",
+        help="compile the convolutions: takes minutes, worth it for tens of thousands of images",
+    )  # fmt: skip
+    command.add_argument("--batch-size", type=_positive, help="images at a time")
+    command.add_argument("--workers", type=int, default=0, help="processes that load images")
+
+
+def _add_config_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config", metavar="NAME", help="preset or YAML file (ours, or the authors' configs/*.yml)"
+    )
+    command.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE",
+        help="change one entry of the configuration, e.g. training.batch_size=16; repeatable",
+    )  # fmt: skip
+
+
+def _add_compute_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("--threads", type=_positive, help="CPU threads (default: torch's choice)")
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:

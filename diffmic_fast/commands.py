@@ -108,7 +108,7 @@ def _predict(args: argparse.Namespace) -> int:
     with process_group(args.device) as device:
         if pictures.wanted and current().world_size > 1:
             raise ValueError(
-                "predict: --figure and --images-out need a single process; leave them out, or torchrun"
+                "predict: --figure and --images-out are for a single process; leave them out, or torchrun"
             )
         predictions = predict_files(
             model,

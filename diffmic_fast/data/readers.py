@@ -102,8 +102,7 @@ def read_ham10000(
 
     Args:
         table: CSV file with the columns image, MEL, NV, BCC, AKIEC, BKL, DF, VASC.
-        folders: folders of the images, searched in this order.
-        suffix: of the image files.
+        folders, suffix: folders of the images, searched in this order, and the suffix of their files.
 
     Raises:
         ValueError: the header is another, a row is not one-hot, or image files are missing.
@@ -130,8 +129,7 @@ def read_aptos2019(
 
     Args:
         table: the CSV file.
-        folders: folders of the images, searched in this order.
-        suffix: of the image files.
+        folders, suffix: folders of the images, searched in this order, and the suffix of their files.
 
     Raises:
         ValueError: a column is missing (the published test.csv has no diagnosis), a grade is invalid, or image files

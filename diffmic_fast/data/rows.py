@@ -33,14 +33,7 @@ class TableBuilder:
     def add(
         self, where: str, name: str, label: object, file: Path, fold: int | None = None
     ) -> None:
-        """Add an image.
-
-        Args:
-            where: the row, for errors: "line 3".
-            name: as the file has it.
-            label: name or number of its class.
-            file: where its pixels are.
-            fold: fold of a cross-validation.
+        """Add an image whose class has the name or number `label`; errors call its row `where`.
 
         Raises:
             ValueError: the name was added before.

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from diffmic_fast._optional import require
 
 ECE_BINS = 15
-NAMES = ("accuracy", "macro_f1", "kappa", "balanced_accuracy", "auc_ovo", "ece")
 TITLES = {
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
@@ -23,6 +22,7 @@ TITLES = {
     "auc_ovo": "AUC (one-vs-one)",
     "ece": "calibration error",
 }
+NAMES = tuple(TITLES)
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ def expected_calibration_error(
     """Expected calibration error of the largest probability (Guo et al. 2017).
 
     The difference between mean confidence and accuracy in bins (i / bins, (i + 1) / bins] of the confidence, averaged
-    with the sizes of the bins as weights. scikit-learn has no such function; that of torchmetrics rounds the
-    confidences to float32.
+    with the sizes of the bins as weights, in float64 (torchmetrics computes it in float32).
 
     Args:
         probabilities: [N, C].
