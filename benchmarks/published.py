@@ -18,7 +18,7 @@ from diffmic_fast.config.run import TrainingConfig
 from diffmic_fast.diffusion.schedule import q_sample
 from diffmic_fast.models.loss import antithetic_timesteps
 from diffmic_fast.reference.mmd import mmd
-from diffmic_fast.training.schedules import half_cosine, warmup_cosine
+from diffmic_fast.training.learning_rates import half_cosine, warmup_cosine
 
 
 def published_loss(

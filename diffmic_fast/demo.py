@@ -39,7 +39,7 @@ def run_demo(
 
     Args:
         out: folder for everything that is written.
-        device: as in `training.trainer.choose_device`.
+        device: as in `devices.choose_device`.
         preset: preset or YAML file with the sizes.
         quiet: print nothing.
 

@@ -34,7 +34,7 @@ def shard_parameters(module: nn.Module) -> None:
             dist.broadcast(tensor, 0)
     mesh = init_device_mesh(next(module.parameters()).device.type, (dist.get_world_size(),))
     fully_shard(module, mesh=mesh, reshard_after_forward=False)
-    if hasattr(module, "forward_branches"):  # the denoiser's in training
+    if hasattr(module, "forward_branches"):  # called in training instead of the denoiser's forward
         register_fsdp_forward_method(module, "forward_branches")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from diffmic_fast._optional import require
-from diffmic_fast.checkpoint import atomic_file
+from diffmic_fast.atomic_files import atomic_file
 from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.distributed.processes import current

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffmic_fast._optional import require
-from diffmic_fast.checkpoint import atomic_file
+from diffmic_fast.atomic_files import atomic_file
 from diffmic_fast.config.data import AugmentationConfig
 from diffmic_fast.models import Prediction
 

@@ -7,7 +7,7 @@ import io
 import json
 from pathlib import Path
 
-from diffmic_fast.checkpoint import atomic_file
+from diffmic_fast.atomic_files import atomic_file
 from diffmic_fast.inference.predict import Predictions
 
 

@@ -21,9 +21,9 @@ SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[2])
 
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The published program's joint step, from the benchmarks, which an installed package comes without."""
+    """The published program's joint step, from the benchmarks, which are not installed with the package."""
     if not (SOURCE / "benchmarks" / "published.py").exists():
-        pytest.skip("no benchmarks beside the tests")
+        pytest.skip("the benchmarks are not beside the tests")
     monkeypatch.setattr(sys, "path", [*sys.path, str(SOURCE)])
     from benchmarks.published import Published
 
