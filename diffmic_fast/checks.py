@@ -48,12 +48,7 @@ class Arguments:
         return tensor
 
     def tensor(self, name: str, value: object, *shapes: str) -> Tensor:
-        """Require a tensor of one of the shapes, on the device of those before it.
-
-        Raises:
-            TypeError: The value is not a tensor.
-            ValueError: Shape or device differ.
-        """
+        """Require a tensor of one of the shapes, on the device of those before it."""
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"{self.operation}: {name} must be a torch.Tensor, got {type(value).__name__}"

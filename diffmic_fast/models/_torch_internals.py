@@ -11,26 +11,11 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
+import torch.utils._pytree
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm  # base class of every BatchNorm
-from torch.utils._pytree import _register_namedtuple as register_namedtuple  # torch.export.save
 
-__all__ = [
-    "AnyBatchNorm",
-    "add_each",
-    "assert_async",
-    "calls_only_forward",
-    "children_of",
-    "convolution_operators_exist",
-    "convolve",
-    "has_hooks",
-    "is_replica",
-    "mark_batch_dynamic",
-    "parameter_names",
-    "register_namedtuple",
-    "with_children",
-    "with_parameters",
-]
+AnyBatchNorm = nn.modules.batchnorm._BatchNorm  # the base class of every BatchNorm
+register_namedtuple = torch.utils._pytree._register_namedtuple  # names a type for torch.export.save
 
 M = TypeVar("M", bound=nn.Module)
 

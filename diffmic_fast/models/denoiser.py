@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, TypedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,12 @@ from diffmic_fast.ops.conditional_linear import ConditionalLayer, conditional_li
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.ops.denoise import DenoiserWeights
 from diffmic_fast.ops.noised_conditioning import noised_conditioning
+
+
+class _Norm(TypedDict):
+    training: bool
+    momentum: float
+    eps: float
 
 
 class ConditionalLinear(nn.Module):
@@ -190,21 +198,12 @@ class ConditionalModel(nn.Module):
         if not self.guidance or not self._is_standard():
             y = q_sample(y_0, guidance, schedule, t, noise)
             return self.denoise_features(features, y, t, guidance)
-        training, momentum, eps = self._norm(1, guidance)
-        h = noised_conditioning(
-            features,
-            y_0,
-            guidance,
-            self._layer(1),
-            t,
-            schedule.sqrt_alpha_bar.to(noise),
-            schedule.sqrt_one_minus_alpha_bar.to(noise),
-            noise=noise,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-        ).h
-        return self._after_conditioning(h, t)
+        tables = schedule.sqrt_alpha_bar.to(noise), schedule.sqrt_one_minus_alpha_bar.to(noise)
+        norm = self._norm(1, guidance)
+        conditioned = noised_conditioning(
+            features, y_0, guidance, self._layer(1), t, *tables, noise=noise, **norm
+        )
+        return self._after_conditioning(conditioned.h, t)
 
     def denoise_features(
         self, features: Tensor, y: Tensor, t: Tensor, guidance: Tensor | None = None
@@ -235,10 +234,7 @@ class ConditionalModel(nn.Module):
             return self._composed(features, y, t, guidance)
         if guidance is None or not self.guidance:
             return self._after_conditioning(features * self._conditional_linear(1, y, t), t)
-        training, momentum, eps = self._norm(1, guidance)
-        h = conditioning(
-            features, y, guidance, self._layer(1), t, training=training, momentum=momentum, eps=eps
-        )
+        h = conditioning(features, y, guidance, self._layer(1), t, **self._norm(1, guidance))
         return self._after_conditioning(h, t)
 
     def _after_conditioning(self, h: Tensor, t: Tensor) -> Tensor:
@@ -247,10 +243,7 @@ class ConditionalModel(nn.Module):
         return self.lin4(h)
 
     def _conditional_linear(self, number: int, h: Tensor, t: Tensor) -> Tensor:
-        training, momentum, eps = self._norm(number, h)
-        return conditional_linear(
-            h, self._layer(number), t, training=training, momentum=momentum, eps=eps
-        )
+        return conditional_linear(h, self._layer(number), t, **self._norm(number, h))
 
     def weights(self) -> DenoiserWeights:
         """The layers after the image encoder, for `ops.denoise`.
@@ -326,12 +319,12 @@ class ConditionalModel(nn.Module):
             norm.running_var,
         )
 
-    def _norm(self, number: int, h: Tensor) -> tuple[bool, float, float]:
-        """Mode, momentum and eps of BatchNorm `number`; in training mode its branches are counted as by its forward."""
+    def _norm(self, number: int, h: Tensor) -> _Norm:
+        """Options of BatchNorm `number`; in training mode its branches are counted as by its forward."""
         norm = getattr(self, f"unetnorm{number}")
         if norm.training:
             norm.num_batches_tracked.add_(h.shape[0] if h.ndim == 3 else 1)
-        return norm.training, norm.momentum, norm.eps
+        return {"training": norm.training, "momentum": norm.momentum, "eps": norm.eps}
 
 
 def _check_rows(name: str, labels: Tensor, features: Tensor) -> None:
@@ -353,15 +346,6 @@ class BranchForward(nn.Module):
         super().__init__()
         self.denoiser = denoiser
 
-    def forward(
-        self,
-        x: Tensor,
-        y_0: Tensor,
-        t: Tensor,
-        guidance: Tensor,
-        noise: Tensor,
-        schedule: Schedule,
-        draws: int = 1,
-    ) -> Tensor:
+    def forward(self, *arguments: Any) -> Tensor:
         """As `ConditionalModel.forward_branches`."""
-        return self.denoiser.forward_branches(x, y_0, t, guidance, noise, schedule, draws)
+        return self.denoiser.forward_branches(*arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -263,17 +264,9 @@ class DiffMIC(nn.Module):
         image_ids = ids.repeat_interleave(samples)
         sample_ids = torch.arange(samples, device=ids.device).repeat(batch)
         if self.denoiser.runs_on_weights:
-            states = denoise(
-                features,
-                prior,
-                prior,
-                self.denoiser.weights(),
-                steps,
-                seed=options.seed,
-                image_ids=image_ids,
-                sample_ids=sample_ids,
-                trajectory=trajectory,
-                precision=options.precision,
+            weights = self.denoiser.weights()
+            run = partial(
+                denoise, features, prior, prior, weights, steps, precision=options.precision
             )
         elif options.precision != "fp32":
             raise BackendError(
@@ -281,15 +274,11 @@ class DiffMIC(nn.Module):
                 "replaced or carries a hook, so the chain calls the layers themselves"
             )
         else:
-            states = chain(
-                lambda y, timestep: self.denoiser.denoise_features(features, y, timestep, prior),
-                prior,
-                steps,
-                seed=options.seed,
-                image_ids=image_ids,
-                sample_ids=sample_ids,
-                trajectory=trajectory,
-            )
+            eps = partial(self.denoiser.denoise_features, features, guidance=prior)
+            run = partial(chain, eps, prior, steps)
+        states = run(
+            seed=options.seed, image_ids=image_ids, sample_ids=sample_ids, trajectory=trajectory
+        )
         return states if trajectory else states[None]
 
     @contextlib.contextmanager

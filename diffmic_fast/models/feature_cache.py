@@ -69,31 +69,24 @@ class _State:
 
     Attributes:
         tensors: The images, and all tensors of the modules: parameters, buffers, attributes.
-        description: Nested lists of the rest: settings, classes, hooks, plain values, addresses of other objects.
+        description: Nested lists of all else: settings, shapes, classes, plain values, addresses of other objects.
         objects: The other objects, kept alive so that no address is reused.
         training: Whether a module is in training mode.
     """
 
     def __init__(self, images: Tensor, modules: Sequence[nn.Module]) -> None:
-        self.tensors = [images]
+        self.tensors: list[Tensor] = []
         self.objects: list[object] = []
         self.training = False
         self._numbers: dict[int, int] = {}  # of the modules, by address
-        self.description = [_settings(images), *map(self._describe, modules)]
+        self.description = [_settings(images), *map(self._describe, (images, *modules))]
 
     def __eq__(self, other: object) -> bool:
-        """Equal descriptions; tensors of equal shape, dtype, device and elements (NaN equals nothing)."""
+        """Equal descriptions, and equal elements of all tensors (NaN equals nothing)."""
         return (
             isinstance(other, _State)
             and self.description == other.description
-            and len(self.tensors) == len(other.tensors)
-            and all(
-                a.shape == b.shape
-                and a.dtype == b.dtype
-                and a.device == b.device
-                and torch.equal(a, b)
-                for a, b in zip(self.tensors, other.tensors, strict=True)
-            )
+            and all(map(torch.equal, self.tensors, other.tensors))
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -103,7 +96,7 @@ class _State:
             return type(value), value
         if isinstance(value, Tensor):
             self.tensors.append(value)
-            return Tensor
+            return value.shape, value.dtype, value.device
         if isinstance(value, nn.Module):
             if id(value) in self._numbers:
                 return nn.Module, self._numbers[id(value)]

@@ -98,8 +98,7 @@ def _fold(network: nn.Module) -> nn.Module:
             return nn.Identity()
         return part if is_layer(part) else None
 
-    folded_network: nn.Module = copy_replacing(network, replace)
-    return folded_network
+    return copy_replacing(network, replace)
 
 
 _folded = StructureCache(_fold)

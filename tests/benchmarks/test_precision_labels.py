@@ -1,4 +1,4 @@
-"""The comparison of precisions, on made-up probabilities and with a small model."""
+"""The comparison of precisions, on synthetic probabilities and with a small model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[2])
 
 @pytest.fixture(scope="module")
 def precision_labels():
-    """The script, from its file: an installed package comes without the benchmarks."""
+    """The script, from its file: an installed package has no benchmarks."""
     path = SOURCE / "benchmarks" / "precision_labels.py"
     if not path.exists():
         pytest.skip("no source tree: set DIFFMIC_SOURCE")

@@ -110,7 +110,7 @@ def test_training_step_is_the_recorded_one(model, record, tables):
 
 
 @pytest.mark.parametrize("backend", ["auto", EMULATED, TRITON_ON_CPU])
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what has no such backend says so
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # operations without this backend warn
 def test_one_pass_of_three_branches_is_the_recorded_step(
     model, record, schedule, backend, monkeypatch
 ):
@@ -181,8 +181,8 @@ def test_single_steps_are_the_recorded_ones(model, record, tables, replay):
 
 
 @pytest.mark.parametrize("train_mode", [False, True])
-def test_a_seed_draws_what_the_written_out_loop_draws(model, record, tables, train_mode):
-    """The generator's numbers are used in the published order, and no other are drawn."""
+def test_a_seed_gives_the_draws_of_the_published_loop(model, record, tables, train_mode):
+    """The generator's numbers are used in the published order, and no others are drawn."""
     alphas, _, deviation = tables
     model.train(train_mode)
     x, prior = record["x"], record["y_hat"]
@@ -320,7 +320,7 @@ def test_attributes_after_a_call_are_the_recorded_ones(golden):
 
 @pytest.fixture
 def small_dcg():
-    """With trunks of a few layers."""
+    """A guidance model with trunks of one layer."""
     torch.manual_seed(0)
     dcg = DCG(namespace(classes=3))
     dcg.ds_net, dcg.dn_resnet = nn.Conv2d(3, 2048, 3, stride=16), nn.Conv2d(3, 2048, 3, stride=8)

@@ -74,7 +74,7 @@ def equal_states(a: nn.Module, b: nn.Module, **tolerance: float) -> None:
 def test_the_loss_is_one_graph_for_any_batch(
     model: DiffMIC, backend: str, draws: int, tolerance: float
 ) -> None:
-    """Value, gradients and running statistics of steps with batches of any size, that need no compilation each."""
+    """Value, gradients and running statistics of steps with batches of any size, without recompilation."""
     torch._dynamo.reset()
     eager = copy.deepcopy(model)
     graphs: list[object] = []
@@ -90,7 +90,9 @@ def test_the_loss_is_one_graph_for_any_batch(
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counted)
     for count in (6, 9, 5, 12, 7):
         if count == 5:
-            before = len(graphs)  # torch's own convolutions tell small batches from large ones
+            before = len(
+                graphs
+            )  # torch's own convolutions distinguish small batches from large ones
         arguments = batch(count, draws)
         expected, found = loss(eager, *arguments), compiled(model, *arguments)
         torch.testing.assert_close(tuple(found), tuple(expected), rtol=tolerance, atol=tolerance)
@@ -98,7 +100,7 @@ def test_the_loss_is_one_graph_for_any_batch(
         for of, losses in ((eager, expected), (model, found)):
             parameters = list(of.denoiser.parameters())
             gradients.append(torch.autograd.grad(losses.total, parameters))
-            assert of.training and of.guidance.training  # the guidance was in eval mode meanwhile
+            assert of.training and of.guidance.training  # the guidance model ran in evaluation mode
         scale = max(float(gradient.abs().max()) for gradient in gradients[0])
         for a, b in zip(*gradients, strict=True):
             torch.testing.assert_close(a, b, rtol=10 * tolerance, atol=tolerance * scale)
@@ -117,7 +119,7 @@ def test_a_compiled_loss_draws_as_the_eager_one(model: DiffMIC) -> None:
     torch.testing.assert_close(tuple(found[0]), tuple(found[1]))
 
 
-def test_a_batchnorm_that_runs_twice_is_refused_in_a_graph_too(model: DiffMIC) -> None:
+def test_a_batchnorm_that_runs_twice_is_rejected_in_a_graph_too(model: DiffMIC) -> None:
     torch._dynamo.reset()
     norm = nn.BatchNorm1d(10)
     model.denoiser.encoder_x = nn.Sequential(
@@ -130,7 +132,7 @@ def test_a_batchnorm_that_runs_twice_is_refused_in_a_graph_too(model: DiffMIC) -
 
 
 def test_given_timesteps_and_noise(model: DiffMIC) -> None:
-    """They are what counts, drawn ones are what `loss` draws, and others are refused by name."""
+    """They are used instead of drawn ones; errors name those that do not fit."""
     images, labels, timesteps, noise = batch(6)
     first = copy.deepcopy(model).loss(images, labels, timesteps=timesteps, noise=noise)
     torch.manual_seed(1)
@@ -160,7 +162,7 @@ def test_eval_forward_is_one_graph_for_any_batch(model: DiffMIC) -> None:
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-6)
 
 
-def test_eval_forward_is_exported_and_comes_back_from_a_file(model: DiffMIC) -> None:
+def test_eval_forward_is_exported_saved_and_loaded(model: DiffMIC) -> None:
     model.eval()
     size = torch.export.Dim("batch", min=1)
     for part in (model, model.guidance):
@@ -216,7 +218,7 @@ def test_functional_call_and_its_gradient(model: DiffMIC) -> None:
     ).total.backward()  # fmt: skip
     with torch.no_grad():
         for value in other.parameters():
-            value.zero_()  # functional_call is to use what it is given
+            value.zero_()  # functional_call must use the values that it is given
         for name, value in model.guidance.named_parameters():
             other.model.guidance.get_parameter(name).copy_(value)
 

@@ -91,7 +91,7 @@ def test_a_module_of_the_branches_has_the_models_tensors(schedule):
 
 
 class Doubled(nn.Module):
-    """A layer that somebody put in the place of another."""
+    """A layer in the place of another."""
 
     def __init__(self, inner):
         super().__init__()

@@ -40,7 +40,7 @@ def test_names_and_shapes_of_published_checkpoints(build):
     ],
 )
 def test_trunk_and_pooling_are_the_whole_network(name):
-    """Trunk, mean and the network's own classifier give the network's own result."""
+    """Trunk, spatial mean and the network's own classifier give the network's own result."""
     torch.manual_seed(0)
     network = torchvision.models.get_model(name, weights=None).eval()
     torch.manual_seed(0)
@@ -116,7 +116,7 @@ def test_no_times_keeps_the_running_statistics(momentum):
         assert torch.equal(found, encoder(rows)) and norm.momentum == momentum
 
 
-def test_a_shared_batchnorm_is_refused():
+def test_a_shared_batchnorm_is_rejected():
     norm = nn.BatchNorm1d(4)
     encoder = nn.Sequential(norm, nn.Linear(4, 4), norm)
     with pytest.raises(RuntimeError, match="more than once"), repeated_statistics(encoder, 3):

@@ -96,7 +96,7 @@ def test_encoder_and_guidance_run_once_and_folded(model, images):
         count = operators(lambda samples=samples: model.predict(images, samples=samples, **DDIM))
         assert count["convolution", torch.float32] == wanted
         left = sum(n for (name, _), n in count.items() if "batch_norm" in name)
-        assert left < len(norms) - 10  # those of layers with more weight than result
+        assert left < len(norms) - 10  # of layers with more weight than result
     calls = Counter()
     for name in ("guidance.ds_net", "guidance.dn_resnet", "denoiser.encoder_x"):
         part = model.get_submodule(name)
@@ -125,7 +125,7 @@ def test_folding_changes_rounding_alone(model, images):
 
 @torch.no_grad()
 def test_predictions_follow_the_weights(model, images):
-    """Against a fresh copy that has never predicted, after changes that no version counter sees."""
+    """Equal to a copy that has not predicted before, also after changes that no version counter sees."""
     start = copy.deepcopy(model.state_dict())
     model.predict(images, **DDIM)
     for change in (
@@ -175,22 +175,22 @@ def test_bfloat16_convolutions(model, images, emulated):
     assert bool(clear.any()) and torch.equal(coarse.label[clear], exact.label[clear])
 
 
-def test_bfloat16_where_there_are_no_such_instructions(model, images, monkeypatch):
+def test_convolutions_stay_float32_without_bfloat16_instructions(model, images, monkeypatch):
     monkeypatch.setattr(module, "bfloat16_obstacle", lambda _: "none here")
     exact, coarse = model.predict(images, **DDIM), model.predict(images, precision="bf16", **DDIM)
     assert torch.equal(coarse.guidance, exact.guidance)
     assert not torch.equal(coarse.samples, exact.samples)
 
 
-def pretend(monkeypatch, instructions):
-    """Let the processor have these bfloat16 instructions."""
+def report_instructions(monkeypatch, instructions):
+    """Report these bfloat16 instructions as the processor's."""
     monkeypatch.setattr(module, "bfloat16_instructions", lambda: instructions)
 
 
 def test_obstacles_of_bfloat16(monkeypatch):
     assert "mps" in bfloat16_obstacle(torch.device("mps"))
     for instructions in ("", "AVX-512", "AMX", "Arm"):
-        pretend(monkeypatch, instructions)
+        report_instructions(monkeypatch, instructions)
         found = bfloat16_obstacle(CPU)
         assert ("no bfloat16 instructions" in found) is (instructions == "")
         assert bool(found) is (instructions == "")
@@ -218,7 +218,7 @@ def test_the_processor_decides_how_convolutions_run(
         ran.append(images.shape)
         return torch.zeros(len(images), 96, 2, 2, dtype=torch.bfloat16)
 
-    pretend(monkeypatch, instructions)
+    report_instructions(monkeypatch, instructions)
     monkeypatch.setattr(module, "convolution_operators_exist", lambda: exist)
     monkeypatch.setattr(module, "fused", lambda _: network)
     assert bfloat16_convolutions() == shown

@@ -236,7 +236,7 @@ def test_memory_shared_with_numpy(model):
 
 
 @torch.no_grad()
-def test_equal_images_in_other_memory_hit(model, x):
+def test_equal_images_in_other_memory_reuse_the_features(model, x):
     call(model, x)
     call(model, x.clone())
     wide = torch.zeros(5, 3, 2, 4)
@@ -247,7 +247,7 @@ def test_equal_images_in_other_memory_hit(model, x):
     assert model.encoder_x.calls == 2  # the strided view is another layout, computed once
 
 
-def test_modes_do_not_share_features(model, x):
+def test_gradient_modes_and_autocast_do_not_share_features(model, x):
     with torch.inference_mode():
         call(model, x)
     with torch.no_grad():

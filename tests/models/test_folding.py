@@ -64,7 +64,7 @@ def check(network, images, count=None):
     [
         ("resnet18", 20),
         ("resnet50", 53),
-        ("densenet121", 59),  # the other 62 stand before their convolution
+        ("densenet121", 59),  # the other 62 precede their convolution
         ("efficientnet_b0", 49),
         ("mobilenet_v2", 52),
         ("mobilenet_v3_small", 34),
@@ -73,7 +73,7 @@ def check(network, images, count=None):
         ("convnext_tiny", 0),
         ("tf_efficientnet_lite0", 49),
         ("resnet26d", 31),
-        ("repvgg_a0", 44),  # 17 on a shortcut of its own
+        ("repvgg_a0", 44),  # 17 are on shortcuts
         ("resnetv2_50", None),
         ("nf_resnet26", 0),  # standardises its weights
     ],
@@ -89,7 +89,7 @@ def looked_into(*layers):
 
 
 def library(kind):
-    """A class as one of torchvision: of those, forward may be run on proxies."""
+    """Let a class count as one of torchvision, whose forward is recorded on proxies."""
     kind.__module__ = "torchvision.tests"
     return kind
 
@@ -117,7 +117,7 @@ class Repeating(Branching):
 
 @library
 class InPlace(Branching):
-    """Something happens to the result in between."""
+    """The result is changed in place before BatchNorm reads it."""
 
     def forward(self, x):
         y = self.conv(x)
@@ -134,7 +134,7 @@ class Returning(Branching):
 
 @library
 class Deciding(Branching):
-    """A forward that no proxy goes through."""
+    """A forward that takes no proxy."""
 
     def forward(self, x):
         y = self.conv(x)
@@ -143,7 +143,7 @@ class Deciding(Branching):
 
 @library
 class Listing(nn.Module):
-    """Layers called by other names than they are registered under."""
+    """Layers called from a plain list."""
 
     def __init__(self):
         super().__init__()
@@ -157,7 +157,7 @@ class Listing(nn.Module):
 
 
 class Foreign(nn.Module):
-    """Of another maker: nobody knows what its forward does."""
+    """Of another package, whose forward is not known."""
 
     calls = 0
 
@@ -222,21 +222,21 @@ def test_layers_in_two_places(images):
     check(looked_into(one, bn(), two, bn()), images, 2)
 
 
-def test_statistics_that_are_not_running():
+def test_batch_statistics_are_not_folded():
     images = torch.randn(2, 3, 8, 8)
     network = nn.Sequential(conv(), nn.BatchNorm2d(3, track_running_stats=False)).eval()
     check(network, images)
     network = looked_into(conv(), bn())
     with torch.no_grad():
         folded(network)
-        network[1].train()  # alone: batch statistics, and running ones that move
+        network[1].train()  # batch statistics, and an update of the running ones
         before = network[1].running_mean.clone()
         expected = copy.deepcopy(network)(images)
         torch.testing.assert_close(always(folded(network))(images), expected)
     assert not torch.equal(network[1].running_mean, before)
 
 
-def test_weights_that_are_no_parameters():
+def test_a_weight_that_is_not_a_parameter():
     network, images = looked_into(conv(), bn()), torch.randn(2, 3, 8, 8)
     weight = network[0].weight.detach()
     del network[0].weight
@@ -330,7 +330,7 @@ def test_copies_and_casts(images):
 
 
 @torch.no_grad()
-def test_nothing_is_kept_alive():
+def test_a_folded_network_can_be_freed():
     network = make_trunk("resnet18")[0].eval()
     folded(network)
     gone = weakref.ref(network)

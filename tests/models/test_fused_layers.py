@@ -32,7 +32,7 @@ def error(result, expected):
 
 @torch.no_grad()
 def check(network, images):
-    """The graph has the network's numbers in float32, and leaves the images alone."""
+    """The graph gives the network's numbers in float32 and does not change the images."""
     expected, before = network(images), images.clone()
     network = fused(network)
     assert error(network(images, torch.float32), expected) <= TOLERANCE
@@ -54,7 +54,7 @@ def counts(network):
         ("resnet18", (20, 8, 17)),
         ("resnet50", (53, 16, 49)),
         ("densenet121", (120, 0, 59)),
-        ("efficientnet_b0", (81, 0, 49)),  # drops whole paths in training: no sum in its forward
+        ("efficientnet_b0", (81, 0, 49)),  # stochastic depth is between convolution and sum
         ("mobilenet_v2", (52, 10, 35)),
         ("mobilenet_v3_small", (52, 6, 32)),
         ("regnet_y_400mf", (85, 16, 65)),
@@ -81,7 +81,7 @@ def network_of(*layers):
 
 @library
 class Residual(nn.Module):
-    """A sum around a convolution of the result of another."""
+    """The result of a convolution is added to that of another."""
 
     def __init__(self, channels=4):
         super().__init__()
@@ -149,7 +149,7 @@ class Doubled(Residual):
 @pytest.mark.parametrize(
     ("kind", "residuals"),
     [
-        (Residual, 0),  # ReLU reads what is added, and may return the same tensor
+        (Residual, 0),  # ReLU reads the residual, and may return the same tensor
         (OfImages, 0),
         (ReadAfterwards, 0),
         (ReadThroughView, 0),
@@ -219,7 +219,7 @@ def test_what_is_not_fused(images):
     assert fused(network) is None
     handle.remove()
     assert fused(network) is not None
-    network[1].train()  # whose result for an image depends on the batch
+    network[1].train()  # its result for an image depends on the batch
     assert fused(network) is None
     network[1] = nn.BatchNorm2d(4, track_running_stats=False).eval()
     assert fused(network) is None
@@ -261,7 +261,7 @@ def test_blocks_of_a_batch(count, blocks):
     assert network[3].sizes == [count, *blocks]
 
 
-def test_a_network_is_not_kept():
+def test_a_fused_network_can_be_freed():
     network = make_trunk("resnet18")[0].eval()
     assert fused(network) is fused(network)
     reference = weakref.ref(network)

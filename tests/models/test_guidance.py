@@ -1,4 +1,4 @@
-"""The guidance model against numbers recorded behind its trunks."""
+"""The guidance model against numbers recorded after its trunks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffmic_fast.models import DCG
 
 
 class Recorded(nn.Module):
-    """Stands in for a trunk: gives the recorded numbers, whatever it is asked."""
+    """In the place of a trunk: returns the recorded numbers for any input."""
 
     def __init__(self, value):
         super().__init__()
@@ -86,7 +86,7 @@ def test_all_channels_are_cut_on_request():
     assert torch.equal(a[:, :, 0], a[:, :, 2]) and not torch.equal(b[:, :, 0], b[:, :, 2])
 
 
-def test_a_constant_class_does_not_poison_the_map(dcg, data):
+def test_a_constant_class_leaves_no_nan_in_the_map(dcg, data):
     saliency = data["saliency"].clone()
     saliency[:, 2] = 1.5
     dcg.left_postprocess_net.value = saliency
