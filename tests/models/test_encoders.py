@@ -114,6 +114,11 @@ def test_no_times_keeps_the_running_statistics(momentum):
             found = encoder(rows)
         assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
         assert torch.equal(found, encoder(rows)) and norm.momentum == momentum
+        before = copy.deepcopy(encoder.state_dict())
+        with pytest.raises(KeyError), repeated_statistics(encoder, 0):
+            encoder(rows)
+            raise KeyError
+        assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
 
 
 def test_a_shared_batchnorm_is_rejected():
