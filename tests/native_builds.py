@@ -218,14 +218,14 @@ def assert_within_rounding(program: str, found: np.ndarray, expected: np.ndarray
 def emulated_flags(unit: Unit) -> list[str] | None:
     """Compiler options that compile a unit of AVX-512 kernels for AVX2, with tests/native/avx512_on_avx2.h.
 
-    mmd.cpp is such a unit, since it selects the kernels. Only multiply-adds of the source are fused: compilers
-    fuse differently at other vector sizes.
+    cpu_capabilities.cpp is one: it decides which kernels run. Nothing is fused but where the source says so. Compilers
+    choose differently at other vector sizes.
 
     Returns:
         The options, or None for a unit that is not emulated. All emulated units must be linked together: the
         calling convention of vectors in their inline functions differs from that of other builds.
     """
-    emulated = "-mavx512f" in unit.instructions or unit.path.stem == "mmd"
+    emulated = "-mavx512f" in unit.instructions or unit.path.stem == "cpu_capabilities"
     if not emulated or any(flag.startswith("-mamx") for flag in unit.instructions):
         return None
     header = str(NATIVE / "avx512_on_avx2.h")

@@ -32,7 +32,7 @@ Isa IsaOf(const char* operation, const std::string& name) {
     throw py::value_error(
         Text(operation, ": isa must be auto, portable, avx2 or avx512, got ", name));
   }
-  if (!cpu::mmd::Runs(isa)) {
+  if (!cpu::HasIsa(isa)) {
     throw py::value_error(Text(operation, ": isa ", name, " is not what this processor has"));
   }
   return isa;
@@ -223,8 +223,8 @@ double MedianSquaredDistance(py::handle x_array, py::handle y_array, int threads
 
 std::vector<std::string> InstructionSets() {
   std::vector<std::string> names = {"portable"};
-  if (cpu::mmd::Runs(Isa::kAvx2)) names.emplace_back("avx2");
-  if (cpu::mmd::Runs(Isa::kAvx512)) names.emplace_back("avx512");
+  if (cpu::HasIsa(Isa::kAvx2)) names.emplace_back("avx2");
+  if (cpu::HasIsa(Isa::kAvx512)) names.emplace_back("avx512");
   return names;
 }
 

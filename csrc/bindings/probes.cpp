@@ -99,7 +99,7 @@ float MultiplyAddProbe(std::int64_t count, int threads, const std::string& instr
   std::vector<float> sums(static_cast<std::size_t>(threads));
   cpu::ParallelFor(threads, threads, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t part = begin; part < end; ++part) {
-      sums[static_cast<std::size_t>(part)] = kernels->multiply_add(of, count / threads);
+      sums[static_cast<std::size_t>(part)] = kernels->multiply_add(count / threads);
     }
   });
   return std::accumulate(sums.begin(), sums.end(), 0.0f);

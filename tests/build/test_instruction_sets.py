@@ -74,7 +74,8 @@ def emulated_objects(builds: Path, kernel_objects: dict[Unit, Path]) -> list[Pat
     flags = {unit: emulated_flags(unit) for unit in kernel_objects}
     units = [unit for unit in kernel_objects if flags[unit] is not None]
     assert {unit.path.stem for unit in units} >= {
-        *("conditioning_avx512", "denoise_avx512", "denoise_avx512_bf16", "mmd", "mmd_avx512")
+        *("cpu_capabilities", "conditioning_avx512", "mmd_avx512"),
+        *("denoise_avx512", "denoise_avx512_bf16"),
     }
     folder = build_once(
         builds / "emulated",

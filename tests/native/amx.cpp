@@ -1,11 +1,10 @@
-// Compares the emulated tiles of AMX with scalar definitions of the instructions, and the matrix
-// products of `denoise` with sums in the order that denoise_amx.inc.h documents. Needs AVX2.
+// The emulated tiles of AMX against scalar definitions of the instructions, and the AMX GEMM of
+// `denoise` against sums in the order that denoise_amx.inc.h documents. Needs AVX2.
 //
 // `amx --hardware` compares the emulation with the processor's tiles bit for bit.
 #define DIFFMIC_SIMD_AVX2
 #define DIFFMIC_SIMD_AMX
 #define DIFFMIC_SIMD_AMX_EMULATED
-#define DIFFMIC_SIMD_NAME "amx_emulated"
 #include <bit>
 #include <cerrno>
 #include <cmath>
@@ -34,7 +33,7 @@ float Widened(std::uint16_t x) { return std::bit_cast<float>(std::uint32_t{x} <<
 bool IsNan(float x) { return (BitsOf(x) & 0x7FFFFFFFu) > 0x7F800000u; }
 float Quiet(float x) { return std::bit_cast<float>(BitsOf(x) | 0x00400000u); }
 float DefaultNan() { return std::bit_cast<float>(0xFFC00000u); }
-// Flushes a denormal number to a zero of its sign.
+// Denormals are zero of their sign.
 float Flush(float x) {
   return (BitsOf(x) & 0x7F800000u) == 0 ? std::bit_cast<float>(BitsOf(x) & 0x80000000u) : x;
 }
@@ -73,7 +72,7 @@ float ScalarDot(const std::uint16_t* a, const std::uint16_t* w, std::int64_t w_s
 
 std::mt19937_64 generator(11);
 
-// Random bits, numbers of similar magnitude or near the smallest normal one, or special values.
+// Any bits; of similar exponents; with products near 2^-126; or with special values.
 std::uint16_t RandomBFloat16(int kind) {
   const auto bits = static_cast<std::uint16_t>(generator());
   const auto sign_and_fraction = static_cast<std::uint16_t>(bits & 0x807Fu);
@@ -97,7 +96,7 @@ float RandomSum(int kind) {
   return std::bit_cast<float>((bits & 0x807FFFFFu) | exponent << 23);
 }
 
-TileConfig ConfigOf(int rows, int groups) {
+TileConfig TileConfigOf(int rows, int groups) {
   TileConfig config;
   for (int t = 0; t < 8; ++t) {
     config.row_bytes[t] = static_cast<std::uint16_t>(t == 1 ? 4 * groups : 64);
@@ -108,14 +107,12 @@ TileConfig ConfigOf(int rows, int groups) {
 
 template <typename Tiles>
 void Run(bool bytes, int rows, int groups, const void* a, const void* b, void* c) {
-  Tiles tiles;
-  tiles.Configure(ConfigOf(rows, groups));
+  Tiles tiles(TileConfigOf(rows, groups));
   tiles.template Load<0>(c, 64);
   tiles.template Load<1>(a, 64);
   tiles.template Load<2>(b, 64);
   bytes ? tiles.template DotInt8<0, 1, 2>() : tiles.template DotBFloat16<0, 1, 2>();
   tiles.template Store<0>(c, 64);
-  tiles.Release();
 }
 
 void CheckInstructions(bool hardware) {
@@ -162,60 +159,59 @@ void CheckInstructions(bool hardware) {
   }
 }
 
-// Matrix products of every number of rows: sums in the documented order, bit for bit.
-template <typename Product>
-void CheckProduct(std::int64_t rows, std::int64_t features, std::int64_t chunks) {
-  using Number = typename Product::Activation;
-  constexpr bool kBytes = Product::kScaled;
-  const std::int64_t units = chunks * kChunk - 5;
+// A GEMM: its sums, bitwise, in the documented order.
+template <typename P>
+void CheckGemm(std::int64_t rows, std::int64_t features, std::int64_t chunks) {
+  using Number = typename P::Activation;
+  constexpr bool kBytes = P::kQuantised;
+  const std::int64_t channels = chunks * kChunk - 5;
   const auto at = [](std::int64_t i) { return static_cast<std::size_t>(i); };
-  std::vector<float> w(at(units * features));
+  std::vector<float> w(at(channels * features));
   std::normal_distribution<float> normal;
   for (float& x : w) x = normal(generator);
-  std::vector<Number> x(at(rows * features)), packed_w(at(units * features));
+  std::vector<Number> x(at(rows * features)), packed_w(at(channels * features));
   for (Number& number : x) {
     number =
         static_cast<Number>(kBytes ? static_cast<int>(generator() % 255) - 127 : RandomBFloat16(1));
   }
-  const std::int64_t chunk_bytes = ChunkBytesOf<Product>(features);
+  const std::int64_t chunk_bytes = ChunkBytes<P>(features);
   std::vector<std::byte> weights(at(chunks * chunk_bytes));
-  std::vector<float> unit_scale(at(chunks * kChunk));
+  std::vector<float> channel_scale(at(chunks * kChunk));
   for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const auto count = static_cast<int>(std::min(kChunk, units - chunk * kChunk));
-    PackChunkOf<Product>(w.data() + chunk * kChunk * features, features, count, features,
-                         weights.data() + chunk * chunk_bytes, unit_scale.data() + chunk * kChunk);
+    const auto count = static_cast<int>(std::min(kChunk, channels - chunk * kChunk));
+    PackChunk<P>(w.data() + chunk * kChunk * features, features, count, features,
+                 weights.data() + chunk * chunk_bytes, channel_scale.data() + chunk * kChunk);
     for (std::int64_t n = chunk * kChunk; n < chunk * kChunk + count; ++n) {
       float inverse = 0.0f;
-      if (kBytes) ByteScale(w.data() + n * features, features, &inverse);
+      if (kBytes) QuantisationScale(w.data() + n * features, features, &inverse);
       Convert(w.data() + n * features, features, inverse, packed_w.data() + n * features);
     }
   }
-  const auto tiles = RowTiles::Of<Product>(rows);
+  const auto tiles = RowTiles::Of<P>(rows);
   DenoiserView model{};
   model.features = features;
-  // Absent rows and the padding of rows may contain anything.
-  std::vector<std::byte> in(at(tiles.count * tiles.size * RowBytes<Product>(features)),
-                            std::byte{0xFF});
+  // Padding rows, and memory past the end of a row, may hold anything.
+  std::vector<std::byte> in(at(tiles.count * tiles.size * RowBytes<P>(features)), std::byte{0xFF});
   for (Place place; place.row < rows; place.Next(tiles)) {
-    const AmxRow<Product> row(model, tiles, place, in.data());
+    const AmxRow<P> row(model, tiles, place, in.data());
     for (std::int64_t k = 0; k < features; k += kLanes) {
       row.Set(k, x.data() + place.row * features + k,
               static_cast<int>(std::min<std::int64_t>(kLanes, features - k)));
     }
   }
   const AmxSums sums_at(tiles, chunks);
-  constexpr auto kSentinel = static_cast<typename Product::Total>(12345);
-  std::vector<typename Product::Total> sums(at(sums_at.size() + 16), kSentinel);
-  TileProduct<Product>(weights.data(), chunks, features, tiles, in.data(), sums.data());
+  constexpr auto kSentinel = static_cast<typename P::Total>(12345);
+  std::vector<typename P::Total> sums(at(sums_at.size() + 16), kSentinel);
+  Gemm<P>(weights.data(), chunks, features, tiles, in.data(), 0, sums.data());
   for (std::int64_t i = sums_at.size(); i < sums_at.size() + 16; ++i) {
-    if (sums[at(i)] != kSentinel) Fail("a matrix product wrote beyond its sums");
+    if (sums[at(i)] != kSentinel) Fail("the GEMM wrote past its sums");
   }
   for (Place place; place.row < rows; place.Next(tiles)) {
-    for (std::int64_t n = 0; n < units; n += 1 + static_cast<std::int64_t>(generator() % 7)) {
+    for (std::int64_t n = 0; n < channels; n += 1 + static_cast<std::int64_t>(generator() % 7)) {
       const Number* a = x.data() + place.row * features;
       const Number* b = packed_w.data() + n * features;
       const auto found = sums[at(sums_at(n / kChunk, place, n % kChunk))];
-      typename Product::Total expected{};
+      typename P::Total expected{};
       if constexpr (kBytes) {
         for (std::int64_t k = 0; k < features; ++k) expected += a[k] * b[k];
       } else {
@@ -228,7 +224,7 @@ void CheckProduct(std::int64_t rows, std::int64_t features, std::int64_t chunks)
         }
       }
       if (std::memcmp(&found, &expected, sizeof found) != 0) {
-        Fail("the product of " + std::to_string(rows) + " rows, " + std::to_string(features) +
+        Fail("the GEMM of " + std::to_string(rows) + " rows, " + std::to_string(features) +
              " features and " + std::to_string(chunks) + " chunks differs");
       }
     }
@@ -247,7 +243,7 @@ void CheckObstacles() {
       !says({true, true, true, true, EPERM}, "refused permission for AMX (arch_prctl: Operation") ||
       !says({true, true, true, true, ENOSPC}, "alternate signal stack is too small") ||
       !says({true, true, true, true, 0}, "")) {
-    Fail("a reason why AMX is not available is missing");
+    Fail("an obstacle is not reported");
   }
 }
 
@@ -264,11 +260,11 @@ int main(int argc, char** argv) {
   for (const std::int64_t rows :
        {1, 2, 15, 16, 17, 31, 32, 33, 48, 49, 64, 65, 81, 130, 241, 256}) {
     for (const std::int64_t features : {1, 31, 32, 33, 70, 300, 515}) {
-      CheckProduct<AmxBFloat16>(rows, features, 1 + static_cast<std::int64_t>(generator() % 3));
-      CheckProduct<AmxInt8>(rows, features, 1 + static_cast<std::int64_t>(generator() % 3));
+      CheckGemm<AmxBFloat16>(rows, features, 1 + static_cast<std::int64_t>(generator() % 3));
+      CheckGemm<AmxInt8>(rows, features, 1 + static_cast<std::int64_t>(generator() % 3));
     }
   }
-  CheckProduct<AmxBFloat16>(70, 1030, 17);
-  CheckProduct<AmxInt8>(70, 1030, 17);
+  CheckGemm<AmxBFloat16>(70, 1030, 17);
+  CheckGemm<AmxInt8>(70, 1030, 17);
   std::puts(hardware ? "amx ran: amx" : "amx ran: amx_emulated");
 }

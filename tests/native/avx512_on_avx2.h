@@ -1,9 +1,10 @@
 // AVX-512 intrinsics on processors with AVX2, for tests of the AVX-512 kernels: SIMDe (Debian's
-// libsimde-dev 0.7.4), and what it lacks or computes differently from the hardware. Slow.
+// libsimde-dev 0.7.4), with replacements for what it lacks or computes differently from the
+// hardware. Slow.
 //
 //   g++ -Og -mavx2 -mfma -fno-tree-sra -include avx512_on_avx2.h -c denoise_avx512.cpp
 //
-// Without -fno-tree-sra GCC 12 has an internal error in conditioning_avx512.cpp.
+// Without -fno-tree-sra GCC 12 fails with an internal error in conditioning_avx512.cpp.
 //
 // Where DIFFMIC_AVX512_EMULATED is defined, kernels use intrinsics instead of inline assembly with
 // 512-bit registers. The compiler rejects intrinsics that SIMDe does not alias, since -mavx512f is
@@ -68,14 +69,6 @@ inline simde__m512i ToInt32(simde__m512 a) {
   return simde_mm512_loadu_si512(integers);
 }
 
-inline simde__m512 ToFloat(simde__m512i a) {
-  std::int32_t integers[16];
-  float elements[16];
-  simde_mm512_storeu_si512(integers, a);
-  for (int i = 0; i < 16; ++i) elements[i] = static_cast<float>(integers[i]);
-  return simde_mm512_loadu_ps(elements);
-}
-
 inline __m256i ToInt16(simde__m512i a) {
   std::int32_t integers[16];
   std::int16_t shorts[16];
@@ -86,13 +79,13 @@ inline __m256i ToInt16(simde__m512i a) {
 
 inline bool IsNan(float x) { return (std::bit_cast<std::uint32_t>(x) & 0x7FFFFFFFu) > 0x7F800000u; }
 
-// Denormal numbers count as zero of their sign.
+// Denormals are zero of their sign.
 inline float Flush(float x) {
   const auto bits = std::bit_cast<std::uint32_t>(x);
   return (bits & 0x7F800000u) == 0 ? std::bit_cast<float>(bits & 0x80000000u) : x;
 }
 
-// a * b + c as VDPBF16PS computes it: denormal operands and results are zero, whatever MXCSR says.
+// a * b + c as VDPBF16PS computes it: denormal operands and results are zero, regardless of MXCSR.
 // NaN is the first one of a, b, c, made quiet, or the default NaN of an invalid operation.
 inline float MultiplyAdd(float a, float b, float c) {
   for (const float operand : {a, b, c}) {
@@ -130,19 +123,17 @@ simde__m512 DotBFloat16(simde__m512 sum, const Pairs& a, const Pairs& b) {
 #undef _mm512_maskz_loadu_ps
 #undef _mm512_mask_storeu_ps
 #undef _mm512_cvtps_epi32
-#undef _mm512_cvtepi32_ps
 #undef _mm512_cvtepi32_epi16
 #undef _mm512_dpbf16_ps
 #undef _mm512_madd_epi16
 #define _mm512_maskz_loadu_ps(mask, p) avx512_on_avx2::MaskedLoad(mask, p)
 #define _mm512_mask_storeu_ps(p, mask, a) avx512_on_avx2::MaskedStore(p, mask, a)
 #define _mm512_cvtps_epi32(a) avx512_on_avx2::ToInt32(a)
-#define _mm512_cvtepi32_ps(a) avx512_on_avx2::ToFloat(a)
 #define _mm512_cvtepi32_epi16(a) avx512_on_avx2::ToInt16(a)
 #define _mm512_dpbf16_ps(sum, a, b) avx512_on_avx2::DotBFloat16(sum, a, b)
 #define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)  // 0.7.4's alias takes four arguments
 
-// Emulated sets are available with AVX2. A macro is not expanded again inside itself.
+// Emulated instruction sets are available with AVX2. A macro is not expanded inside itself.
 #define __builtin_cpu_supports(feature) \
   (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
 

@@ -1,5 +1,5 @@
-// `conditioning`: both modes, full and partial chunks, every gradient alone and all together, and
-// its values compared with sums in double.
+// `conditioning`: both modes, whole and short chunks, every gradient alone and all together; and
+// its values against a scalar implementation in double, which also runs where there is no Python.
 #include "cpu/conditioning/conditioning.h"
 
 #include "support.h"
@@ -12,7 +12,7 @@ struct Size {
   std::int64_t streams, rows, features, classes;
 };
 
-// Arguments with `kGap` elements between rows, and labels with the classes outermost.
+// Arguments with kGap elements between rows, and labels with the classes outermost.
 struct Case {
   static constexpr std::int64_t kGap = 3, kTimesteps = 5;
 
@@ -54,7 +54,7 @@ struct Case {
   kernel::Batch batch{};
 };
 
-// Bit i of `wanted` asks for gradient i.
+// Bit i of `wanted` requests gradient i.
 std::vector<float> Run(const Case& c, const kernel::Options& options, unsigned wanted) {
   const Size& s = c.size;
   const std::int64_t streams = StatisticsStreams(c.batch), f = s.features;
@@ -91,8 +91,8 @@ std::vector<float> Run(const Case& c, const kernel::Options& options, unsigned w
   return all;
 }
 
-// Noisy labels of drawn noise, and of the same noise as an argument, compared with a plain call on
-// these labels.
+// Noisy labels from drawn noise, and from the same noise as an argument, against the plain call
+// with these labels.
 void CheckNoised(const Case& c, const kernel::Options& options) {
   const Size& s = c.size;
   const std::int64_t f = s.features, rows = s.streams * s.rows;
@@ -121,14 +121,13 @@ void CheckNoised(const Case& c, const kernel::Options& options) {
     batch.y = {y.get(), {s.rows * s.classes, s.classes, 1}};
     Forward(c.layer, batch, noising, running, options, statistics.get(), out.get());
     Forward(c.layer, batch, diffmic::Noising{}, running, options, statistics.get(), plain.get());
-    if (out.copy() != plain.copy())
-      Fail("conditioning: the noisy labels written are not those used");
+    if (out.copy() != plain.copy()) Fail("conditioning: the labels written are not those used");
     found.push_back(y.copy());
   }
-  if (found[0] != found[1]) Fail("conditioning: the noise written is not the noise drawn");
+  if (found[0] != found[1]) Fail("conditioning: the noise drawn is not that written");
 }
 
-// Forward of feature f and branch s by the definition.
+// Forward of output channel f and branch s, by definition.
 std::vector<double> Define(const Case& c, std::int64_t s, std::int64_t f) {
   const Size& size = c.size;
   std::vector<double> z;
@@ -173,7 +172,7 @@ void CheckValues(const Case& c, const kernel::Options& options) {
         const auto at = static_cast<std::size_t>((s * size.rows + b) * size.features + f);
         const double value = expected[static_cast<std::size_t>(b)];
         if (std::abs(static_cast<double>(found[at]) - value) > 1e-4 * (1 + std::abs(value))) {
-          Fail("conditioning differs from its definition");
+          Fail("conditioning: the values differ from their definition");
         }
       }
     }

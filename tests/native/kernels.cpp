@@ -116,8 +116,8 @@ void CheckDenoise(const std::string& set, Precision precision, std::int64_t rows
       }
     }
   }
-  // Sums of int8 are exact. Otherwise instruction sets sum in different orders, and a value may be
-  // rounded to the neighbouring one.
+  // int8 sums are exact. Otherwise instruction sets sum in different orders, and a rounding of an
+  // activation may differ.
   const float allowed = precision == Precision::kFloat32    ? 1e-4f
                         : precision == Precision::kBFloat16 ? 1e-2f
                                                             : 0.0f;
@@ -130,16 +130,15 @@ void CheckDenoise(const std::string& set, Precision precision, std::int64_t rows
   }
 }
 
-// Initial sums of int8 at the largest number of features, where they exceed int32.
+// The int8 compensation at the largest number of features, where it exceeds int32.
 void CheckPacking(const std::string& set) {
   constexpr std::int64_t kFeatures = diffmic::cpu::kMostInt8Features;
   const auto* kernels = diffmic::cpu::FindDenoiseKernels(set, Precision::kInt8);
   const std::vector<float> ones(kFeatures, 1.0f);
-  std::vector<std::byte> chunk(
-      static_cast<std::size_t>(kernels->chunk_bytes(Precision::kInt8, kFeatures)));
+  std::vector<std::byte> chunk(static_cast<std::size_t>(kernels->chunk_bytes(kFeatures)));
   float scale = 0.0f;
-  kernels->pack_chunk(Precision::kInt8, ones.data(), kFeatures, 1, kFeatures, chunk.data(), &scale);
-  if (scale != 1.0f / 127.0f) Fail("denoise: " + set + " packs a different scale");
+  kernels->pack_chunk(ones.data(), kFeatures, 1, kFeatures, chunk.data(), &scale);
+  if (scale != 1.0f / 127.0f) Fail("denoise: " + set + " packs a wrong scale");
 }
 
 void CheckStop() {
@@ -182,7 +181,7 @@ void CheckRois() {
                                   {kClasses * 42, 42, 6, 1}};
     if (ChooseWindows(maps, diffmic::cpu::SaliencyType::kFloat32, {3, 2}, kCount, cells.data(),
                       threads) >= 0) {
-      Fail("rois reports a number that is not finite");
+      Fail("rois reports finite saliency as not finite");
     }
     diffmic::cpu::CellsToPixels(cells.data(), kBatch * kCount, {7, 6}, {kSide, kSide},
                                 origins.data());
@@ -193,7 +192,7 @@ void CheckRois() {
              kCount, {5, 6}, 1, crops.get(), threads);
     const std::vector<float> found(crops.get(), crops.get() + kBatch * kCount * 60);
     if (first.empty()) first = found;
-    if (found != first) Fail("rois: results depend on the number of threads");
+    if (found != first) Fail("rois: the result depends on the number of threads");
   }
 }
 
@@ -206,7 +205,7 @@ void CheckNoise() {
                                {timesteps.data(), 2, 1}, 7, out.get(), threads);
     const std::vector<float> found(out.get(), out.get() + 2 * 1'100 * 7);
     if (first.empty()) first = found;
-    if (found != first) Fail("noise: results depend on the number of threads");
+    if (found != first) Fail("noise: the result depends on the number of threads");
   }
 }
 

@@ -78,7 +78,7 @@ void CheckWeights() {
       Mmd(x.matrix, y.matrix, none, {alone, 1}, biased, value.get(), no, no) != Side::kNone ||
       Mmd(x.matrix, y.matrix, none, {alone, 1}, unbiased, value.get(), no, no) != Side::kY ||
       Mmd(x.matrix, y.matrix, none, {alone, 0}, biased, value.get(), no, no) != Side::kY) {
-    Fail("mmd: the check of weights is wrong");
+    Fail("mmd: weights were validated wrongly");
   }
 }
 
@@ -118,7 +118,7 @@ void CheckMedian(Isa isa, const Size& size) {
   }
 }
 
-// Rows in reverse order, and one row many times.
+// Negative strides, and a stride of 0.
 template <typename T>
 void CheckStrides(Isa isa) {
   const NumbersOf<T> a(5 * 3, -1.0, 1.0), b(3, -1.0, 1.0);
@@ -132,7 +132,7 @@ void CheckStrides(Isa isa) {
   finite.Compare(kernel.copy(), 1);
 }
 
-// The last prediction of a stack ends at the end of its memory.
+// The last prediction of a stack ends at the end of its allocation.
 template <typename T>
 void CheckNoiseLosses(Isa isa, std::int64_t count, const Size& size) {
   const std::int64_t apart = size.n * size.d + 3;
@@ -187,7 +187,7 @@ int main(int argc, char** argv) {
       {"avx512", Isa::kAvx512}, {"avx2", Isa::kAvx2}, {"portable", Isa::kPortable}};
   std::vector<std::string> available;
   for (const auto& [name, isa] : known) {
-    if (mmd::Runs(isa)) available.push_back(name);
+    if (diffmic::cpu::HasIsa(isa)) available.push_back(name);
   }
   const Request request(argc, argv, available);
   for (const std::string& set : request.sets()) {
@@ -199,7 +199,7 @@ int main(int argc, char** argv) {
   }
   CheckWeights<float>();
   CheckWeights<double>();
-  if (!request.quick()) {  // enough pairs for the wider digits
+  if (!request.quick()) {  // enough pairs for 16-bit digits
     CheckMedian<float>(Isa::kAuto, {700, 800, 1});
     CheckMedian<double>(Isa::kAuto, {700, 800, 1});
   }

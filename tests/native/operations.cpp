@@ -1,6 +1,6 @@
-// The AVX-512 operations of simd.h on random bit patterns, which include denormal numbers,
-// infinities and NaN. Prints name and digest of each, which are the same for AVX-512 and, with
-// avx512_on_avx2.h, for AVX2.
+// The AVX-512 operations of simd.h, and the functions there that use them, on random bit patterns,
+// denormals, infinities and NaN included. Prints one line per operation, its name and a digest of
+// its results; compiled for AVX-512 and, with avx512_on_avx2.h, for AVX2, the lines are the same.
 #define DIFFMIC_SIMD_AVX512
 #define DIFFMIC_SIMD_AVX512_BF16
 #include <bit>
@@ -15,7 +15,6 @@ namespace {
 
 using diffmic::cpu::avx512_bf16::Ints;
 using diffmic::cpu::avx512_bf16::kLanes;
-using diffmic::cpu::avx512_bf16::Pairs;
 using diffmic::cpu::avx512_bf16::Vec;
 namespace simd = diffmic::cpu::avx512_bf16;
 
@@ -89,7 +88,7 @@ struct Words {
 };
 
 // An operation of up to three arguments. Which NaN an arithmetic operation propagates depends on
-// the compiler's order of operands: all NaNs in such results count as equal.
+// the order of its operands, which the compiler chooses: `any_nan` treats all NaNs alike.
 template <typename Draw, typename Operation>
 [[gnu::noinline]] void Check(const char* name, bool any_nan, const Draw& draw,
                              const Operation& operation) {
@@ -109,7 +108,7 @@ template <typename Draw, typename Operation>
   std::printf("%s %016llx\n", name, static_cast<unsigned long long>(digest));
 }
 
-// Sums of a normal number above 2^-126 and a product that brings the result close to 2^-126.
+// Sums near 2^-126 of a normal number and a product.
 [[gnu::noinline]] void CheckTinyDots() {
   std::uint64_t digest = 0xCBF29CE484222325u;
   std::mt19937_64 generator(11);
@@ -153,7 +152,8 @@ void CheckArithmetic() {
   Check("round", true, draw, [](W a, W, W) { return Words::Of(Round(a.vec())); });
   Check("fold", true, draw, [](W a, W, W) {
     Words words;
-    simd::StoreQuad(reinterpret_cast<float*>(words.at), Fold(a.vec()));
+    const simd::Quad four = Fold(a.vec());
+    std::memcpy(words.at, &four, sizeof four);
     words.at[4] = std::bit_cast<std::uint32_t>(Sum(a.vec()));
     return words;
   });
@@ -187,11 +187,8 @@ void CheckBFloat16() {
   const auto draw = [](Random& random) { return random.Float(); };
   const auto pairs = [](Random& random) { return random.BFloat16Pair(); };
   using W = const Words&;
-  const auto load = [](W a) {
-    return simd::LoadPairs(reinterpret_cast<const std::uint16_t*>(a.at));
-  };
-  Check("even", false, pairs, [&](W a, W, W) { return Words::Of(Even(load(a))); });
-  Check("odd", false, pairs, [&](W a, W, W) { return Words::Of(Odd(load(a))); });
+  Check("even", false, pairs, [](W a, W, W) { return Words::Of(simd::Even(a.ints())); });
+  Check("odd", false, pairs, [](W a, W, W) { return Words::Of(simd::Odd(a.ints())); });
   Check("round_to_bfloat16", false, draw,
         [](W a, W, W) { return Words::Of(RoundToBFloat16(a.vec())); });
   Check("store_bfloat16", false, draw, [](W a, W, W) {
@@ -218,14 +215,12 @@ void CheckIntegers() {
   Check("load_byte_pairs", false, draw, [](W a, W, W) {
     return Words::Of(simd::LoadBytePairs(reinterpret_cast<const std::int8_t*>(a.at)));
   });
-  Check("set_pair", false, draw, [](W a, W, W) {
-    return Words::Of(simd::SetPair(reinterpret_cast<const std::int16_t*>(a.at)));
-  });
+  Check("set_pair", false, draw, [](W a, W, W) { return Words::Of(simd::SetFourBytes(a.at)); });
   Check("add_products", false, draw, [](W a, W b, W c) {
     Ints sum = c.ints();
     simd::AddProducts(a.ints(), b.ints(), sum);
     Words to;
-    simd::StoreInts(reinterpret_cast<std::int32_t*>(to.at), sum);
+    simd::StoreInts(to.at, sum);
     return to;
   });
   Check("dpbusd", false, draw, [](W sum, W a, W b) {

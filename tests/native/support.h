@@ -1,11 +1,12 @@
-// Shared by the programs of this folder. Each runs kernels of csrc/cpu at odd sizes and on several
-// threads, in arrays without space after their last element, so that sanitizers find accesses
-// beyond it. It exits with status 1 and a message if results depend on the number of threads.
+// Shared by the programs of this folder. Each runs kernels of csrc/cpu on odd sizes and with
+// several threads, in arrays that end at their last element so that sanitizers catch overruns, and
+// checks that results do not depend on the number of threads. On failure: a message, and exit
+// status 1.
 //
 //   PROGRAM [--quick] [--results FILE] [INSTRUCTION_SET ...]
 //
-// runs the named instruction sets, by default all of the processor, with --quick at the smallest
-// sizes only. FILE receives all results that depend on the instruction set, as float64.
+// runs the named instruction sets, or all that the processor has; --quick: the smallest sizes only.
+// FILE receives every result that depends on the instruction set, as float64.
 #ifndef DIFFMIC_TESTS_NATIVE_SUPPORT_H_
 #define DIFFMIC_TESTS_NATIVE_SUPPORT_H_
 
@@ -26,7 +27,7 @@
   std::exit(1);
 }
 
-// The arguments of a program.
+// The command line of a program.
 class Request {
  public:
   Request(int count, char** arguments, const std::vector<std::string>& available) {
@@ -51,18 +52,18 @@ class Request {
   bool quick() const { return quick_; }
   const std::vector<std::string>& sets() const { return sets_; }
 
-  // Fails unless an operation has kernels exactly for the available instruction sets.
+  // Checks that an operation has kernels for the available names and for no others.
   template <typename Find>
   void CheckNames(const std::string& operation, const Find& find) const {
     for (const std::string name : {"avx512_bf16", "avx512", "avx2", "portable", "sse", ""}) {
       if (find(name) != Available(name)) {
-        Fail(operation + ": kernels of " + name + (find(name) ? " run" : " do not run") +
-             ", the list of its instruction sets says otherwise");
+        Fail(operation + ": " + name + (find(name) ? " is" : " is not") +
+             " available, its list of instruction sets disagrees");
       }
     }
   }
 
-  // Prints that `program` has finished, and with which instruction sets.
+  // Reports that `program` finished, and the instruction sets that it ran.
   void Finish(const std::string& program) const {
     Results().flush();
     if (Results().is_open() && !Results()) Fail("the results could not be written");
@@ -96,7 +97,7 @@ class Request {
   std::vector<std::string> available_, sets_;
 };
 
-// Exactly `count` numbers on the heap, so that a sanitizer finds an access to the next one.
+// `count` random numbers in an allocation of exactly their size.
 template <typename T>
 class NumbersOf {
  public:
@@ -116,7 +117,7 @@ class NumbersOf {
 
 using Numbers = NumbersOf<float>;
 
-// Fails unless the results of a call are finite and bitwise the same on any number of threads.
+// Checks that results of one call with different numbers of threads are finite and bitwise equal.
 template <typename T>
 class Trace {
  public:
@@ -132,7 +133,7 @@ class Trace {
     }
     if (found.size() != first_.size() ||
         std::memcmp(found.data(), first_.data(), found.size() * sizeof(T)) != 0) {
-      Fail(what_ + ": " + std::to_string(threads) + " threads change the results");
+      Fail(what_ + ": the result with " + std::to_string(threads) + " threads differs");
     }
   }
 

@@ -1,7 +1,5 @@
 #include "cpu/common/cpu_capabilities.h"
 
-#include "cpu/denoise/denoise_kernel_table.h"
-
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -10,6 +8,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <iterator>
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
@@ -17,12 +16,51 @@
 #endif
 
 namespace diffmic::cpu {
+namespace {
+
+constexpr const char* kIsaNames[] = {"auto", "amx",      "avx512_bf16", "avx512",
+                                     "avx2", "portable", "amx_emulated"};
+
+}  // namespace
+
+const char* IsaName(Isa isa) { return kIsaNames[static_cast<int>(isa)]; }
+
+std::optional<Isa> IsaOf(const std::string& name) {
+  for (std::size_t i = 0; i < std::size(kIsaNames); ++i) {
+    if (name == kIsaNames[i]) return static_cast<Isa>(i);
+  }
+  return std::nullopt;
+}
+
+bool HasIsa(Isa isa) {
+  switch (isa) {
+    case Isa::kAuto:
+    case Isa::kPortable:
+      return true;
+#if defined(__x86_64__)
+    case Isa::kAvx2:
+    case Isa::kAmxEmulated:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::kAvx512:
+      return HasIsa(Isa::kAvx2) && __builtin_cpu_supports("avx512f") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("avx512bw");
+    case Isa::kAvx512Bf16:
+      return HasIsa(Isa::kAvx512) && __builtin_cpu_supports("avx512vnni") &&
+             __builtin_cpu_supports("avx512bf16");
+    case Isa::kAmx:
+      return HasIsa(Isa::kAvx512Bf16) && WhyNoAmx().empty();
+#endif
+    default:
+      return false;
+  }
+}
 
 #if defined(__x86_64__) || defined(__i386__)
 
 std::vector<std::string> AvailableInstructionSets() {
   std::vector<std::string> names;
-  // The builtin wants a literal, and also asks whether the system saves the wider registers.
+  // The builtin takes a literal, and also checks that the system saves the wider registers.
 #define DIFFMIC_ADD_IF_SUPPORTED(name) \
   if (__builtin_cpu_supports(name)) names.emplace_back(name)
   __builtin_cpu_init();
@@ -119,8 +157,6 @@ const std::string& WhyNoAmx() {
   static const std::string reason = AmxObstacle(FindAmx());
   return reason;
 }
-
-bool HasAmx() { return WhyNoAmx().empty(); }
 
 std::vector<std::string> AssumedInstructionSets() {
   std::vector<std::string> names;

@@ -1,4 +1,4 @@
-// Memory for arrays of many megabytes.
+// Aligned memory, on huge pages for arrays of many megabytes.
 #ifndef DIFFMIC_CPU_COMMON_LARGE_ARRAY_H_
 #define DIFFMIC_CPU_COMMON_LARGE_ARRAY_H_
 
@@ -21,8 +21,8 @@ struct FreeMemory {
 template <typename T>
 using LargeArray = std::unique_ptr<T[], FreeMemory>;
 
-// `count` elements on a cache line's boundary, not set to anything; from 4 MB on, on large pages
-// where the system gives them: the first touch costs less then, and so does every walk through it.
+// `count` uninitialised elements, aligned to a cache line. From 4 MB on, on huge pages where the
+// system has them, which cost fewer page faults and TLB misses.
 template <typename T>
 LargeArray<T> MakeLargeArray(std::int64_t count) {
   constexpr std::size_t kPage = std::size_t{2} << 20;
@@ -32,7 +32,7 @@ LargeArray<T> MakeLargeArray(std::int64_t count) {
   void* data = std::aligned_alloc(unit, whole);
   if (data == nullptr) throw std::bad_alloc();
 #if defined(__linux__)
-  if (unit == kPage) madvise(data, whole, MADV_HUGEPAGE);  // a wish; nothing depends on it
+  if (unit == kPage) madvise(data, whole, MADV_HUGEPAGE);  // best effort
 #endif
   return LargeArray<T>(static_cast<T*>(data));
 }

@@ -1,6 +1,6 @@
-// Noise of rows (image, sample) at given timesteps. A thread takes whole [classes] rows; a number
-// depends on its key alone, so their division among threads leaves no trace in it.
-// Some 140 float64 operations a counter of four numbers, 16 bytes written: bound by arithmetic.
+// Noise of rows (image, sample) at given timesteps. A thread takes whole [classes] rows; a value
+// depends on its key alone, not on the number of threads. Some 140 float64 operations per counter,
+// which gives four values (16 bytes): bound by arithmetic.
 #include "cpu/common/noise.h"
 
 #include <algorithm>
@@ -12,7 +12,7 @@ namespace diffmic::cpu {
 
 void PhiloxNormal(std::uint64_t seed, const Keys& images, const Keys& samples,
                   const Keys& timesteps, std::int64_t classes, float* out, int threads) {
-  // Some 1,000 counters, 50 us, pay for a thread.
+  // A thread pays off from some 1,000 counters (50 us) on.
   const std::int64_t blocks = (classes + 3) / 4;
   ParallelFor(timesteps.count * images.count, threads, 1 + 1000 / blocks,
               [&](std::int64_t begin, std::int64_t end) {

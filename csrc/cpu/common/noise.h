@@ -1,4 +1,4 @@
-// Standard normal noise for many rows and timesteps: philox.h over an array.
+// Standard normal noise for many rows and timesteps (philox.h).
 #ifndef DIFFMIC_CPU_COMMON_NOISE_H_
 #define DIFFMIC_CPU_COMMON_NOISE_H_
 

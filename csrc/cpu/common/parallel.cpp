@@ -18,7 +18,7 @@
 namespace diffmic::cpu {
 namespace {
 
-// An OpenMP runtime, by the entries of libgomp, which Intel's and LLVM's runtimes have, too.
+// Entry points of libgomp, which the runtimes of Intel and LLVM also export.
 struct OpenMp {
   void (*parallel)(void (*)(void*), void*, unsigned threads, unsigned flags);
   int (*most)();
@@ -26,14 +26,14 @@ struct OpenMp {
   int (*size)();
 };
 
-// The runtime of a forked child believes in threads that only its parent has.
+// In a forked child the runtime counts on threads that only the parent has.
 std::atomic<bool> forked = false;
 
 #if defined(__unix__)
 
 const bool watched = pthread_atfork(nullptr, nullptr, Forked) == 0;
 
-// Whether both stand in one library.
+// Whether both are in the same library.
 template <typename F, typename G>
 bool Together(F f, G g) {
   Dl_info of_f, of_g;
@@ -41,8 +41,8 @@ bool Together(F f, G g) {
          dladdr(reinterpret_cast<void*>(g), &of_g) != 0 && of_f.dli_fbase == of_g.dli_fbase;
 }
 
-// Null where the process has none that all libraries see, as PyTorch's is. Looked for anew until it
-// is there: PyTorch may be imported later than this module.
+// Null if no runtime is visible to all libraries, as PyTorch's is. Looked up again until found:
+// PyTorch may be imported after this module.
 const OpenMp* FindOpenMp() {
   static OpenMp entries;
   static std::mutex mutex;
@@ -76,8 +76,8 @@ void Forked() { forked = true; }
 
 void OnThreads(int threads, void (*body)(void* data, int rank, int size), void* data) {
   if (threads <= 1) return body(data, 0, 1);
-  // A thread that is kept may have another rounding, or keep denormal numbers where the caller
-  // does not: it takes over the caller's, for the call.
+  // A pooled thread may have another rounding mode or flush denormals differently: it adopts the
+  // caller's floating-point environment for the call.
   std::fenv_t environment;
   std::fegetenv(&environment);
   const OpenMp* runtime = FindOpenMp();
@@ -92,15 +92,15 @@ void OnThreads(int threads, void (*body)(void* data, int rank, int size), void* 
       std::fesetenv(&own);
     };
     using Call = decltype(call);
-    // All that PyTorch has: libgomp ends threads that a region leaves out, and starts them again
-    // for the next that does not.
+    // All threads of PyTorch: libgomp ends threads that a region leaves out, and starts them again
+    // for the next region.
     return runtime->parallel([](void* it) { (*static_cast<Call*>(it))(); },
                              const_cast<void*>(static_cast<const void*>(&call)),
                              static_cast<unsigned>(runtime->most()), 0);
   }
   std::vector<std::thread> workers;
   workers.reserve(static_cast<std::size_t>(threads - 1));
-  std::atomic<int> size = 0;  // known only when all are started
+  std::atomic<int> size = 0;  // known once all are started
   try {
     for (int rank = 1; rank < threads; ++rank) {
       workers.emplace_back([&, rank] {
@@ -110,7 +110,7 @@ void OnThreads(int threads, void (*body)(void* data, int rank, int size), void* 
       });
     }
   } catch (const std::exception&) {
-    // The system gives no further thread, or no memory for one: those there are do the work.
+    // No further thread, or no memory for one: those that have started do the work.
   }
   size.store(static_cast<int>(workers.size()) + 1);
   size.notify_all();

@@ -1,12 +1,11 @@
-// Loops over independent items on a few threads.
+// Parallel loops over independent items.
 //
-// The threads are those of the OpenMP runtime that the process has loaded, which PyTorch brings and
-// runs its own operations on. Behind each of those they wait actively for the next, for some
-// milliseconds: threads of our own would find the processors taken, and a call of ten milliseconds
-// between two of PyTorch's would take half as long again. Where there is no such runtime, where
-// more threads are asked for than it has, and in a forked child, which has none of them, threads
-// are started for one call and joined at its end. Starting or waking one costs some 20 us, so only
-// `grain` items or more are worth one.
+// The threads are those of the OpenMP runtime that PyTorch has loaded and runs its own operations
+// on. After each operation they spin for some milliseconds: a thread pool of our own would find the
+// cores busy, and a call of ten milliseconds between two of PyTorch's would take half as long
+// again. Without such a runtime, with more threads than it has, and in a forked child, which has
+// none of its threads, threads are started for one call and joined at its end. Starting or waking a
+// thread costs some 20 us, so each needs at least `grain` items.
 #ifndef DIFFMIC_CPU_COMMON_PARALLEL_H_
 #define DIFFMIC_CPU_COMMON_PARALLEL_H_
 
@@ -18,14 +17,23 @@
 
 namespace diffmic::cpu {
 
-// Says that this process is a forked child; it is known if this module was there before the fork.
+// Hint to the processor in a spin loop.
+inline void SpinPause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Declares this process a forked child. Needed only if the module was loaded after the fork.
 void Forked();
 
-// Calls body(data, rank, size) on `size` threads at the same time, at most `threads`, the caller's
-// being rank 0. body must not throw.
+// Calls body(data, rank, size) concurrently on `size` <= `threads` threads; the caller has rank 0.
+// body must not throw.
 void OnThreads(int threads, void (*body)(void* data, int rank, int size), void* data);
 
-// The same for whatever can be called with (rank, size).
+// The same for a callable of (rank, size).
 template <typename Body>
 void OnThreads(int threads, const Body& body) {
   OnThreads(
@@ -34,8 +42,8 @@ void OnThreads(int threads, const Body& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Calls body(begin, end) for contiguous parts of [0, count), each item once, on at most `threads`
-// threads, the caller's among them. Rethrows the first part's exception, in the order of the parts.
+// Calls body(begin, end) for contiguous parts of [0, count) on at most `threads` threads, the
+// caller among them. Rethrows the exception of the first part that threw.
 template <typename Body>
 void ParallelFor(std::int64_t count, int threads, std::int64_t grain, const Body& body) {
   if (count <= 0) return;
@@ -65,9 +73,9 @@ void ParallelFor(std::int64_t count, int threads, std::int64_t grain, const Body
   }
 }
 
-// Calls body() on at most `threads` threads, fewer where `work` (multiply-adds) does not pay for
-// one. The bodies share out the items among themselves, by the counter that each is given, so that
-// a thread which other work of the machine holds up takes fewer.
+// Calls body(next) on at most `threads` threads, fewer if `work` (multiply-adds) is small. The
+// bodies take items dynamically from the shared counter `next`, so a thread that is preempted takes
+// fewer.
 template <typename Body>
 void Share(double work, int threads, const Body& body) {
   constexpr double kGrain = 2e6;  // some 150 us

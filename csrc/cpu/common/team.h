@@ -1,8 +1,6 @@
-// A few threads that go through the phases of one long call together: those of parallel.h.
-//
-// Between phases they meet at a barrier, where they wait actively for some 20 us, the usual
-// difference between two of them, and then sleep: a chain beside other busy programs must not burn
-// the processor that it waits for.
+// A team of threads (those of parallel.h) for calls of many phases with barriers in between. At a
+// barrier threads spin for some 20 us, the usual difference between two of them, and then sleep:
+// on a busy machine they must not occupy the core that they wait for.
 #ifndef DIFFMIC_CPU_COMMON_TEAM_H_
 #define DIFFMIC_CPU_COMMON_TEAM_H_
 
@@ -15,23 +13,23 @@ namespace diffmic::cpu {
 
 class Team {
  public:
-  // Calls body(rank) on up to `threads` threads, the caller's being rank 0, and waits for all.
-  // body must not throw.
+  // Calls body(rank) on at most `threads` threads and waits for all; the caller has rank 0. body
+  // must not throw.
   template <typename Body>
   void Run(int threads, const Body& body) {
     OnThreads(threads, [&](int rank, int size) {
-      size_.store(size, std::memory_order_relaxed);  // by each, before it meets another
+      size_.store(size, std::memory_order_relaxed);  // by each thread, before its first barrier
       body(rank);
     });
   }
 
-  // The next item of this phase that nobody has taken; `count` or more when there is none left.
+  // The next item of this phase. Items are taken dynamically, beyond the last one too.
   std::int64_t Take() { return next_.fetch_add(1, std::memory_order_relaxed); }
 
-  // Waits until every thread has come here; the last one calls between() while the others wait.
-  // Every write before it is seen by everybody after it. Items can be taken anew.
+  // Waits for all threads; the last one to arrive calls between() while the others wait. Writes
+  // before the barrier are visible to all threads after it. Restarts the items.
   template <typename Between>
-  void Meet(const Between& between) {
+  void Barrier(const Between& between) {
     const std::uint32_t phase = phase_.load(std::memory_order_acquire);
     const int size = size_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
@@ -44,26 +42,18 @@ class Team {
     }
     for (int spin = 0; spin < 4000; ++spin) {
       if (phase_.load(std::memory_order_acquire) != phase) return;
-      Pause();
+      SpinPause();
     }
     phase_.wait(phase, std::memory_order_acquire);
   }
 
-  void Meet() {
-    Meet([] {});
+  void Barrier() {
+    Barrier([] {});
   }
 
  private:
-  static void Pause() {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-  }
-
   std::atomic<int> size_{1};
-  // Apart from each other: every one is written by all threads.
+  // On separate cache lines: each is written by all threads.
   alignas(64) std::atomic<std::int64_t> next_{0};
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<std::uint32_t> phase_{0};

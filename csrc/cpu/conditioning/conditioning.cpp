@@ -4,10 +4,11 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <new>
 #include <string>
 #include <vector>
 
+#include "cpu/common/cpu_capabilities.h"
+#include "cpu/common/large_array.h"
 #include "cpu/common/parallel.h"
 #include "cpu/conditioning/conditioning_kernel_table.h"
 
@@ -16,7 +17,8 @@ namespace {
 
 std::size_t Size(std::int64_t count) { return static_cast<std::size_t>(count); }
 
-// What a call's chunks read and write besides the arrays that came.
+// What the chunks of a call read and write besides its arguments: the labels packed into one array,
+// and pointers to the rows of gamma.
 class Prepared {
  public:
   Prepared(const Layer& layer, const Batch& batch, float* gamma_gradient)
@@ -83,39 +85,26 @@ void MakeLabels(const Layer& layer, const Batch& batch, const Noising& noising) 
   }
 }
 
-// A thread's scratch, begun at a line of the cache.
-class Scratch {
- public:
-  explicit Scratch(std::int64_t count) : memory_(new (std::align_val_t{64}) float[Size(count)]) {}
-  float* get() const { return memory_.get(); }
-
- private:
-  struct Delete {
-    void operator()(float* memory) const { operator delete[](memory, std::align_val_t{64}); }
-  };
-  std::unique_ptr<float, Delete> memory_;
-};
-
-// F in chunks, and these in shares that one thread takes at a time. Labels' gradients have a sum
-// for each share.
+// F in chunks, grouped into shares that one thread takes at a time. The gradients of the labels
+// have partial sums per share.
 struct Shares {
   explicit Shares(std::int64_t features)
-      : units(features),
-        chunks((features + kUnits - 1) / kUnits),
+      : channels(features),
+        chunks((features + kChannels - 1) / kChannels),
         count(std::min<std::int64_t>(chunks, 32)) {}
 
-  // Calls body(unit, count) for the chunks of a share.
+  // Calls body(channel, count) for the chunks of a share.
   template <typename Body>
   void ForEach(std::int64_t share, const Body& body) const {
     for (std::int64_t i = chunks * share / count; i < chunks * (share + 1) / count; ++i) {
-      body(i * kUnits, std::min(kUnits, units - i * kUnits));
+      body(i * kChannels, std::min(kChannels, channels - i * kChannels));
     }
   }
 
-  std::int64_t units, chunks, count;
+  std::int64_t channels, chunks, count;
 };
 
-// Multiply-adds, or what takes as long.
+// In multiply-adds.
 double Work(const Call& call, bool backward) {
   const double elements = static_cast<double>(call.batch.streams) *
                           static_cast<double>(call.batch.rows) *
@@ -123,7 +112,7 @@ double Work(const Call& call, bool backward) {
   return elements * (static_cast<double>(call.inputs) * (backward ? 2 : 1) + (backward ? 60 : 30));
 }
 
-// sums [shares, S, B, 2 C] to the two gradients.
+// Adds up sums [shares, S, B, 2 C] to the gradients of y and guidance.
 void WriteLabels(const Call& call, std::int64_t shares, const float* sums,
                  const Gradients& gradients) {
   const std::int64_t classes = call.layer.classes;
@@ -151,10 +140,10 @@ void Forward(const Layer& layer, const Batch& batch, const Noising& noising, con
   const Call& call = prepared.call();
   const Shares shares(layer.features);
   Share(Work(call, false), options.threads, [&](std::atomic<std::int64_t>& next) {
-    const Scratch scratch(ForwardScratch(call));
+    const auto workspace = MakeLargeArray<float>(ForwardWorkspace(call));
     for (std::int64_t i; (i = next++) < shares.count;) {
-      shares.ForEach(i, [&](std::int64_t unit, std::int64_t count) {
-        options.kernels->forward(call, running, unit, count, scratch.get(), statistics, out);
+      shares.ForEach(i, [&](std::int64_t channel, std::int64_t count) {
+        options.kernels->forward(call, running, channel, count, workspace.get(), statistics, out);
       });
     }
   });
@@ -170,31 +159,34 @@ void Backward(const Layer& layer, const Batch& batch, const float* grad,
   const std::int64_t label_count = labels ? batch.streams * batch.rows * 2 * layer.classes : 0;
   std::vector<float> label_sums(Size(shares.count * label_count));
   Share(Work(call, true), options.threads, [&](std::atomic<std::int64_t>& next) {
-    const Scratch scratch(BackwardScratch(call));
+    const auto workspace = MakeLargeArray<float>(BackwardWorkspace(call));
     for (std::int64_t i; (i = next++) < shares.count;) {
       float* sums = labels ? label_sums.data() + i * label_count : nullptr;
-      shares.ForEach(i, [&](std::int64_t unit, std::int64_t count) {
-        options.kernels->backward(call, grad, grad_stride, statistics, gradients, unit, count,
-                                  scratch.get(), sums);
+      shares.ForEach(i, [&](std::int64_t channel, std::int64_t count) {
+        options.kernels->backward(call, grad, grad_stride, statistics, gradients, channel, count,
+                                  workspace.get(), sums);
       });
     }
   });
   if (labels) WriteLabels(call, shares.count, label_sums.data(), gradients);
 }
 
+namespace {
+
+constexpr IsaEntry<Kernels> kTables[] = {
+#if defined(__x86_64__)
+    {Isa::kAvx512, &avx512::kConditioningKernels},
+    {Isa::kAvx2, &avx2::kConditioningKernels},
+#endif
+    {Isa::kPortable, &portable::kConditioningKernels},
+};
+
+}  // namespace
+
 const Kernels* FindKernels(const std::string& name) {
-  for (const Kernels* kernels : {Avx512Kernels(), Avx2Kernels(), PortableKernels()}) {
-    if (kernels != nullptr && (name == "auto" || name == kernels->name)) return kernels;
-  }
-  return nullptr;
+  return cpu::FindKernels(kTables, IsaOf(name));
 }
 
-std::vector<std::string> KernelNames() {
-  std::vector<std::string> names;
-  for (const Kernels* kernels : {Avx512Kernels(), Avx2Kernels(), PortableKernels()}) {
-    if (kernels != nullptr) names.emplace_back(kernels->name);
-  }
-  return names;
-}
+std::vector<std::string> KernelNames() { return IsaNames(kTables); }
 
 }  // namespace diffmic::cpu::conditioning

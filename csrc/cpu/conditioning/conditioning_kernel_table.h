@@ -1,5 +1,5 @@
-// What the driver of `conditioning` (conditioning.cpp) and its kernels (conditioning_kernels.inc.h,
-// compiled once an instruction set) share.
+// The interface between the driver of `conditioning` (conditioning.cpp) and its kernels
+// (conditioning_kernels.inc.h, compiled once per instruction set).
 #ifndef DIFFMIC_CPU_CONDITIONING_CONDITIONING_KERNEL_TABLE_H_
 #define DIFFMIC_CPU_CONDITIONING_CONDITIONING_KERNEL_TABLE_H_
 
@@ -9,49 +9,59 @@
 
 namespace diffmic::cpu::conditioning {
 
-// Units of a chunk: 256 bytes of every row, which memory gives at full speed, and some 30 KB of
-// scratch for 32 rows.
-inline constexpr std::int64_t kUnits = 64;
+// Output channels of a chunk: 256 bytes of every row, enough for full memory bandwidth, and some 30
+// KB of workspace for 32 rows.
+inline constexpr std::int64_t kChannels = 64;
 
-// Rows that eval mode takes at a time, for nothing but a small scratch.
+// Rows per pass in eval mode, which bounds the workspace.
 inline constexpr std::int64_t kEvalRows = 32;
 
-// One call, prepared for chunks.
+// One call, prepared for its chunks.
 struct Call {
   const Layer& layer;
   const Batch& batch;
-  std::int64_t inputs;           // 2 C + 1: a first one that is 1 makes the bias a weight
+  std::int64_t inputs;           // 2 C + 1: a leading 1 turns the bias into a weight
   const float* labels;           // [S, B, inputs], compact
-  const float* const* gamma;     // a row's gamma, [F]
-  float* const* gamma_gradient;  // a row's, [F]; NULL where not wanted
+  const float* const* gamma;     // [B] pointers to a row's gamma, [F]
+  float* const* gamma_gradient;  // [B] pointers to a row's, [F]; null where not wanted
 };
 
-// Floats of scratch that a chunk needs.
-inline std::int64_t ForwardScratch(const Call& call) {
+// Floats of workspace per chunk.
+inline std::int64_t ForwardWorkspace(const Call& call) {
   const bool all = call.batch.training || call.batch.rows < kEvalRows;
-  return kUnits * (call.inputs + (all ? call.batch.rows : kEvalRows));
+  return kChannels * (call.inputs + (all ? call.batch.rows : kEvalRows));
 }
-inline std::int64_t BackwardScratch(const Call& call) {
-  return kUnits * (2 * call.inputs + 3 * call.batch.rows);
+inline std::int64_t BackwardWorkspace(const Call& call) {
+  return kChannels * (2 * call.inputs + 3 * call.batch.rows);
 }
 
 struct Kernels {
-  const char* name;
-  // Units [unit, unit + count) of Forward, count <= kUnits.
-  void (*forward)(const Call& call, const Running& running, std::int64_t unit, std::int64_t count,
-                  float* scratch, float* statistics, float* out);
-  // Units [unit, unit + count) of Backward but for the labels' gradients, which are added to
-  // label_sums [S, B, 2 C] where that is not NULL.
+  // Forward for channels [channel, channel + count), count <= kChannels.
+  void (*forward)(const Call& call, const Running& running, std::int64_t channel,
+                  std::int64_t count, float* workspace, float* statistics, float* out);
+  // Backward for the same channels, except that the gradients of the labels are added to label_sums
+  // [S, B, 2 C] where that is not null.
   void (*backward)(const Call& call, const float* grad, const std::int64_t (&grad_stride)[2],
-                   const float* statistics, const Gradients& gradients, std::int64_t unit,
-                   std::int64_t count, float* scratch, float* label_sums);
+                   const float* statistics, const Gradients& gradients, std::int64_t channel,
+                   std::int64_t count, float* workspace, float* label_sums);
 };
 
-// Null where this build, or this processor, does not have the set.
-const Kernels* Avx512Kernels();
-const Kernels* Avx2Kernels();
-const Kernels* PortableKernels();
-
 }  // namespace diffmic::cpu::conditioning
+
+namespace diffmic::cpu {
+
+namespace portable {
+extern const conditioning::Kernels kConditioningKernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const conditioning::Kernels kConditioningKernels;
+}
+namespace avx512 {
+extern const conditioning::Kernels kConditioningKernels;
+}
+#endif
+
+}  // namespace diffmic::cpu
 
 #endif  // DIFFMIC_CPU_CONDITIONING_CONDITIONING_KERNEL_TABLE_H_

@@ -1,11 +1,13 @@
-// The kernels of `conditioning`, compiled once an instruction set (conditioning_avx2.cpp and its
-// sisters). Nothing here calls an inline function of the standard library: the linker keeps one
-// copy of such a function, which may be the one that an older processor cannot run.
+// The kernels of `conditioning`, compiled once per instruction set (conditioning_avx2.cpp and the
+// like): forward and backward pass of a chunk of kChannels output channels, with vectors across
+// channels. conditioning.h describes the work, its division and its bounds. No inline function of
+// the standard library may be called here: the linker keeps one copy of such a function, possibly
+// one that an older processor cannot run.
 //
-// A chunk's arrays in scratch are [rows, kUnits], compact, whatever the strides outside: those of
-// F = 6144 floats are a multiple of a page, so that all rows of x lie in the same few sets of L1.
-// The last chunk of F may be short. Its vectors are read and written in part; lanes that are no
-// unit hold zeros, gains included, so that nothing of them is ever more than 0.
+// Layout: a chunk's arrays in the workspace are [rows, kChannels], compact, whatever the strides
+// outside: at F = 6144 those are a multiple of a page, so that all rows of x compete for the same
+// few sets of L1. The last chunk of F may be short: its vectors are loaded and stored in part, and
+// lanes without a channel hold zeros, gains included, so that they contribute nothing.
 #include <cstdint>
 
 #include "cpu/common/simd.h"
@@ -17,31 +19,31 @@ namespace {
 using conditioning::Batch;
 using conditioning::Call;
 using conditioning::Gradients;
+using conditioning::kChannels;
 using conditioning::kEvalRows;
-using conditioning::kUnits;
 using conditioning::Layer;
 using conditioning::Running;
 
-static_assert(kUnits % (4 * kLanes) == 0);
+static_assert(kChannels % (4 * kLanes) == 0);
 
-// Units [unit, unit + count) in vectors of kLanes, kGroup of them side by side in registers. A
-// short chunk goes one vector at a time.
+// Channels [channel, channel + count), in groups of kGroup vectors; a short chunk goes one vector
+// at a time.
 template <int kGroup>
 struct Chunk {
   static constexpr bool kWhole = kGroup > 1;
   static constexpr std::int64_t kStep = kGroup * kLanes;
 
-  std::int64_t unit, count;
+  std::int64_t channel, count;
 
-  std::int64_t end() const { return kWhole ? kUnits : (count + kLanes - 1) / kLanes * kLanes; }
-  // Units [u, u + kLanes) of the chunk, from or to a row of F.
+  std::int64_t end() const { return kWhole ? kChannels : (count + kLanes - 1) / kLanes * kLanes; }
+  // Channels [u, u + kLanes) of the chunk, from or to a row [F].
   Vec Read(const float* row, std::int64_t u) const {
-    if (kWhole || count - u >= kLanes) return Load(row + unit + u);
-    return LoadPart(row + unit + u, static_cast<int>(count - u));
+    if (kWhole || count - u >= kLanes) return Load(row + channel + u);
+    return LoadPart(row + channel + u, static_cast<int>(count - u));
   }
   void Write(float* row, std::int64_t u, Vec value) const {
-    if (kWhole || count - u >= kLanes) return Store(row + unit + u, value);
-    StorePart(row + unit + u, value, static_cast<int>(count - u));
+    if (kWhole || count - u >= kLanes) return Store(row + channel + u, value);
+    StorePart(row + channel + u, value, static_cast<int>(count - u));
   }
 };
 
@@ -59,8 +61,8 @@ inline WideVec Widen(const float* p) {
 
 inline void StoreWide(double* p, WideVec value) { __builtin_memcpy(p, &value, sizeof value); }
 
-// Mean and biased variance of `rows` rows of z, in two passes. kGroup sums run side by side: one
-// alone would wait for its last addition.
+// Mean and biased variance of `rows` rows of z, in two passes. kGroup independent accumulators hide
+// the latency of the additions.
 template <int kGroup>
 void Moments(const Chunk<kGroup>& chunk, const float* z, std::int64_t rows, double* mean,
              double* variance) {
@@ -68,12 +70,12 @@ void Moments(const Chunk<kGroup>& chunk, const float* z, std::int64_t rows, doub
   for (std::int64_t u = 0; u < chunk.end(); u += kGroup * kHalf) {
     WideVec sum[kGroup] = {}, squares[kGroup] = {};
     for (std::int64_t b = 0; b < rows; ++b) {
-      for (int i = 0; i < kGroup; ++i) sum[i] += Widen(z + b * kUnits + u + i * kHalf);
+      for (int i = 0; i < kGroup; ++i) sum[i] += Widen(z + b * kChannels + u + i * kHalf);
     }
     for (int i = 0; i < kGroup; ++i) sum[i] *= share;
     for (std::int64_t b = 0; b < rows; ++b) {
       for (int i = 0; i < kGroup; ++i) {
-        const WideVec distance = Widen(z + b * kUnits + u + i * kHalf) - sum[i];
+        const WideVec distance = Widen(z + b * kChannels + u + i * kHalf) - sum[i];
         squares[i] += distance * distance;
       }
     }
@@ -84,7 +86,7 @@ void Moments(const Chunk<kGroup>& chunk, const float* z, std::int64_t rows, doub
   }
 }
 
-// Sums of d and of d (z - mean) over `rows` rows.
+// The sums of d and of d (z - mean) over `rows` rows.
 template <int kGroup>
 void GradientSums(const Chunk<kGroup>& chunk, const float* d, const float* z, const float* mean,
                   std::int64_t rows, double* sum, double* moment) {
@@ -93,7 +95,7 @@ void GradientSums(const Chunk<kGroup>& chunk, const float* d, const float* z, co
     for (int i = 0; i < kGroup; ++i) middle[i] = Widen(mean + u + i * kHalf);
     for (std::int64_t b = 0; b < rows; ++b) {
       for (int i = 0; i < kGroup; ++i) {
-        const std::int64_t at = b * kUnits + u + i * kHalf;
+        const std::int64_t at = b * kChannels + u + i * kHalf;
         const WideVec value = Widen(d + at);
         plain[i] += value;
         weighted[i] += value * (Widen(z + at) - middle[i]);
@@ -108,40 +110,40 @@ void GradientSums(const Chunk<kGroup>& chunk, const float* d, const float* z, co
 
 // ---- a chunk's parameters
 
-// n = (z - mean) gain + shift, of one stream.
+// n = (z - mean) gain + shift, for one branch.
 struct Norm {
-  float mean[kUnits], inverse[kUnits], gain[kUnits], shift[kUnits];
+  float mean[kChannels], inverse[kChannels], gain[kChannels], shift[kChannels];
 };
 
-void Normalise(const Layer& layer, const float* mean, const float* variance, std::int64_t unit,
+void Normalise(const Layer& layer, const float* mean, const float* variance, std::int64_t channel,
                std::int64_t count, Norm* norm) {
   for (std::int64_t u = 0; u < count; ++u) {
     norm->mean[u] = mean[u];
     norm->inverse[u] = 1.0f / __builtin_sqrtf(variance[u] + layer.eps);
-    norm->gain[u] = norm->inverse[u] * layer.norm_weight[unit + u];
-    norm->shift[u] = layer.norm_bias[unit + u];
+    norm->gain[u] = norm->inverse[u] * layer.norm_weight[channel + u];
+    norm->shift[u] = layer.norm_bias[channel + u];
   }
-  for (std::int64_t u = count; u < kUnits; ++u) {
+  for (std::int64_t u = count; u < kChannels; ++u) {
     norm->mean[u] = norm->inverse[u] = norm->gain[u] = norm->shift[u] = 0.0f;
   }
 }
 
-// [inputs, kUnits]: the bias, then the columns of W.
-void PackWeights(const Call& call, std::int64_t unit, std::int64_t count, float* w) {
+// [inputs, kChannels]: the bias, then the columns of W.
+void PackWeights(const Call& call, std::int64_t channel, std::int64_t count, float* w) {
   const Layer& layer = call.layer;
-  for (std::int64_t u = 0; u < kUnits; ++u) w[u] = u < count ? layer.bias[unit + u] : 0.0f;
+  for (std::int64_t u = 0; u < kChannels; ++u) w[u] = u < count ? layer.bias[channel + u] : 0.0f;
   for (std::int64_t c = 1; c < call.inputs; ++c) {
     const float* column =
-        layer.weight + unit * layer.weight_stride[0] + (c - 1) * layer.weight_stride[1];
-    for (std::int64_t u = 0; u < kUnits; ++u) {
-      w[c * kUnits + u] = u < count ? column[u * layer.weight_stride[0]] : 0.0f;
+        layer.weight + channel * layer.weight_stride[0] + (c - 1) * layer.weight_stride[1];
+    for (std::int64_t u = 0; u < kChannels; ++u) {
+      w[c * kChannels + u] = u < count ? column[u * layer.weight_stride[0]] : 0.0f;
     }
   }
 }
 
-// ---- products
+// ---- matrix products
 
-// p = W l + bias and z = gamma p of rows [first, first + rows) of a stream; p may be NULL.
+// p = W l + bias and z = gamma p for rows [first, first + rows) of a branch; p may be null.
 template <int kGroup>
 void Products(const Call& call, const Chunk<kGroup>& chunk, const float* labels, const float* w,
               std::int64_t first, std::int64_t rows, float* p, float* z) {
@@ -153,31 +155,31 @@ void Products(const Call& call, const Chunk<kGroup>& chunk, const float* labels,
       for (std::int64_t c = 1; c < call.inputs; ++c) {
         const Vec value = Set(label[c]);
         for (int i = 0; i < kGroup; ++i) {
-          sum[i] = Fma(value, Load(w + c * kUnits + u + i * kLanes), sum[i]);
+          sum[i] = Fma(value, Load(w + c * kChannels + u + i * kLanes), sum[i]);
         }
       }
       for (int i = 0; i < kGroup; ++i) {
         const std::int64_t at = u + i * kLanes;
-        if (p != nullptr) Store(p + b * kUnits + at, sum[i]);
-        Store(z + b * kUnits + at, chunk.Read(call.gamma[first + b], at) * sum[i]);
+        if (p != nullptr) Store(p + b * kChannels + at, sum[i]);
+        Store(z + b * kChannels + at, chunk.Read(call.gamma[first + b], at) * sum[i]);
       }
     }
   }
 }
 
-// gradient [inputs, kUnits] += labels^T d over the rows of a stream; d is that of p.
+// gradient [inputs, kChannels] += labels^T d over the rows of a branch; d is the gradient of p.
 template <int kGroup>
 void AddWeightGradient(const Call& call, const Chunk<kGroup>& chunk, const float* labels,
                        const float* d, float* gradient) {
   for (std::int64_t c = 0; c < call.inputs; ++c) {
     for (std::int64_t u = 0; u < chunk.end(); u += chunk.kStep) {
-      float* to = gradient + c * kUnits + u;
+      float* to = gradient + c * kChannels + u;
       Vec sum[kGroup];
       for (int i = 0; i < kGroup; ++i) sum[i] = Load(to + i * kLanes);
       for (std::int64_t b = 0; b < call.batch.rows; ++b) {
         const Vec value = Set(labels[b * call.inputs + c]);
         for (int i = 0; i < kGroup; ++i) {
-          sum[i] = Fma(value, Load(d + b * kUnits + u + i * kLanes), sum[i]);
+          sum[i] = Fma(value, Load(d + b * kChannels + u + i * kLanes), sum[i]);
         }
       }
       for (int i = 0; i < kGroup; ++i) Store(to + i * kLanes, sum[i]);
@@ -185,7 +187,7 @@ void AddWeightGradient(const Call& call, const Chunk<kGroup>& chunk, const float
   }
 }
 
-// sums [rows, 2 C] += d W of the chunk's units.
+// sums [rows, 2 C] += d W for the channels of the chunk.
 template <int kGroup>
 void AddLabelGradient(const Call& call, const Chunk<kGroup>& chunk, const float* w, const float* d,
                       float* sums) {
@@ -193,7 +195,7 @@ void AddLabelGradient(const Call& call, const Chunk<kGroup>& chunk, const float*
     for (std::int64_t c = 1; c < call.inputs; ++c) {
       Vec sum = Zero();
       for (std::int64_t u = 0; u < chunk.end(); u += kLanes) {
-        sum = Fma(Load(d + b * kUnits + u), Load(w + c * kUnits + u), sum);
+        sum = Fma(Load(d + b * kChannels + u), Load(w + c * kChannels + u), sum);
       }
       sums[b * (call.inputs - 1) + c - 1] += Sum(sum);
     }
@@ -210,47 +212,47 @@ void Activate(const Call& call, const Chunk<kGroup>& chunk, const Norm& norm, co
     const float* x = batch.x + (first + b) * batch.x_stride;
     float* to = out + (first + b) * call.layer.features;
     for (std::int64_t u = 0; u < chunk.end(); u += kLanes) {
-      const Vec n = Fma(Load(z + b * kUnits + u) - Load(norm.mean + u), Load(norm.gain + u),
+      const Vec n = Fma(Load(z + b * kChannels + u) - Load(norm.mean + u), Load(norm.gain + u),
                         Load(norm.shift + u));
       chunk.Write(to, u, chunk.Read(x, u) * Softplus(n));
     }
   }
 }
 
-// The running statistics behind one more stream, rounded to float each time as BatchNorm does.
-void Update(const Running& running, const double* mean, const double* variance, std::int64_t rows,
-            bool first, std::int64_t unit, std::int64_t count) {
+// Updates the running statistics with those of one branch, rounded to float32 as BatchNorm does.
+void UpdateRunning(const Running& running, const double* mean, const double* variance,
+                   std::int64_t rows, bool first, std::int64_t channel, std::int64_t count) {
   const double unbiased = static_cast<double>(rows) / static_cast<double>(rows - 1);
   const double old = 1.0 - running.momentum;
   const float* from_mean = first ? running.mean : running.updated_mean;
   const float* from_variance = first ? running.variance : running.updated_variance;
   for (std::int64_t u = 0; u < count; ++u) {
-    const double m = old * static_cast<double>(from_mean[unit + u]) + running.momentum * mean[u];
-    const double v = old * static_cast<double>(from_variance[unit + u]) +
+    const double m = old * static_cast<double>(from_mean[channel + u]) + running.momentum * mean[u];
+    const double v = old * static_cast<double>(from_variance[channel + u]) +
                      running.momentum * (variance[u] * unbiased);
-    running.updated_mean[unit + u] = static_cast<float>(m);
-    running.updated_variance[unit + u] = static_cast<float>(v);
+    running.updated_mean[channel + u] = static_cast<float>(m);
+    running.updated_variance[channel + u] = static_cast<float>(v);
   }
 }
 
 template <int kGroup>
 void ForwardChunk(const Call& call, const Running& running, const Chunk<kGroup>& chunk,
-                  float* scratch, float* statistics, float* out) {
+                  float* workspace, float* statistics, float* out) {
   const Batch& batch = call.batch;
   const std::int64_t features = call.layer.features;
-  const std::int64_t unit = chunk.unit, count = chunk.count;
-  float* w = scratch;
-  float* z = scratch + call.inputs * kUnits;
-  PackWeights(call, unit, count, w);
-  float* means = statistics + unit;
+  const std::int64_t channel = chunk.channel, count = chunk.count;
+  float* w = workspace;
+  float* z = workspace + call.inputs * kChannels;
+  PackWeights(call, channel, count, w);
+  float* means = statistics + channel;
   float* variances = means + StatisticsStreams(batch) * features;
   Norm norm;
   if (!batch.training) {
     for (std::int64_t u = 0; u < count; ++u) {
-      means[u] = running.mean[unit + u];
-      variances[u] = running.variance[unit + u];
+      means[u] = running.mean[channel + u];
+      variances[u] = running.variance[channel + u];
     }
-    Normalise(call.layer, means, variances, unit, count, &norm);
+    Normalise(call.layer, means, variances, channel, count, &norm);
   }
   const std::int64_t step = batch.training ? batch.rows : kEvalRows;
   for (std::int64_t s = 0; s < batch.streams; ++s) {
@@ -260,52 +262,54 @@ void ForwardChunk(const Call& call, const Running& running, const Chunk<kGroup>&
       const std::int64_t left = batch.rows - first, rows = left < step ? left : step;
       Products<kGroup>(call, chunk, labels, w, first, rows, nullptr, z);
       if (batch.training) {
-        double mean[kUnits], variance[kUnits];
+        double mean[kChannels], variance[kChannels];
         Moments(chunk, z, rows, mean, variance);
-        Update(running, mean, variance, rows, s == 0, unit, count);
+        UpdateRunning(running, mean, variance, rows, s == 0, channel, count);
         for (std::int64_t u = 0; u < count; ++u) {
           means[s * features + u] = static_cast<float>(mean[u]);
           variances[s * features + u] = static_cast<float>(variance[u]);
         }
-        Normalise(call.layer, means + s * features, variances + s * features, unit, count, &norm);
+        Normalise(call.layer, means + s * features, variances + s * features, channel, count,
+                  &norm);
       }
       Activate(call, chunk, norm, z, first, rows, to);
     }
   }
 }
 
-void Forward(const Call& call, const Running& running, std::int64_t unit, std::int64_t count,
-             float* scratch, float* statistics, float* out) {
-  if (count == kUnits) {
-    ForwardChunk<4>(call, running, {unit, count}, scratch, statistics, out);
+void Forward(const Call& call, const Running& running, std::int64_t channel, std::int64_t count,
+             float* workspace, float* statistics, float* out) {
+  if (count == kChannels) {
+    ForwardChunk<4>(call, running, {channel, count}, workspace, statistics, out);
   } else {
-    ForwardChunk<1>(call, running, {unit, count}, scratch, statistics, out);
+    ForwardChunk<1>(call, running, {channel, count}, workspace, statistics, out);
   }
 }
 
 // ---- backward
 
-// 1 / (1 + exp(-n)), given e = exp(-|n|): 1 or e, by the sign of n, over 1 + e. The product is far
-// beyond 1 on its side of 0 as soon as e is not 1. Not-a-number stays so, through e.
+// 1 / (1 + exp(-n)), given e = exp(-|n|): 1 or e, by the sign of n, over 1 + e. The step function
+// is clamped to -1 as soon as e differs from 1. NaN propagates through e.
 inline Vec Sigmoid(Vec n, Vec e) {
   const Vec negative_step = Max(Set(-1.0f), n * Set(-3e38f));
   return Max(Zero() - negative_step, e) / (Set(1.0f) + e);
 }
 
-// From grad, that of h1: d = that of n, and, where wanted, x's.
+// From grad, the gradient of h1: d, the gradient of n, and, where wanted, that of x.
 template <int kGroup>
-void Descend(const Call& call, const Chunk<kGroup>& chunk, const Norm& norm, const float* grad,
-             std::int64_t grad_stride, const float* z, float* d, float* x_gradient, bool first) {
+void BackwardActivation(const Call& call, const Chunk<kGroup>& chunk, const Norm& norm,
+                        const float* grad, std::int64_t grad_stride, const float* z, float* d,
+                        float* x_gradient, bool first) {
   const Batch& batch = call.batch;
   for (std::int64_t b = 0; b < batch.rows; ++b) {
     const float* x = batch.x + b * batch.x_stride;
     const float* from = grad + b * grad_stride;
     for (std::int64_t u = 0; u < chunk.end(); u += kLanes) {
-      const Vec n = Fma(Load(z + b * kUnits + u) - Load(norm.mean + u), Load(norm.gain + u),
+      const Vec n = Fma(Load(z + b * kChannels + u) - Load(norm.mean + u), Load(norm.gain + u),
                         Load(norm.shift + u));
       const Vec e = ExpOfNegative(NegativeAbs(n));
       const Vec g = chunk.Read(from, u);
-      Store(d + b * kUnits + u, g * chunk.Read(x, u) * Sigmoid(n, e));
+      Store(d + b * kChannels + u, g * chunk.Read(x, u) * Sigmoid(n, e));
       if (x_gradient != nullptr) {
         float* to = x_gradient + b * call.layer.features;
         const Vec share = g * (Max(Zero(), n) + Log1p(e));
@@ -315,16 +319,16 @@ void Descend(const Call& call, const Chunk<kGroup>& chunk, const Norm& norm, con
   }
 }
 
-// d, the gradient of n, becomes that of p; gamma's is added to its rows. What the batch's own
-// statistics give back is constant + slope (z - mean).
+// Turns d, the gradient of n, into that of p, and adds the gradient of gamma to its rows. The
+// statistics of the batch contribute constant + slope (z - mean).
 template <int kGroup>
-void ThroughNorm(const Call& call, const Chunk<kGroup>& chunk, const Norm& norm,
-                 const float* constant, const float* slope, const float* p, const float* z,
-                 float* d) {
+void BackwardNorm(const Call& call, const Chunk<kGroup>& chunk, const Norm& norm,
+                  const float* constant, const float* slope, const float* p, const float* z,
+                  float* d) {
   for (std::int64_t b = 0; b < call.batch.rows; ++b) {
     const float* gamma = call.gamma[b];
     for (std::int64_t u = 0; u < chunk.end(); u += kLanes) {
-      const std::int64_t at = b * kUnits + u;
+      const std::int64_t at = b * kChannels + u;
       Vec dz = Load(d + at) * Load(norm.gain + u);
       if (call.batch.training) {
         dz = dz - Fma(Load(z + at) - Load(norm.mean + u), Load(slope + u), Load(constant + u));
@@ -338,41 +342,41 @@ void ThroughNorm(const Call& call, const Chunk<kGroup>& chunk, const Norm& norm,
   }
 }
 
-// d, the gradient of n, becomes d less what the batch's statistics take from it, where the batch
-// has two rows: n is the same of both but for its sign, and the gradient of a row is
+// The contribution of the batch's statistics to d, the gradient of n, for a batch of two rows.
+// Their n differ in sign alone, so the gradient of a row is
 //   d - mean(d) - n mean(d n) = (d - mean(d)) eps / (variance + eps).
-// As a difference it would be the rounding of terms that are (variance + eps) / eps times as large.
+// The left-hand side would cancel terms that are (variance + eps) / eps times as large.
 template <int kGroup>
-void ThroughStatisticsOfTwo(const Chunk<kGroup>& chunk, const Norm& norm, float eps, float* d) {
+void BackwardStatisticsOfTwo(const Chunk<kGroup>& chunk, const Norm& norm, float eps, float* d) {
   const Vec half = Set(0.5f * eps);
   for (std::int64_t u = 0; u < chunk.end(); u += kLanes) {
     const Vec inverse = Load(norm.inverse + u);
-    const Vec part = (Load(d + u) - Load(d + kUnits + u)) * (half * inverse * inverse);
+    const Vec part = (Load(d + u) - Load(d + kChannels + u)) * (half * inverse * inverse);
     Store(d + u, part);
-    Store(d + kUnits + u, Zero() - part);
+    Store(d + kChannels + u, Zero() - part);
   }
 }
 
-// The gradients of a chunk's own parameters, summed over the streams.
+// The gradients of a chunk's parameters, summed over the branches.
 struct ParameterSums {
-  float* weight;  // [inputs, kUnits]
-  double norm_weight[kUnits], norm_bias[kUnits];
+  float* weight;  // [inputs, kChannels]
+  double norm_weight[kChannels], norm_bias[kChannels];
 };
 
 void WriteParameters(const Call& call, const ParameterSums& sums, const Gradients& gradients,
-                     std::int64_t unit, std::int64_t count) {
+                     std::int64_t channel, std::int64_t count) {
   const std::int64_t width = call.inputs - 1;
   for (std::int64_t u = 0; u < count; ++u) {
     if (gradients.norm_weight != nullptr) {
-      gradients.norm_weight[unit + u] = static_cast<float>(sums.norm_weight[u]);
+      gradients.norm_weight[channel + u] = static_cast<float>(sums.norm_weight[u]);
     }
     if (gradients.norm_bias != nullptr) {
-      gradients.norm_bias[unit + u] = static_cast<float>(sums.norm_bias[u]);
+      gradients.norm_bias[channel + u] = static_cast<float>(sums.norm_bias[u]);
     }
-    if (gradients.bias != nullptr) gradients.bias[unit + u] = sums.weight[u];
+    if (gradients.bias != nullptr) gradients.bias[channel + u] = sums.weight[u];
     if (gradients.weight == nullptr) continue;
     for (std::int64_t c = 0; c < width; ++c) {
-      gradients.weight[(unit + u) * width + c] = sums.weight[(c + 1) * kUnits + u];
+      gradients.weight[(channel + u) * width + c] = sums.weight[(c + 1) * kChannels + u];
     }
   }
 }
@@ -380,41 +384,41 @@ void WriteParameters(const Call& call, const ParameterSums& sums, const Gradient
 template <int kGroup>
 void BackwardChunk(const Call& call, const float* grad, const std::int64_t (&grad_stride)[2],
                    const float* statistics, const Gradients& gradients, const Chunk<kGroup>& chunk,
-                   float* scratch, float* label_sums) {
+                   float* workspace, float* label_sums) {
   const Batch& batch = call.batch;
   const std::int64_t features = call.layer.features, rows = batch.rows;
-  const std::int64_t unit = chunk.unit, count = chunk.count;
+  const std::int64_t channel = chunk.channel, count = chunk.count;
   const bool weights = gradients.weight != nullptr || gradients.bias != nullptr;
   const bool scaled = weights || label_sums != nullptr || call.gamma_gradient != nullptr;
   const bool two = batch.training && rows == 2;
   const bool norms = gradients.norm_weight != nullptr || gradients.norm_bias != nullptr;
 
-  float* w = scratch;
-  float* p = w + 2 * call.inputs * kUnits;
-  float* z = p + rows * kUnits;
-  float* d = z + rows * kUnits;
-  ParameterSums sums{w + call.inputs * kUnits, {}, {}};
-  for (std::int64_t i = 0; i < call.inputs * kUnits; ++i) sums.weight[i] = 0.0f;
-  PackWeights(call, unit, count, w);
-  const float* means = statistics + unit;
+  float* w = workspace;
+  float* p = w + 2 * call.inputs * kChannels;
+  float* z = p + rows * kChannels;
+  float* d = z + rows * kChannels;
+  ParameterSums sums{w + call.inputs * kChannels, {}, {}};
+  for (std::int64_t i = 0; i < call.inputs * kChannels; ++i) sums.weight[i] = 0.0f;
+  PackWeights(call, channel, count, w);
+  const float* means = statistics + channel;
   const float* variances = means + StatisticsStreams(batch) * features;
   Norm norm;
-  Normalise(call.layer, means, variances, unit, count, &norm);
+  Normalise(call.layer, means, variances, channel, count, &norm);
 
   for (std::int64_t s = 0; s < batch.streams; ++s) {
     const float* labels = call.labels + s * rows * call.inputs;
     if (batch.training && s > 0) {
-      Normalise(call.layer, means + s * features, variances + s * features, unit, count, &norm);
+      Normalise(call.layer, means + s * features, variances + s * features, channel, count, &norm);
     }
     Products<kGroup>(call, chunk, labels, w, 0, rows, p, z);
-    Descend(call, chunk, norm, grad + s * grad_stride[0], grad_stride[1], z, d, gradients.x,
-            s == 0);
-    float constant[kUnits] = {}, slope[kUnits] = {};
+    BackwardActivation(call, chunk, norm, grad + s * grad_stride[0], grad_stride[1], z, d,
+                       gradients.x, s == 0);
+    float constant[kChannels] = {}, slope[kChannels] = {};
     if (norms || (scaled && batch.training)) {
-      double plain[kUnits] = {}, moment[kUnits] = {};
+      double plain[kChannels] = {}, moment[kChannels] = {};
       GradientSums(chunk, d, z, norm.mean, rows, plain, moment);
       const double share = 1.0 / static_cast<double>(rows);
-      for (std::int64_t u = 0; u < kUnits; ++u) {
+      for (std::int64_t u = 0; u < kChannels; ++u) {
         const double inverse = static_cast<double>(norm.inverse[u]);
         const double gain = static_cast<double>(norm.gain[u]) * share;
         sums.norm_weight[u] += moment[u] * inverse;
@@ -425,30 +429,30 @@ void BackwardChunk(const Call& call, const float* grad, const std::int64_t (&gra
       }
     }
     if (!scaled) continue;
-    if (two) ThroughStatisticsOfTwo(chunk, norm, call.layer.eps, d);
-    ThroughNorm(call, chunk, norm, constant, slope, p, z, d);
+    if (two) BackwardStatisticsOfTwo(chunk, norm, call.layer.eps, d);
+    BackwardNorm(call, chunk, norm, constant, slope, p, z, d);
     if (weights) AddWeightGradient(call, chunk, labels, d, sums.weight);
     if (label_sums != nullptr) {
       AddLabelGradient(call, chunk, w, d, label_sums + s * rows * (call.inputs - 1));
     }
   }
-  WriteParameters(call, sums, gradients, unit, count);
+  WriteParameters(call, sums, gradients, channel, count);
 }
 
 void Backward(const Call& call, const float* grad, const std::int64_t (&grad_stride)[2],
-              const float* statistics, const Gradients& gradients, std::int64_t unit,
-              std::int64_t count, float* scratch, float* label_sums) {
-  if (count == kUnits) {
-    BackwardChunk<4>(call, grad, grad_stride, statistics, gradients, {unit, count}, scratch,
+              const float* statistics, const Gradients& gradients, std::int64_t channel,
+              std::int64_t count, float* workspace, float* label_sums) {
+  if (count == kChannels) {
+    BackwardChunk<4>(call, grad, grad_stride, statistics, gradients, {channel, count}, workspace,
                      label_sums);
   } else {
-    BackwardChunk<1>(call, grad, grad_stride, statistics, gradients, {unit, count}, scratch,
+    BackwardChunk<1>(call, grad, grad_stride, statistics, gradients, {channel, count}, workspace,
                      label_sums);
   }
 }
 
-constexpr conditioning::Kernels kConditioningKernels{DIFFMIC_SIMD_NAME, Forward, Backward};
-
 }  // namespace
+
+constinit const conditioning::Kernels kConditioningKernels{Forward, Backward};
 
 }  // namespace diffmic::cpu::DIFFMIC_SIMD

@@ -1,18 +1,18 @@
-// The tile instructions of amx_tiles.h on a processor with AVX2 and fused multiply-add, bit for bit
-// as the hardware computes them. What the hardware does was measured on a Granite Rapids class
-// Xeon, and agrees with the pseudocode of Intel's instruction set reference:
+// The tile instructions of amx_tiles.h emulated with AVX2 and FMA, bitwise identical to the
+// hardware. Its behaviour was measured on a Granite Rapids class Xeon, and agrees with the
+// pseudocode of Intel's instruction set reference:
 //
 //   TDPBF16PS, one element of C: the even elements of k are summed in one chain of fused
 //     multiply-adds, the odd ones in a second, both from +0 and in ascending order of k; then
-//     C += (even chain + odd chain). Each operation rounds to nearest even, whatever MXCSR says.
-//     Denormal numbers count as 0 of their sign in A, B and C, and a result that is denormal (as
-//     rounded with an unbounded exponent) becomes 0 of its sign. An operation with a NaN returns
-//     the first NaN of (a, b, c), quiet; an invalid one the default NaN.
+//     C += (even chain + odd chain). Each operation rounds to nearest even, regardless of MXCSR.
+//     Denormals in A, B and C are zero of their sign, and a result that is denormal (as rounded
+//     with an unbounded exponent) becomes zero of its sign. An operation with a NaN returns the
+//     first NaN of (a, b, c), quiet; an invalid one the default NaN.
 //   TDPBSSD: C + the sum of a b, modulo 2^32.
 //   Rows and bytes beyond a tile's configured size are 0 after TILELOADD, TDP* and TILEZERO.
 //
-// Those are AVX's own rules with denormal numbers as zero in MXCSR, but for the choice among
-// several NaNs: elements whose result is NaN are computed again one by one.
+// AVX follows the same rules with DAZ and FTZ set in MXCSR, except for the choice among several
+// NaNs: elements whose result is NaN are recomputed one by one.
 #ifndef DIFFMIC_CPU_DENOISE_AMX_EMULATED_TILES_H_
 #define DIFFMIC_CPU_DENOISE_AMX_EMULATED_TILES_H_
 
@@ -30,11 +30,7 @@ namespace {
 
 class EmulatedTiles {
  public:
-  void Configure(const TileConfig& config) {
-    config_ = config;
-    std::memset(tiles_, 0, sizeof tiles_);
-  }
-  void Release() { config_ = TileConfig{}; }
+  explicit EmulatedTiles(const TileConfig& config) : config_(config) {}
 
   template <int kT>
   void Zero() {
@@ -72,7 +68,7 @@ class EmulatedTiles {
   struct alignas(64) Tile {
     std::uint8_t row[16][64];
   };
-  // Exceptions masked, to nearest even, denormal operands as 0, denormal results to 0.
+  // Exceptions masked, round to nearest even, DAZ and FTZ.
   static constexpr unsigned kTileMxcsr = 0x9FC0;
 
   template <typename T>
@@ -89,7 +85,7 @@ class EmulatedTiles {
     }
   }
 
-  // Functions of their own: no arithmetic of theirs may move out of the changed MXCSR.
+  // Not inlined: no arithmetic may move out of the region with the changed MXCSR.
   [[gnu::noinline]] static void AddBFloat16(int rows, int groups, const Tile& a, const Tile& b,
                                             Tile* c) {
     const __m256i high = _mm256_set1_epi32(static_cast<int>(0xFFFF0000u));
@@ -127,7 +123,7 @@ class EmulatedTiles {
   static bool IsNan(float x) {
     return (std::bit_cast<std::uint32_t>(x) & 0x7FFFFFFFu) > 0x7F800000u;
   }
-  // The first NaN of a, b and c, quiet; the default one where the result is invalid.
+  // The first NaN of a, b and c, quiet; the default NaN if the result is invalid.
   static float NanOr(float a, float b, float c, float result) {
     for (const float x : {a, b, c}) {
       if (IsNan(x)) return std::bit_cast<float>(std::bit_cast<std::uint32_t>(x) | 0x00400000u);
@@ -157,7 +153,7 @@ class EmulatedTiles {
         auto* to = reinterpret_cast<__m256i*>(c->row[m] + 32 * half);
         __m256i sum = _mm256_load_si256(to);
         for (int k = 0; k < groups; ++k) {
-          // Four bytes as 16 bits, so that products of pairs and their sums are exact.
+          // Widened to 16 bits, so that the products of pairs and their sums are exact.
           const std::int8_t* four = reinterpret_cast<const std::int8_t*>(a.row[m] + 4 * k);
           const auto pair = [&](int i) {
             const auto low = static_cast<std::uint16_t>(std::int16_t{four[i]});
@@ -175,7 +171,7 @@ class EmulatedTiles {
       }
     }
   }
-  // The two low bytes of every 32 bits as two signed numbers of 16 bits.
+  // The two lower bytes of every 32 bits, sign-extended to 16 bits each.
   static __m256i Widen(__m256i w) {
     const __m256i first = _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8);
     const __m256i second = _mm256_slli_epi32(_mm256_srai_epi16(w, 8), 16);
@@ -183,7 +179,7 @@ class EmulatedTiles {
   }
 
   TileConfig config_;
-  Tile tiles_[8];
+  Tile tiles_[8] = {};
 };
 
 }  // namespace

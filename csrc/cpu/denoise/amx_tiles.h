@@ -11,7 +11,7 @@
 
 #include "cpu/common/simd.h"
 
-// Per instruction set and file, so that the linker never takes one set's function for another's.
+// In the namespace of the instruction set: the linker never merges functions of different ones.
 namespace diffmic::cpu::DIFFMIC_SIMD {
 namespace {
 
@@ -23,11 +23,13 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-// State of the calling thread: every thread configures its own.
+// The tiles of the calling thread, configured for the lifetime of the object. Unless they are
+// released, every context switch saves 8 KB of tile data.
 struct HardwareTiles {
-  void Configure(const TileConfig& config) { asm volatile("ldtilecfg %0" : : "m"(config)); }
-  // Otherwise every context switch saves 8 KB of tile data.
-  void Release() { asm volatile("tilerelease"); }
+  explicit HardwareTiles(const TileConfig& config) { asm volatile("ldtilecfg %0" : : "m"(config)); }
+  ~HardwareTiles() { asm volatile("tilerelease"); }
+  HardwareTiles(const HardwareTiles&) = delete;
+  HardwareTiles& operator=(const HardwareTiles&) = delete;
 
   template <int kT>
   void Zero() {
@@ -41,7 +43,7 @@ struct HardwareTiles {
   void Store(void* base, std::int64_t stride) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(base), "r"(stride), "n"(kT) : "memory");
   }
-  // C += A . B for bfloat16 pairs, and for signed bytes in fours.
+  // C += A . B for pairs of bfloat16, and for int8 in fours.
   template <int kC, int kA, int kB>
   void DotBFloat16() {
     asm volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2" : : "n"(kB), "n"(kA), "n"(kC));

@@ -1,23 +1,20 @@
-// The driver of `denoise`: blocks of rows go through the whole chain one after the other; within a
-// step the threads of a team take chunks of units, meet behind each layer, and the last one to come
-// to the third meeting moves the chain on, while the others wait:
+// The driver of `denoise`, one step at a time: a block of rows goes through the whole chain before
+// the next one. In every step the team of threads evaluates the denoiser, and the last thread to
+// arrive at the final barrier advances the chain while the others wait. On each thread:
 //
-//   first layer (chunks) | second layer (chunks) | third layer and its part of the last product
-//   (chunks) | sum of the parts, posterior step, noise
-//
-// Chunks are taken as threads become free, so a thread that is held up is helped by the others.
-// Nothing of a result depends on who computed what: a chunk is the same wherever it is computed,
-// and parts are summed in the order of the chunks.
+//   Denoise  ->  Evaluation::Sweep  ->  HiddenLayer  ->  Gemm  ->  MicroKernel  ->  MultiplyAdd
 #include "cpu/denoise/denoise.h"
 
 #include <algorithm>
 #include <string>
 #include <vector>
 
+#include "cpu/common/cpu_capabilities.h"
 #include "cpu/common/team.h"
 #include "cpu/denoise/denoise_chain.h"
 
 namespace diffmic::cpu {
+
 bool Denoise(const DenoiseCall& call, const DenoiseOptions& options) {
   if (call.window > 1) return DenoiseWindows(call, options);
   const StepTable& steps = call.steps;
@@ -28,7 +25,7 @@ bool Denoise(const DenoiseCall& call, const DenoiseOptions& options) {
   if (call.rows == 0) return true;
   const PreparedModel model(call, options);
   const std::int64_t max_rows = (call.rows + blocks - 1) / blocks;
-  Evaluation evaluation(model.view(), call.precision, options, max_rows, 1);
+  Evaluation evaluation(model.view(), options, max_rows, 1);
   const auto size = static_cast<std::size_t>(max_rows * classes);
   std::vector<float> y(size), eps(size), z(size);
   std::vector<const float*> features(static_cast<std::size_t>(max_rows));
@@ -63,8 +60,8 @@ bool Denoise(const DenoiseCall& call, const DenoiseOptions& options) {
         const RowsView rows{count,    features.data(), guidance.data(),
                             y.data(), slots.data(),    steps.timesteps + i,
                             1};
-        evaluation.Step(team, rank, rows, watch, block * steps.count + i, [&] {
-          evaluation.SumParts(count, call.weights.output_bias, eps.data());
+        evaluation.Sweep(team, rank, rows, watch, block * steps.count + i, [&] {
+          evaluation.SumShares(count, call.weights.output_bias, eps.data());
           if (steps.sigma()[i] > 0.0f) Draw(call, i + 1, first, count, classes, z.data());
           Move(steps, i, prior, eps.data(), z.data(), count * classes, y.data());
           keep(i + 1);
@@ -79,27 +76,32 @@ bool Denoise(const DenoiseCall& call, const DenoiseOptions& options) {
   return !watch.stopped();
 }
 
+namespace {
+
+constexpr IsaEntry<DenoiseKernelTable> kTables[] = {
+#if defined(__x86_64__)
+    {Isa::kAmx, &amx::kDenoiseKernels},
+    {Isa::kAvx512Bf16, &avx512_bf16::kDenoiseKernels},
+    {Isa::kAvx512, &avx512::kDenoiseKernels},
+    {Isa::kAvx2, &avx2::kDenoiseKernels},
+#endif
+    {Isa::kPortable, &portable::kDenoiseKernels},
+#if defined(__x86_64__)
+    {Isa::kAmxEmulated, &amx_emulated::kDenoiseKernels},
+#endif
+};
+
+}  // namespace
+
 const DenoiseKernels* FindDenoiseKernels(const std::string& name, Precision precision) {
-  const DenoiseKernels* portable =
-      precision == Precision::kInt8 ? PortableInt8DenoiseKernels() : PortableDenoiseKernels();
-  // A set that is asked for by name does not request permission for AMX.
-  const DenoiseKernels* amx = name == "auto" || name == "amx" ? AmxDenoiseKernels() : nullptr;
-  for (const DenoiseKernels* kernels :
-       {amx, Avx512Bf16DenoiseKernels(), Avx512DenoiseKernels(), Avx2DenoiseKernels(), portable}) {
-    if (kernels != nullptr && (name == "auto" || name == kernels->name)) return kernels;
+  const DenoiseKernelTable* table = FindKernels(kTables, IsaOf(name));
+  if (table == nullptr) return nullptr;
+  if (table == &portable::kDenoiseKernels && precision == Precision::kInt8) {
+    table = &portable_fused::kDenoiseKernels;
   }
-  const DenoiseKernels* emulated = AmxEmulatedDenoiseKernels();
-  return emulated != nullptr && name == emulated->name ? emulated : nullptr;
+  return *table + static_cast<int>(precision);
 }
 
-std::vector<std::string> DenoiseKernelNames() {
-  std::vector<std::string> names;
-  for (const DenoiseKernels* kernels :
-       {AmxDenoiseKernels(), Avx512Bf16DenoiseKernels(), Avx512DenoiseKernels(),
-        Avx2DenoiseKernels(), PortableDenoiseKernels(), AmxEmulatedDenoiseKernels()}) {
-    if (kernels != nullptr) names.emplace_back(kernels->name);
-  }
-  return names;
-}
+std::vector<std::string> DenoiseKernelNames() { return IsaNames(kTables); }
 
 }  // namespace diffmic::cpu

@@ -1,5 +1,5 @@
-// What the drivers of `denoise` stand on: the model as the kernels want it, eps of a block of rows
-// computed by a team of threads, the noise, and the step of the chain.
+// What the two drivers of `denoise` (denoise.cpp, denoise_window.cpp) share: the model in the form
+// of the kernels, one sweep by a team of threads, the noise, and a step of the chain.
 #ifndef DIFFMIC_CPU_DENOISE_DENOISE_CHAIN_H_
 #define DIFFMIC_CPU_DENOISE_DENOISE_CHAIN_H_
 
@@ -21,11 +21,11 @@
 
 namespace diffmic::cpu {
 
-inline std::int64_t RoundUp(std::int64_t value, std::int64_t unit) {
-  return (value + unit - 1) / unit * unit;
+inline std::int64_t RoundUp(std::int64_t value, std::int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
 }
 
-// Floats on a cache line's boundary, zeroed.
+// Zeros, aligned to a cache line.
 class Floats {
  public:
   explicit Floats(std::int64_t count) : data_(MakeLargeArray<float>(count)) {
@@ -37,7 +37,8 @@ class Floats {
   LargeArray<float> data_;
 };
 
-// The model in the form the kernels want: folded, transposed where it is small, and packed.
+// The model in the form of the kernels: BatchNorm folded, small weights transposed, hidden weights
+// packed.
 class PreparedModel {
  public:
   PreparedModel(const DenoiseCall& call, const DenoiseOptions& options)
@@ -61,7 +62,7 @@ class PreparedModel {
         offset[f] = static_cast<float>(layer.norm_bias[f] - layer.running_mean[f] * g);
       }
       view_.layers[i] = {i == 0 ? nullptr : packed_->chunks(i - 1),
-                         i == 0 ? nullptr : packed_->unit_scale(i - 1),
+                         i == 0 ? nullptr : packed_->channel_scale(i - 1),
                          layer.bias,
                          layer.gamma,
                          layer.gamma_stride,
@@ -94,10 +95,9 @@ class PreparedModel {
                                  {hidden[0].weight, hidden[1].weight},
                                  {hidden[0].weight_stride[0], hidden[1].weight_stride[0]}};
     if (options.cache != nullptr) {
-      return options.cache->Get(matrices, call.precision, *options.kernels, options.threads);
+      return options.cache->Get(matrices, *options.kernels, options.threads);
     }
-    return std::make_shared<PackedWeights>(matrices, call.precision, *options.kernels,
-                                           options.threads);
+    return std::make_shared<PackedWeights>(matrices, *options.kernels, options.threads);
   }
 
   std::int64_t stride_;
@@ -106,16 +106,16 @@ class PreparedModel {
   DenoiserView view_{};
 };
 
-// Asks the caller now and then whether to go on.
+// Asks the caller every tenth of a second whether to continue.
 class Watch {
  public:
   Watch(const DenoiseOptions& options, std::int64_t total)
       : ask_(options.watch), total_(total), last_(Clock::now()) {}
 
-  // Seen by all threads; whether work that was skipped for it matters is settled at a meeting.
+  // Visible to all threads. Work that was skipped because of it is discarded after the barrier.
   bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
 
-  // From the caller's thread only.
+  // On the caller's thread only.
   void Look(std::int64_t done) {
     if (!ask_ || stopped()) return;
     const Clock::time_point now = Clock::now();
@@ -124,7 +124,7 @@ class Watch {
     stopped_ = !ask_(done, total_);
   }
 
-  // Reports the end, whatever the time.
+  // Reports the end, however recent the last report.
   void Finish() {
     if (ask_ && !stopped()) stopped_ = !ask_(total_, total_);
   }
@@ -137,99 +137,94 @@ class Watch {
   std::atomic<bool> stopped_{false};
 };
 
-// eps of the rows in work: what the threads of a team compute together, phase by phase.
+// eps of all active rows, computed by a team of threads, layer by layer with barriers in between:
+//
+//   first layer | hidden layer 1 | hidden layer 2 and the chunks' shares in the output layer
+//
+// Threads take chunks dynamically, so one that is preempted takes fewer. No result depends on which
+// thread computed what: a chunk has the same bits anywhere, and shares are added in chunk order.
 class Evaluation {
  public:
-  Evaluation(const DenoiserView& model, Precision precision, const DenoiseOptions& options,
-             std::int64_t max_rows, std::int64_t max_slots)
+  Evaluation(const DenoiserView& model, const DenoiseOptions& options, std::int64_t max_rows,
+             std::int64_t max_slots)
       : model_(model),
-        precision_(precision),
         options_(options),
         chunks_((model.features + kChunk - 1) / kChunk),
         first_(max_rows * model.stride),
         second_(max_rows * model.stride),
-        row_scale_(precision == Precision::kInt8 ? max_rows : 0),
-        partial_(chunks_ * max_rows * model.classes),
-        scratch_stride_(RoundUp(
-            options.kernels->scratch(precision, max_rows, max_slots, GroupOf(max_rows)), 16)),
-        scratch_(scratch_stride_ * options.threads) {}
+        row_scale_(options.kernels->precision == Precision::kInt8 ? max_rows : 0),
+        shares_(chunks_ * max_rows * model.classes),
+        workspace_stride_(
+            RoundUp(options.kernels->workspace(max_rows, max_slots, ChunksPerCall(max_rows)), 16)),
+        workspace_(workspace_stride_ * options.threads) {}
 
-  // Every thread calls it; between() is called once, when eps(row, c) can be had.
+  // One sweep; called by every thread. The last one to arrive at the final barrier calls between(),
+  // which may call SumShares.
   template <typename Between>
-  void Step(Team& team, int rank, const RowsView& rows, Watch& watch, std::int64_t done,
-            const Between& between) {
+  void Sweep(Team& team, int rank, const RowsView& rows, Watch& watch, std::int64_t done,
+             const Between& between) {
     const DenoiseKernels& kernels = *options_.kernels;
-    const Precision precision = precision_;
-    float* scratch = scratch_.get() + rank * scratch_stride_;
-    const auto phase = [&](std::int64_t count, const auto& work) {
-      for (std::int64_t i = team.Take(); i < count && !watch.stopped(); i = team.Take()) {
-        work(i);
-        if (rank == 0) watch.Look(done);
+    float* workspace = workspace_.get() + rank * workspace_stride_;
+    // The next item of a phase of `count` items, or -1.
+    const auto take = [&](std::int64_t count) {
+      if (rank == 0) watch.Look(done);
+      const std::int64_t i = team.Take();
+      return i < count && !watch.stopped() ? i : -1;
+    };
+    for (std::int64_t i; (i = take(chunks_)) >= 0;) {
+      kernels.first_layer(model_, rows, i, workspace, first_.get());
+    }
+    team.Barrier();
+    // The scale of a row needs all of its elements, so with kInt8 a layer's float32 output is
+    // quantised from one buffer to the other; otherwise the layers alternate between the buffers.
+    const bool quantised = kernels.precision == Precision::kInt8;
+    const std::int64_t group = ChunksPerCall(rows.count);
+    for (int layer = 1; layer <= 2; ++layer) {
+      if (quantised) {
+        for (std::int64_t i; (i = take(kernels.tiles(rows.count))) >= 0;) {
+          kernels.quantise_tile(model_, rows.count, i, first_.get(), second_.get(),
+                                row_scale_.get());
+        }
+        team.Barrier();
       }
-    };
-    const std::int64_t group = GroupOf(rows.count);
-    const auto groups = [&](const auto& work) {
-      phase((chunks_ + group - 1) / group, [&](std::int64_t i) {
-        work(ChunkRange{i * group, std::min(group, chunks_ - i * group)});
-      });
-    };
-    // Bytes need the largest number of a whole row, so there activations go from one array to the
-    // other between the layers; else the layers take turns in them.
-    const bool bytes = precision == Precision::kInt8;
-    const auto to_bytes = [&] {
-      phase(kernels.tiles(rows.count), [&](std::int64_t tile) {
-        kernels.to_bytes(model_, rows.count, tile, first_.get(), second_.get(), row_scale_.get());
-      });
-      team.Meet();
-    };
-    phase(chunks_, [&](std::int64_t chunk) {
-      kernels.first(model_, precision, rows, chunk, scratch, first_.get());
-    });
-    team.Meet();
-    if (bytes) to_bytes();
-    const float* in = bytes ? second_.get() : first_.get();
-    float* out = bytes ? first_.get() : second_.get();
-    groups([&](ChunkRange chunks) {
-      kernels.second(model_, precision, rows, chunks, in, row_scale_.get(), scratch, out);
-    });
-    team.Meet();
-    if (bytes) to_bytes();
-    groups([&](ChunkRange chunks) {
-      kernels.third(model_, precision, rows, chunks, second_.get(), row_scale_.get(), scratch,
-                    partial_.get());
-    });
-    team.Meet(between);
+      const Floats& in = quantised || layer == 2 ? second_ : first_;
+      const Floats& out = layer == 2 ? shares_ : quantised ? first_ : second_;
+      for (std::int64_t i; (i = take((chunks_ + group - 1) / group)) >= 0;) {
+        kernels.hidden_layer(model_, layer, rows, {i * group, std::min(group, chunks_ - i * group)},
+                             in.get(), row_scale_.get(), workspace, out.get());
+      }
+      layer == 1 ? team.Barrier() : team.Barrier(between);
+    }
   }
 
-  // eps [rows, C] without the bias, after a step.
-  void SumParts(std::int64_t rows, const float* bias, float* eps) const {
+  // eps [rows, C] after a sweep.
+  void SumShares(std::int64_t rows, const float* bias, float* eps) const {
     const std::int64_t count = rows * model_.classes;
     std::fill_n(eps, count, 0.0f);
     for (std::int64_t chunk = 0; chunk < chunks_; ++chunk) {
-      const float* part = partial_.get() + chunk * count;
-      for (std::int64_t i = 0; i < count; ++i) eps[i] += part[i];
+      const float* share = shares_.get() + chunk * count;
+      for (std::int64_t i = 0; i < count; ++i) eps[i] += share[i];
     }
     for (std::int64_t i = 0; i < count; ++i) eps[i] += bias[i % model_.classes];
   }
 
  private:
-  // Chunks that a thread computes together: as many as the kernels want for so many rows, as long
-  // as each thread has several groups. No result depends on it.
-  std::int64_t GroupOf(std::int64_t rows) const {
+  // As many as the kernels prefer, as long as each thread has several groups to take.
+  std::int64_t ChunksPerCall(std::int64_t rows) const {
     const std::int64_t fair = chunks_ / (4 * options_.threads);
-    return std::clamp<std::int64_t>(fair, 1, options_.kernels->group(precision_, rows));
+    return std::clamp<std::int64_t>(fair, 1, options_.kernels->chunks_per_call(rows));
   }
 
   const DenoiserView& model_;
-  Precision precision_;
   const DenoiseOptions& options_;
   std::int64_t chunks_;
-  Floats first_, second_, row_scale_, partial_;
-  std::int64_t scratch_stride_;
-  Floats scratch_;
+  Floats first_, second_, row_scale_, shares_;
+  std::int64_t workspace_stride_;
+  Floats workspace_;
 };
 
-// The noise of one moment of a chain: moment 0 makes its beginning, moment i is z of step i - 1.
+// The noise of one moment of a chain: moment 0 is that of its initial state, moment i is z of step
+// i - 1.
 inline void Draw(const DenoiseCall& call, std::int64_t moment, std::int64_t first_row,
                  std::int64_t rows, std::int64_t classes, float* z) {
   if (call.noise != nullptr) {
@@ -249,7 +244,8 @@ inline void Draw(const DenoiseCall& call, std::int64_t moment, std::int64_t firs
   }
 }
 
-// One step of one row, each operation rounded on its own, in the definition's order.
+// One step of the chain, each operation rounded on its own, in the reference's order
+// (docs/algorithm.md, "Sampling").
 inline void Move(const StepTable& steps, std::int64_t i, const float* prior, const float* eps,
                  const float* z, std::int64_t count, float* y) {
   const float inverse = 1.0f / steps.s()[i];

@@ -1,15 +1,28 @@
-// The kernels of `denoise`, compiled once an instruction set (denoise_avx2.cpp and its sisters):
-// what is fused around the products of denoise_products.inc.h or denoise_amx.inc.h, and the probes
-// that benchmarks hold them against.
+// The kernels of `denoise`, compiled once per instruction set (denoise_avx2.cpp and the like): the
+// layers of the denoiser, fused around the GEMM of denoise_gemm.inc.h or denoise_amx.inc.h.
+//
+// What is computed (docs/algorithm.md, "Denoiser"), for a chunk of kChunk output channels:
+//
+//   first layer    softplus(scale (W [y ; guidance]) + shift) * x
+//   hidden layers  softplus(scale (W h) + shift); the second one is multiplied by the output
+//   weights
+//
+// From the table entry (denoise_kernel_table.h) to a multiply-add:
+//
+//   HiddenLayer  ->  Gemm  ->  MicroKernel  ->  P::MultiplyAdd
+//   HiddenLayer  ->  Gemm  ->  FewRows or ManyRows  ->  AddSlices  ->  P::Dot    (AMX)
+//
+// Arithmetic: the GEMMs take 4 F^2 M operations per sweep (denoise_gemm.inc.h), everything else
+// some 60 F M, most of it softplus.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
 #include "cpu/common/simd.h"
+#include "cpu/denoise/denoise_gemm.inc.h"
 #include "cpu/denoise/denoise_kernel_table.h"
 #include "cpu/denoise/denoise_layout.inc.h"
-#include "cpu/denoise/denoise_products.inc.h"
 #if defined(DIFFMIC_SIMD_AMX)
 #include "cpu/denoise/denoise_amx.inc.h"
 #endif
@@ -18,96 +31,106 @@
 namespace diffmic::cpu::DIFFMIC_SIMD {
 namespace {
 
-// GEMM, activation layout and accumulator layout of each precision.
+// Precisions, and the layouts of their activations and accumulators.
 #if defined(DIFFMIC_SIMD_AMX)
 using BFloat16 = AmxBFloat16;
 using Int8 = AmxInt8;
-template <typename Product>
-using RowOf = std::conditional_t<Product::kAmx, AmxRow<Product>, VectorRow<Product>>;
-template <typename Product>
-using SumsOf = std::conditional_t<Product::kAmx, AmxSums, VectorSums>;
+template <typename P>
+using RowOf = std::conditional_t<P::kAmx, AmxRow<P>, VectorRow<P>>;
+template <typename P>
+using SumsOf = std::conditional_t<P::kAmx, AmxSums, VectorSums>;
+constexpr bool kAmxSet = true;
 #else
 using BFloat16 = VectorBFloat16;
 using Int8 = VectorInt8;
-template <typename Product>
-using RowOf = VectorRow<Product>;
-template <typename Product>
+template <typename P>
+using RowOf = VectorRow<P>;
+template <typename P>
 using SumsOf = VectorSums;
+constexpr bool kAmxSet = false;
 #endif
 
-// Lanes of a partial sum of the last product, the unit n in lane n % kOutputLanes: those of a
-// vector, or where other instruction sets must give the same bits, 16.
-template <typename Product>
-constexpr int kOutputLanes = Product::kScaled || kAmxSet ? 16 : kLanes;
+// Lanes of a chunk's share in the output layer, channel n in lane n % kOutputLanes: those of a
+// vector, or 16 where instruction sets must agree bitwise.
+template <typename P>
+constexpr int kOutputLanes = P::kQuantised || kAmxSet ? 16 : kLanes;
 
-// scale and shift [slots, kChunk] of a layer's units from `first` on; the scale of the units' bytes
-// goes into the former.
-void FoldTimesteps(const ConditionalLayerView& layer, const RowsView& rows, std::int64_t first,
-                   int units, float* scale, float* shift) {
-  for (std::int64_t slot = 0; slot < rows.slots; ++slot) {
-    const float* gamma = layer.gamma + rows.timesteps[slot] * layer.gamma_stride + first;
-    for (int n = 0; n < units; n += kLanes) {
-      const int count = std::min(kLanes, units - n);
-      Vec s = LoadPart(gamma + n, count) * LoadPart(layer.gain + first + n, count);
-      Store(shift + slot * kChunk + n, Fma(s, LoadPart(layer.bias + first + n, count),
-                                           LoadPart(layer.offset + first + n, count)));
-      if (layer.unit_scale != nullptr) s = s * LoadPart(layer.unit_scale + first + n, count);
-      Store(scale + slot * kChunk + n, s);
+// A chunk of a layer: its channels, and their scale and shift [slots, kChunk] at every timestep.
+struct ChunkOf {
+  ChunkOf(const DenoiserView& model, const ConditionalLayerView& layer, const RowsView& rows,
+          std::int64_t chunk, float* workspace)
+      : first(chunk * kChunk),
+        channels(static_cast<int>(std::min(kChunk, model.features - first))),
+        scale(workspace),
+        shift(workspace + rows.slots * kChunk) {
+    for (std::int64_t slot = 0; slot < rows.slots; ++slot) {
+      const float* gamma = layer.gamma + rows.timesteps[slot] * layer.gamma_stride + first;
+      for (int n = 0; n < channels; n += kLanes) {
+        const int count = std::min(kLanes, channels - n);
+        Vec s = LoadPart(gamma + n, count) * LoadPart(layer.gain + first + n, count);
+        Store(shift + slot * kChunk + n, Fma(s, LoadPart(layer.bias + first + n, count),
+                                             LoadPart(layer.offset + first + n, count)));
+        if (layer.channel_scale != nullptr) {
+          s = s * LoadPart(layer.channel_scale + first + n, count);
+        }
+        Store(scale + slot * kChunk + n, s);
+      }
     }
   }
-}
 
-int UnitsOf(const DenoiserView& model, std::int64_t chunk) {
-  return static_cast<int>(std::min(kChunk, model.features - chunk * kChunk));
-}
+  Vec Activate(Vec sum, std::int64_t slot, int n) const {
+    const std::int64_t at = slot * kChunk + n;
+    return Softplus(Fma(sum, Load(scale + at), Load(shift + at)));
+  }
 
-// Stores activations as the next layer's product takes them, or as float32 where a row has to be
-// complete before it can be converted to bytes.
-template <typename Product>
+  std::int64_t first;
+  int channels;
+  float* scale;
+  float* shift;
+};
+
+// Writes activations in the layout of the next layer's GEMM, or as float32 where a row must be
+// complete before it can be quantised.
+template <typename P>
 class Activations {
  public:
   Activations(const DenoiserView& model, const RowTiles& tiles, const Place& place, void* out)
       : to_(static_cast<float*>(out) + place.row * model.stride), row_(model, tiles, place, out) {}
 
-  void operator()(std::int64_t unit, Vec value, int count) const {
-    if constexpr (Product::kScaled) {
-      count == kLanes ? Store(to_ + unit, value) : StorePart(to_ + unit, value, count);
+  void Set(std::int64_t channel, Vec value, int count) const {
+    if constexpr (P::kQuantised) {
+      count == kLanes ? Store(to_ + channel, value) : StorePart(to_ + channel, value, count);
     } else {
-      typename Product::Activation numbers[kLanes];
-      Product::Round(value, numbers);
-      row_.Set(unit, numbers, count);
+      typename P::Activation rounded[kLanes];
+      P::Round(value, rounded);
+      row_.Set(channel, rounded, count);
     }
   }
 
  private:
   float* to_;
-  RowOf<Product> row_;
+  RowOf<P> row_;
 };
 
 constexpr std::int64_t kRowsAhead = 4;
 
-template <typename Product>
-void FirstOf(const DenoiserView& model, const RowsView& rows, std::int64_t chunk, float* scratch,
-             void* out) {
-  const std::int64_t first = chunk * kChunk;
-  const int units = UnitsOf(model, chunk);
-  float* scale = scratch;
-  float* shift = scratch + rows.slots * kChunk;
-  FoldTimesteps(model.layers[0], rows, first, units, scale, shift);
+template <typename P>
+void FirstLayer(const DenoiserView& model, const RowsView& rows, std::int64_t chunk_index,
+                float* workspace, void* out) {
+  const ChunkOf chunk(model, model.layers[0], rows, chunk_index, workspace);
   const std::int64_t classes = model.classes;
-  const auto tiles = RowTiles::Of<Product>(rows.count);
+  const auto tiles = RowTiles::Of<P>(rows.count);
   for (Place place; place.row < rows.count; place.Next(tiles)) {
     const std::int64_t row = place.row;
-    const Activations<Product> store(model, tiles, place, out);
+    const Activations<P> activations(model, tiles, place, out);
     const float* y = rows.y + row * classes;
     const float* guidance = rows.guidance[row];
-    const std::int64_t slot = rows.slot[row] * kChunk;
-    // Rows of x are pages apart, which no prefetching of the processor's foresees.
-    const float* ahead = rows.features[std::min(row + kRowsAhead, rows.count - 1)] + first;
-    for (int n = 0; n < units; n += 16) Prefetch(ahead + n);
-    for (int n = 0; n < units; n += kLanes) {
-      const int count = std::min(kLanes, units - n);
-      const float* weight = model.label_weight + first + n;
+    // Rows of x are pages apart, out of reach of the hardware prefetcher.
+    const float* ahead = rows.features[std::min(row + kRowsAhead, rows.count - 1)] + chunk.first;
+    for (int n = 0; n < chunk.channels; n += 16) Prefetch(ahead + n);
+    for (int n = 0; n < chunk.channels; n += kLanes) {
+      const int count = std::min(kLanes, chunk.channels - n);
+      const float* weight = model.label_weight + chunk.first + n;
       Vec sum = Zero();
       for (std::int64_t c = 0; c < classes; ++c) {
         sum = Fma(Set(y[c]), Load(weight + c * model.stride), sum);
@@ -115,71 +138,20 @@ void FirstOf(const DenoiserView& model, const RowsView& rows, std::int64_t chunk
       for (std::int64_t c = 0; c < classes; ++c) {
         sum = Fma(Set(guidance[c]), Load(weight + (classes + c) * model.stride), sum);
       }
-      const Vec h = Softplus(Fma(sum, Load(scale + slot + n), Load(shift + slot + n)));
-      const Vec x = LoadPart(rows.features[row] + first + n, count);
-      store(first + n, x * h, count);
+      const Vec x = LoadPart(rows.features[row] + chunk.first + n, count);
+      activations.Set(chunk.first + n, x * chunk.Activate(sum, rows.slot[row], n), count);
     }
   }
 }
 
-// A hidden layer: its products of a group of chunks, then for each chunk and row of_row(chunk,
-// place), which returns what is called with (unit of the chunk, output, count).
-template <typename Product, typename OfRow>
-void HiddenOf(const DenoiserView& model, const ConditionalLayerView& layer, const RowsView& rows,
-              ChunkRange chunks, const void* in, const float* row_scale, float* scratch,
-              const OfRow& of_row) {
-  using Total = typename Product::Total;
-  float* scale = scratch;
-  float* shift = scratch + rows.slots * kChunk;
-  auto* sums = reinterpret_cast<Total*>(scratch + 2 * rows.slots * kChunk);
-  const auto tiles = RowTiles::Of<Product>(rows.count);
-  const SumsOf<Product> at(tiles, chunks.count);
-  const std::byte* weights = layer.weight + chunks.first * ChunkBytesOf<Product>(model.features);
-  if constexpr (Product::kAmx) {
-    TileProduct<Product>(weights, chunks.count, model.features, tiles, in, sums);
-  } else {
-    GroupProduct<Product>(weights, chunks.count, model.features, tiles, in, model.stride * 4, sums,
-                          sums + at.size());
-  }
-  for (std::int64_t i = 0; i < chunks.count; ++i) {
-    const std::int64_t chunk = chunks.first + i;
-    const int units = UnitsOf(model, chunk);
-    FoldTimesteps(layer, rows, chunk * kChunk, units, scale, shift);
-    for (Place place; place.row < rows.count; place.Next(tiles)) {
-      const std::int64_t slot = rows.slot[place.row] * kChunk;
-      const auto& each = of_row(chunk, place);
-      for (int n = 0; n < units; n += kLanes) {
-        Vec sum = Product::ToVec(Product::LoadSum(sums + at(i, place, n)));
-        if constexpr (Product::kScaled) sum = sum * Set(row_scale[place.row]);
-        each(n, Softplus(Fma(sum, Load(scale + slot + n), Load(shift + slot + n))),
-             std::min(kLanes, units - n));
-      }
-    }
-  }
-}
-
-template <typename Product>
-void SecondOf(const DenoiserView& model, const RowsView& rows, ChunkRange chunks, const void* in,
-              const float* row_scale, float* scratch, void* out) {
-  const auto tiles = RowTiles::Of<Product>(rows.count);
-  HiddenOf<Product>(model, model.layers[1], rows, chunks, in, row_scale, scratch,
-                    [&](std::int64_t chunk, const Place& place) {
-                      const Activations<Product> store(model, tiles, place, out);
-                      return [store, chunk](int n, Vec h, int count) {
-                        store(chunk * kChunk + n, h, count);
-                      };
-                    });
-}
-
-// hidden [kChunk / kLanes] . weight, summed in `kOut` lanes, then the lanes by halves.
+// hidden [kChunk / kLanes] . weight, accumulated in `kOut` lanes, which are then added by halves.
 template <int kOut>
-float OutputSum(const Vec* hidden, const float* weight, int units) {
+float OutputSum(const Vec* hidden, const float* weight, int channels) {
   constexpr int kVectors = kOut / kLanes;
-  Vec sums[kVectors];
-  for (Vec& sum : sums) sum = Zero();
-  for (int i = 0; i < units; i += kLanes) {
+  Vec sums[kVectors] = {};
+  for (int i = 0; i < channels; i += kLanes) {
     Vec& sum = sums[i / kLanes % kVectors];
-    sum = Fma(hidden[i / kLanes], Load(weight + i), sum);  // 0 past the end
+    sum = Fma(hidden[i / kLanes], Load(weight + i), sum);  // weights beyond F are 0
   }
   for (int half = kVectors / 2; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
@@ -187,110 +159,80 @@ float OutputSum(const Vec* hidden, const float* weight, int units) {
   return Sum(sums[0]);
 }
 
-template <typename Product>
-void ThirdOf(const DenoiserView& model, const RowsView& rows, ChunkRange chunks, const void* in,
-             const float* row_scale, float* scratch, float* partial) {
-  Vec hidden[kChunk / kLanes];
-  HiddenOf<Product>(model, model.layers[2], rows, chunks, in, row_scale, scratch,
-                    [&](std::int64_t chunk, const Place& place) {
-                      return [&, chunk, row = place.row](int n, Vec h, int) {
-                        hidden[n / kLanes] = h;
-                        const int units = UnitsOf(model, chunk);
-                        if (n + kLanes < units) return;
-                        float* out = partial + (chunk * rows.count + row) * model.classes;
-                        for (std::int64_t c = 0; c < model.classes; ++c) {
-                          const float* weight =
-                              model.output_weight + c * model.stride + chunk * kChunk;
-                          out[c] = OutputSum<kOutputLanes<Product>>(hidden, weight, units);
-                        }
-                      };
-                    });
-}
-
-// Calls work.operator()<Product>() with the products of a precision.
-template <typename Work>
-auto WithProduct(Precision precision, const Work& work) {
-  switch (precision) {
-    case Precision::kBFloat16:
-      return work.template operator()<BFloat16>();
-    case Precision::kInt8:
-      return work.template operator()<Int8>();
-    default:
-      return work.template operator()<Float32>();
-  }
-}
-
-void First(const DenoiserView& model, Precision precision, const RowsView& rows, std::int64_t chunk,
-           float* scratch, void* out) {
-  WithProduct(precision,
-              [&]<typename Product>() { FirstOf<Product>(model, rows, chunk, scratch, out); });
-}
-
-void Second(const DenoiserView& model, Precision precision, const RowsView& rows, ChunkRange chunks,
-            const void* in, const float* row_scale, float* scratch, void* out) {
-  WithProduct(precision, [&]<typename Product>() {
-    SecondOf<Product>(model, rows, chunks, in, row_scale, scratch, out);
-  });
-}
-
-void Third(const DenoiserView& model, Precision precision, const RowsView& rows, ChunkRange chunks,
-           const void* in, const float* row_scale, float* scratch, float* partial) {
-  WithProduct(precision, [&]<typename Product>() {
-    ThirdOf<Product>(model, rows, chunks, in, row_scale, scratch, partial);
-  });
-}
-
-std::int64_t Group(Precision precision, std::int64_t rows) {
-  return WithProduct(precision, [&]<typename Product>() { return Product::GroupChunks(rows); });
-}
-
-std::int64_t Scratch(Precision precision, std::int64_t rows, std::int64_t slots,
-                     std::int64_t chunks) {
-  const std::int64_t sums = WithProduct(precision, [&]<typename Product>() {
-    // Vector products: the sums of a block besides.
-    return SumsOf<Product>(RowTiles::Of<Product>(rows), chunks).size() +
-           (Product::kAmx ? 0 : rows * kChunk);
-  });
-  return 2 * slots * kChunk + sums;
-}
-
-std::int64_t TilesOf(std::int64_t rows) { return RowTiles::Of<Int8>(rows).count; }
-
-// Quantises the rows of a tile, kPart elements of each row at a time: they share cache lines.
-void ToBytes(const DenoiserView& model, std::int64_t rows, std::int64_t tile, const float* in,
-             void* out, float* scale) {
-  constexpr std::int64_t kPart = 64;
-  const auto tiles = RowTiles::Of<Int8>(rows);
-  const std::int64_t begin = tiles.Begin(tile);
-  float inverse[Int8::kMostRows];
-  for (int m = 0; m < tiles.Size(tile); ++m) {
-    scale[begin + m] = ByteScale(in + (begin + m) * model.stride, model.features, inverse + m);
-  }
-  for (std::int64_t first = 0; first < model.features; first += kPart) {
-    for (int m = 0; m < tiles.Size(tile); ++m) {
-      const RowOf<Int8> to(model, tiles, {begin + m, tile, m}, out);
-      ForBytes(in + (begin + m) * model.stride + first, std::min(kPart, model.features - first),
-               inverse[m], [&](std::int64_t k, const std::int32_t* numbers, int count) {
-                 Int8::Activation bytes[kLanes];
-                 for (int i = 0; i < count; ++i) {
-                   bytes[i] = static_cast<Int8::Activation>(numbers[i] + Int8::kOffset);
-                 }
-                 to.Set(first + k, bytes, count);
-               });
+template <typename P>
+void HiddenLayer(const DenoiserView& model, int layer_index, const RowsView& rows,
+                 ChunkRange chunks, const void* in, const float* row_scale, float* workspace,
+                 void* out) {
+  const ConditionalLayerView& layer = model.layers[layer_index];
+  auto* sums = reinterpret_cast<typename P::Total*>(workspace + 2 * rows.slots * kChunk);
+  const auto tiles = RowTiles::Of<P>(rows.count);
+  const SumsOf<P> at(tiles, chunks.count);
+  const std::byte* weights = layer.weight + chunks.first * ChunkBytes<P>(model.features);
+  Gemm<P>(weights, chunks.count, model.features, tiles, in, model.stride * 4, sums);
+  for (std::int64_t i = 0; i < chunks.count; ++i) {
+    const ChunkOf chunk(model, layer, rows, chunks.first + i, workspace);
+    for (Place place; place.row < rows.count; place.Next(tiles)) {
+      const std::int64_t row = place.row;
+      const auto activate = [&](int n) {
+        Vec sum = ToFloat(P::LoadSum(sums + at(i, place, n)));
+        if constexpr (P::kQuantised) sum = sum * Set(row_scale[row]);
+        return chunk.Activate(sum, rows.slot[row], n);
+      };
+      if (layer_index == 1) {
+        const Activations<P> activations(model, tiles, place, out);
+        for (int n = 0; n < chunk.channels; n += kLanes) {
+          activations.Set(chunk.first + n, activate(n), std::min(kLanes, chunk.channels - n));
+        }
+      } else {
+        Vec hidden[kChunk / kLanes];
+        for (int n = 0; n < chunk.channels; n += kLanes) hidden[n / kLanes] = activate(n);
+        float* share =
+            static_cast<float*>(out) + ((chunks.first + i) * rows.count + row) * model.classes;
+        for (std::int64_t c = 0; c < model.classes; ++c) {
+          const float* weight = model.output_weight + c * model.stride + chunk.first;
+          share[c] = OutputSum<kOutputLanes<P>>(hidden, weight, chunk.channels);
+        }
+      }
     }
   }
 }
 
-std::int64_t ChunkBytes(Precision precision, std::int64_t features) {
-  return WithProduct(precision,
-                     [&]<typename Product>() { return ChunkBytesOf<Product>(features); });
+// Many rows share a pass over the activations, which then come from L2 once per call.
+std::int64_t ChunksPerCall(std::int64_t rows) { return rows <= 64 ? 1 : 16; }
+
+// Scale and shift of a chunk, the accumulators, and with vector instructions those of a block.
+template <typename P>
+std::int64_t Workspace(std::int64_t rows, std::int64_t slots, std::int64_t chunks) {
+  return 2 * slots * kChunk + SumsOf<P>(RowTiles::Of<P>(rows), chunks).size() +
+         (P::kAmx ? 0 : rows * kChunk);
 }
 
-void PackChunk(Precision precision, const float* weight, std::int64_t stride, int units,
-               std::int64_t features, std::byte* out, float* unit_scale) {
-  WithProduct(precision, [&]<typename Product>() {
-    PackChunkOf<Product>(weight, stride, units, features, out, unit_scale);
-  });
+std::int64_t TilesOf(std::int64_t rows) { return RowTiles::Of<Int8>(rows).count; }
+
+// kPart elements of each row of the tile at a time: the rows share cache lines.
+void QuantiseTile(const DenoiserView& model, std::int64_t rows, std::int64_t tile, const float* in,
+                  void* out, float* row_scale) {
+  constexpr std::int64_t kPart = 64;
+  const auto tiles = RowTiles::Of<Int8>(rows);
+  const std::int64_t begin = tiles.Begin(tile);
+  float inverse[Int8::kTileRows];
+  for (int m = 0; m < tiles.Size(tile); ++m) {
+    row_scale[begin + m] =
+        QuantisationScale(in + (begin + m) * model.stride, model.features, inverse + m);
+  }
+  for (std::int64_t first = 0; first < model.features; first += kPart) {
+    for (int m = 0; m < tiles.Size(tile); ++m) {
+      const RowOf<Int8> to(model, tiles, {begin + m, tile, m}, out);
+      ForQuantised(in + (begin + m) * model.stride + first, std::min(kPart, model.features - first),
+                   inverse[m], [&](std::int64_t k, const std::int32_t* integers, int count) {
+                     Int8::Activation bytes[kLanes];
+                     for (int i = 0; i < count; ++i) {
+                       bytes[i] = static_cast<Int8::Activation>(integers[i] + Int8::kOffset);
+                     }
+                     to.Set(first + k, bytes, count);
+                   });
+    }
+  }
 }
 
 void SoftplusAll(const float* in, std::int64_t count, float* out) {
@@ -300,11 +242,31 @@ void SoftplusAll(const float* in, std::int64_t count, float* out) {
   }
 }
 
-constexpr DenoiseKernels kDenoiseKernels{
-    DIFFMIC_SIMD_NAME, Group,      Scratch,   First,       Second,  Third,          TilesOf,
-    ToBytes,           ChunkBytes, PackChunk, SoftplusAll, ReadAll, MultiplyAddAll,
-};
+template <typename P>
+constexpr DenoiseKernels KernelsOf(Precision precision) {
+  return {precision,
+          ChunksPerCall,
+          Workspace<P>,
+          FirstLayer<P>,
+          HiddenLayer<P>,
+          P::kQuantised ? TilesOf : nullptr,
+          P::kQuantised ? QuantiseTile : nullptr,
+          ChunkBytes<P>,
+          PackChunk<P>,
+          SoftplusAll,
+          ReadAll,
+          MultiplyAddAll<P>};
+}
 
 }  // namespace
+
+constinit const DenoiseKernelTable kDenoiseKernels = {
+#if defined(DIFFMIC_SIMD_FUSED)
+    {},
+    {},
+#else
+    KernelsOf<Float32>(Precision::kFloat32), KernelsOf<BFloat16>(Precision::kBFloat16),
+#endif
+    KernelsOf<Int8>(Precision::kInt8)};
 
 }  // namespace diffmic::cpu::DIFFMIC_SIMD

@@ -1,17 +1,18 @@
-// How the weights and activations of `denoise`'s hidden layers lie in memory. Part of
-// denoise_kernels.inc.h, compiled once an instruction set.
+// Memory layout of the hidden layers' operands, for the GEMM out[m, f] = sum over k of in[m, k]
+// W[f, k]. Part of denoise_kernels.inc.h, compiled once per instruction set.
 //
-// A hidden layer is out[m, f] = sum over k of in[m, k] W[f, k]. W is packed once (PackChunkOf) in
-// the order in which a product reads it:
+// W is packed once, in the order in which the GEMM reads it:
 //
-//   chunk of kChunk units | block of kDepth elements of k | panel of kPanel units |
-//   kGroup elements of k | units of the panel | the group's elements
+//   chunk of kChunk output channels | block of kDepth elements of k | panel of kPanel channels |
+//   kGroup elements of k | channels of the panel | elements of the group
 //
-// so a chunk is one stream, whatever the number of rows. Where an instruction takes unsigned
-// activations (kOffset), the initial sums of the chunk's units precede it. The activations of a
-// tile of rows are adjacent, too: kGroup elements of k of each row, and then the next kGroup. (As a
-// row-major matrix, rows would be a stride of pages apart, and a block of many rows would share a
-// few sets of the caches: at 192 rows that costs a tenth of the time.)
+// so a chunk is one contiguous stream for any number of rows. With an unsigned activation operand
+// (kOffset) the chunk is preceded by the compensation of its channels, -kOffset times the sum of
+// their weights. Activations of a tile of rows are interleaved the same way: kGroup elements of k
+// of each row, then the next kGroup. (In a row-major matrix, rows lie a multiple of pages apart and
+// compete for a few cache sets: at 192 rows that costs a tenth of the time.)
+//
+// `P` is a precision; denoise_gemm.inc.h lists what it defines.
 #ifndef DIFFMIC_CPU_DENOISE_DENOISE_LAYOUT_INC_H_
 #define DIFFMIC_CPU_DENOISE_DENOISE_LAYOUT_INC_H_
 
@@ -22,136 +23,134 @@
 
 #include "cpu/common/simd.h"
 #include "cpu/denoise/denoise_kernel_table.h"
-#include "cpu/denoise/denoise_precisions.inc.h"
 
 namespace diffmic::cpu::DIFFMIC_SIMD {
 namespace {
 
-// ---- packing
+// ---- packed weights
 
-// Bytes before a chunk: the initial sums of its units, if they are not 0.
-template <typename Product>
-constexpr std::int64_t kFrontBytes = Product::kOffset == 0 ? 0 : kChunk * 4;
+template <typename P>
+constexpr std::int64_t kCompensationBytes = P::kOffset == 0 ? 0 : kChunk * 4;
 
-// Groups of `depth` elements, as a chunk is padded.
-template <typename Product>
+template <typename P>
+constexpr int kPanels = static_cast<int>(kChunk / P::kPanel);
+
+// Groups of `depth` elements of k, padding included.
+template <typename P>
 constexpr std::int64_t GroupsOf(std::int64_t depth) {
-  const std::int64_t groups = (depth + Product::kGroup - 1) / Product::kGroup;
-  return (groups + Product::kMultiple - 1) / Product::kMultiple * Product::kMultiple;
+  const std::int64_t groups = (depth + P::kGroup - 1) / P::kGroup;
+  return (groups + P::kPadGroups - 1) / P::kPadGroups * P::kPadGroups;
 }
 
-// Bytes of a panel's block of `depth` elements.
-template <typename Product>
-constexpr std::int64_t BlockBytes(std::int64_t depth) {
-  return GroupsOf<Product>(depth) * Product::kGroup * Product::kPanel *
-         static_cast<std::int64_t>(sizeof(typename Product::Weight));
+// Bytes of `depth` elements of k of a panel.
+template <typename P>
+constexpr std::int64_t PanelBytes(std::int64_t depth) {
+  return GroupsOf<P>(depth) * P::kGroup * P::kPanel *
+         static_cast<std::int64_t>(sizeof(typename P::Weight));
 }
 
-template <typename Product>
-constexpr int kPanels = static_cast<int>(kChunk / Product::kPanel);
-
-template <typename Product>
-std::int64_t ChunkBytesOf(std::int64_t features) {
-  return kFrontBytes<Product> +
-         kPanels<Product> * (features / kDepth * BlockBytes<Product>(kDepth) +
-                             (features % kDepth == 0 ? 0 : BlockBytes<Product>(features % kDepth)));
+template <typename P>
+std::int64_t ChunkBytes(std::int64_t features) {
+  return kCompensationBytes<P> + kPanels<P> * (features / kDepth * PanelBytes<P>(kDepth) +
+                                               PanelBytes<P>(features % kDepth));
 }
 
-// The scale of a row's bytes, amax / 127, and its inverse. NaN where an element is infinite or NaN,
-// which a byte cannot represent; 0 for a row of zeros, or next to them.
-inline float ByteScale(const float* x, std::int64_t count, float* inverse) {
-  Vec most = Zero();
+inline Vec LoadUpTo(const float* p, int count) {
+  return count == kLanes ? Load(p) : LoadPart(p, count);
+}
+
+// The quantisation scale amax / 127 of a row, and its inverse. NaN if an element is NaN or
+// infinite, which int8 cannot represent; 0 for a row that is (nearly) all zeros.
+inline float QuantisationScale(const float* x, std::int64_t count, float* inverse) {
+  Vec largest = Zero();
   Vec invalid = Zero();
   for (std::int64_t i = 0; i < count; i += kLanes) {
-    const int part = static_cast<int>(std::min<std::int64_t>(kLanes, count - i));
-    const Vec v = part == kLanes ? Load(x + i) : LoadPart(x + i, part);
-    most = Max(Zero() - NegativeAbs(v), most);
+    const Vec v = LoadUpTo(x + i, static_cast<int>(std::min<std::int64_t>(kLanes, count - i)));
+    largest = Max(Zero() - NegativeAbs(v), largest);
     invalid = invalid + v * Zero();
   }
   float lanes[kLanes];
-  Store(lanes, most);
-  const float largest = *std::max_element(lanes, lanes + kLanes);
-  *inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
-  return (largest > 1e-30f ? largest / 127.0f : 0.0f) + Sum(invalid);
+  Store(lanes, largest);
+  const float amax = *std::max_element(lanes, lanes + kLanes);
+  *inverse = amax > 1e-30f ? 127.0f / amax : 0.0f;
+  return (amax > 1e-30f ? amax / 127.0f : 0.0f) + Sum(invalid);
 }
 
-// The elements of one row of W as they are packed.
+// Calls each(k, integers, count) for kLanes quantised elements at a time. NaN becomes 0: the scale
+// of its row is NaN.
+template <typename Each>
+void ForQuantised(const float* x, std::int64_t count, float inverse, const Each& each) {
+  std::int32_t integers[kLanes];
+  for (std::int64_t k = 0; k < count; k += kLanes) {
+    const int part = static_cast<int>(std::min<std::int64_t>(kLanes, count - k));
+    StoreInts(integers, ToInts(Round(ZeroNan(LoadUpTo(x + k, part) * Set(inverse)))));
+    each(k, integers, part);
+  }
+}
+
+// Converts elements of a row of W to their packed type.
 inline void Convert(const float* w, std::int64_t depth, float, float* out) {
   std::copy_n(w, depth, out);
 }
 inline void Convert(const float* w, std::int64_t depth, float, std::uint16_t* out) {
-  std::uint16_t numbers[kLanes];
+  std::uint16_t rounded[kLanes];
   for (std::int64_t k = 0; k < depth; k += kLanes) {
     const int part = static_cast<int>(std::min<std::int64_t>(kLanes, depth - k));
-    StoreBFloat16(numbers, RoundToBFloat16(part == kLanes ? Load(w + k) : LoadPart(w + k, part)));
-    std::copy_n(numbers, part, out + k);
-  }
-}
-// Calls each(k, integers, count) for kLanes elements at a time. NaN becomes 0: its row's scale is
-// NaN.
-template <typename Each>
-void ForBytes(const float* x, std::int64_t count, float inverse, const Each& each) {
-  std::int32_t numbers[kLanes];
-  for (std::int64_t k = 0; k < count; k += kLanes) {
-    const int part = static_cast<int>(std::min<std::int64_t>(kLanes, count - k));
-    const Vec v = part == kLanes ? Load(x + k) : LoadPart(x + k, part);
-    StoreInts(numbers, ToInts(Round(ZeroNan(v * Set(inverse)))));
-    each(k, numbers, part);
+    StoreBFloat16(rounded, RoundToBFloat16(LoadUpTo(w + k, part)));
+    std::copy_n(rounded, part, out + k);
   }
 }
 inline void Convert(const float* w, std::int64_t depth, float inverse, std::int8_t* out) {
-  ForBytes(w, depth, inverse, [&](std::int64_t k, const std::int32_t* numbers, int count) {
-    for (int i = 0; i < count; ++i) out[k + i] = static_cast<std::int8_t>(numbers[i]);
+  ForQuantised(w, depth, inverse, [&](std::int64_t k, const std::int32_t* integers, int count) {
+    for (int i = 0; i < count; ++i) out[k + i] = static_cast<std::int8_t>(integers[i]);
   });
 }
 
-// Packs `units` rows of W. The rest of the chunk, and of its last groups, is zero.
-template <typename Product>
-void PackChunkOf(const float* weight, std::int64_t stride, int units, std::int64_t features,
-                 std::byte* out, float* unit_scale) {
-  using Weight = typename Product::Weight;
-  constexpr std::int64_t kGroup = Product::kGroup;
-  constexpr int kPanel = Product::kPanel;
+// Packs `channels` rows of W as a chunk, with zeros for missing channels and elements.
+template <typename P>
+void PackChunk(const float* weight, std::int64_t stride, int channels, std::int64_t features,
+               std::byte* out, float* channel_scale) {
+  using Weight = typename P::Weight;
+  constexpr std::int64_t kGroup = P::kGroup;
+  constexpr int kPanel = P::kPanel;
   float inverse[kChunk] = {};
-  if constexpr (Product::kScaled) {
-    for (int n = 0; n < units; ++n) {
-      unit_scale[n] = ByteScale(weight + n * stride, features, inverse + n);
+  if constexpr (P::kQuantised) {
+    for (int n = 0; n < channels; ++n) {
+      channel_scale[n] = QuantisationScale(weight + n * stride, features, inverse + n);
     }
   }
-  std::uint32_t front[kChunk] = {};  // modulo 2^32, as the sums that begin with them
-  std::byte* block = out + kFrontBytes<Product>;
+  std::uint32_t compensation[kChunk] = {};  // modulo 2^32, as the accumulators
+  std::byte* block = out + kCompensationBytes<P>;
   for (std::int64_t k = 0; k < features; k += kDepth) {
     const std::int64_t depth = std::min(kDepth, features - k);
     for (int panel = 0; panel < kChunk; panel += kPanel) {
-      std::memset(block, 0, static_cast<std::size_t>(BlockBytes<Product>(depth)));
+      std::memset(block, 0, static_cast<std::size_t>(PanelBytes<P>(depth)));
       auto* packed = reinterpret_cast<Weight*>(block);
-      for (int n = 0; n < std::min(kPanel, units - panel); ++n) {
+      for (int n = 0; n < std::min(kPanel, channels - panel); ++n) {
         Weight row[kDepth];
         Convert(weight + (panel + n) * stride + k, depth, inverse[panel + n], row);
         for (std::int64_t i = 0; i < depth; ++i) {
           packed[i / kGroup * kGroup * kPanel + n * kGroup + i % kGroup] = row[i];
-        }
-        if constexpr (Product::kOffset != 0) {
-          for (std::int64_t i = 0; i < depth; ++i) {
-            front[panel + n] -= static_cast<std::uint32_t>(Product::kOffset * row[i]);
+          if constexpr (P::kOffset != 0) {
+            compensation[panel + n] -= static_cast<std::uint32_t>(P::kOffset * row[i]);
           }
         }
       }
-      block += BlockBytes<Product>(depth);
+      block += PanelBytes<P>(depth);
     }
   }
-  if constexpr (kFrontBytes<Product> > 0) std::memcpy(out, front, sizeof front);
+  if constexpr (P::kOffset != 0) std::memcpy(out, compensation, sizeof compensation);
 }
 
 // ---- activations
 
-// How rows are divided into tiles of nearly one size. Vector products: the first ones a row larger
-// where they must be. AMX: tiles of equal size, the last one may have padding rows.
+// How rows are divided into tiles of nearly equal size. Vector GEMM: the first `larger` tiles have
+// one row more. AMX: all tiles have `size` rows, the last one may be padded.
 struct RowTiles {
-  template <typename Product>
+  template <typename P>
   static RowTiles Of(std::int64_t rows) {
-    const std::int64_t count = (rows + Product::kMostRows - 1) / Product::kMostRows;
-    if (Product::kAmx) return {rows, count, (rows + count - 1) / count, 0};
+    const std::int64_t count = (rows + P::kTileRows - 1) / P::kTileRows;
+    if (P::kAmx) return {rows, count, (rows + count - 1) / count, 0};
     return {rows, count, rows / count, rows % count};
   }
 
@@ -163,7 +162,7 @@ struct RowTiles {
   std::int64_t rows, count, size, larger;
 };
 
-// A row and its place in a tile; a loop over rows needs no division.
+// A row and its position in a tile; iterating over rows needs no division.
 struct Place {
   std::int64_t row = 0, tile = 0;
   int within = 0;
@@ -176,33 +175,34 @@ struct Place {
   }
 };
 
-// Where the vector products read a row's activations: kGroup of them at a time, beside those of the
-// other rows of its tile.
-template <typename Product>
+// Writes a row of the vector GEMM's activations.
+template <typename P>
 class VectorRow {
  public:
-  using Activation = typename Product::Activation;
-  static constexpr int kGroup = Product::kGroup;
+  using Activation = typename P::Activation;
+  static constexpr int kGroup = P::kGroup;
 
   VectorRow(const DenoiserView& model, const RowTiles& tiles, const Place& place, void* activations)
       : to_(reinterpret_cast<Activation*>(static_cast<std::byte*>(activations) +
                                           (place.row - place.within) * model.stride * 4) +
             place.within * kGroup),
-        step_(std::int64_t{tiles.Size(place.tile)} * kGroup) {}
+        group_stride_(std::int64_t{tiles.Size(place.tile)} * kGroup) {}
 
-  // Elements [k, k + count) of the row, k a multiple of kGroup. The rest of the last group is 0:
-  // it is multiplied by weights of 0, and must not be what another row left there, such as NaN.
-  void Set(std::int64_t k, const Activation* numbers, int count) const {
-    Activation* to = to_ + k / kGroup * step_;
+  // Elements [k, k + count) of the row, k a multiple of kGroup. The rest of the last group becomes
+  // 0: its weights are 0, but stale memory may hold NaN.
+  void Set(std::int64_t k, const Activation* values, int count) const {
+    Activation* to = to_ + k / kGroup * group_stride_;
     int i = 0;
-    for (; i + kGroup <= count; i += kGroup, to += step_) std::copy_n(numbers + i, kGroup, to);
+    for (; i + kGroup <= count; i += kGroup, to += group_stride_) {
+      std::copy_n(values + i, kGroup, to);
+    }
     if (i == count) return;
-    for (int j = 0; j < kGroup; ++j) to[j] = i + j < count ? numbers[i + j] : Activation{0};
+    for (int j = 0; j < kGroup; ++j) to[j] = i + j < count ? values[i + j] : Activation{0};
   }
 
  private:
   Activation* to_;
-  std::int64_t step_;
+  std::int64_t group_stride_;
 };
 
 }  // namespace

@@ -1,11 +1,11 @@
-// The ways in which the probe of memory (DenoiseKernels::read, denoise_probes.inc.h) can read.
+// Access patterns of the memory bandwidth probe (DenoiseKernels::read, denoise_probes.inc.h).
 #ifndef DIFFMIC_CPU_DENOISE_DENOISE_PROBES_H_
 #define DIFFMIC_CPU_DENOISE_DENOISE_PROBES_H_
 
 namespace diffmic::cpu {
 
-// Contiguous parts of the array that are read at the same time, and the bytes that each line is
-// prefetched into L2 before it is read; 0: not at all.
+// Contiguous parts of the array that are read concurrently, and the prefetch distance to L2 in
+// bytes (0: no prefetching).
 struct Reader {
   int streams;
   int ahead;

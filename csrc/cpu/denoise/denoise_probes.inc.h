@@ -1,8 +1,8 @@
-// The limits of the machine that benchmarks hold the kernels of `denoise` against: reading memory,
-// and multiply-adds. Part of denoise_kernels.inc.h, compiled once an instruction set.
+// Probes of the two bounds that benchmarks compare the kernels of `denoise` with: memory bandwidth
+// and multiply-add throughput. Part of denoise_kernels.inc.h, compiled once per instruction set.
 //
-// A limit has to be the best that the processor does, or the kernels would look better than they
-// are. Which way of reading is fastest, and which instruction, differs between processors. So each
+// A bound must be the best that the processor reaches, or the kernels would look better than they
+// are. The fastest access pattern and the fastest instruction differ between processors, so each
 // probe has several implementations, and the process keeps the fastest.
 #ifndef DIFFMIC_CPU_DENOISE_DENOISE_PROBES_INC_H_
 #define DIFFMIC_CPU_DENOISE_DENOISE_PROBES_INC_H_
@@ -18,7 +18,7 @@
 #include <utility>
 
 #include "cpu/common/simd.h"
-#include "cpu/denoise/denoise_kernel_table.h"
+#include "cpu/denoise/denoise_gemm.inc.h"
 #include "cpu/denoise/denoise_probes.h"
 #if defined(DIFFMIC_SIMD_AMX)
 #include "cpu/denoise/denoise_amx.inc.h"
@@ -29,17 +29,16 @@ namespace {
 
 // ---- memory
 
-// The sum of `count` floats, by one of kReaders. The processor's own prefetching stops at the end
-// of a page and follows few streams at full speed. A thread of Zen 4, 4 KB pages: 17 GB/s from one
-// stream, 22 from four, 27 from eight that are prefetched.
+// The sum of `count` floats, by one of kReaders. The hardware prefetcher stops at the end of a page
+// and follows few streams at full speed. A thread of Zen 4, 4 KB pages: 17 GB/s from one stream, 22
+// from four, 27 from eight that are prefetched.
 template <int kStreams, int kAhead>
 float ReadStreams(const float* in, std::int64_t count) {
   constexpr int kLine = 64 / sizeof(float);
   constexpr int kVectors = kLine / kLanes;
   constexpr int kSums = std::max(kStreams, 4);  // additions in flight
   const std::int64_t part = count / kStreams / kLine * kLine;
-  Vec sums[kSums];
-  for (Vec& sum : sums) sum = Zero();
+  Vec sums[kSums] = {};
   for (std::int64_t i = 0; i < part; i += kLine) {
 #pragma GCC unroll 8
     for (int s = 0; s < kStreams; ++s) {
@@ -74,43 +73,33 @@ float ReadAll(const float* in, std::int64_t count, int reader) {
 
 // ---- multiply-adds
 
-// What one instruction does with vectors of operands in memory: kProducts multiply-adds a lane.
+// An instruction on vectors of operands: kProducts multiply-adds per lane.
 struct FusedMultiplyAdd {
   using Element = float;
   using Operand = Vec;
-  using Sum = Vec;
   static constexpr int kProducts = 1;
-  static Sum Begin() { return Zero(); }
-  static Vec Finish(Sum sum) { return sum; }
-  static Operand LoadOperand(const std::byte* p) { return Load(reinterpret_cast<const float*>(p)); }
-  static void Add(Operand a, Operand b, Sum& sum) { AddProduct(a, b, sum); }
+  static Vec LoadOperand(const std::byte* p) { return Load(reinterpret_cast<const float*>(p)); }
+  static void Add(Vec a, Vec b, Vec& sum) { AddProduct(a, b, sum); }
 };
 
-// Sums of whole numbers; on overflow they wrap around.
+// Integer accumulators wrap around.
 struct IntegerInstruction {
   using Element = std::uint8_t;
   using Operand = Ints;
-  using Sum = Ints;
-  static Sum Begin() { return ZeroInts(); }
-  static Vec Finish(Sum sum) { return ToFloat(sum); }
-  static Operand LoadOperand(const std::byte* p) {
-    Ints operand;
-    std::memcpy(&operand, p, sizeof operand);
-    return operand;
-  }
+  static Ints LoadOperand(const std::byte* p) { return LoadInts(p); }
 };
 
-// Two products of 16 bits, which bytes are widened to.
+// Two products of 16 bits, to which int8 is widened.
 struct PairMultiplyAdd : IntegerInstruction {
   static constexpr int kProducts = 2;
-  static void Add(Operand a, Operand b, Sum& sum) { AddProducts(a, b, sum); }
+  static void Add(Ints a, Ints b, Ints& sum) { AddProducts(a, b, sum); }
 };
 
 #if defined(DIFFMIC_SIMD_AVX512_BF16)
 struct BFloat16DotProduct : FusedMultiplyAdd {
   using Element = std::uint16_t;
   static constexpr int kProducts = 2;
-  static void Add(Operand a, Operand b, Sum& sum) {
+  static void Add(Vec a, Vec b, Vec& sum) {
 #if defined(DIFFMIC_AVX512_EMULATED)
     sum.v = _mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_castps_si512(a.v),
                              (__m512bh)_mm512_castps_si512(b.v));
@@ -122,20 +111,14 @@ struct BFloat16DotProduct : FusedMultiplyAdd {
 
 struct ByteDotProduct : IntegerInstruction {
   static constexpr int kProducts = 4;
-  static void Add(Operand a, Operand b, Sum& sum) {
-#if defined(DIFFMIC_AVX512_EMULATED)
-    sum.v = _mm512_dpbusd_epi32(sum.v, a.v, b.v);
-#else
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
-#endif
-  }
+  static void Add(Ints a, Ints b, Ints& sum) { AddByteProducts(a, b, sum); }
 };
 
 #elif defined(DIFFMIC_SIMD_AVX512) || defined(DIFFMIC_SIMD_AVX2)
-// Four products of bytes in three instructions; sums of two of them saturate at 16 bits.
+// Four products of int8 in three instructions; sums of two of them saturate at 16 bits.
 struct ByteDotProduct : IntegerInstruction {
   static constexpr int kProducts = 4;
-  static void Add(Operand a, Operand b, Sum& sum) {
+  static void Add(Ints a, Ints b, Ints& sum) {
 #if defined(DIFFMIC_AVX512_EMULATED)
     const __m512i pairs = _mm512_maddubs_epi16(a.v, b.v);
     sum.v = _mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
@@ -154,16 +137,16 @@ struct ByteDotProduct : IntegerInstruction {
 };
 #endif
 
-// Bytes of operands that a probe reads over and over: half of an L1 cache.
+// Bytes of operands that a probe reads repeatedly: half of an L1 cache.
 constexpr std::int64_t kOperandBytes = 16 * 1024;
 
 struct alignas(64) Operands {
   std::byte bytes[kOperandBytes];
 };
 
-// Random operands: bytes of any value, floating-point numbers uniform in [-1, 1). The power that a
-// multiplier takes depends on its operands, so where power limits the clock, zeros would be
-// multiplied faster than any product's elements.
+// Random operands: int8 of any value, floating-point numbers uniform in [-1, 1). The power of a
+// multiplier depends on its operands, so where power limits the clock, zeros would be multiplied
+// faster than the elements of a real GEMM.
 template <typename Element>
 const std::byte* RandomOperands() {
   static const Operands operands = [] {
@@ -188,9 +171,9 @@ const std::byte* RandomOperands() {
   return operands.bytes;
 }
 
-// At least `count` multiply-adds: kA x kB chains of sums, each of them the product of one of kA
-// vectors of operands and one of kB. With kLoaded the next kA + kB vectors come from L1 then, as in
-// a tile of a product; without they stay in their registers.
+// At least `count` multiply-adds into kA x kB accumulators, each of them the product of one of kA
+// vectors of operands and one of kB. With kLoaded every kA + kB vectors are loaded from L1, as in a
+// micro-kernel; without, they stay in registers.
 template <typename Instruction, int kA, int kB, bool kLoaded>
 float MultiplyAddTile(std::int64_t count) {
   constexpr std::int64_t kVector = sizeof(typename Instruction::Operand);
@@ -198,9 +181,7 @@ float MultiplyAddTile(std::int64_t count) {
   constexpr std::int64_t kStep = kLoaded ? (kA + kB) * kVector : 0;
   constexpr std::int64_t kPass = kGroups * kA * kB * kLanes * Instruction::kProducts;
   const std::byte* operands = RandomOperands<typename Instruction::Element>();
-  typename Instruction::Sum sums[kA * kB];
-#pragma GCC unroll 24
-  for (int s = 0; s < kA * kB; ++s) sums[s] = Instruction::Begin();
+  typename Instruction::Operand sums[kA * kB] = {};
   for (; count > 0; count -= kPass) {
     const std::byte* group = operands;
     for (int g = 0; g < kGroups; ++g, group += kStep) {
@@ -217,13 +198,13 @@ float MultiplyAddTile(std::int64_t count) {
   }
   Vec total = Zero();
 #pragma GCC unroll 24
-  for (int s = 0; s < kA * kB; ++s) total = total + Instruction::Finish(sums[s]);
+  for (int s = 0; s < kA * kB; ++s) total = total + ToFloat(sums[s]);
   return Sum(total);
 }
 
 using Multiplier = float (*)(std::int64_t count);
 
-// The one that takes the least time for kCount multiply-adds, in the best of its trials.
+// The one with the least time for kCount multiply-adds, over kTrials trials each.
 Multiplier Fastest(std::initializer_list<Multiplier> multipliers) {
   using Clock = std::chrono::steady_clock;
   constexpr int kTrials = 5;
@@ -244,10 +225,11 @@ Multiplier Fastest(std::initializer_list<Multiplier> multipliers) {
   return fastest;
 }
 
-// The fastest of several instructions, with operands from memory or in registers. A latency is up
-// to 6 cycles with one instruction in each, or 4 with two, or four of short vectors: chains are 8
-// to 24, as many as there are registers for. (Zen 4: from 8 on, AVX-512 does one instruction a
-// cycle, of every precision; AVX2 two a cycle, and 12 chains are a twentieth faster than 8.)
+// The fastest of several instructions, with operands from L1 or in registers. Latencies are up to 6
+// cycles at one instruction per cycle, or 4 at two, or four of short vectors, so 8 to 24
+// accumulators are needed, as many as there are registers for. (Zen 4: from 8 on, AVX-512 issues
+// one instruction per cycle in every precision; AVX2 two, and 12 accumulators are 5 % faster than
+// 8.)
 template <typename... Instructions>
 float FastestMultiplyAdds(std::int64_t count) {
   static const Multiplier multiply = [] {
@@ -269,50 +251,48 @@ float FastestMultiplyAdds(std::int64_t count) {
 }
 
 #if defined(DIFFMIC_SIMD_AMX)
-// 2 x 2 tiles of sums as in a product; operands are other tiles in every slice, since the clock
-// falls with operands that change.
-template <typename Product>
+// 2 x 2 accumulators as in a GEMM, with other operands in every slice: the clock falls with
+// operands that change.
+template <typename P>
 float TileMultiplyAdds(std::int64_t count) {
   constexpr std::int64_t kSlices = kOperandBytes / (2 * kSliceWeights);
-  constexpr std::int64_t kStepProducts =
-      2 * kRowsOfTile * kChunk * kSliceBytes /
-      static_cast<std::int64_t>(sizeof(typename Product::Weight));
-  const std::byte* w = RandomOperands<typename Product::Weight>();
+  constexpr std::int64_t kSliceProducts = 2 * P::kTileRows * kChunk * kSliceBytes /
+                                          static_cast<std::int64_t>(sizeof(typename P::Weight));
+  const std::byte* w = RandomOperands<typename P::Weight>();
   const std::byte* a = w + kSlices * kSliceWeights;
   alignas(64) float sums[4 * kTileBytes / 4];
-  TileRegisters tiles;
-  const Configured configured(tiles, kRowsOfTile, false);
+  TileRegisters tiles(ConfigOf(P::kTileRows, false));
   ZeroSums<2>(tiles);
-  for (; count > 0; count -= kSlices * kStepProducts) {
+  for (; count > 0; count -= kSlices * kSliceProducts) {
     LinesAhead none{w, 0};
-    AddSlices<Product, 2>(tiles, a, kSlices * kTileBytes, kTileBytes, w, kSlices, none);
+    AddSlices<P, 2>(tiles, a, kSlices * kTileBytes, kTileBytes, w, kSlices, none);
   }
   StoreSums<2>(tiles, reinterpret_cast<std::byte*>(sums), 2 * kTileBytes);
   return sums[0] + sums[4 * kTileBytes / 4 - 1];
 }
 #endif
 
-// bfloat16 is also what float32 instructions multiply once it is widened; widening, once for all
-// rows of a tile, is not counted.
-float MultiplyAddAll(Precision precision, std::int64_t count) {
-  switch (precision) {
+// bfloat16 may also be widened for the float32 instructions; widening, once for all rows of a tile,
+// is not counted.
+template <typename P>
+float MultiplyAddAll(std::int64_t count) {
 #if defined(DIFFMIC_SIMD_AMX)
-    case Precision::kBFloat16:
-      return TileMultiplyAdds<AmxBFloat16>(count);
+  if constexpr (P::kAmx) {
+    return TileMultiplyAdds<P>(count);
+  } else
 #elif defined(DIFFMIC_SIMD_AVX512_BF16)
-    case Precision::kBFloat16:
-      return FastestMultiplyAdds<BFloat16DotProduct, FusedMultiplyAdd>(count);
+  if constexpr (std::is_same_v<P, VectorBFloat16>) {
+    return FastestMultiplyAdds<BFloat16DotProduct, FusedMultiplyAdd>(count);
+  } else
 #endif
-    case Precision::kInt8:
-#if defined(DIFFMIC_SIMD_AMX)
-      return TileMultiplyAdds<AmxInt8>(count);
-#elif defined(DIFFMIC_SIMD_AVX512) || defined(DIFFMIC_SIMD_AVX2)
-      return FastestMultiplyAdds<ByteDotProduct, PairMultiplyAdd>(count);
+      if constexpr (P::kQuantised) {
+#if defined(DIFFMIC_SIMD_AVX512) || defined(DIFFMIC_SIMD_AVX2)
+    return FastestMultiplyAdds<ByteDotProduct, PairMultiplyAdd>(count);
 #else
-      return FastestMultiplyAdds<PairMultiplyAdd>(count);
+    return FastestMultiplyAdds<PairMultiplyAdd>(count);
 #endif
-    default:
-      return FastestMultiplyAdds<FusedMultiplyAdd>(count);
+  } else {
+    return FastestMultiplyAdds<FusedMultiplyAdd>(count);
   }
 }
 

@@ -9,9 +9,8 @@
 namespace diffmic::cpu {
 namespace {
 
-// A round maps the state and the input to the new state, one to one in either: a change of one
-// number always comes through, and that of several but where one happens to undo the others.
-std::uint64_t RoundOf(std::uint64_t state, std::uint64_t input) {
+// Injective in the state and in the input: a single change always propagates.
+std::uint64_t Mix(std::uint64_t state, std::uint64_t input) {
   return std::rotl(state + input, 31) * 0x9E3779B185EBCA87u;
 }
 
@@ -21,26 +20,27 @@ std::uint64_t Avalanche(std::uint64_t h) {
   return h ^ h >> 32;
 }
 
-// In eight lanes, as fast as memory is read.
-std::uint64_t RowFingerprint(const float* row, std::int64_t count, std::uint64_t place) {
+// Eight independent lanes, as fast as memory is read.
+std::uint64_t RowFingerprint(const float* row, std::int64_t count, std::uint64_t position) {
   constexpr int kLanes = 8;
   constexpr std::int64_t kFloats = 2 * kLanes;
   std::uint64_t state[kLanes];
-  for (int i = 0; i < kLanes; ++i) state[i] = Avalanche(place * kLanes + static_cast<unsigned>(i));
+  for (int i = 0; i < kLanes; ++i)
+    state[i] = Avalanche(position * kLanes + static_cast<unsigned>(i));
   std::int64_t k = 0;
   for (; k + kFloats <= count; k += kFloats) {
     std::uint64_t input[kLanes];
     std::memcpy(input, row + k, sizeof input);
-    for (int i = 0; i < kLanes; ++i) state[i] = RoundOf(state[i], input[i]);
+    for (int i = 0; i < kLanes; ++i) state[i] = Mix(state[i], input[i]);
   }
   std::uint64_t rest[kLanes] = {};
   std::memcpy(rest, row + k, static_cast<std::size_t>(count - k) * sizeof(float));
   std::uint64_t h = 0;
-  for (int i = 0; i < kLanes; ++i) h = RoundOf(h, Avalanche(RoundOf(state[i], rest[i])));
+  for (int i = 0; i < kLanes; ++i) h = Mix(h, Avalanche(Mix(state[i], rest[i])));
   return Avalanche(h);
 }
 
-// Of rows [first, first + count) of a layer. Rows are added up, each knowing its place.
+// Of rows [first, first + count) of a layer: a sum of hashes that depend on the row's position.
 std::uint64_t RowsFingerprint(const HiddenWeights& weights, int layer, std::int64_t first,
                               std::int64_t count) {
   std::uint64_t sum = 0;
@@ -51,7 +51,7 @@ std::uint64_t RowsFingerprint(const HiddenWeights& weights, int layer, std::int6
   return sum;
 }
 
-// Calls work(layer, chunk, units) for all chunks of both layers and adds up what it returns.
+// The sum of work(layer, chunk, channels) over all chunks of both layers.
 template <typename Work>
 std::uint64_t SumOverChunks(std::int64_t features, int threads, const Work& work) {
   const std::int64_t chunks = (features + kChunk - 1) / kChunk;
@@ -72,50 +72,53 @@ std::uint64_t SumOverChunks(std::int64_t features, int threads, const Work& work
 
 }  // namespace
 
-PackedWeights::PackedWeights(const HiddenWeights& weights, Precision precision,
-                             const DenoiseKernels& kernels, int threads)
+PackedWeights::PackedWeights(const HiddenWeights& weights, const DenoiseKernels& kernels,
+                             int threads)
     : features_(weights.features) {
-  const std::int64_t chunk_bytes = kernels.chunk_bytes(precision, features_);
+  const std::int64_t chunk_bytes = kernels.chunk_bytes(features_);
   layer_bytes_ = (features_ + kChunk - 1) / kChunk * chunk_bytes;
   chunks_ = MakeLargeArray<std::byte>(2 * layer_bytes_);
-  if (precision == Precision::kInt8) unit_scale_.resize(static_cast<std::size_t>(2 * features_));
-  fingerprint_ = SumOverChunks(features_, threads, [&](int layer, std::int64_t chunk, int units) {
+  if (kernels.precision == Precision::kInt8) {
+    channel_scale_.resize(static_cast<std::size_t>(2 * features_));
+  }
+  fingerprint_ = SumOverChunks(features_, threads, [&](int layer, std::int64_t chunk, int count) {
     const std::int64_t first = chunk * kChunk;
-    // First, so that what is written meanwhile differs from it at the next call.
-    const std::uint64_t fingerprint = RowsFingerprint(weights, layer, first, units);
+    // Before packing, so that a concurrent write changes the hash of the next call.
+    const std::uint64_t fingerprint = RowsFingerprint(weights, layer, first, count);
     kernels.pack_chunk(
-        precision, weights.weight[layer] + first * weights.stride[layer], weights.stride[layer],
-        units, features_, chunks_.get() + layer * layer_bytes_ + chunk * chunk_bytes,
-        unit_scale_.empty() ? nullptr : unit_scale_.data() + layer * features_ + first);
+        weights.weight[layer] + first * weights.stride[layer], weights.stride[layer], count,
+        features_, chunks_.get() + layer * layer_bytes_ + chunk * chunk_bytes,
+        channel_scale_.empty() ? nullptr : channel_scale_.data() + layer * features_ + first);
     return fingerprint;
   });
 }
 
 std::uint64_t Fingerprint(const HiddenWeights& weights, int threads) {
-  return SumOverChunks(weights.features, threads, [&](int layer, std::int64_t chunk, int units) {
-    return RowsFingerprint(weights, layer, chunk * kChunk, units);
+  return SumOverChunks(weights.features, threads, [&](int layer, std::int64_t chunk, int count) {
+    return RowsFingerprint(weights, layer, chunk * kChunk, count);
   });
 }
 
 std::shared_ptr<const PackedWeights> WeightCache::Get(const HiddenWeights& weights,
-                                                      Precision precision,
                                                       const DenoiseKernels& kernels, int threads) {
-  const auto exchange = [&](std::shared_ptr<const PackedWeights>* set, bool put) {
-    const std::lock_guard lock(mutex_);  // for no longer than this
-    std::shared_ptr<const PackedWeights>& kept = sets_[{precision, &kernels}];
-    put ? kept = *set : * set = kept;
-  };
-  std::shared_ptr<const PackedWeights> set;
-  exchange(&set, false);
-  if (set != nullptr && set->features() == weights.features &&
-      set->fingerprint() == Fingerprint(weights, threads)) {
-    return set;
+  // The lock is held for map accesses only, never while hashing or packing.
+  std::shared_ptr<const PackedWeights> packed;
+  {
+    const std::lock_guard lock(mutex_);
+    packed = entries_[&kernels];
   }
-  set.reset();
-  exchange(&set, true);  // the old ones' memory first
-  set = std::make_shared<PackedWeights>(weights, precision, kernels, threads);
-  exchange(&set, true);
-  return set;
+  if (packed != nullptr && packed->features() == weights.features &&
+      packed->fingerprint() == Fingerprint(weights, threads)) {
+    return packed;
+  }
+  packed.reset();
+  {
+    const std::lock_guard lock(mutex_);
+    entries_[&kernels].reset();  // frees the old entry before its successor is allocated
+  }
+  packed = std::make_shared<PackedWeights>(weights, kernels, threads);
+  const std::lock_guard lock(mutex_);
+  return entries_[&kernels] = packed;
 }
 
 }  // namespace diffmic::cpu

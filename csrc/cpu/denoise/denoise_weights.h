@@ -1,9 +1,9 @@
-// The hidden layers' weights as the kernels of `denoise` read them: packed once a model, and again
-// when they have changed.
+// The hidden layers' weights, packed for the kernels of `denoise`: once per model, and again when
+// they have changed.
 //
-// Nothing tells a change for certain: a version number does not count writes through `.data`, or
-// from NumPy. So every call takes a fingerprint of all weights, which costs reading them once, as
-// much as one step over few rows. Packed weights whose fingerprint differs are packed anew.
+// A tensor's version counter misses writes through `.data` or from NumPy. So every call hashes all
+// weights, which costs reading them once, as much as one step of few rows, and repacks them if the
+// hash differs.
 #ifndef DIFFMIC_CPU_DENOISE_DENOISE_WEIGHTS_H_
 #define DIFFMIC_CPU_DENOISE_DENOISE_WEIGHTS_H_
 
@@ -12,7 +12,6 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <utility>
 #include <vector>
 
 #include "cpu/common/large_array.h"
@@ -29,13 +28,12 @@ struct HiddenWeights {
 
 class PackedWeights {
  public:
-  PackedWeights(const HiddenWeights& weights, Precision precision, const DenoiseKernels& kernels,
-                int threads);
+  PackedWeights(const HiddenWeights& weights, const DenoiseKernels& kernels, int threads);
 
-  // The layer's chunks, and with kInt8 the steps of its units.
+  // A layer's packed chunks, and with kInt8 the scales [F] of its output channels, else null.
   const std::byte* chunks(int layer) const { return chunks_.get() + layer * layer_bytes_; }
-  const float* unit_scale(int layer) const {
-    return unit_scale_.empty() ? nullptr : unit_scale_.data() + layer * features_;
+  const float* channel_scale(int layer) const {
+    return channel_scale_.empty() ? nullptr : channel_scale_.data() + layer * features_;
   }
   std::int64_t features() const { return features_; }
   std::uint64_t fingerprint() const { return fingerprint_; }
@@ -43,24 +41,24 @@ class PackedWeights {
  private:
   std::int64_t features_, layer_bytes_;
   LargeArray<std::byte> chunks_;
-  std::vector<float> unit_scale_;
+  std::vector<float> channel_scale_;
   std::uint64_t fingerprint_;
 };
 
-// 64 bits of every bit of the weights and of where it stands: one changed number always changes
-// them, other changes but one in 2^64 do.
+// A position-dependent 64-bit hash of the weights. A single changed weight always changes it; other
+// changes collide with probability 2^-64.
 std::uint64_t Fingerprint(const HiddenWeights& weights, int threads);
 
-// A model's packed weights, one set for each precision and instruction set that was asked for.
+// A model's packed weights, one entry per precision and instruction set in use. Thread-safe.
 class WeightCache {
  public:
-  // Those of `weights` as they are now. May be called by several threads.
-  std::shared_ptr<const PackedWeights> Get(const HiddenWeights& weights, Precision precision,
+  // The current `weights`, packed.
+  std::shared_ptr<const PackedWeights> Get(const HiddenWeights& weights,
                                            const DenoiseKernels& kernels, int threads);
 
  private:
   std::mutex mutex_;
-  std::map<std::pair<Precision, const DenoiseKernels*>, std::shared_ptr<const PackedWeights>> sets_;
+  std::map<const DenoiseKernels*, std::shared_ptr<const PackedWeights>> entries_;
 };
 
 }  // namespace diffmic::cpu

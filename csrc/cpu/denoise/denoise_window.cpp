@@ -1,25 +1,24 @@
-// Many timesteps of a chain at once (after Shih et al., "Parallel Sampling of Diffusion Models",
-// NeurIPS 2023). One row is bound by reading the weights, once a step; here a sweep reads them once
-// for a window of steps:
+// The driver of `denoise` for several timesteps at once (docs/algorithm.md, "Windows of steps";
+// Shih et al., "Parallel Sampling of Diffusion Models", NeurIPS 2023). A single row is bound by
+// reading the weights once per step; here a sweep reads them once for a window of steps:
 //
-//   1. guess the states of the window's steps
-//   2. eps of all of them, each at its own timestep: rows of one evaluation
-//   3. from the first state, which is the chain's own, walk through the window with these eps
-//   4. as long as the state that is come to is the one that eps was evaluated at, the next one is
-//      the chain's own too: slide the window past them. The others are the next guess.
+//   1. guess the states of the steps in the window
+//   2. evaluate eps at all of them, each at its own timestep: the rows of one sweep
+//   3. from the first state, which is exact, walk through the window with these eps
+//   4. as long as the walk reaches the state at which eps was evaluated, the next state is exact
+//      too: slide the window past them. The other states of the walk are the next guess.
 //
-// "Is the one" means the same bits, unless the caller allows a tolerance. An evaluation gives a row
-// the same bits in any company, and the walk is the sequential chain's own arithmetic, so the
-// result is then, bit by bit, that of the sequential chain, whatever the windows were: they may be
-// chosen by the clock. The first step of a window is always right, so n steps take n sweeps at
-// most, and a window that does not pay shrinks down to one step at a time.
+// States are compared bitwise, unless the caller allows a tolerance. The evaluation is
+// batch-invariant and the walk does the arithmetic of the sequential chain, so the result is
+// bitwise that of the sequential chain for any windows, even ones chosen by timing. The first step
+// of a window is always exact, so n steps take at most n sweeps, and a window that does not pay off
+// shrinks to one step.
 //
-// The last bits cost much: a state that differs in one is evaluated with other roundings, and eps
-// with them. With a tolerance, states that moved by less than it since the sweep before count as
-// settled. The clock then has no say, and the window stays what it is, so that the result depends
-// on the arguments alone.
+// The last bits are expensive: a state that differs in one of them is evaluated with other
+// roundings. With a tolerance, states that moved by no more than it since the previous sweep count
+// as converged. The window is then fixed, so that the result depends on the arguments alone.
 //
-// Rows of one evaluation: the windows of up to kWindowRows chains, one after another.
+// Rows of one sweep: the windows of up to kWindowRows chains, one after another.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -36,14 +35,13 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Chains that share an evaluation: with more rows than these, one step of each is enough to keep
-// the processor busy.
+// The most chains of a sweep. With more rows, one step of each keeps the processor busy.
 constexpr std::int64_t kWindowRows = 16;
 
-// Rows to begin with: few, since a window that is too small costs less than one that is too large.
+// Initial rows of a sweep: few, since too small a window costs less than too large a one.
 constexpr std::int64_t kFirstRows = 4;
 
-// One chain and its present guess of its path.
+// One chain and the current guess of its states.
 class Path {
  public:
   Path(const DenoiseCall& call, std::int64_t row)
@@ -55,7 +53,7 @@ class Path {
         states_(static_cast<std::size_t>((steps_.count + 1) * classes_)),
         noise_(states_.size()),
         guess_(static_cast<std::size_t>(classes_)) {
-    last_eps_.reserve(guess_.size());  // nothing is allocated among the threads
+    last_eps_.reserve(guess_.size());  // no allocation in the team of threads
     for (std::int64_t moment = 0; moment <= steps_.count; ++moment) {
       if (moment > 0 && !(steps_.sigma()[moment - 1] > 0.0f)) continue;
       Draw(call, moment, row, 1, classes_, noise_.data() + moment * classes_);
@@ -69,8 +67,8 @@ class Path {
   bool done() const { return begin_ == steps_.count; }
   const float* state(std::int64_t i) const { return states_.data() + i * classes_; }
 
-  // Takes the steps [begin, begin + window), guessing the states that were not in it before: as if
-  // eps stayed what it was at the last step evaluated.
+  // Opens the steps [begin, begin + window). States that were in no window before are guessed with
+  // the last eps.
   void Open(std::int64_t window) {
     const std::int64_t end = std::min(begin_ + window, steps_.count);
     for (std::int64_t i = std::max(known_, begin_ + 1); i < end; ++i) {
@@ -84,14 +82,14 @@ class Path {
     end_ = end;
   }
 
-  // eps [end - begin, classes] of the window's states are there. Returns the steps slid past.
+  // Walks with eps [end - begin, classes] of the window's states. Returns the steps slid past.
   std::int64_t Take(const float* eps) {
     const std::int64_t first = begin_;
-    bool own = true;
+    bool exact = true;
     for (std::int64_t i = begin_; i < end_; ++i) {
-      // state(i) is by now what the walk came to, guess_ what eps was evaluated at.
-      if (i > first) own = own && Same(state(i), guess_.data());
-      if (own) begin_ = i + 1;
+      // state(i) is the walk's, guess_ the one at which eps was evaluated.
+      if (i > first) exact = exact && Same(state(i), guess_.data());
+      if (exact) begin_ = i + 1;
       guess_.assign(state(i + 1), state(i + 1) + classes_);
       Walk(i, eps + (i - first) * classes_);
     }
@@ -120,13 +118,13 @@ class Path {
   std::int64_t row_, classes_;
   const float* prior_;
   std::vector<float> states_, noise_, guess_, last_eps_;
-  std::int64_t begin_ = 0;  // states up to this one are the chain's own
+  std::int64_t begin_ = 0;  // states up to this one are exact
   std::int64_t end_ = 0;    // past the last step evaluated
-  std::int64_t known_ = 1;  // states below this one are there, own or guessed
+  std::int64_t known_ = 1;  // states below this one are set, exact or guessed
 };
 
-// The window that pays most, in steps a second: it tries the next larger or smaller power of two
-// for a few sweeps, stays where that was better, and tries again after ever longer.
+// The window with the most steps per second: tries the next larger or smaller power of two for a
+// few sweeps, keeps it if that was faster, and tries again at growing intervals.
 class WindowSize {
  public:
   WindowSize(std::int64_t first, std::int64_t most) : most_(most) {
@@ -136,7 +134,7 @@ class WindowSize {
 
   std::int64_t get() const { return size_; }
 
-  // The last sweep slid by so many steps, in so many seconds.
+  // The last sweep slid by `slid` steps in `seconds`.
   void Learn(std::int64_t slid, double seconds) {
     slid_ += static_cast<double>(slid);
     seconds_ += seconds;
@@ -185,7 +183,7 @@ bool DenoiseWindows(const DenoiseCall& call, const DenoiseOptions& options) {
   const std::int64_t together = std::min(call.rows, kWindowRows);
   const std::int64_t most = std::min({call.window, kBlockRows / together, steps.count});
   const std::int64_t most_rows = together * std::max<std::int64_t>(most, 1);
-  Evaluation evaluation(model.view(), call.precision, options, most_rows, most_rows);
+  Evaluation evaluation(model.view(), options, most_rows, most_rows);
   const auto size = static_cast<std::size_t>(most_rows);
   std::vector<float> y(size * static_cast<std::size_t>(classes)), eps(y.size());
   std::vector<const float*> features(size), guidance(size);
@@ -240,9 +238,9 @@ bool DenoiseWindows(const DenoiseCall& call, const DenoiseOptions& options) {
         const RowsView rows{count,    features.data(), guidance.data(),
                             y.data(), slots.data(),    timesteps.data(),
                             count};
-        evaluation.Step(team, rank, rows, watch, finished, [&] {
+        evaluation.Sweep(team, rank, rows, watch, finished, [&] {
           if (!watch.stopped()) {
-            evaluation.SumParts(count, call.weights.output_bias, eps.data());
+            evaluation.SumShares(count, call.weights.output_bias, eps.data());
             scatter();
             gather();
           }

@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/common/parallel.h"
 #include "cpu/mmd/mmd_pool.h"
 #include "cpu/mmd/mmd_rounds.h"
 #include "cpu/mmd/mmd_tiles.h"
@@ -19,16 +20,16 @@ std::vector<T> AsType(const std::vector<double>& values) {
   return {values.begin(), values.end()};
 }
 
-// The weights of one side, and what its means are divided by.
+// The weights of one side, and the divisors of its means.
 template <typename T>
 struct SideWeights {
   std::vector<T> weights;  // padded with zeros to whole tiles
   double sum = 0;
-  double pairs = 0;  // sum over the pairs of the estimator of the product of weights
+  double pairs = 0;  // the sum of products of two weights over the estimator's pairs
 };
 
-// Scaled by a power of two, which loses nothing, to a largest one in [1, 2): products of two stay
-// away from the ends of T.
+// Weights are scaled by a power of two, exactly, so that the largest is in [1, 2): products of two
+// neither overflow nor underflow. False if one is negative or too few are positive.
 template <typename T>
 bool ReadWeights(const Weights<T>& from, std::int64_t count, bool unbiased, SideWeights<T>* share) {
   share->weights.assign(static_cast<std::size_t>(count + kTileColumns), T{0});
@@ -42,7 +43,7 @@ bool ReadWeights(const Weights<T>& from, std::int64_t count, bool unbiased, Side
   for (std::int64_t i = 0; i < count; ++i) {
     const T weight = exponent == 0 ? read(i) : std::ldexp(read(i), -exponent);
     if (weight < 0) return false;
-    positive += weight != 0;  // not-a-number counts, and goes on into the result
+    positive += weight != 0;  // NaN counts, and propagates to the result
     share->weights[static_cast<std::size_t>(i)] = weight;
     share->sum += static_cast<double>(weight);
     squares += static_cast<double>(weight) * static_cast<double>(weight);
@@ -51,12 +52,12 @@ bool ReadWeights(const Weights<T>& from, std::int64_t count, bool unbiased, Side
   return positive >= (unbiased ? 2 : 1);
 }
 
-// What the meetings of a block with others of both sides have given.
+// A block's sums of kernel values with blocks of its own side and of the other.
 struct Sums {
   double within = 0, between = 0;
 };
 
-// The gradient of one side: the caller's array, and what its sums lose by rounding.
+// The gradient of one side: the caller's array, and its rounding errors.
 template <typename T>
 struct SideGradient {
   T* high = nullptr;
@@ -68,7 +69,7 @@ struct SideGradient {
   }
 };
 
-// What all threads of `Mmd` share.
+// Shared by all threads of `Mmd`.
 template <typename T>
 struct Task {
   const Pool<T>& pool;
@@ -77,40 +78,41 @@ struct Task {
   const SideGradient<T> (&gradients)[2];
 };
 
-// The tile of two blocks: its part of the value, and of the gradients of both.
+// Processes a pair of blocks: adds to the value and to the gradients of both.
 template <typename T>
-void Meet(const Task<T>& task, const Block& rows, const Block& columns, Tile<T>* tile, Sums* sum) {
+void AddPair(const Task<T>& task, const Block& rows, const Block& columns, Tile<T>* tile,
+             Sums* sum) {
   const Pool<T>& pool = task.pool;
   const bool upper = &rows == &columns, within = rows.side == columns.side;
   const SumRows<T> to_rows = task.gradients[rows.side].rows(rows, pool.width);
   const SumRows<T> to_columns = task.gradients[columns.side].rows(columns, pool.width);
-  const bool slope = to_rows.high != nullptr || to_columns.high != nullptr;
+  const bool gradient = to_rows.high != nullptr || to_columns.high != nullptr;
   T* values = tile->Distances(rows, columns, upper);
   const T* row_weights = task.shares[rows.side].weights.data() + rows.begin;
-  // Columns that a vector has beyond the block's end must weigh nothing.
+  // Columns beyond the end of the block must have weight 0.
   T column_weights[kTileColumns] = {};
   std::copy_n(task.shares[columns.side].weights.data() + columns.begin, columns.count(),
               column_weights);
   double row_sums[kTileRows];
-  pool.kernels.weigh(
-      values, rows.count(), columns.count(), upper,
-      {row_weights, column_weights, task.scales.data(),
-       static_cast<std::int64_t>(task.scales.size()), slope ? Leave::kSlope : Leave::kNothing},
-      row_sums);
+  pool.kernels.kernel_sums(values, rows.count(), columns.count(), upper,
+                           {row_weights, column_weights, task.scales.data(),
+                            static_cast<std::int64_t>(task.scales.size()),
+                            gradient ? TileOutput::kCoefficients : TileOutput::kNone},
+                           row_sums);
   double total = 0;
   for (std::int64_t r = 0; r < rows.count(); ++r) {
     total += static_cast<double>(row_weights[r]) * row_sums[r];
   }
-  // Both orders of every pair. A row with itself is at distance 0 and adds nothing.
+  // Both orders of every pair. A row paired with itself is at distance 0 and adds nothing.
   (within ? sum->within : sum->between) += within ? 2 * total : total;
-  if (!slope) return;
+  if (!gradient) return;
   double factor = 4.0 / static_cast<double>(task.scales.size());
   factor /= within ? task.shares[rows.side].pairs : -task.shares[0].sum * task.shares[1].sum;
   pool.kernels.gradient(pool.rows(rows), pool.rows(columns), pool.width, values, upper,
                         static_cast<T>(factor), to_rows, to_columns);
 }
 
-// Begins the sums of a gradient.
+// Zeroes the accumulators of a gradient.
 template <typename T>
 void Clear(const SumRows<T>& sums, std::int64_t count) {
   if (sums.high == nullptr) return;
@@ -118,7 +120,7 @@ void Clear(const SumRows<T>& sums, std::int64_t count) {
   std::fill_n(sums.low, count * sums.stride, T{0});
 }
 
-// On one thread: nothing beside the discrepancies' n^2 pairs.
+// On one thread: negligible next to the n^2 pairs of the discrepancies.
 template <typename T>
 T MeanSquaredError(const Matrix<T>& noise, const Matrix<T>& prediction, T* gradient) {
   const double count = static_cast<double>(noise.count) * static_cast<double>(noise.width);
@@ -137,19 +139,6 @@ T MeanSquaredError(const Matrix<T>& noise, const Matrix<T>& prediction, T* gradi
 }
 
 }  // namespace
-
-bool Runs(Isa isa) {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (isa == Isa::kAvx2) return avx2;
-  if (isa == Isa::kAvx512) {
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
-  }
-#endif
-  return isa == Isa::kAuto || isa == Isa::kPortable;
-}
 
 template <typename T>
 Side Mmd(const Matrix<T>& x, const Matrix<T>& y, const Weights<T>& x_weights,
@@ -178,27 +167,27 @@ Side Mmd(const Matrix<T>& x, const Matrix<T>& y, const Weights<T>& x_weights,
   Share(work, options.threads, [&](std::atomic<std::int64_t>& next) {
     Tile<T> tile(pool);
     for (std::int64_t i; (i = next++) < rounds.count();) {
-      const Rounds::Meeting meeting = rounds.meeting(i);
-      const auto first = static_cast<std::size_t>(meeting.first);
-      rounds.Begin(meeting);
+      const Rounds::Pair pair = rounds.pair(i);
+      const auto first = static_cast<std::size_t>(pair.first);
+      rounds.Begin(pair);
       const auto for_each = [&](const auto& body) {
-        for (const std::int64_t index : {meeting.first, meeting.second}) {
+        for (const std::int64_t index : {pair.first, pair.second}) {
           if (index < 0) continue;
           const Block& block = blocks[static_cast<std::size_t>(index)];
           const SumRows<T> rows = gradients[block.side].rows(block, pool.width);
           if (rows.high != nullptr) body(rows, block.count());
         }
       };
-      if (meeting.round == 0) for_each([&](const auto& rows, auto count) { Clear(rows, count); });
-      if (meeting.second >= 0) {
-        Meet(task, blocks[first], blocks[static_cast<std::size_t>(meeting.second)], &tile,
-             &sums[first]);
+      if (pair.round == 0) for_each([&](const auto& rows, auto count) { Clear(rows, count); });
+      if (pair.second >= 0) {
+        AddPair(task, blocks[first], blocks[static_cast<std::size_t>(pair.second)], &tile,
+                &sums[first]);
       }
-      if (meeting.last) {
+      if (pair.last) {
         for_each(
             [&](const auto& rows, auto count) { pool.kernels.finish(rows, count, pool.width); });
       }
-      rounds.End(meeting);
+      rounds.End(pair);
     }
   });
   // Means of k - 1: the ones of the three means cancel.
@@ -244,10 +233,10 @@ void KernelMatrix(const Matrix<T>& x, const Matrix<T>& y, const Options& options
       const Block& block = blocks[i];
       for (const Block& other : others) {
         T* values = tile.Distances(block, other);
-        pool.kernels.weigh(values, block.count(), other.count(), false,
-                           {ones.data(), ones.data(), scales.data(),
-                            static_cast<std::int64_t>(scales.size()), Leave::kKernel},
-                           ignored);
+        pool.kernels.kernel_sums(values, block.count(), other.count(), false,
+                                 {ones.data(), ones.data(), scales.data(),
+                                  static_cast<std::int64_t>(scales.size()), TileOutput::kKernel},
+                                 ignored);
         for (std::int64_t r = 0; r < block.count(); ++r) {
           std::copy_n(values + r * kTileColumns, other.count(),
                       kernel + (block.begin + r) * y.count + other.begin);
@@ -284,15 +273,16 @@ void KernelMatrixBackward(const Matrix<T>& cotangent, const Matrix<T>& x, const 
       for (const Block& other : blocks) {
         if (other.side == block.side) continue;
         T* values = tile.Distances(block, other);
-        pool.kernels.weigh(values, block.count(), other.count(), false,
-                           {ones.data(), ones.data(), scales.data(),
-                            static_cast<std::int64_t>(scales.size()), Leave::kSlope},
-                           ignored);
+        pool.kernels.kernel_sums(
+            values, block.count(), other.count(), false,
+            {ones.data(), ones.data(), scales.data(), static_cast<std::int64_t>(scales.size()),
+             TileOutput::kCoefficients},
+            ignored);
         for (std::int64_t r = 0; r < block.count(); ++r) {
           const T* line = cotangent.data + (block.begin + r) * row_stride;
-          T* slopes = values + r * kTileColumns;
+          T* coefficients = values + r * kTileColumns;
           for (std::int64_t c = 0; c < other.count(); ++c) {
-            slopes[c] *= line[(other.begin + c) * column_stride];
+            coefficients[c] *= line[(other.begin + c) * column_stride];
           }
         }
         pool.kernels.gradient(pool.rows(block), pool.rows(other), pool.width, values, false, factor,

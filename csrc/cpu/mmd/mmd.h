@@ -24,12 +24,11 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/common/cpu_capabilities.h"
+
 namespace diffmic::cpu::mmd {
 
-// Which of mmd_tiles.h's compilations runs. kAuto is the widest that the processor has.
-enum class Isa { kAuto, kPortable, kAvx2, kAvx512 };
-
-bool Runs(Isa isa);
+using cpu::Isa;  // kAuto, kPortable, kAvx2 or kAvx512
 
 // [count, width] with strides in elements, any sign, zero included.
 template <typename T>

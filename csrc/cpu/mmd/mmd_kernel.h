@@ -1,34 +1,29 @@
-// The loops of mmd_tiles.h, for the vectors of one instruction set. The file that includes this
-// defines DIFFMIC_MMD_NAMESPACE and DIFFMIC_MMD_BYTES, the size of a vector, and is compiled for
-// that instruction set. Nothing here calls an inline function of the standard library: the linker
-// keeps one copy of such a function, which may be the one that an older processor cannot run.
+// The kernels of mmd_tiles.h for one instruction set: squared distances of a tile of pairs, kernel
+// values, and gradients. The including file defines DIFFMIC_MMD_NAMESPACE and DIFFMIC_MMD_BYTES,
+// the size of a vector, and is compiled for the instruction set. No inline function of the standard
+// library may be called here: the linker keeps one copy of such a function, possibly one that an
+// older processor cannot run.
 //
-// Distances are sums of squares of differences, never |u|^2 + |v|^2 - 2uv: they are as exact for
-// rows close to each other and far from the origin as for any others, and 0 for equal rows. The
-// subtraction is one instruction more for a multiply-add, on many processors in a unit of its own.
+// Layout: rows v are packed into panels of kPanel columns, element by element of k; rows u are
+// broadcast. Vectors are those of the compiler (vector_size), not of common/simd.h: one source
+// serves float and double, and the compiler may fuse multiply-adds (-ffp-contract=fast), which
+// simd.h never does by itself.
 //
-// The exponential is that of exponential.h, off by less than 3e-7 of itself (float; double 1e-15)
-// where it is normal, and 0 below that. Sums are of exp(-z) - 1: the ones cancel in a discrepancy,
-// and with them would go most of its digits.
+// Arithmetic: distances are sums of squared differences, not |u|^2 + |v|^2 - 2uv: they are as
+// accurate for rows close to each other and far from the origin as for any others, and 0 for equal
+// rows. That takes one subtraction per multiply-add, on many processors in a unit of its own; the
+// operands come from L1 and L2, so multiply-adds are the bound. The exponential (exponential.h) has
+// a relative error below 3e-7 (float; double 1e-15) where it is normal, and is 0 below that. Sums
+// are of exp(-z) - 1: the ones cancel in a discrepancy, and would take most of its digits with
+// them.
 #include <cstdint>
+#include <utility>
 
 #include "cpu/mmd/mmd_tiles.h"
 #include "include/exponential.h"
 
 namespace diffmic::cpu::mmd::DIFFMIC_MMD_NAMESPACE {
 namespace {
-
-// The numbers of a vector's lanes, 0 to kCount - 1.
-template <int...>
-struct Sequence {};
-template <int kCount, int... kRest>
-struct Counted : Counted<kCount - 1, kCount - 1, kRest...> {};
-template <int... kAll>
-struct Counted<0, kAll...> {
-  using Type = Sequence<kAll...>;
-};
-template <std::int64_t kCount>
-using MakeSequence = typename Counted<static_cast<int>(kCount)>::Type;
 
 template <typename T>
 struct Loops {
@@ -37,18 +32,18 @@ struct Loops {
   using Vector [[gnu::vector_size(DIFFMIC_MMD_BYTES)]] = T;
   using BitVector [[gnu::vector_size(DIFFMIC_MMD_BYTES)]] = Bits;
   static constexpr std::int64_t kWidth = DIFFMIC_MMD_BYTES / sizeof(T);
-  // A register block of distances: rows, and vectors of columns beside each other. A value that is
-  // broadcast serves all of these, and 512 bits have the registers for three.
+  // The register block of distances: rows x vectors of columns. Each broadcast value is used for
+  // all vectors; there are registers for three with AVX-512.
   static constexpr std::int64_t kBlockRows = 6;
   static constexpr int kColumnVectors = DIFFMIC_MMD_BYTES == 64 ? 3 : 2;
   static constexpr std::int64_t kPanel = kColumnVectors * kWidth;
-  // And of gradients: rows, and vectors of elements beside each other.
-  static constexpr std::int64_t kSlopeRows = 4;
-  static constexpr int kSlopeVectors = DIFFMIC_MMD_BYTES >= 32 ? 2 : 1;
-  static constexpr T kRound =
-      T{3} * (Bits{1} << (C::kMantissa - 1));  // adding it rounds to an integer
+  // The register block of gradients: rows x vectors of elements.
+  static constexpr std::int64_t kGradientRows = 4;
+  static constexpr int kGradientVectors = DIFFMIC_MMD_BYTES >= 32 ? 2 : 1;
+  // Adding it rounds to an integer.
+  static constexpr T kRound = T{3} * (Bits{1} << (C::kMantissa - 1));
   static_assert(kTileColumns % kPanel == 0);
-  static_assert(kTileRows % kBlockRows == 0 && kTileRows % kSlopeRows == 0);
+  static_assert(kTileRows % kBlockRows == 0 && kTileRows % kGradientRows == 0);
 
   static Vector Load(const T* from) {
     Vector value;
@@ -57,7 +52,7 @@ struct Loops {
   }
   static void Store(T* to, Vector value) { __builtin_memcpy(to, &value, sizeof value); }
 
-  // In all lanes. One load then serves every use; GCC would make an operand of each.
+  // In all lanes, by a single load: GCC would fold it into a memory operand of every use.
   static Vector Broadcast(T value) {
     Vector all = value - Vector{};
 #if defined(__AVX512F__)
@@ -66,7 +61,7 @@ struct Loops {
     return all;
   }
 
-  // count < kWidth elements, in pieces of sizes that the compiler knows.
+  // count < kWidth elements, in pieces of constant sizes.
   static void CopyPart(T* to, const T* from, std::int64_t count) {
 #pragma GCC unroll 8
     for (std::int64_t piece = kWidth / 2; piece > 0; piece /= 2) {
@@ -77,7 +72,7 @@ struct Loops {
     }
   }
 
-  // The first `count` elements, 0 after them; none where count <= 0.
+  // The first `count` elements and zeros; zeros alone if count <= 0.
   static Vector LoadPart(const T* from, std::int64_t count) {
     if (count >= kWidth) return Load(from);
     T values[kWidth] = {};
@@ -94,10 +89,10 @@ struct Loops {
   // ---- distances
 
 #if __has_builtin(__builtin_shufflevector)
-  // A step of the transposition of kWidth vectors: lanes whose numbers differ in the bit kStep
-  // change places between two vectors whose numbers do.
+  // A stage of the transposition of kWidth vectors: exchanges the lanes whose indices differ in bit
+  // kStep between two vectors whose indices do.
   template <int kStep, int... kLane>
-  static void Exchange(Vector* a, Vector* b, Sequence<kLane...>) {
+  static void Exchange(Vector* a, Vector* b, std::integer_sequence<int, kLane...>) {
     constexpr int kCount = kWidth;
     const Vector low =
         __builtin_shufflevector(*a, *b, (kLane & kStep ? kCount + kLane - kStep : kLane)...);
@@ -108,7 +103,8 @@ struct Loops {
   static void Transpose(Vector* rows) {
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) {
-      if ((i & kStep) == 0) Exchange<kStep>(&rows[i], &rows[i + kStep], MakeSequence<kWidth>());
+      if ((i & kStep) == 0)
+        Exchange<kStep>(&rows[i], &rows[i + kStep], std::make_integer_sequence<int, kWidth>());
     }
     if constexpr (kStep > 1) Transpose<kStep / 2>(rows);
   }
@@ -161,23 +157,24 @@ struct Loops {
         }
         Vector sum[kBlockRows][kColumnVectors] = {};
         for (std::int64_t k = 0; k < depth; ++k) {
-          Vector there[kColumnVectors];
+          Vector columns_k[kColumnVectors];
 #pragma GCC unroll 4
-          for (int j = 0; j < kColumnVectors; ++j) there[j] = Load(panel + k * kPanel + j * kWidth);
+          for (int j = 0; j < kColumnVectors; ++j)
+            columns_k[j] = Load(panel + k * kPanel + j * kWidth);
 #pragma GCC unroll 6
           for (std::int64_t i = 0; i < kBlockRows; ++i) {
-            const Vector own = Broadcast(row[i][k]);
+            const Vector row_k = Broadcast(row[i][k]);
 #pragma GCC unroll 4
             for (int j = 0; j < kColumnVectors; ++j) {
-              const Vector difference = there[j] - own;
+              const Vector difference = columns_k[j] - row_k;
               sum[i][j] += difference * difference;
             }
           }
         }
         for (std::int64_t i = 0; i < kBlockRows; ++i) {
           for (int j = 0; j < kColumnVectors; ++j) {
-            T* place = tile + (r + i) * kTileColumns + c + j * kWidth;
-            Store(place, first ? sum[i][j] : Load(place) + sum[i][j]);
+            T* to = tile + (r + i) * kTileColumns + c + j * kWidth;
+            Store(to, first ? sum[i][j] : Load(to) + sum[i][j]);
           }
         }
       }
@@ -192,7 +189,7 @@ struct Loops {
     return static_cast<T>(1 / product);
   }
 
-  // 2^n and expm1(r) of -z = n ln 2 + r. Not-a-number stays one: every comparison with it is false.
+  // 2^n and expm1(r) for -z = n ln 2 + r. NaN propagates: every comparison with it is false.
   static void Split(Vector z, Vector* power, Vector* part) {
     constexpr T kLog2E = static_cast<T>(1.44269504088896340736);
     const Vector bounded = z > C::kLimit ? Vector{} + C::kLimit : z;
@@ -209,9 +206,9 @@ struct Loops {
     *part = sum * (r * r) + r;
   }
 
-  static void Weigh(T* tile, std::int64_t rows, std::int64_t columns, bool upper,
-                    const Weighing<T>& weighing, double* sums) {
-    const T share = T{1} / static_cast<T>(weighing.scale_count);
+  static void KernelSums(T* tile, std::int64_t rows, std::int64_t columns, bool upper,
+                         const KernelArguments<T>& arguments, double* sums) {
+    const T share = T{1} / static_cast<T>(arguments.scale_count);
     for (std::int64_t r = 0; r < rows; ++r) {
       T* line = tile + r * kTileColumns;
       const std::int64_t begin = upper ? r / kWidth * kWidth : 0;
@@ -219,25 +216,25 @@ struct Loops {
       Vector row_sum = {};
       for (std::int64_t c = begin; c < columns; c += kWidth) {
         const Vector distance = Load(line + c);
-        Vector weight = Load(weighing.column_weights + c);
+        Vector weight = Load(arguments.column_weights + c);
         if (upper && c < r) {
           for (std::int64_t i = 0; c + i < r; ++i) weight[i] = 0;
         }
-        Vector less_one = {}, slope = {}, kernel = {};
-        for (std::int64_t s = 0; s < weighing.scale_count; ++s) {
-          const Vector z = distance * weighing.scales[s];
+        Vector less_one = {}, scaled = {}, kernel = {};
+        for (std::int64_t s = 0; s < arguments.scale_count; ++s) {
+          const Vector z = distance * arguments.scales[s];
           Vector power, part;
           Split(z, &power, &part);
           const Vector value = z > C::kLimit ? Vector{} : power * part + power;
           less_one += power * part + (power - T{1});  // -1 beyond the limit
-          slope += value * weighing.scales[s];
+          scaled += value * arguments.scales[s];
           kernel += value;
         }
         row_sum += weight * less_one;
-        if (weighing.leave == Leave::kSlope) {
-          Store(line + c, weighing.row_weights[r] * weight * slope);
+        if (arguments.output == TileOutput::kCoefficients) {
+          Store(line + c, arguments.row_weights[r] * weight * scaled);
         }
-        if (weighing.leave == Leave::kKernel) Store(line + c, kernel * share);
+        if (arguments.output == TileOutput::kKernel) Store(line + c, kernel * share);
       }
       double sum = 0;
       for (std::int64_t i = 0; i < kWidth; ++i) sum += static_cast<double>(row_sum[i]);
@@ -245,8 +242,8 @@ struct Loops {
     }
   }
 
-  // high + low += part, exactly but for the rounding of `low`. The caller's product is rounded for
-  // every row: GCC does not fuse it with these sums across the branches of LoadPart.
+  // high + low += part, exact except for the rounding of `low`. The caller's product is always
+  // rounded: GCC does not fuse it with these sums across the branches of LoadPart.
   static void AddTo(const SumRows<T>& sums, std::int64_t row, std::int64_t k, std::int64_t count,
                     Vector part) {
     T* high = sums.high + row * sums.stride + k;
@@ -259,57 +256,57 @@ struct Loops {
     StorePart(low, LoadPart(low, count) + lost, count);
   }
 
-  // kVectors vectors of elements from k on: they are gathered from all rows v, and walked over by
-  // four rows u in registers. A difference serves both sums, which differ in its sign alone.
+  // kVectors vectors of elements from k on: those of all rows v are gathered first, then four rows
+  // u at a time are held in registers. One difference serves both gradients, with opposite signs.
   template <bool kToU, bool kToV, int kVectors>
-  static void SlopesOf(std::int64_t k, const RowBlock<T>& u, const RowBlock<T>& v,
-                       std::int64_t width, const T* tile, bool upper, T factor,
-                       const SumRows<T>& u_sums, const SumRows<T>& v_sums) {
+  static void GradientVectors(std::int64_t k, const RowBlock<T>& u, const RowBlock<T>& v,
+                              std::int64_t width, const T* tile, bool upper, T factor,
+                              const SumRows<T>& u_sums, const SumRows<T>& v_sums) {
     static constexpr T kZeros[kTileColumns] = {};
-    Vector there[kTileColumns][kVectors], back[kTileColumns][kVectors];
+    Vector v_rows[kTileColumns][kVectors], v_sum[kTileColumns][kVectors];
     for (std::int64_t c = 0; c < v.count; ++c) {
 #pragma GCC unroll 2
       for (std::int64_t j = 0; j < kVectors; ++j) {
         const std::int64_t at = k + j * kWidth;
-        there[c][j] = LoadPart(v.data + c * v.stride + at, width - at);
-        back[c][j] = Vector{};
+        v_rows[c][j] = LoadPart(v.data + c * v.stride + at, width - at);
+        v_sum[c][j] = Vector{};
       }
     }
-    for (std::int64_t r = 0; r < u.count; r += kSlopeRows) {
-      Vector own[kSlopeRows][kVectors], sum[kSlopeRows][kVectors] = {};
-      const T* slope[kSlopeRows];
-      for (std::int64_t i = 0; i < kSlopeRows; ++i) {
+    for (std::int64_t r = 0; r < u.count; r += kGradientRows) {
+      Vector u_rows[kGradientRows][kVectors], u_sum[kGradientRows][kVectors] = {};
+      const T* coefficients[kGradientRows];
+      for (std::int64_t i = 0; i < kGradientRows; ++i) {
         const bool inside = r + i < u.count;
         for (std::int64_t j = 0; j < kVectors; ++j) {
           const std::int64_t at = k + j * kWidth;
-          own[i][j] = LoadPart(u.data + (inside ? r + i : r) * u.stride + at, width - at);
+          u_rows[i][j] = LoadPart(u.data + (inside ? r + i : r) * u.stride + at, width - at);
         }
-        slope[i] = inside ? tile + (r + i) * kTileColumns : kZeros;
+        coefficients[i] = inside ? tile + (r + i) * kTileColumns : kZeros;
       }
       for (std::int64_t c = upper ? r : 0; c < v.count; ++c) {
-        Vector given[kVectors];
+        Vector column_sum[kVectors];
 #pragma GCC unroll 2
-        for (int j = 0; j < kVectors; ++j) given[j] = back[c][j];
+        for (int j = 0; j < kVectors; ++j) column_sum[j] = v_sum[c][j];
 #pragma GCC unroll 4
-        for (std::int64_t i = 0; i < kSlopeRows; ++i) {
-          const Vector steep = Broadcast(slope[i][c]);
+        for (std::int64_t i = 0; i < kGradientRows; ++i) {
+          const Vector coefficient = Broadcast(coefficients[i][c]);
 #pragma GCC unroll 2
           for (int j = 0; j < kVectors; ++j) {
-            const Vector difference = there[c][j] - own[i][j];
-            if constexpr (kToU) sum[i][j] += difference * steep;
-            if constexpr (kToV) given[j] -= difference * steep;
+            const Vector difference = v_rows[c][j] - u_rows[i][j];
+            if constexpr (kToU) u_sum[i][j] += difference * coefficient;
+            if constexpr (kToV) column_sum[j] -= difference * coefficient;
           }
         }
         if constexpr (kToV) {
 #pragma GCC unroll 2
-          for (int j = 0; j < kVectors; ++j) back[c][j] = given[j];
+          for (int j = 0; j < kVectors; ++j) v_sum[c][j] = column_sum[j];
         }
       }
       if constexpr (kToU) {
-        for (std::int64_t i = 0; i < kSlopeRows && r + i < u.count; ++i) {
+        for (std::int64_t i = 0; i < kGradientRows && r + i < u.count; ++i) {
           for (std::int64_t j = 0; j < kVectors; ++j) {
             const std::int64_t at = k + j * kWidth;
-            AddTo(u_sums, r + i, at, width - at, sum[i][j] * factor);
+            AddTo(u_sums, r + i, at, width - at, u_sum[i][j] * factor);
           }
         }
       }
@@ -318,30 +315,33 @@ struct Loops {
       for (std::int64_t c = 0; c < v.count; ++c) {
         for (std::int64_t j = 0; j < kVectors; ++j) {
           const std::int64_t at = k + j * kWidth;
-          AddTo(v_sums, c, at, width - at, back[c][j] * factor);
+          AddTo(v_sums, c, at, width - at, v_sum[c][j] * factor);
         }
       }
     }
   }
 
   template <bool kToU, bool kToV>
-  static void Slopes(const RowBlock<T>& u, const RowBlock<T>& v, std::int64_t width, const T* tile,
-                     bool upper, T factor, const SumRows<T>& u_sums, const SumRows<T>& v_sums) {
-    constexpr std::int64_t kTogether = kSlopeVectors * kWidth;
+  static void GradientOf(const RowBlock<T>& u, const RowBlock<T>& v, std::int64_t width,
+                         const T* tile, bool upper, T factor, const SumRows<T>& u_sums,
+                         const SumRows<T>& v_sums) {
+    constexpr std::int64_t kTogether = kGradientVectors * kWidth;
     std::int64_t k = 0;
     for (; k + kTogether - kWidth < width; k += kTogether) {
-      SlopesOf<kToU, kToV, kSlopeVectors>(k, u, v, width, tile, upper, factor, u_sums, v_sums);
+      GradientVectors<kToU, kToV, kGradientVectors>(k, u, v, width, tile, upper, factor, u_sums,
+                                                    v_sums);
     }
-    if (k < width) SlopesOf<kToU, kToV, 1>(k, u, v, width, tile, upper, factor, u_sums, v_sums);
+    if (k < width)
+      GradientVectors<kToU, kToV, 1>(k, u, v, width, tile, upper, factor, u_sums, v_sums);
   }
 
   static void Gradient(const RowBlock<T>& u, const RowBlock<T>& v, std::int64_t width,
                        const T* tile, bool upper, T factor, const SumRows<T>& u_sums,
                        const SumRows<T>& v_sums) {
     const bool to_u = u_sums.high != nullptr, to_v = v_sums.high != nullptr;
-    if (to_u && to_v) Slopes<true, true>(u, v, width, tile, upper, factor, u_sums, v_sums);
-    if (to_u && !to_v) Slopes<true, false>(u, v, width, tile, upper, factor, u_sums, v_sums);
-    if (!to_u && to_v) Slopes<false, true>(u, v, width, tile, upper, factor, u_sums, v_sums);
+    if (to_u && to_v) GradientOf<true, true>(u, v, width, tile, upper, factor, u_sums, v_sums);
+    if (to_u && !to_v) GradientOf<true, false>(u, v, width, tile, upper, factor, u_sums, v_sums);
+    if (!to_u && to_v) GradientOf<false, true>(u, v, width, tile, upper, factor, u_sums, v_sums);
   }
 
   static void Finish(const SumRows<T>& sums, std::int64_t count, std::int64_t width) {
@@ -356,12 +356,11 @@ struct Loops {
 template <typename T>
 constexpr TileKernels<T> Table() {
   using L = Loops<T>;
-  return {&L::Pack, &L::Distances, &L::Weigh, &L::Gradient, &L::Finish};
+  return {&L::Pack, &L::Distances, &L::KernelSums, &L::Gradient, &L::Finish};
 }
 
 }  // namespace
 
-constinit const TileKernels<float> kFloat = Table<float>();
-constinit const TileKernels<double> kDouble = Table<double>();
+constinit const Kernels kKernels = {Table<float>(), Table<double>()};
 
 }  // namespace diffmic::cpu::mmd::DIFFMIC_MMD_NAMESPACE

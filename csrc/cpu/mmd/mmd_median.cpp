@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/common/parallel.h"
 #include "cpu/mmd/mmd.h"
 #include "cpu/mmd/mmd_pool.h"
 #include "cpu/mmd/mmd_tiles.h"
@@ -14,9 +15,9 @@
 namespace diffmic::cpu::mmd {
 namespace {
 
-// Squared distances have no sign, so their bit patterns, as integers, have their order. One round
-// counts the next digit of those whose digits so far are the median's. Counts are integers: the
-// order in which threads add them does not matter.
+// One pass of a radix selection. Squared distances are not negative, so their bit patterns order as
+// integers. A pass counts the next digit of those whose leading digits are the median's. Counts are
+// integers: the order in which threads add them does not matter.
 template <typename T>
 class DigitCount {
  public:
@@ -39,7 +40,7 @@ class DigitCount {
     for (std::size_t i = 0; i < counts_.size(); ++i) counts_[i] += other.counts_[i];
   }
 
-  // The digit that holds the number `rank` of those counted, which becomes its rank in the digit.
+  // The digit of the value with that rank among those counted; *rank becomes the rank within it.
   Bits Digit(std::int64_t* rank) const {
     std::size_t digit = 0;
     while (digit + 1 < counts_.size() && *rank >= counts_[digit]) *rank -= counts_[digit++];
@@ -64,7 +65,7 @@ double MedianSquaredDistance(const Matrix<T>& x, const Matrix<T>& y, Isa isa, in
   const std::vector<Block> blocks = BlocksOf(pool);
   const std::int64_t count = x.count + y.count;
   const std::int64_t pairs = count * (count - 1) / 2;
-  // Few pairs: less to clear and to search. Many: fewer rounds of distances.
+  // Few pairs: smaller counters to clear and search. Many pairs: fewer passes over the distances.
   const int digit_bits = pairs < (std::int64_t{1} << 20) ? 11 : 16;
   std::int64_t rank = (pairs - 1) / 2;
   Bits prefix = 0;

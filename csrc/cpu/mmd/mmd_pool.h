@@ -1,4 +1,5 @@
-// What the calls of mmd.h share: both row sets as one padded array.
+// What the calls of mmd.h share: the rows of both sets, cut into blocks, and the distances of a
+// tile.
 #ifndef DIFFMIC_CPU_MMD_MMD_POOL_H_
 #define DIFFMIC_CPU_MMD_MMD_POOL_H_
 
@@ -8,29 +9,19 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu/common/parallel.h"
+#include "cpu/common/cpu_capabilities.h"
 #include "cpu/mmd/mmd.h"
 #include "cpu/mmd/mmd_tiles.h"
 
 namespace diffmic::cpu::mmd {
 
-template <typename T>
-const TileKernels<T>& KernelsOf(Isa isa) {
-  constexpr bool kSingle = std::is_same_v<T, float>;
+inline constexpr IsaEntry<Kernels> kTables[] = {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512 || (isa == Isa::kAuto && Runs(Isa::kAvx512))) {
-    if constexpr (kSingle) return avx512::kFloat;
-    if constexpr (!kSingle) return avx512::kDouble;
-  }
-  if (isa == Isa::kAvx2 || (isa == Isa::kAuto && Runs(Isa::kAvx2))) {
-    if constexpr (kSingle) return avx2::kFloat;
-    if constexpr (!kSingle) return avx2::kDouble;
-  }
+    {Isa::kAvx512, &avx512::kKernels},
+    {Isa::kAvx2, &avx2::kKernels},
 #endif
-  static_cast<void>(isa);
-  if constexpr (kSingle) return portable::kFloat;
-  if constexpr (!kSingle) return portable::kDouble;
-}
+    {Isa::kPortable, &portable::kKernels},
+};
 
 // A block of consecutive rows of one side: 0 is x, 1 is y.
 struct Block {
@@ -40,11 +31,11 @@ struct Block {
   std::int64_t count() const { return end - begin; }
 };
 
-// Both row sets, copied only where a row's elements are not next to each other.
+// Both sets of rows, copied only if the elements of a row are not contiguous.
 template <typename T>
 struct Pool {
   Pool(const Matrix<T>& x, const Matrix<T>& y, Isa isa)
-      : kernels(KernelsOf<T>(isa)), width(x.width), count{x.count, y.count} {
+      : kernels(KernelsOf(*FindKernels(kTables, isa))), width(x.width), count{x.count, y.count} {
     Take(x, 0);
     Take(y, 1);
   }
@@ -58,6 +49,11 @@ struct Pool {
   std::int64_t count[2];
 
  private:
+  static const TileKernels<T>& KernelsOf(const Kernels& table) {
+    if constexpr (std::is_same_v<T, float>) return table.of_float;
+    if constexpr (std::is_same_v<T, double>) return table.of_double;
+  }
+
   void Take(const Matrix<T>& from, int side) {
     data[side] = from.data;
     stride[side] = from.stride[0];
@@ -78,12 +74,12 @@ struct Pool {
   std::unique_ptr<T[]> copies[2];
 };
 
-// The blocks of both sides, or of those wanted: of a tile's rows, or fewer where there would be too
-// few blocks to share out. By the sizes alone, never by the number of threads.
+// The blocks of both sides, or of one: kTileRows rows, or half of that if there would be too few
+// blocks for the threads. Depends on the sizes alone, never on the number of threads.
 template <typename T>
 std::vector<Block> BlocksOf(const Pool<T>& pool, bool x = true, bool y = true) {
   constexpr std::int64_t kEnough = 16;
-  constexpr double kSmall = 2e6;  // differences in a tile, below which it is not divided
+  constexpr double kSmall = 2e6;  // differences per tile; smaller tiles are not halved
   const bool few = (pool.count[0] + pool.count[1]) / kTileRows < kEnough;
   const bool large = static_cast<double>(kTileRows * kTileRows * pool.width) > kSmall;
   const std::int64_t step = few && large ? kTileRows / 2 : kTileRows;
@@ -97,7 +93,7 @@ std::vector<Block> BlocksOf(const Pool<T>& pool, bool x = true, bool y = true) {
   return blocks;
 }
 
-// One thread's memory for distances.
+// A thread's workspace for distances.
 template <typename T>
 class Tile {
  public:
@@ -107,7 +103,7 @@ class Tile {
             static_cast<std::size_t>(kTileColumns * std::min(pool.width, kChunk)))),
         values_(std::make_unique_for_overwrite<T[]>(kTileRows * kTileColumns)) {}
 
-  // Squared distances between the rows of two blocks; of `upper`, see mmd_tiles.h.
+  // Squared distances between the rows of two blocks; mmd_tiles.h defines `upper`.
   T* Distances(const Block& rows, const Block& columns, bool upper = false) {
     RowBlock<T> u = pool_.rows(rows), v = pool_.rows(columns);
     for (std::int64_t k = 0; k < pool_.width; k += kChunk) {

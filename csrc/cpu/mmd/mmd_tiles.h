@@ -1,9 +1,9 @@
-// The inner loops of `mmd` on one tile, compiled once for each instruction set from mmd_kernel.h.
+// The kernels of `mmd` on one tile, compiled once per instruction set from mmd_kernel.h.
 //
 // A tile is kTileRows x kTileColumns pairs of rows (u, v), row-major. Tiles at an edge are computed
-// in full: memory past `rows` tile rows is scratch, columns past `columns` have weight 0.
+// in full: memory past `rows` tile rows is undefined, columns past `columns` have weight 0.
 //
-// A tile of rows with themselves is `upper`: only pairs with row <= column are its own. Others have
+// A tile of a block with itself is `upper`: it has the pairs with row <= column. The others have
 // weight 0 or are not computed.
 #ifndef DIFFMIC_CPU_MMD_MMD_TILES_H_
 #define DIFFMIC_CPU_MMD_MMD_TILES_H_
@@ -12,9 +12,9 @@
 
 namespace diffmic::cpu::mmd {
 
-inline constexpr std::int64_t kTileRows = 96;  // divisible by the rows of a register block
+inline constexpr std::int64_t kTileRows = 96;  // a multiple of the register blocks
 inline constexpr std::int64_t kTileColumns = 96;
-// A float sum of more squares than this at a stretch would lose digits.
+// A float accumulator of more squares than this would lose digits.
 inline constexpr std::int64_t kChunk = 128;
 
 // Rows of one side: element k of row i is data[i * stride + k].
@@ -24,24 +24,24 @@ struct RowBlock {
   std::int64_t stride, count;
 };
 
-// What `weigh` leaves in the tile that held squared distances D.
-enum class Leave {
-  kNothing,  // scratch
-  kSlope,    // row weight * column weight * sum over scales of scale * exp(-scale D)
-  kKernel,   // mean over scales of exp(-scale D)
+// What kernel_sums replaces the squared distances D of a tile with.
+enum class TileOutput {
+  kNone,          // undefined
+  kCoefficients,  // of `gradient`: row weight * column weight * sum of scale * exp(-scale D)
+  kKernel,        // mean over scales of exp(-scale D)
 };
 
 template <typename T>
-struct Weighing {
+struct KernelArguments {
   const T* row_weights;
-  const T* column_weights;  // kTileColumns of them
+  const T* column_weights;  // [kTileColumns]
   const T* scales;
   std::int64_t scale_count;
-  Leave leave;
+  TileOutput output;
 };
 
-// A sum kept as high + low, `stride` elements from row to row: what rounding takes from `high` goes
-// into `low`, so that thousands of tiles add up as if in twice the digits. NULL: not wanted.
+// Accumulators high + low (compensated summation): `low` collects the rounding errors of `high`, so
+// that thousands of tiles are summed as if in twice the precision. Null: not wanted.
 template <typename T>
 struct SumRows {
   T* high;
@@ -51,40 +51,41 @@ struct SumRows {
 
 template <typename T>
 struct TileKernels {
-  // panels = the elements [0, depth) of up to kTileColumns rows v, transposed for `distances`.
+  // panels = the elements [0, depth) of up to kTileColumns rows v, packed for `distances`.
   void (*pack)(const RowBlock<T>& v, std::int64_t depth, T* panels);
 
   // tile = (first ? 0 : tile) + |u - v|^2 over `depth` elements.
   void (*distances)(const RowBlock<T>& u, const T* panels, std::int64_t columns, std::int64_t depth,
                     bool first, bool upper, T* tile);
 
-  // sums[r] = sum over columns of weight * sum over scales of (exp(-scale D) - 1), the weight being
-  // the column's alone.
-  void (*weigh)(T* tile, std::int64_t rows, std::int64_t columns, bool upper,
-                const Weighing<T>& weighing, double* sums);
+  // sums[r] = sum over columns of column weight * sum over scales of (exp(-scale D) - 1).
+  void (*kernel_sums)(T* tile, std::int64_t rows, std::int64_t columns, bool upper,
+                      const KernelArguments<T>& arguments, double* sums);
 
   // u_sums[r] += factor * sum over columns of tile * (v - u), and
-  // v_sums[c] += factor * sum over rows of tile * (u - v); `width` is that of u and v.
+  // v_sums[c] += factor * sum over rows of tile * (u - v), for rows of `width` elements.
   void (*gradient)(const RowBlock<T>& u, const RowBlock<T>& v, std::int64_t width, const T* tile,
                    bool upper, T factor, const SumRows<T>& u_sums, const SumRows<T>& v_sums);
 
-  // high += low, of `count` rows.
+  // high += low, for `count` rows.
   void (*finish)(const SumRows<T>& sums, std::int64_t count, std::int64_t width);
 };
 
+struct Kernels {
+  TileKernels<float> of_float;
+  TileKernels<double> of_double;
+};
+
 namespace portable {
-extern const TileKernels<float> kFloat;
-extern const TileKernels<double> kDouble;
-}  // namespace portable
+extern const Kernels kKernels;
+}
 #if defined(__x86_64__)
 namespace avx2 {
-extern const TileKernels<float> kFloat;
-extern const TileKernels<double> kDouble;
-}  // namespace avx2
+extern const Kernels kKernels;
+}
 namespace avx512 {
-extern const TileKernels<float> kFloat;
-extern const TileKernels<double> kDouble;
-}  // namespace avx512
+extern const Kernels kKernels;
+}
 #endif
 
 }  // namespace diffmic::cpu::mmd

@@ -1,19 +1,20 @@
-// Window choice for a batch, and the cut of all its crops.
+// Selection of regions of interest for a batch, and extraction of their crops
+// (docs/algorithm.md, "Regions of interest").
 //
-// ChooseWindows. A thread takes whole images. An image is widened to float32 class by class, scaled
-// by its own range and added to one map; then the mean of every window is formed as the definition
-// orders it (cells in row-major order), the loops turned so that the innermost one runs over
-// neighbouring windows and vectorises. After a window is chosen only the means that overlap it
-// change, so the K - 1 later rounds cost (2 wh - 1)(2 ww - 1) windows instead of all.
-//   Work: C h w + (h w + K (2 wh - 1)(2 ww - 1)) wh ww additions an image; at 7 x 7 cells a few
-//   thousand, on 1 KB a class: bound by the latency of short loops, and by nothing for big batches.
+// ChooseWindows. A thread takes whole images. The saliency of each class is widened to float32,
+// normalised by its range and added to one map. The mean of every window is summed in the order of
+// the reference (cells in row-major order), with loops interchanged so that the innermost one runs
+// over adjacent windows and vectorises. After a window is chosen only the means of windows that
+// overlap it change, so each of the K - 1 later rounds updates (2 wh - 1)(2 ww - 1) windows.
+//   Arithmetic: C h w + (h w + K (2 wh - 1)(2 ww - 1)) wh ww additions per image; at 7 x 7 cells a
+//   few thousand, on 1 KB per class: bound by the latency of short loops.
 //
-// CutCrops. A thread takes whole crops. Only images with a crop that leaves them have their minimum
-// taken, once a channel. Rows of unit stride are copied by memcpy, others element by element; the
-// repeats of channel 0 are copied from the first.
-//   Bytes: every crop is written once and the pixels inside are read once, plus one read of an
-//   image whose minimum is needed: 32 images of 224 x 224 float32 with K = 6 write 2.4 MB and read
-//   0.8 MB, or 6.4 MB more with all their minima. Bound by memory.
+// CutCrops. A thread takes whole crops. The minimum of an image's channels is computed only if one
+// of its crops leaves the image. Rows of unit stride are copied by memcpy, others element by
+// element; repeats of a channel are copied from the first crop.
+//   Bytes: every crop is written once and its pixels are read once, plus one read of each image
+//   whose minimum is needed: 32 images of 224 x 224 float32 with K = 6 write 2.4 MB and read 0.8
+//   MB, or 6.4 MB more with all minima. Bound by memory.
 #include "cpu/rois/rois.h"
 
 #include <algorithm>
@@ -29,7 +30,7 @@
 namespace diffmic::cpu {
 namespace {
 
-// Saliency of half types, as bits that Widen reads.
+// Bits of 16-bit floating-point saliency.
 struct Half {
   std::uint16_t bits;
 };
@@ -51,17 +52,16 @@ float Widen(Half value) {
   const std::uint32_t magnitude = value.bits & 0x7FFFu;
   if (magnitude >= 0x7C00u) return FromBits(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
   if (magnitude < 0x400u) {
-    // A subnormal is a small whole number of 2^-24, and normal in float32.
+    // A subnormal is an integer multiple of 2^-24, and normal in float32.
     const float value = static_cast<float>(magnitude) * 0x1p-24f;
     return sign ? -value : value;
   }
   return FromBits(sign | ((magnitude << 13) + (112u << 23)));  // exponent bias 127, not 15
 }
 
-// ---- choice of windows
-// ----------------------------------------------------------------------------
+// ---- selection of windows
 
-// The scratch of one thread: the map of all classes and the mean of every window.
+// A thread's workspace: the map of all classes and the mean of every window.
 struct WindowSearch {
   WindowSearch(const Maps& saliency, Size window_size)
       : height(saliency.height),
@@ -73,7 +73,7 @@ struct WindowSearch {
         map(static_cast<std::size_t>(height * width)),
         means(static_cast<std::size_t>(rows * columns)) {}
 
-  // Adds one class to the map; false where its saliency or the range of it is not finite.
+  // Adds one class to the map; false if its saliency or its range is not finite.
   template <typename T>
   bool AddClass(const T* plane, std::int64_t row_stride, std::int64_t column_stride) {
     float low = std::numeric_limits<float>::infinity();
@@ -97,7 +97,7 @@ struct WindowSearch {
     return true;
   }
 
-  // Means of the windows whose upper-left cells are [top, bottom) x [left, right).
+  // Updates the means of windows whose upper-left cells are in [top, bottom) x [left, right).
   void UpdateMeans(std::int64_t top, std::int64_t bottom, std::int64_t left, std::int64_t right) {
     const auto cells_inside = static_cast<float>(window.height * window.width);
     for (std::int64_t row = top; row < bottom; ++row) {
@@ -118,7 +118,7 @@ struct WindowSearch {
   void Choose(std::int64_t count, std::int64_t* cells) {
     UpdateMeans(0, rows, 0, columns);
     for (std::int64_t k = 0; k < count; ++k) {
-      // max_element keeps the first of equal values, as the definition asks.
+      // max_element returns the first of equal values, as the reference does.
       const std::int64_t best = std::max_element(means.begin(), means.end()) - means.begin();
       const std::int64_t row = best / columns;
       const std::int64_t column = best % columns;
@@ -147,7 +147,7 @@ template <typename T>
 std::int64_t ChooseWindowsOf(const Maps& saliency, Size window, std::int64_t count,
                              std::int64_t* cells, int threads) {
   std::atomic<std::int64_t> first_bad{saliency.batch};
-  // Some 64K additions pay for a thread.
+  // A thread pays off from some 64K additions on.
   const std::int64_t work = saliency.height * saliency.width *
                             (saliency.depth * 2 + window.height * window.width + count);
   ParallelFor(saliency.batch, threads, 1 + 65536 / work, [&](std::int64_t begin, std::int64_t end) {
@@ -172,20 +172,33 @@ std::int64_t ChooseWindowsOf(const Maps& saliency, Size window, std::int64_t cou
   return first_bad == saliency.batch ? -1 : first_bad.load();
 }
 
-// ---- cut of crops
-// ---------------------------------------------------------------------------------
+// ---- crops
 
-// The minimum of a plane, by type. Not-a-number anywhere makes it not-a-number.
 struct Plane {
   std::int64_t height, width, row_stride, column_stride;
 };
 
-// float and double, four vectors of running minima side by side: one minimum alone would be a chain
-// of dependent comparisons, which the compiler may not take apart by itself.
+// Calls each(pixel). The two loops differ in that the compiler knows the first one's stride.
+template <typename Pixel, typename Each>
+void ForEachPixel(const Pixel* data, const Plane& plane, const Each& each) {
+  for (std::int64_t row = 0; row < plane.height; ++row) {
+    const Pixel* line = data + row * plane.row_stride;
+    if (plane.column_stride == 1) {
+      for (std::int64_t i = 0; i < plane.width; ++i) each(line[i]);
+    } else {
+      for (std::int64_t i = 0; i < plane.width; ++i) each(line[i * plane.column_stride]);
+    }
+  }
+}
+
+// The minimum of a plane by pixel type; NaN if any pixel is NaN.
+
+// float and double: four vectors of running minima, since a single one is a chain of dependent
+// comparisons that the compiler may not reorder.
 template <typename Float>
-struct FloatOrder {
+struct FloatMinimum {
   using Flag = std::conditional_t<sizeof(Float) == 4, std::int32_t, std::int64_t>;
-  // 16 bytes is what every processor of x86-64 and ARMv8 has.
+  // 16 bytes: every x86-64 and ARMv8 processor has them.
   using Vector [[gnu::vector_size(16)]] = Float;
   using Flags [[gnu::vector_size(16)]] = Flag;
   static constexpr std::int64_t kWidth = 16 / sizeof(Float);
@@ -229,61 +242,40 @@ struct FloatOrder {
   }
 };
 
-// float16 and bfloat16, through their bits: read as integers, with the magnitude of negative ones
-// flipped, they have the order of their values. No processor needs half arithmetic for that.
+// float16 and bfloat16: as integers, with the magnitude bits of negative values inverted, their bit
+// patterns order as their values. No half-precision instructions are needed.
 template <std::uint16_t kInfinity, std::uint16_t kNaN>
-struct HalfOrder {
+struct HalfMinimum {
   static std::uint16_t Minimum(const std::uint16_t* data, const Plane& plane) {
     std::int16_t low = std::numeric_limits<std::int16_t>::max();
     std::uint16_t largest = 0;  // magnitude
-    for (std::int64_t row = 0; row < plane.height; ++row) {
-      const std::uint16_t* line = data + row * plane.row_stride;
-      // The first loop is the second one with a stride that the compiler knows.
-      if (plane.column_stride == 1) {
-        for (std::int64_t i = 0; i < plane.width; ++i) Fold(line[i], &low, &largest);
-      } else {
-        for (std::int64_t i = 0; i < plane.width; ++i) {
-          Fold(line[i * plane.column_stride], &low, &largest);
-        }
-      }
-    }
-    return largest > kInfinity ? kNaN : static_cast<std::uint16_t>(Mapped(low));
+    ForEachPixel(data, plane, [&](std::uint16_t bits) {
+      low = std::min(low, Ordered(static_cast<std::int16_t>(bits)));
+      largest = std::max(largest, static_cast<std::uint16_t>(bits & 0x7FFF));
+    });
+    return largest > kInfinity ? kNaN : static_cast<std::uint16_t>(Ordered(low));
   }
 
  private:
-  static std::int16_t Mapped(std::int16_t bits) {  // its own inverse
+  static std::int16_t Ordered(std::int16_t bits) {  // its own inverse
     return static_cast<std::int16_t>(bits ^ ((bits >> 15) & 0x7FFF));
-  }
-
-  static void Fold(std::uint16_t bits, std::int16_t* low, std::uint16_t* largest) {
-    *low = std::min(*low, Mapped(static_cast<std::int16_t>(bits)));
-    *largest = std::max(*largest, static_cast<std::uint16_t>(bits & 0x7FFF));
   }
 };
 
-struct ByteOrder {
+struct ByteMinimum {
   static std::uint8_t Minimum(const std::uint8_t* data, const Plane& plane) {
     std::uint8_t low = 255;
-    for (std::int64_t row = 0; row < plane.height; ++row) {
-      const std::uint8_t* line = data + row * plane.row_stride;
-      if (plane.column_stride == 1) {
-        for (std::int64_t i = 0; i < plane.width; ++i) low = std::min(low, line[i]);
-      } else {
-        for (std::int64_t i = 0; i < plane.width; ++i) {
-          low = std::min(low, line[i * plane.column_stride]);
-        }
-      }
-    }
+    ForEachPixel(data, plane, [&](std::uint8_t value) { low = std::min(low, value); });
     return low;
   }
 };
 
-// The pixels [begin, begin + length) of an image side that a crop covers.
+// The pixels [begin, begin + length) of one image dimension that a crop covers.
 struct Span {
   std::int64_t begin, length;
 };
 
-// `origin` may be any int64: both comparisons come before the sum that they keep from overflowing.
+// `origin` may be any int64: the comparisons guard the sum against overflow.
 Span Covered(std::int64_t origin, std::int64_t length, std::int64_t side) {
   if (origin >= side || origin <= -length) return {0, 0};
   const std::int64_t begin = std::max<std::int64_t>(origin, 0);
@@ -297,7 +289,7 @@ bool Leaves(std::int64_t origin, std::int64_t length, std::int64_t side) {
 
 template <typename Pixel>
 struct Cutter {
-  // One crop of one channel: the covered part in the lower right, `fill` above and to its left.
+  // One crop of one channel: the covered pixels at the lower right, `fill` above and left of them.
   void Cut(const Pixel* plane, std::int64_t top, std::int64_t left, Pixel fill, Pixel* crop) const {
     const Span rows = Covered(top, size.height, images.height);
     Span columns = Covered(left, size.width, images.width);
@@ -323,7 +315,7 @@ struct Cutter {
   Size size;
 };
 
-template <typename Pixel, typename Order>
+template <typename Pixel, typename PlaneMinimum>
 void CutCropsOf(const Maps& images, const Pairs& origins, std::int64_t count, Size size,
                 std::int64_t copies, void* crops, int threads) {
   const Pixel* pixels = static_cast<const Pixel*>(images.data);
@@ -337,28 +329,29 @@ void CutCropsOf(const Maps& images, const Pairs& origins, std::int64_t count, Si
         .data[image * origins.stride[0] + k * origins.stride[1] + axis * origins.stride[2]];
   };
 
-  std::vector<std::int64_t> to_fold;  // planes whose minimum some crop needs
+  std::vector<std::int64_t> outside;  // planes whose minimum is needed
   for (std::int64_t image = 0; image < images.batch; ++image) {
     for (std::int64_t k = 0; k < count; ++k) {
       if (Leaves(origin_of(image, k, 0), size.height, images.height) ||
           Leaves(origin_of(image, k, 1), size.width, images.width)) {
-        for (std::int64_t c = 0; c < images.depth; ++c) to_fold.push_back(image * images.depth + c);
+        for (std::int64_t c = 0; c < images.depth; ++c) outside.push_back(image * images.depth + c);
         break;
       }
     }
   }
-  std::vector<Pixel> fills(to_fold.empty() ? 0 : static_cast<std::size_t>(plane_count));
-  // Four megabytes read or written, some 150 us, pay for a thread.
+  std::vector<Pixel> fills(outside.empty() ? 0 : static_cast<std::size_t>(plane_count));
+  // A thread pays off from four megabytes read or written (150 us) on.
   constexpr std::int64_t kGrainBytes = 4 * 1024 * 1024;
   const Plane plane{images.height, images.width, images.stride[2], images.stride[3]};
   const std::int64_t plane_bytes =
       images.height * images.width * static_cast<std::int64_t>(sizeof(Pixel));
-  ParallelFor(static_cast<std::int64_t>(to_fold.size()), threads,
+  ParallelFor(static_cast<std::int64_t>(outside.size()), threads,
               1 + kGrainBytes / std::max<std::int64_t>(plane_bytes, 1),
               [&](std::int64_t begin, std::int64_t end) {
                 for (std::int64_t i = begin; i < end; ++i) {
-                  const std::int64_t index = to_fold[static_cast<std::size_t>(i)];
-                  fills[static_cast<std::size_t>(index)] = Order::Minimum(plane_of(index), plane);
+                  const std::int64_t index = outside[static_cast<std::size_t>(i)];
+                  fills[static_cast<std::size_t>(index)] =
+                      PlaneMinimum::Minimum(plane_of(index), plane);
                 }
               });
 
@@ -375,7 +368,7 @@ void CutCropsOf(const Maps& images, const Pairs& origins, std::int64_t count, Si
           Pixel* crop = static_cast<Pixel*>(crops) + item * crop_elements;
           for (std::int64_t c = 0; c < images.depth; ++c) {
             const std::int64_t index = image * images.depth + c;
-            // A crop inside its image leaves nothing to fill.
+            // Unused if the crop is inside its image.
             const Pixel fill = fills.empty() ? Pixel{0} : fills[static_cast<std::size_t>(index)];
             cutter.Cut(plane_of(index), origin_of(image, k, 0), origin_of(image, k, 1), fill, crop);
             for (std::int64_t copy = 1; copy < copies; ++copy) {
@@ -420,24 +413,24 @@ void CellsToPixels(const std::int64_t* cells, std::int64_t count, Size grid, Siz
 void CutCrops(const Maps& images, PixelType type, const Pairs& origins, std::int64_t count,
               Size size, std::int64_t copies, void* crops, int threads) {
   if (images.batch == 0 || images.depth == 0 || count == 0) return;
-  using Float16Order = HalfOrder<0x7C00, 0x7E00>;
-  using BFloat16Order = HalfOrder<0x7F80, 0x7FC0>;
+  using Float16Minimum = HalfMinimum<0x7C00, 0x7E00>;
+  using BFloat16Minimum = HalfMinimum<0x7F80, 0x7FC0>;
   switch (type) {
     case PixelType::kUInt8:
-      return CutCropsOf<std::uint8_t, ByteOrder>(images, origins, count, size, copies, crops,
-                                                 threads);
+      return CutCropsOf<std::uint8_t, ByteMinimum>(images, origins, count, size, copies, crops,
+                                                   threads);
     case PixelType::kFloat16:
-      return CutCropsOf<std::uint16_t, Float16Order>(images, origins, count, size, copies, crops,
-                                                     threads);
+      return CutCropsOf<std::uint16_t, Float16Minimum>(images, origins, count, size, copies, crops,
+                                                       threads);
     case PixelType::kBFloat16:
-      return CutCropsOf<std::uint16_t, BFloat16Order>(images, origins, count, size, copies, crops,
-                                                      threads);
+      return CutCropsOf<std::uint16_t, BFloat16Minimum>(images, origins, count, size, copies, crops,
+                                                        threads);
     case PixelType::kFloat32:
-      return CutCropsOf<float, FloatOrder<float>>(images, origins, count, size, copies, crops,
-                                                  threads);
-    case PixelType::kFloat64:
-      return CutCropsOf<double, FloatOrder<double>>(images, origins, count, size, copies, crops,
+      return CutCropsOf<float, FloatMinimum<float>>(images, origins, count, size, copies, crops,
                                                     threads);
+    case PixelType::kFloat64:
+      return CutCropsOf<double, FloatMinimum<double>>(images, origins, count, size, copies, crops,
+                                                      threads);
   }
 }
 
