@@ -1,7 +1,7 @@
-// Constants of the exponential that mmd's kernels have, on the CPU and on a GPU: expm1 of -z with
+// Constants of the exponential in the kernels of `mmd`, on CPU and GPU: expm1(-z) with
 //   -z = n ln 2 + r, |r| <= ln(2) / 2,   exp(-z) - 1 = 2^n p(r) + (2^n - 1),
-// where p is the Taylor polynomial of expm1 and the last term is exact. ln 2 is in two parts (Cody
-// and Waite), so that n times the first is exact.
+// where p is the Taylor polynomial of expm1 and the last term is exact. ln 2 is split in two parts
+// (Cody and Waite), so that n times the first one is exact.
 #ifndef DIFFMIC_EXPONENTIAL_H_
 #define DIFFMIC_EXPONENTIAL_H_
 
@@ -15,7 +15,7 @@ struct Exponential;
 template <>
 struct Exponential<float> {
   using Bits = std::int32_t;
-  static constexpr float kLimit = 87.0f;  // of z; beyond it the exponential is taken for 0
+  static constexpr float kLimit = 87.0f;  // of z; beyond it the exponential is 0
   static constexpr float kLn2High = 0.693359375f;
   static constexpr float kLn2Low = -2.12194440e-4f;
   static constexpr int kMantissa = 23;  // bits

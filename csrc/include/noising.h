@@ -1,8 +1,9 @@
-// The noisy labels of a training step, for host and device code: of streams s, rows b, classes c
+// The forward process on the labels of a training step (docs/algorithm.md, "Forward process"), for
+// host and device. For branches s, rows b and classes c
 //   y_t[s, b, c] = a y_0[b, c] + (1 - a) prior[s, b, c] + d noise[b, c],
-// a and d the schedule's of the row's timestep, one noise for all streams. The definition is
-// diffmic_fast/reference/conditioning.py; each operation is rounded on its own, in this order, so
-// that these are its very bits (philox.h says what that asks of a compiler).
+// with a and d of the row's timestep, and the same noise for all branches. Each operation is
+// rounded on its own, in this order: bitwise identical to diffmic_fast/reference/conditioning.py
+// (philox.h states the compiler options that this requires).
 #ifndef DIFFMIC_NOISING_H_
 #define DIFFMIC_NOISING_H_
 
@@ -14,21 +15,21 @@
 namespace diffmic {
 
 struct Noising {
-  const float* y_0;  // [B, C], any strides; NULL where labels come with their noise
+  const float* y_0;  // [B, C], any strides; null if the labels are noisy already
   std::int64_t y_0_stride[2];
   const float* sqrt_alpha_bar;            // [T], compact as all below
   const float* sqrt_one_minus_alpha_bar;  // [T]
   std::int64_t timesteps;                 // T
   std::uint64_t seed;
-  const std::int64_t* images;   // [B], or NULL: the rows' numbers
-  const std::int64_t* samples;  // [B], or NULL: 0
-  const float* given;           // [B, C]: the noise, or NULL: Philox's, at timestep 0 of its key
-  float* drawn;                 // [B, C]: that noise, written; NULL with `given`
-  float* y;                     // [S, B, C], written
+  const std::int64_t* images;   // [B], or null: the row indices
+  const std::int64_t* samples;  // [B], or null: 0
+  const float* given;           // [B, C] noise, or null: Philox noise at timestep 0
+  float* drawn;                 // [B, C] output: that noise; null with `given`
+  float* y;                     // [S, B, C] output
 };
 
-// The noise of classes 4 block ... 4 block + 3 of a row; 0 beyond the last class. Not-a-number for
-// a sample that has no key.
+// The noise of classes 4 block ... 4 block + 3 of a row; 0 beyond the last class, NaN for a sample
+// outside of the range of keys.
 DIFFMIC_HOST_DEVICE inline philox::Normals NoiseOf(const Noising& n, std::int64_t row,
                                                    std::int64_t block, std::int64_t classes) {
   if (n.given != nullptr) {
@@ -49,7 +50,7 @@ DIFFMIC_HOST_DEVICE inline philox::Normals NoiseOf(const Noising& n, std::int64_
   return drawn;
 }
 
-// a and d of a timestep; not-a-number where the schedule does not have it.
+// a and d of a timestep; NaN outside of the schedule.
 struct Mixture {
   float label, noise;
 };

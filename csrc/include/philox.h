@@ -1,17 +1,17 @@
-// Standard normal noise addressed by its key: Philox4x32-10 (Salmon et al., "Parallel random
-// numbers: as easy as 1, 2, 3", SC 2011) and Box-Muller, for host and device code.
+// Counter-based standard normal noise (docs/algorithm.md, "Philox noise"): Philox4x32-10 (Salmon et
+// al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and Box-Muller, for host and device.
 //
 //   key      seed[0:32], seed[32:64]
 //   counter  image[0:32], image[32:64], sample, timestep << 12 | class / 4
 //
-// The four words of one counter make four normals: words 0 and 1 serve classes 4b and 4b + 1,
-// words 2 and 3 classes 4b + 2 and 4b + 3. This is the twin of diffmic_fast/reference/philox.py and
-// gives its very bits: the transform uses float64 additions, multiplications, divisions and one
-// square root only, each rounded on its own, in the order written there. Host code has to be
-// compiled with -ffp-contract=off; device code names the rounded operations, so no flag matters.
+// The four words of one counter give four normals: words 0 and 1 those of classes 4b and 4b + 1,
+// words 2 and 3 those of classes 4b + 2 and 4b + 3. Bitwise identical to
+// diffmic_fast/reference/philox.py: the transform uses only float64 additions, multiplications,
+// divisions and one square root, each rounded on its own, in the same order. Host code must be
+// compiled with -ffp-contract=off; device code uses rounding intrinsics, so no flag matters.
 //
-// Arithmetic: a counter costs 20 32-bit multiplications and about 140 float64 operations for
-// 16 bytes of normals, so it is bound by arithmetic everywhere and meant to be used in registers.
+// Arithmetic: a counter takes 20 32-bit multiplications and about 140 float64 operations for 16
+// bytes of normals: bound by arithmetic, and meant to be used from registers.
 #ifndef DIFFMIC_PHILOX_H_
 #define DIFFMIC_PHILOX_H_
 
@@ -147,8 +147,8 @@ DIFFMIC_HOST_DEVICE inline void BoxMuller(std::uint32_t first, std::uint32_t sec
   using internal::Divide;
   using internal::Multiply;
 
-  // The uniform number is a normal double in (0, 1): mantissa in [1/2, 1) and exponent are read off
-  // its bits, as frexp would.
+  // The uniform number is a normal double in (0, 1): its bits give the mantissa in [1/2, 1) and the
+  // exponent, as frexp does.
   const double uniform = Multiply(Add(static_cast<double>(first), 0.5), 1.0 / 4294967296.0);
   std::uint64_t bits;
   std::memcpy(&bits, &uniform, sizeof bits);
@@ -166,7 +166,7 @@ DIFFMIC_HOST_DEVICE inline void BoxMuller(std::uint32_t first, std::uint32_t sec
                          Multiply(Multiply(ratio, 2.0), series));
   const double radius = internal::SquareRoot(Multiply(log, -2.0));
 
-  // A quarter turn and a rest in [-1/8, 1/8) turns, exactly.
+  // Exact range reduction: a number of quarter turns and a remainder in [-1/8, 1/8) turns.
   const std::uint32_t shifted = second + (std::uint32_t{1} << 29);
   const std::uint32_t quarter = shifted >> 30;
   const std::int32_t rest =
