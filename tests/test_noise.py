@@ -1,4 +1,4 @@
-"""csrc/include/philox.h gives the bits of the reference, wherever its keys lie."""
+"""csrc/include/philox.h is bitwise identical to the reference, for keys of any strides."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def assert_same_bits(first: Tensor, second: Tensor) -> None:
 
 @pytest.mark.parametrize("classes", [1, 3, 4, 5, 7, 130, philox.MAX_CLASSES])
 @pytest.mark.parametrize("seed", [0, 7, -1, 2**63, 2**64 - 1, 2**70 + 5])
-def test_bits_of_the_reference(seed: int, classes: int) -> None:
+def test_bitwise_identical_to_the_reference(seed: int, classes: int) -> None:
     images, samples, timesteps = keys(2 if classes > 1000 else 129)
     expected = philox.normal(seed, images, samples, timesteps, classes)
     assert_same_bits(native(seed, images, samples, timesteps, classes), expected)
 
 
-def test_many_numbers_have_the_bits_of_the_reference() -> None:
-    # A million words go through the transform, some of every exponent that is likely.
+def test_a_million_words_are_bitwise_identical_to_the_reference() -> None:
+    # A million words reach every exponent of likely size.
     images, samples, timesteps = keys(62_500)
     expected = philox.normal(3, images, samples, timesteps, 4)
     found = native(3, images, samples, timesteps, 4)
@@ -49,18 +49,18 @@ def test_many_numbers_have_the_bits_of_the_reference() -> None:
     assert abs(found.mean()) < 0.005 and abs(found.std() - 1) < 0.005
 
 
-def test_threads_and_strides_leave_no_trace() -> None:
+def test_result_does_not_depend_on_threads_or_strides() -> None:
     images, samples, timesteps = keys(5001)
     expected = native(1, images, samples, timesteps, 3)
     assert_same_bits(native(1, images, samples, timesteps, 3, threads=3), expected)
-    turned = native(
+    reversed_twice = native(
         1,
         images.flip(0).contiguous().numpy()[::-1],
         torch.stack([samples, samples], dim=1)[:, 1],
         timesteps,
         3,
     )
-    assert_same_bits(turned, expected)
+    assert_same_bits(reversed_twice, expected)
     constant = torch.zeros(1, dtype=torch.int64).expand(5001)
     assert_same_bits(
         native(1, images, constant, timesteps, 3),
@@ -86,12 +86,14 @@ def test_empty() -> None:
         ([0], [0], 3, r"sample_ids must have shape \(2,\), got \(1,\)"),
     ],
 )
-def test_refuses(samples: list[int], timesteps: list[int], classes: int, message: str) -> None:
+def test_invalid_arguments_are_rejected(
+    samples: list[int], timesteps: list[int], classes: int, message: str
+) -> None:
     images = torch.tensor([5, 6])
     with pytest.raises(ValueError, match="^philox_normal: " + message):
         native(0, images, torch.tensor(samples), torch.tensor(timesteps), classes)
 
 
-def test_refuses_no_threads() -> None:
+def test_zero_threads_are_rejected() -> None:
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
         native(0, *keys(1), 1, threads=0)

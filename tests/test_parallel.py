@@ -1,4 +1,4 @@
-"""The threads of the C++ kernels: PyTorch's own, and others where those are not to be had."""
+"""The threads of the C++ kernels: those of PyTorch's OpenMP runtime, or threads of their own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffmic_fast import _native
 
 _C = _native.extension()
 
-# A process of its own: PyTorch's threads are there from its first parallel operation on.
+# In a subprocess: PyTorch starts its threads with its first parallel operation.
 THREADS = """
 import os, torch
 from diffmic_fast import _native
@@ -34,7 +34,7 @@ print(*counts)
 """
 
 
-# A child that loads the extension only after the fork; a hang ends in SIGALRM.
+# A child that loads the extension after the fork; SIGALRM ends a deadlock.
 LATE = """
 import os, signal, torch
 from diffmic_fast import _native
@@ -53,7 +53,7 @@ print(os.waitpid(child, 0)[1])
 
 @pytest.fixture
 def three_threads() -> Iterator[None]:
-    """PyTorch's, started."""
+    """PyTorch with three threads, already started."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     torch.randn(1 << 20).mul(2)
@@ -78,14 +78,14 @@ def value_and_gradients(threads: int, scale: float = 1.0) -> list[torch.Tensor]:
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux's /proc")
 @pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="PyTorch without OpenMP")
-def test_threads_are_those_that_pytorch_runs_on() -> None:
+def test_kernels_use_the_threads_of_pytorch() -> None:
     first, *others = map(int, run(THREADS).split())
     assert others == [first + 2] * 3
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.usefixtures("three_threads")
-def test_a_forked_child_starts_threads_of_its_own() -> None:
+def test_forked_child_starts_its_own_threads() -> None:
     expected = value_and_gradients(threads=3)
 
     def work() -> None:
@@ -98,19 +98,19 @@ def test_a_forked_child_starts_threads_of_its_own() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_may_be_the_first_to_load_the_extension() -> None:
+def test_forked_child_may_load_the_extension_first() -> None:
     assert run(LATE).split() == ["0"]
 
 
 @pytest.mark.usefixtures("three_threads")
-def test_threads_that_are_kept_flush_denormal_numbers_as_their_caller_does() -> None:
+def test_threads_adopt_the_floating_point_environment() -> None:
     kept = value_and_gradients(threads=1, scale=1e-36)
     assert bool(((kept[1] != 0) & (kept[1].abs() < 1e-38)).any())
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor does not flush denormal numbers")
     try:
         flushed = value_and_gradients(threads=1, scale=1e-36)
-        # More threads than PyTorch has are others.
+        # With more threads than PyTorch has, new ones are started.
         found = [
             value_and_gradients(threads, scale=1e-36) for threads in (2, 3, 5) for _ in range(5)
         ]

@@ -1,4 +1,4 @@
-"""The C++ `conditioning` against its definition in float64."""
+"""The C++ kernels of `conditioning` against the reference in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffmic_fast.reference.conditional_linear import ConditionalLayer
 _C = _native.extension()
 ISAS = _C.conditioning_instruction_sets()
 
-# S (0: no stream dimension), B, F, C. 64 units are a chunk, and 32 rows are taken at a time in eval mode.
+# S (0: no branch dimension), B, F, C. Chunks are 64 output channels; evaluation mode takes 32 rows at a time.
 SIZES = [(0, 2, 1, 2), (1, 7, 129, 3), (2, 33, 64, 4), (3, 5, 200, 5), (3, 70, 37, 7)]
 
 
@@ -34,7 +34,7 @@ def kernel(
     make: Callable[..., Tensor] = torch.empty,
     **options: Any,
 ) -> list[Tensor]:
-    """The extension's own functions, into memory from `make`: as `Case.run`, by float32."""
+    """`Case.run` in float32 through the extension's functions, with outputs allocated by `make`."""
     x, y, guidance = inputs
     features = x.shape[1]
     streams = y.shape[0] if training and y.ndim == 3 else 1
@@ -49,8 +49,8 @@ def kernel(
     _C.conditioning_backward(
         grad, *arguments, statistics, training, 1e-4, gradients, **options
     )  # fmt: skip
-    behind = [old if new is None else new for old, new in zip(running, updated, strict=True)]
-    return [h, *behind, *gradients]
+    after = [old if new is None else new for old, new in zip(running, updated, strict=True)]
+    return [h, *after, *gradients]
 
 
 # ---- values and gradients --------------------------------------------------------------------
@@ -75,8 +75,8 @@ def test_every_instruction_set(isa: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_statistics_of_two_rows_lose_no_digits(isa: str) -> None:
-    """n of two rows is +-1 but for eps: what is left of the gradient is 500 roundings wrong as a difference."""
+def test_batch_of_two_rows_is_accurate(isa: str) -> None:
+    """n of two rows is +-1 up to eps: computed as a difference, the gradient would be off by 500 roundings."""
     case = Case(1, 2, 1, 3)
     parts = (*case.floats(), case.timesteps, case.grad.float())
     found = kernel(*parts, training=True, isa=isa)[3:]
@@ -89,8 +89,8 @@ def test_statistics_of_two_rows_lose_no_digits(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_softplus_of_large_and_small_numbers(isa: str) -> None:
-    """An identity for everything else: h = softplus(bias), and its slope."""
+def test_softplus_of_large_and_small_arguments(isa: str) -> None:
+    """All other parts are the identity: h = softplus(bias), and its derivative."""
     n = torch.cat([torch.linspace(-86, 86, 4001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e4])])
     features = n.numel()
     one, zero = torch.ones(features), torch.zeros(features)
@@ -107,8 +107,8 @@ def test_softplus_of_large_and_small_numbers(isa: str) -> None:
     assert float(((found[7].double() - slope) / slope).abs().max()) < 1e-6
 
 
-def test_statistics_far_from_zero() -> None:
-    """Rows whose mean is 300 of their deviations: a sum of squares would leave nothing."""
+def test_statistics_with_a_large_mean() -> None:
+    """The mean is 300 standard deviations: a difference of sums of squares would cancel."""
     case = Case(2, 500, 17, 3)
     case.parameters[1] = (case.parameters[1] + 300).float().double()
     case.parameters[2] = torch.ones_like(case.parameters[2])
@@ -118,7 +118,7 @@ def test_statistics_far_from_zero() -> None:
     assert float(((found[2].double() - exact[2]) / exact[2]).abs().max()) < 1e-5
 
 
-def test_only_the_gradients_that_are_wanted() -> None:
+def test_subsets_of_gradients() -> None:
     case = Case(2, 6, 70, 3)
     names = ("x", "y_t", "guidance", "weight", "bias", "gamma", "norm_weight", "norm_bias")
     for training in (False, True):
@@ -140,12 +140,12 @@ def test_only_the_gradients_that_are_wanted() -> None:
                     assert leaf.grad is None
 
 
-# ---- what a result depends on ----------------------------------------------------------------
+# ---- reproducibility, strides, special values ---------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("isa", ISAS)
-def test_the_bits_do_not_depend_on_threads_or_runs(isa: str, training: bool) -> None:
+def test_result_does_not_depend_on_threads_or_runs(isa: str, training: bool) -> None:
     case = Case(3, 40, 2500, 5)
     parts = (*case.floats(), case.timesteps, case.grad.float())
     expected = kernel(*parts, training=training, isa=isa, threads=1)
@@ -155,7 +155,7 @@ def test_the_bits_do_not_depend_on_threads_or_runs(isa: str, training: bool) -> 
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_row_is_alone_in_eval_mode(isa: str) -> None:
+def test_rows_are_batch_invariant_in_evaluation_mode(isa: str) -> None:
     case = Case(2, 67, 130, 3)
     (x, y, guidance), parameters, running = case.floats()
     grad = case.grad.float()
@@ -174,7 +174,7 @@ def test_a_row_is_alone_in_eval_mode(isa: str) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_strides_and_surroundings(training: bool) -> None:
+def test_strides_and_out_of_bounds_writes(training: bool) -> None:
     case = Case(3, 6, 75, 4)
     inputs, parameters, running = case.floats()
     grad = case.grad.float()
@@ -207,7 +207,7 @@ def test_strides_and_surroundings(training: bool) -> None:
         assert (buffer[:7] == 42).all() and (buffer[7 + size :] == 42).all()
     for (_, buffer), copy in zip(views, copies, strict=True):
         assert torch.equal(buffer.nan_to_num(-9), copy.nan_to_num(-9))
-    # The public call copies what the kernel does not take.
+    # The public call copies strides that the kernel does not support.
     layer = ConditionalLayer(*(sliced(v, rows_only=False)[0] for v in parameters), *running)
     strided = sliced(inputs[0], rows_only=False)[0]
     h = conditioning(
@@ -218,7 +218,7 @@ def test_strides_and_surroundings(training: bool) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_not_a_number_goes_through(training: bool) -> None:
+def test_nan_propagates(training: bool) -> None:
     case = Case(2, 6, 70, 3)
     case.inputs[1][1, 4, 2] = torch.nan
     found = case.run(torch.float32, "cpu", training=training)
@@ -241,7 +241,7 @@ def test_empty_batch(streams: int) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_second_derivatives_are_the_reference_s(training: bool) -> None:
+def test_second_derivatives_match_the_reference(training: bool) -> None:
     case = Case(2, 5, 6, 2)
 
     def second(dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
@@ -257,8 +257,8 @@ def test_second_derivatives_are_the_reference_s(training: bool) -> None:
         assert float((a.double() - b).abs().max()) <= 1e-4 * float(b.abs().max())
 
 
-def test_statistics_of_a_call_are_kept() -> None:
-    """A call in training between forward and backward in eval mode changes nothing of it."""
+def test_backward_uses_the_statistics_of_its_forward() -> None:
+    """A training call between the forward and backward pass of evaluation mode has no effect on it."""
     case = Case(0, 5, 70, 2)
     inputs, parameters, running = case.floats()
     inputs[0].requires_grad_()
@@ -311,11 +311,11 @@ def test_compiles_as_one_graph(training: bool) -> None:
         assert torch.equal(results[1][1], case.running[0].float()) != training
 
 
-# ---- who uses it, and bad arguments ----------------------------------------------------------
+# ---- dispatch and invalid arguments --------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("auto_backend")
-def test_the_model_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_calls_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ConditionalModel(3, timesteps=10, feature_dim=16, encoder="resnet18")
     calls = []
     original = _C.conditioning
@@ -330,7 +330,7 @@ def test_the_model_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("auto_backend")
-def test_other_types_go_to_the_reference() -> None:
+def test_float64_uses_the_reference() -> None:
     case = Case(0, 3, 5, 2)
     layer = ConditionalLayer(*case.parameters, *case.running)
     h = conditioning(*case.inputs, layer, case.timesteps)
@@ -339,7 +339,7 @@ def test_other_types_go_to_the_reference() -> None:
         conditioning(*case.inputs, layer, case.timesteps, backend="cpu")
 
 
-def test_bad_arguments_of_the_extension() -> None:
+def test_invalid_arguments_are_rejected() -> None:
     case = Case(2, 4, 5, 3)
     inputs, parameters, running = case.floats()
     grad, t = case.grad.float(), case.timesteps

@@ -1,4 +1,4 @@
-"""The C++ kernels of `denoise`: their numbers, and what a row's result may not depend on."""
+"""The C++ kernels of `denoise`: values, batch invariance, reproducibility, errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _C = _native.extension()
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_states_are_those_of_the_definition(data: st.DataObject) -> None:
+def test_states_match_the_reference(data: st.DataObject) -> None:
     rows = data.draw(st.sampled_from([1, 2, 3, 4, 7, 8, 33, 65, 197]), label="rows")
     features = data.draw(st.sampled_from([1, 3, 8, 31, 32, 33, 70, 129, 1025]), label="features")
     classes = data.draw(st.integers(1, 7), label="classes")
@@ -64,7 +64,7 @@ def test_states_are_those_of_the_definition(data: st.DataObject) -> None:
 
 
 def to_bytes(t: Tensor) -> Tensor:
-    """Each row as whole numbers times the 127th part of its largest, in the kernels' float32."""
+    """Each row quantised to int8 with scale amax / 127, in float32 arithmetic as the kernels do."""
     t = t.float()
     largest = t.abs().amax(dim=1, keepdim=True)
     return (t * (127 / largest)).round().double() * (largest / 127).double()
@@ -73,10 +73,10 @@ def to_bytes(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize(("precision", "rounded"), [("bf16", to_bfloat16), ("int8", to_bytes)])
 @pytest.mark.parametrize("features", [1100, 1027])
-def test_weights_and_activations_are_rounded_and_nothing_else(
+def test_reduced_precision_rounds_only_weights_and_activations(
     precision, rounded, instructions, features
 ) -> None:
-    """Against float64 with the same roundings at the same places."""
+    """Against float64 with the same roundings of hidden weights and activations."""
     rows, classes = 9, 5
     weights, inputs = make_weights(features, classes), make_inputs(rows, features, classes)
     steps = make_steps(SCHEDULE, "ddpm_truncated", 1)
@@ -88,7 +88,7 @@ def test_weights_and_activations_are_rounded_and_nothing_else(
             instructions=instructions,
         )  # fmt: skip
         plain = denoise(*inputs, weights, steps, noise=noise, backend="cpu")
-    # A few roundings fall to the other side, from sums that differ in their last bits.
+    # A few roundings differ, of sums that differ in their last bits.
     error = (found - expected).square().mean().sqrt()
     assert float((plain - expected).square().mean().sqrt()) > 5 * float(error)
     assert float(error) < 1e-4
@@ -97,7 +97,7 @@ def test_weights_and_activations_are_rounded_and_nothing_else(
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("features", [70, 1100])
-def test_a_row_is_bitwise_the_same_in_any_company(instructions, precision, features) -> None:
+def test_rows_are_batch_invariant(instructions, precision, features) -> None:
     rows, classes = 210, 3  # more than a block
     weights, inputs = make_weights(features, classes), make_inputs(rows, features, classes)
     steps = make_steps(SCHEDULE, "ddim", 4, 0.3)
@@ -121,7 +121,7 @@ def test_a_row_is_bitwise_the_same_in_any_company(instructions, precision, featu
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("rows", [1, 33])
-def test_threads_leave_no_trace(instructions, precision, rows) -> None:
+def test_result_does_not_depend_on_the_number_of_threads(instructions, precision, rows) -> None:
     weights, inputs = make_weights(300, 4), make_inputs(rows, 300, 4)
     steps = make_steps(SCHEDULE, "ddpm")
     before, results = torch.get_num_threads(), []
@@ -150,7 +150,7 @@ def test_threads_leave_no_trace(instructions, precision, rows) -> None:
     "sampler",
     [("ddpm", None, 0.0), ("ddpm_truncated", 30, 0.0), ("ddim", 9, 0.0), ("ddim", 1, 1.0)],
 )
-def test_a_window_of_steps_gives_the_bits_of_one_after_the_other(
+def test_windows_are_bitwise_identical_to_sequential_steps(
     instructions, precision, sampler
 ) -> None:
     steps = make_steps(SCHEDULE, *sampler)
@@ -177,8 +177,8 @@ def count_sweeps(weights, inputs, steps, window=1, tolerance=0.0) -> int:
     return _C.denoise(call, out, None)
 
 
-def test_windows_need_fewer_readings_of_the_weights() -> None:
-    """Where eps hardly depends on the label, a window slides by nearly its length."""
+def test_windows_need_fewer_sweeps() -> None:
+    """Where eps hardly depends on the label, a window advances by nearly its length per sweep."""
     weights, inputs = make_weights(2048, 3), make_inputs(1, 2048, 3)
     steps = make_steps(SCHEDULE, "ddpm")
     assert count_sweeps(weights, inputs, steps, window=1) == T
@@ -194,7 +194,7 @@ def test_windows_need_fewer_readings_of_the_weights() -> None:
     "sampler", [("ddpm", None, 0.0), ("ddpm_truncated", 30, 0.0), ("ddim", 9, 0.0)]
 )
 @pytest.mark.parametrize("rows", [1, 3, 19])
-def test_a_tolerance_is_kept_and_leaves_nothing_to_chance(sampler, rows) -> None:
+def test_tolerance_is_respected_and_reproducible(sampler, rows) -> None:
     weights, inputs = make_weights(300, 3), make_inputs(rows, 300, 3)
     steps = make_steps(SCHEDULE, *sampler)
     before = torch.get_num_threads()
@@ -218,7 +218,7 @@ def test_a_tolerance_is_kept_and_leaves_nothing_to_chance(sampler, rows) -> None
                 torch.set_num_threads(before)
 
 
-def test_not_a_number_ends_a_window_too() -> None:
+def test_nan_terminates_windows() -> None:
     weights, (x, prior, guidance) = make_weights(40, 3), make_inputs(2, 40, 3)
     x[1, 3] = float("nan")
     steps = make_steps(SCHEDULE, "ddpm")
@@ -233,8 +233,8 @@ def test_not_a_number_ends_a_window_too() -> None:
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
-def test_softplus_keeps_its_bound(instructions: str) -> None:
-    """Relative error below 4e-7 from -87 on, and absolute below 2e-38 under it (simd.h)."""
+def test_softplus_error_bound(instructions: str) -> None:
+    """Relative error below 4e-7 from -87 on, absolute error below 2e-38 under it (simd.h)."""
     x = torch.cat((torch.linspace(-87, 90, 400_001), torch.linspace(-1, 1, 100_001)))
     out = torch.empty_like(x)
     _C.softplus(x, out, instructions)
@@ -251,7 +251,7 @@ def test_softplus_keeps_its_bound(instructions: str) -> None:
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_not_a_number_stays_in_its_row(instructions, precision) -> None:
+def test_nan_stays_in_its_row(instructions, precision) -> None:
     weights, (x, prior, guidance) = make_weights(40, 3), make_inputs(7, 40, 3)
     steps = make_steps(SCHEDULE, "ddim", 3)
     run = lambda: denoise(  # noqa: E731
@@ -272,8 +272,8 @@ def test_not_a_number_stays_in_its_row(instructions, precision) -> None:
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_not_a_number_stays_in_its_row_of_a_window(instructions, precision) -> None:
-    """Rows of a window end up where others stood, and an odd number of features leaves half a pair beside them."""
+def test_nan_stays_in_its_row_within_windows(instructions, precision) -> None:
+    """Rows of a window reuse the memory of other rows, and an odd number of features leaves half a pair of padding."""
     weights, (x, prior, guidance) = make_weights(41, 3), make_inputs(7, 41, 3)
     steps = make_steps(SCHEDULE, "ddpm_truncated", 20)
     with torch.no_grad():
@@ -292,8 +292,8 @@ def test_not_a_number_stays_in_its_row_of_a_window(instructions, precision) -> N
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
-def test_the_memory_of_many_rows_is_that_of_a_block() -> None:
-    """100,000 rows of F = 64: activations of all rows would be 26 MB twice over."""
+def test_memory_is_bounded_by_a_block_of_rows() -> None:
+    """100,000 rows of F = 64: two buffers of activations of all rows would take 26 MB each."""
     rows, features = 100_000, 64
     weights, inputs = make_weights(features, 2), make_inputs(rows, features, 2)
     steps = make_steps(SCHEDULE, "ddim", 1)
@@ -304,7 +304,7 @@ def test_the_memory_of_many_rows_is_that_of_a_block() -> None:
         out = denoise(*inputs, weights, steps, backend="cpu")
         grown = peak() - before
     assert out.shape == (rows, 2)
-    # The compact labels are there already, the features are read where they lie.
+    # The labels are compact already, and features are read in place.
     assert grown < 10e6
 
 
@@ -316,35 +316,35 @@ def long_chain(progress=None) -> Tensor:
         )
 
 
-def test_progress_rises_to_the_end() -> None:
+def test_progress_increases_to_the_total() -> None:
     seen: list[tuple[int, int]] = []
     long_chain(lambda done, total: seen.append((done, total)))
     assert seen[-1] == (11 * T, 11 * T)  # 2000 rows are 11 blocks
     assert seen == sorted(seen) and {total for _, total in seen} == {11 * T}
 
 
-def test_an_exception_in_progress_stops_the_chain() -> None:
+def test_exception_in_progress_stops_the_chain() -> None:
     asked = []
 
     def progress(done: int, total: int) -> None:
         asked.append(done)
-        raise LookupError("enough")
+        raise LookupError("stop here")
 
-    with pytest.raises(LookupError, match="enough"):
+    with pytest.raises(LookupError, match="stop here"):
         long_chain(progress)
     assert len(asked) == 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX timers")
-def test_a_signal_interrupts_the_chain() -> None:
+def test_signal_interrupts_the_chain() -> None:
     reached: list[tuple[int, int]] = []
 
     def handler(*_: object) -> None:
         raise KeyboardInterrupt
 
     def progress(done: int, total: int) -> None:
-        # One signal, and while the kernel runs: an exception out of a handler that interrupts `no_grad`'s own first or
-        # last line would leave gradients off for every test behind this one.
+        # One signal, while the kernel runs: an exception from a handler that interrupts the enter or exit of `no_grad`
+        # would leave gradients disabled for every later test.
         if not reached:
             signal.setitimer(signal.ITIMER_REAL, 0.01)
         reached.append((done, total))
@@ -359,7 +359,7 @@ def test_a_signal_interrupts_the_chain() -> None:
     assert reached[-1][0] < reached[-1][1]
 
 
-def test_other_threads_run_meanwhile() -> None:
+def test_gil_is_released() -> None:
     ticks, running = [], threading.Event()
 
     def count() -> None:
@@ -378,7 +378,7 @@ def test_other_threads_run_meanwhile() -> None:
 
 
 @pytest.mark.usefixtures("auto_backend")
-def test_what_cannot_be_served_by_name_is_refused() -> None:
+def test_unsupported_calls_are_rejected() -> None:
     weights, inputs = make_weights(20, 3), make_inputs(2, 20, 3)
     steps = make_steps(SCHEDULE, "ddim", 2)
     weights.output_bias.requires_grad_()
@@ -411,7 +411,7 @@ def test_what_cannot_be_served_by_name_is_refused() -> None:
                 denoise(*inputs, weights, steps, window=window)
 
 
-def test_noise_that_the_last_step_would_lack_is_refused() -> None:
+def test_noise_for_a_stochastic_last_step_is_rejected() -> None:
     weights, inputs = make_weights(20, 3), make_inputs(2, 20, 3)
     steps = make_steps(SCHEDULE, "ddim", 4)
     sigma = steps.sigma.clone()
@@ -424,7 +424,7 @@ def test_noise_that_the_last_step_would_lack_is_refused() -> None:
             )  # fmt: skip
 
 
-def test_backend_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, inputs = make_weights(20, 3), make_inputs(2, 20, 3)
     steps = make_steps(SCHEDULE, "ddim", 2)
     monkeypatch.setenv("DIFFMIC_BACKEND", "reference")

@@ -1,4 +1,4 @@
-"""Results of `denoise` on the CPU across instruction sets."""
+"""`denoise` on the CPU across instruction sets."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(rows: int, features: int, precision: str, instructions: str, **options) 
 
 
 @pytest.mark.parametrize("features", [1, 31, 70, 515, 1030])
-def test_int8_has_the_same_bits_with_every_instruction_set(features: int) -> None:
+def test_int8_is_bitwise_identical_across_instruction_sets(features: int) -> None:
     for rows in (1, 2, 7, 13, 17, 40, 66, 195):
         expected = run(rows, features, "int8", "portable")
         assert bool(expected.isfinite().all())
@@ -40,11 +40,11 @@ def test_int8_has_the_same_bits_with_every_instruction_set(features: int) -> Non
 
 
 def test_int8_is_summed_exactly_over_all_features() -> None:
-    """Sums beyond 2^24, which float32 rounds; those of AMX are compared with exact ones in tests/native/amx.cpp."""
+    """Sums beyond 2^24, which float32 rounds; tests/native/amx.cpp compares those of AMX with exact ones."""
     features, rows = 2100, 3
     weights, (x, prior, guidance) = make_weights(features, 2), make_inputs(rows, features, 2)
     hidden = weights.hidden[0].weight
-    hidden.fill_(1.0)  # the scale's 127th part: all bytes are 127
+    hidden.fill_(1.0)  # all int8 weights are 127
     hidden[:, 0] = 0.5
     steps = make_steps(SCHEDULE, "ddpm_truncated", 1)
     with torch.no_grad():
@@ -58,8 +58,8 @@ def test_int8_is_summed_exactly_over_all_features() -> None:
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_int8_has_a_largest_number_of_features() -> None:
-    """Beyond it a sum might not fit int32. Expanded weights take no memory."""
+def test_int8_rejects_too_many_features() -> None:
+    """More than 133144 features could overflow int32. Expanded weights take no memory."""
     features = 133_145
     zero = torch.zeros(1)
 
@@ -82,7 +82,7 @@ def test_int8_has_a_largest_number_of_features() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 @pytest.mark.skipif(bool(WHY_NO_AMX), reason=f"no AMX: {WHY_NO_AMX}")
-def test_the_emulation_has_the_bits_of_amx(precision: str) -> None:
+def test_amx_emulation_is_bitwise_identical(precision: str) -> None:
     for features in (1, 31, 70, 515, 1030):
         for rows in (1, 2, 15, 16, 17, 33, 49, 64, 65, 130, 250):
             expected = run(rows, features, precision, "amx")
@@ -90,8 +90,8 @@ def test_the_emulation_has_the_bits_of_amx(precision: str) -> None:
 
 
 @pytest.mark.skipif("amx_emulated" not in INSTRUCTIONS, reason="no AVX2")
-def test_bf16_sums_of_amx_differ_from_others_by_rounding_alone() -> None:
-    """And do differ: the emulation is not one of the vector kernels."""
+def test_amx_bf16_matches_avx2_within_rounding() -> None:
+    """The results do differ: the emulation is not one of the vector kernels."""
     found = run(9, 1030, "bf16", "amx_emulated")
     vectors = run(9, 1030, "bf16", "avx2")
     assert not torch.equal(found, vectors)
@@ -99,7 +99,7 @@ def test_bf16_sums_of_amx_differ_from_others_by_rounding_alone() -> None:
     assert float((found - vectors).square().mean().sqrt()) < 1e-3
 
 
-def test_emulation_is_never_chosen() -> None:
+def test_auto_never_selects_the_emulation() -> None:
     assert INSTRUCTIONS[-1] in ("amx_emulated", "portable")
     x = run(3, 70, "bf16", "auto")
     assert torch.equal(x, run(3, 70, "bf16", INSTRUCTIONS[0]))
@@ -120,13 +120,13 @@ def test_amx_is_available_or_the_reason_is_reported() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
-def test_groups_of_chunks_have_the_bits_of_one_chunk(instructions: str, precision: str) -> None:
-    """More than 64 rows compute several chunks a pass, as many as threads leave each of them."""
+def test_result_does_not_depend_on_chunks_per_call(instructions: str, precision: str) -> None:
+    """With more than 64 rows a call computes several chunks, fewer with more threads."""
     before, rows, features = torch.get_num_threads(), 130, 1100
     try:
         torch.set_num_threads(1)
         expected = run(rows, features, precision, instructions)
-        torch.set_num_threads(9)  # one chunk a pass
+        torch.set_num_threads(9)  # one chunk per call
         assert torch.equal(run(rows, features, precision, instructions), expected)
     finally:
         torch.set_num_threads(before)

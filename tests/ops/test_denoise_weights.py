@@ -1,4 +1,4 @@
-"""The packed weights of `denoise`: kept from call to call, and never old."""
+"""The cache of packed weights of `denoise`: reused across calls, and never stale."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ CHANGES = {
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("layer", [0, 1])
-def test_weights_are_read_as_they_are_now(precision: str, change: str, layer: int) -> None:
-    """The packed ones are used again, and never when anything has changed, however it was done."""
+def test_changed_weights_are_repacked(precision: str, change: str, layer: int) -> None:
+    """Packed weights are reused only if no weight has changed, by whatever means."""
     weights, inputs = make_weights(50, 3), make_inputs(2, 50, 3)
     weights = weights._replace(
         hidden=tuple(h._replace(weight=h.weight.contiguous()) for h in weights.hidden)
@@ -68,7 +68,7 @@ def test_weights_are_read_as_they_are_now(precision: str, change: str, layer: in
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_small_weights_are_read_as_they_are_now(precision: str) -> None:
+def test_changed_small_weights_take_effect(precision: str) -> None:
     weights, inputs = make_weights(50, 3), make_inputs(2, 50, 3)
     steps = make_steps(SCHEDULE, "ddim", 3)
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_small_weights_are_read_as_they_are_now(precision: str) -> None:
     assert all(not torch.equal(a, b) for a, b in itertools.pairwise(results))
 
 
-def test_two_models_at_once_from_two_threads() -> None:
+def test_two_models_from_several_threads() -> None:
     models = [make_weights(70, 3, seed) for seed in range(2)]
     inputs, steps = make_inputs(3, 70, 3), make_steps(SCHEDULE, "ddim", 3)
 
@@ -100,7 +100,7 @@ def test_two_models_at_once_from_two_threads() -> None:
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
-def test_packed_weights_live_as_long_as_the_model() -> None:
+def test_packed_weights_are_freed_with_the_model() -> None:
     inputs, steps = make_inputs(1, 2048, 2), make_steps(SCHEDULE, "ddim", 1)
 
     def use_one() -> None:
@@ -113,15 +113,15 @@ def test_packed_weights_live_as_long_as_the_model() -> None:
     before = current()
     for _ in range(12):
         use_one()
-    # A model's packed weights are 59 MB; the allocator may keep those of a few.
+    # Packed weights take 59 MB per model; the allocator may keep those of a few.
     assert current() - before < 250e6
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("bits", [0x7F800001, -0x7FFFFF, -0x400000])
-def test_a_weight_that_is_no_number_is_not_served_as_one(precision, instructions, bits) -> None:
-    """Not-a-numbers, quiet ones and those that their lowest bit alone tells from infinity."""
+def test_nan_weight_propagates(precision, instructions, bits) -> None:
+    """Quiet NaNs, and signalling ones that differ from infinity in the lowest bit alone."""
     weights, inputs = make_weights(50, 3), make_inputs(2, 50, 3)
     weights.hidden[0].weight[7, 11] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_a_weight_that_is_no_number_is_not_served_as_one(precision, instructions
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_has_locks_of_its_own() -> None:
+def test_forked_child_does_not_inherit_locks() -> None:
     weights, inputs = make_weights(700, 3), make_inputs(2, 700, 3)
     steps, stop = make_steps(SCHEDULE, "ddim", 2), threading.Event()
 
