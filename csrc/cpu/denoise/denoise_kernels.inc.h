@@ -4,16 +4,16 @@
 // What is computed (docs/algorithm.md, "Denoiser"), for a chunk of kChunk output channels:
 //
 //   first layer    softplus(scale (W [y ; guidance]) + shift) * x
-//   hidden layers  softplus(scale (W h) + shift); the second one is multiplied by the output
-//   weights
+//   hidden layers  softplus(scale (W h) + shift); after the second one, its share in the output
+//   layer
 //
 // From the table entry (denoise_kernel_table.h) to a multiply-add:
 //
 //   HiddenLayer  ->  Gemm  ->  MicroKernel  ->  P::MultiplyAdd
 //   HiddenLayer  ->  Gemm  ->  FewRows or ManyRows  ->  AddSlices  ->  P::Dot    (AMX)
 //
-// Arithmetic: the GEMMs take 4 F^2 M operations per sweep (denoise_gemm.inc.h), everything else
-// some 60 F M, most of it softplus.
+// Arithmetic: the GEMMs take 4 F^2 M operations per sweep, and their weights or multiply-adds are
+// the bound (denoise_gemm.inc.h); everything else is proportional to F M.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
