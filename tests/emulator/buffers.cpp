@@ -10,7 +10,7 @@ namespace diffmic::emulator {
 namespace {
 
 std::vector<std::unique_ptr<Buffer>> buffers;
-std::array<Buffer*, 256> recent;  // by place: a place tends to touch one buffer
+std::array<Buffer*, 256> recent;  // by instruction, which usually accesses one buffer
 
 }  // namespace
 

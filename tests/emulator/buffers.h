@@ -1,4 +1,4 @@
-// The buffers in global memory that kernels may touch.
+// The buffers in global memory that kernels may access.
 #ifndef DIFFMIC_EMULATOR_BUFFERS_H_
 #define DIFFMIC_EMULATOR_BUFFERS_H_
 
@@ -15,15 +15,15 @@ struct Buffer {
   std::string name;
   std::uintptr_t first, past_last;
   bool writable;
-  std::vector<bool> written;  // of scratch memory, a bit a byte
+  std::vector<bool> written;  // per byte; workspaces only
 };
 
-// The buffer that holds the range, one that may be written where there is a choice and `write`;
-// NULL where none does.
+// The buffer that contains the range, preferably a writable one if `write`; NULL if there is none.
+// `place` is the calling instruction, for a cache.
 Buffer* BufferOf(std::uintptr_t address, std::size_t size, const void* place, bool write);
-std::string Near(std::uintptr_t address);  // the buffer that an address is nearest to, in words
+std::string Near(std::uintptr_t address);                 // describes the nearest buffer
 void MarkWritten(const void* address, std::size_t size);  // by the host
-void ForgetBuffers();                                     // those whose owners are gone
+void ForgetBuffers();                                     // of destroyed owners
 
 }  // namespace diffmic::emulator
 

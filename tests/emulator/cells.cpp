@@ -12,7 +12,7 @@ std::string OtherInWords(const Entry& entry) {
          " at " + PlaceOf(entry.Place());
 }
 
-// A fault where nothing orders one of the entries before the running thread.
+// Reports a fault if an entry is not ordered before the running thread.
 void CheckAgainst(const Cell& cell, Entry Cell::Pair::* which, std::uint8_t mask, bool atomic,
                   bool shared, const char* kind, const void* place) {
   for (const Cell::Pair& pair : cell.pairs) {
@@ -20,7 +20,7 @@ void CheckAgainst(const Cell& cell, Entry Cell::Pair::* which, std::uint8_t mask
     if ((entry.mask & mask) == 0 || (atomic && entry.atomic)) continue;
     const char* what = kind;
     if (entry.pending) {
-      what = "memory is touched while an asynchronous copy writes it";
+      what = "an access to memory with an asynchronous copy in flight";
     } else if (HappenedBefore(entry.who >> 10, entry.who & 1023, entry.clock)) {
       continue;
     }
@@ -30,15 +30,15 @@ void CheckAgainst(const Cell& cell, Entry Cell::Pair::* which, std::uint8_t mask
   }
 }
 
-// 0: of other blocks, 1: of one block, 2: of one warp.
+// 0: different blocks, 1: the same block, 2: the same warp.
 int Closeness(const Entry& a, const Entry& b) {
   const std::uint32_t difference = a.who ^ b.who;
   return difference >> 10 != 0 ? 0 : difference >> 5 != 0 ? 1 : 2;
 }
 
-// Enters an access. Where there is no room the entry that is closest to it has to go: whoever comes
-// unordered later is so to what remains as well, since it may be ordered to a warp or a block, but
-// not to several.
+// Records an access. If there is no free entry, the one closest to it is replaced: a later access
+// that races with the replaced entry races with a remaining one too, since a thread is ordered with
+// whole warps and blocks.
 void Put(Cell& cell, Entry Cell::Pair::* which, const Entry& entry) {
   Entry* closest = nullptr;
   int most = -1;
@@ -51,7 +51,7 @@ void Put(Cell& cell, Entry Cell::Pair::* which, const Entry& entry) {
       return;
     }
     if (old.mask == 0) {
-      // What is behind it may be of this thread too, where a write has emptied part of the cell.
+      // A later entry may also be of this thread, if a write has cleared part of the cell.
       closest = &old;
       break;
     }

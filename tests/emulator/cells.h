@@ -1,4 +1,4 @@
-// The memory of a launch, four bytes a cell: who wrote and read each last.
+// Shadow memory of a launch: the last writes and reads of each cell of four bytes.
 #ifndef DIFFMIC_EMULATOR_CELLS_H_
 #define DIFFMIC_EMULATOR_CELLS_H_
 
@@ -12,35 +12,35 @@
 
 namespace diffmic::emulator {
 
-extern const char kAnchor;  // anything of the module's: places are kept as distances to it
+extern const char kAnchor;  // an address in the module; places are stored relative to it
 
 struct Entry {
   std::int32_t place = 0;
   std::uint32_t who = 0;  // block << 10 | thread
   Clock clock = 0;
-  std::uint8_t mask = 0;  // of the cell's four bytes
+  std::uint8_t mask = 0;  // bytes of the cell
   bool atomic = false;
-  bool pending = false;  // a copy that is under way
+  bool pending = false;  // an asynchronous copy in flight
 
   const void* Place() const { return &kAnchor + place; }
 };
-// By the running thread, now.
+// An access by the running thread at its present clock.
 Entry MakeEntry(const void* place, std::uint8_t mask, bool atomic, bool pending);
 
-// As many entries as bytes, since each may be another thread's.
+// One pair of entries per byte, since each byte may be accessed by another thread.
 struct Cell {
   struct Pair {
     Entry write, read;
   };
-  std::uint8_t written = 0;               // at all, a bit a byte
-  std::uint8_t writers = 0, readers = 0;  // bytes that entries may be there for
+  std::uint8_t written = 0;               // initialised bytes
+  std::uint8_t writers = 0, readers = 0;  // bytes that may have entries
   Pair pairs[4];
 };
 
-// Checks an access against those before it, and enters it.
+// Checks an access against earlier ones and records it.
 void Touch(Cell& cell, std::uint8_t mask, bool write, bool atomic, bool shared, const void* place);
 
-// Cells by address, made as they are touched.
+// Cells by address, created at the first access.
 class Shadow {
  public:
   Cell& At(std::uintptr_t address) {

@@ -1,5 +1,5 @@
-// The emulator of CUDA kernels: what the headers of include/ call, and what the parts of the
-// emulator share. README.md tells how it works.
+// The emulator of CUDA kernels: the interface for the headers of include/ and for the emulator's
+// own parts. README.md describes how it works.
 #ifndef DIFFMIC_EMULATOR_EMULATOR_H_
 #define DIFFMIC_EMULATOR_EMULATOR_H_
 
@@ -11,23 +11,23 @@
 
 namespace diffmic::emulator {
 
-// What a launch found, all of it in what().
+// The faults of a launch, all of them in what().
 class Fault : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
 
 enum class Mode {
-  kPlain,    // runs kernels in a hostile order and checks nothing but barriers
-  kChecked,  // races, bounds, alignment, memory that nothing was written to
-  kCounted,  // the same, and the traffic of every kernel
+  kPlain,    // randomises the schedule and checks barriers only
+  kChecked,  // also checks races, bounds, alignment and uninitialised memory
+  kCounted,  // also counts the traffic of every kernel
 };
 
 struct Config {
   std::uint32_t seed = 1;
-  int preempt = 24;  // one access in so many ends a thread's turn; 0: none
+  int preempt = 24;  // mean number of accesses before a thread is preempted; 0: never
   Mode mode = Mode::kChecked;
-  // The device.
+  // Properties of the device.
   int multiprocessors = 4;
   int shared_per_block = 227 * 1024;
   int shared_per_multiprocessor = 228 * 1024;
@@ -39,20 +39,20 @@ struct Dim {
   unsigned x, y, z;
 };
 
-// Runs `body` once as every thread of every block; throws Fault. `kernel` is its address, to name
-// it.
+// Runs `body` as every thread of every block; throws Fault. `kernel` is the kernel's address, for
+// its name.
 void Run(const void* kernel, Dim grid, Dim block, std::size_t shared, bool cooperative,
          const std::function<void()>& body);
 
-// ---- what a thread of a kernel does; each may let others run first ------------------------------
+// ---- operations of a kernel's thread; each may switch to other threads -------------------------
 
 unsigned Lane();
 void BlockBarrier();
 void WarpBarrier(std::uint32_t mask);
 
-// All lanes of `mask` come with `size` bytes at `value`, at most kMostExchanged, for the same
-// `operation`; returns 32 times `size` bytes, one slot a lane, until the thread's next call.
-// `place` is where in the kernel.
+// A collective `operation` of the lanes of `mask`, each of which passes `size` bytes at `value`, at
+// most kMostExchanged. Returns the values, one slot of `size` bytes per lane, valid until the
+// thread's next call. `place` is the calling instruction.
 inline constexpr std::size_t kMostExchanged = 64;
 const unsigned char* Exchange(std::uint32_t mask, const char* operation, const void* value,
                               std::size_t size, const void* place);
@@ -62,7 +62,7 @@ void CommitCopies();
 void WaitCopies(unsigned left);
 
 enum class Order { kRelaxed, kRelease, kAcquire };
-// Before an atomic operation on memory: checks it and orders this thread with others.
+// Called before an atomic operation: checks the access and orders this thread with others.
 void Atomic(void* address, std::size_t size, Order order);
 void Fence();
 void SpinPause();

@@ -35,8 +35,8 @@ namespace {
 void* scheduler_stack = nullptr;
 }
 
-// Saves what a call must keep, and continues at the other stack: 30 times faster than swapcontext,
-// which asks the operating system to change the signal mask.
+// Saves the callee-saved registers and switches stacks. 30 times faster than swapcontext, which
+// sets the signal mask by a system call.
 extern "C" void diffmic_emulator_switch(void** save, void* to);
 asm(R"(
 .text
@@ -64,7 +64,7 @@ diffmic_emulator_switch:
 void Prepare(Thread& thread, void (*entry)()) {
   auto** top = reinterpret_cast<void**>(thread.stack + kStack) - 8;
   std::fill_n(top, 8, nullptr);
-  top[6] = reinterpret_cast<void*>(entry);  // where the first switch returns to
+  top[6] = reinterpret_cast<void*>(entry);  // the return address of the first switch
   thread.stack_pointer = top;
 }
 void SwitchTo(Thread& thread) { diffmic_emulator_switch(&scheduler_stack, thread.stack_pointer); }
@@ -82,7 +82,7 @@ ucontext_t* ContextOf(const Thread& thread) {
 
 }  // namespace
 
-// The context lies at the low end of the stack, which nobody reaches.
+// The context is at the low end of the stack, which is not reached.
 void Prepare(Thread& thread, void (*entry)()) {
   auto* context = new (thread.stack) ucontext_t;
   getcontext(context);

@@ -1,5 +1,5 @@
-// The functions that the compiler calls at loads and stores of kernels compiled with
-// -fsanitize=thread. They are the emulator's own: ThreadSanitizer's runtime is not linked.
+// The functions that -fsanitize=thread inserts at loads and stores of kernels. They replace the
+// runtime of ThreadSanitizer, which is not linked.
 #include "launch_state.h"
 
 #define DIFFMIC_HOOKS(size)                                                         \
@@ -34,8 +34,8 @@ extern "C" void __tsan_init() {}
 extern "C" void __tsan_vptr_read(void**) {}
 extern "C" void __tsan_vptr_update(void**, void*) {}
 
-// -fsanitize=bounds and -fsanitize=alignment: the beginnings of what the compiler tells of them, as
-// libubsan declares it.
+// The leading fields of the records that -fsanitize=bounds and -fsanitize=alignment pass, as
+// libubsan declares them.
 namespace {
 struct SourceLocation {
   const char* file;

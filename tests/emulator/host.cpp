@@ -1,5 +1,5 @@
-// The runtime's functions that launchers call. Launches run where they are made, so that streams
-// have nothing to order.
+// The functions of the CUDA runtime that launchers call. Launches are synchronous, so streams have
+// no effect.
 #include <cstring>
 
 #include "buffers.h"

@@ -1,4 +1,4 @@
-// The state of the launch that runs, shared by the emulator's own parts.
+// The state of the running launch, shared by the parts of the emulator.
 #ifndef DIFFMIC_EMULATOR_LAUNCH_STATE_H_
 #define DIFFMIC_EMULATOR_LAUNCH_STATE_H_
 
@@ -14,15 +14,15 @@
 
 namespace diffmic::emulator {
 
-inline constexpr std::size_t kStack = 128 * 1024;  // of a thread
+inline constexpr std::size_t kStack = 128 * 1024;  // per thread
 
 using Clock = std::uint32_t;
 
-// What a thread knows to have happened before: of its own block's threads up to which of their
-// clocks, of other blocks up to which of their releases.
+// A vector clock: what happened before a thread's next operation, as clocks of the threads of its
+// own block and as numbers of releases of other blocks.
 struct View {
   std::vector<Clock> threads;
-  std::vector<std::uint32_t> releases;  // empty: of none
+  std::vector<std::uint32_t> releases;  // by block; may be shorter
 };
 using ViewPointer = std::shared_ptr<const View>;
 
@@ -43,25 +43,25 @@ struct Thread {
   void* stack_pointer = nullptr;
   unsigned char* stack = nullptr;
   Waits waits = Waits::kNothing;
-  const void* place = nullptr;  // where in the program it waits
+  const void* place = nullptr;  // the instruction at which it waits
   const char* waits_for = "";
   bool spinning = false;
 
-  // Clocks: its own, and what it knows of its warp beyond the view.
+  // Its own clock, and the clocks of its warp that are newer than the view.
   Clock clock = 1;
   Clock warp[32] = {};
   ViewPointer view;
-  ViewPointer fenced;                     // what a relaxed atomic behind a fence releases
-  std::vector<const void*> read_atomics;  // what the next fence acquires
-  const void* acquired = nullptr;         // the last acquire, so that spinning costs nothing
+  ViewPointer fenced;                     // released by a relaxed atomic after a fence
+  std::vector<const void*> read_atomics;  // acquired by the next fence
+  const void* acquired = nullptr;         // the last acquire, to make polling cheap
   std::uint64_t acquired_version = 0;
 
-  std::vector<Copy> open;  // copies that are in no group yet
+  std::vector<Copy> open;  // copies that are not committed
   std::deque<std::vector<Copy>> groups;
-  std::vector<std::uint32_t> occurrences;  // of each site, for the counters
+  std::vector<std::uint32_t> occurrences;  // per site, for the counters
 };
 
-// Lanes of a warp that came to the same exchange.
+// Lanes of a warp that have reached the same collective operation.
 struct Meeting {
   std::uint32_t mask = 0;
   const char* operation = "";
@@ -78,10 +78,10 @@ struct Block {
   std::vector<unsigned> ready;
   unsigned alive = 0, arrived = 0;
   const void* barrier_place = nullptr;
-  std::vector<std::vector<std::unique_ptr<Meeting>>> meetings;  // of each warp
-  std::vector<unsigned char> results;                           // of exchanges: 32 slots a thread
+  std::vector<std::vector<std::unique_ptr<Meeting>>> meetings;  // per warp
+  std::vector<unsigned char> results;                           // of exchanges, 32 slots per thread
   std::vector<unsigned char> shared;  // a copy of its shared memory while another block runs
-  std::vector<ViewPointer> released;  // after each of its releases
+  std::vector<ViewPointer> released;  // the view of each release
 };
 
 struct Launch {
@@ -93,12 +93,13 @@ struct Launch {
   std::vector<std::string> faults;
   std::size_t more_faults = 0;
   bool aborted = false;
-  int until_preempt = 0;  // accesses
-  long idle_spins = 0;    // turns of spinning threads since the last progress of any thread
+  int until_preempt = 0;  // in accesses
+  long idle_spins = 0;    // polls since the last progress of any thread
 };
 
-// The library code that kernels use is compiled once, with the hooks in it, and the emulator uses
-// it too: what it does on its own account is no access of a kernel. One guard at every way in.
+// Inline functions of the standard library are shared by kernels and the emulator, and are
+// instrumented. This guard, in every entry of the emulator, disables the hooks for its own
+// accesses.
 extern bool in_kernel;
 class OwnAccount {
  public:
@@ -111,25 +112,25 @@ class OwnAccount {
   bool before_;
 };
 
-extern Launch* launch;   // NULL while none runs
-extern Thread* running;  // NULL outside of threads
+extern Launch* launch;   // NULL if none is running
+extern Thread* running;  // NULL in the scheduler
 std::mt19937& Random();
 
 // scheduler.cpp
 unsigned Draw(std::size_t count);  // a number below `count`
 void MakeReady(Thread& thread);
 void Yield();
-[[noreturn]] void AbortThread();  // ends the launch: what the thread is about to do cannot be done
+[[noreturn]] void AbortThread();  // ends the launch: the faulty operation cannot be executed
 
 // threads.cpp
-void ReleaseBlock(Block& block);  // from its barrier
+void ReleaseBlock(Block& block);  // completes its barrier
 
 // report.cpp
 std::string NameOf(const void* function);
 std::string PlaceOf(const void* address);  // "denoise_kernel.cuh:120"
 std::string InWords(const Thread& thread);
-// Adds a fault of the running thread at `place`. Only the first of each kind and place is kept: ask
-// for news where `rest` is costly.
+// Reports a fault of the running thread at `place`, once per kind and place. IsNews tells whether
+// it would be reported, before an expensive `rest` is built.
 bool IsNews(const char* kind, const void* place);
 void Report(const char* kind, const void* place, const std::string& rest);
 
@@ -137,7 +138,7 @@ void Report(const char* kind, const void* place, const std::string& rest);
 struct SharedMemory {
   unsigned char* begin;
   unsigned char* end;
-  unsigned char* dynamic;  // where the dynamic part begins, `dynamic_end` past its largest size
+  unsigned char* dynamic;  // the dynamic part, up to its largest size
   unsigned char* dynamic_end;
 };
 const SharedMemory& Shared();  // of the thread that launches

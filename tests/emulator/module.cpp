@@ -1,5 +1,5 @@
-// The module _emulated: the functions of diffmic_fast._C.cuda, run by the emulator, and `emulator`,
-// by which tests steer it.
+// The module _emulated: the functions of diffmic_fast._C.cuda with emulated launches, and the
+// submodule `emulator` with its settings and counters.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -8,7 +8,7 @@
 #include "emulator.h"
 #include "traffic.h"
 
-// The one array of dynamic shared memory (csrc/cuda/common/launch.cuh), as large as any GPU's.
+// The array of dynamic shared memory (csrc/cuda/common/launch.cuh), of the largest size of any GPU.
 alignas(1024) thread_local unsigned char dynamic_shared[232448];
 
 namespace py = pybind11;
@@ -24,7 +24,7 @@ void Configure(py::object seed, py::object preempt, py::object mode, py::object 
   if (!multiprocessors.is_none()) config.multiprocessors = multiprocessors.cast<int>();
   if (!shared_per_block.is_none()) config.shared_per_block = shared_per_block.cast<int>();
   if (config.preempt < 0 || config.multiprocessors < 1 || config.shared_per_block < 1) {
-    throw py::value_error("emulator: a setting is not positive");
+    throw py::value_error("emulator: settings must be positive");
   }
   if (mode.is_none()) return;
   const auto name = mode.cast<std::string>();
@@ -72,10 +72,10 @@ PYBIND11_MODULE(DIFFMIC_EMULATED_NAME, m) {
   control.def("configure", &Configure, py::kw_only(), arg("seed") = py::none(),
               arg("preempt") = py::none(), arg("mode") = py::none(),
               arg("multiprocessors") = py::none(), arg("shared_per_block") = py::none(),
-              "Change what is given: the seed of the schedule; one access in `preempt` ends a "
-              "thread's turn; mode plain, checked or counted; the device's multiprocessors and its "
-              "shared memory a block, in bytes.");
+              "Change the given settings: the seed of the schedule; the mean number of accesses "
+              "before a thread is preempted; the mode plain, checked or counted; the device's "
+              "multiprocessors and its shared memory per block in bytes.");
   control.def("counters", &Counters,
-              "What each kernel moved since the last reset, in mode counted.");
+              "Traffic of each kernel since the last reset, in mode counted.");
   control.def("reset_counters", [] { emulator::AllTraffic().clear(); });
 }

@@ -1,7 +1,6 @@
-// What happened before what: vector clocks. Barriers order the threads of a block, __syncwarp those
-// of a warp; between blocks a release orders all that its thread knew before whatever acquires it.
-// Of another block a thread knows how many of its releases it has acquired, which keeps clocks
-// short.
+// The happens-before relation, by vector clocks. Barriers order the threads of a block, __syncwarp
+// those of a warp; between blocks, a release orders its thread's past before an acquire. Of another
+// block a thread stores only the number of releases that it has acquired, which keeps clocks short.
 #include <algorithm>
 #include <unordered_map>
 
@@ -16,7 +15,7 @@ struct Variable {
 };
 std::unordered_map<const void*, Variable> variables;
 
-// All that a thread knows of its own block, itself and its warp included.
+// A thread's clocks of its own block, including itself and its warp.
 std::vector<Clock> KnownThreads(const Thread& thread) {
   std::vector<Clock> known = thread.view->threads;
   const unsigned first = thread.id / 32 * 32;
@@ -157,7 +156,8 @@ void Atomic(void* address, std::size_t size, Order order) {
   if (order == Order::kRelease) Release(address);
   if (order == Order::kAcquire) Acquire(address);
   if (order != Order::kRelaxed) return;
-  // Behind a fence it releases what was known there; the next fence acquires what it reads.
+  // After a fence a relaxed atomic releases the fence's view; the next fence acquires what it
+  // reads.
   if (self.fenced != nullptr) {
     ReleaseView(address, *self.block, self.fenced->threads, self.fenced->releases);
   }

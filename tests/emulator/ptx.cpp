@@ -1,5 +1,5 @@
-// Twins of csrc/cuda/common/ptx.cuh that need more than a line. Not instrumented: what they touch
-// on behalf of a kernel, they report themselves.
+// The functions of include/cuda/common/ptx.cuh that are not inline. This file is compiled without
+// instrumentation: each function reports the memory that it accesses on behalf of a kernel.
 #include "cuda/common/ptx.cuh"
 
 #include <bit>
@@ -20,7 +20,7 @@ float Half(std::uint32_t word, int high) {
 
 }  // namespace
 
-// Sums in the order of columns; hardware has another.
+// Adds the products in the order of columns. The order of the hardware is not documented.
 void MmaBf16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
   Operands own;
   std::memcpy(own.a, a, sizeof own.a);
@@ -42,19 +42,6 @@ void MmaBf16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b
       const Operands& right = of[column * 4 + k % 8 / 2];
       d[i] += Half(left.a[row / 8 + 2 * (k / 8)], k % 2) * Half(right.b[k / 8], k % 2);
     }
-  }
-}
-
-void LoadMatrices(std::uint32_t (&r)[4], const void* shared) {
-  const void* place = __builtin_return_address(0);
-  emulator::OnAccess(const_cast<void*>(shared), 16, false, place);
-  std::uint32_t row[4];
-  std::memcpy(row, shared, sizeof row);
-  const unsigned char* slots =
-      emulator::Exchange(0xFFFFFFFFu, "ldmatrix.sync", row, sizeof row, place);
-  const unsigned lane = emulator::Lane();
-  for (unsigned i = 0; i < 4; ++i) {
-    std::memcpy(&r[i], slots + sizeof row * (8 * i + lane / 4) + 4 * (lane % 4), 4);
   }
 }
 

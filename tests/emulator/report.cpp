@@ -1,4 +1,4 @@
-// Faults in words: source lines of the kernel, block and thread.
+// Reports of faults, with the source line of the kernel, the block and the thread.
 #include <dlfcn.h>
 
 #include <array>
@@ -26,7 +26,7 @@ std::string Trimmed(const char* text) {
   return line.substr(0, line.find(" (discriminator"));
 }
 
-// What addr2line says about an address of this module, asked once each.
+// The output of addr2line for an address of this module, cached.
 const std::vector<Frame>& FramesOf(const void* address) {
   static std::map<const void*, std::vector<Frame>> known;
   const auto [found, is_new] = known.try_emplace(address);
@@ -77,9 +77,9 @@ std::string NameOf(const void* function) {
   return name.substr(begin);
 }
 
-// The line of a kernel that is meant, where CUDA's functions are inlined into it.
+// The source line in the kernel, not in a function of include/ that is inlined there.
 std::string PlaceOf(const void* address) {
-  // A return address is behind the call.
+  // A return address is after the call.
   const auto& frames = FramesOf(static_cast<const char*>(address) - 1);
   for (const Frame& frame : frames) {
     if (frame.file.find("emulator/include/") != std::string::npos) continue;

@@ -1,6 +1,6 @@
-// Threads of a kernel as fibers of one host thread: which of them runs next is drawn from the seed,
-// at every wait and at any access. Blocks of a cooperative launch are all alive at once; others run
-// one after another in an order of the seed.
+// Runs the threads of a kernel as fibers of one host thread. The next one is drawn at random from
+// the seed, at every wait and possibly at any access. Blocks of a cooperative launch are all
+// resident; others run one after another in random order.
 #include <algorithm>
 #include <cstring>
 #include <mutex>
@@ -22,12 +22,12 @@ bool in_kernel = false;
 
 namespace {
 
-// Turns of spinning threads without any progress, after which nobody is expected to come.
+// Polls without any progress after which a deadlock is reported.
 constexpr long kPatience = 50000;
 
 std::mt19937 random_source;
 const std::function<void()>* body = nullptr;
-Block* present = nullptr;  // whose shared memory is in place
+Block* present = nullptr;  // the block whose shared memory is loaded
 
 void Main() {
   in_kernel = true;
@@ -49,7 +49,7 @@ void Main() {
   --block.alive;
   launch->idle_spins = 0;
   if (block.arrived > 0) {
-    Report("a barrier that a thread of the block has left without", block.barrier_place, "");
+    Report("a barrier after a thread of the block has exited", block.barrier_place, "");
     if (block.arrived == block.alive) ReleaseBlock(block);
   }
   SwitchBack();
@@ -84,7 +84,7 @@ void SetUp(Block& block, unsigned number) {
   }
 }
 
-// The parts of thread-local memory that the launch may use: static variables, dynamic memory.
+// The parts of thread-local memory that the launch uses: static variables and dynamic memory.
 std::size_t SharedBytes() {
   const SharedMemory& memory = Shared();
   return static_cast<std::size_t>(memory.dynamic - memory.begin) +
@@ -104,7 +104,7 @@ void CopyShared(std::vector<unsigned char>* data, bool out) {
   part(memory.dynamic_end, static_cast<std::size_t>(memory.end - memory.dynamic_end));
 }
 
-// Shared memory begins as not-a-numbers, whatever was left there.
+// Loads the shared memory of a block, which is initialised with NaN.
 void PlaceShared(Block& block) {
   if (present == &block) return;
   SwapSharedShadow(present, &block);
@@ -145,7 +145,7 @@ void RunBlocks(const std::vector<Block*>& blocks) {
       launch->aborted = true;
       return;
     }
-    // Shared memory has to be exchanged with the block, so a block keeps its turn for a while.
+    // A switch of blocks copies shared memory, so a block runs for several turns.
     Block& block = *awake[Draw(awake.size())];
     PlaceShared(block);
     for (int turns = 0; turns < 400 && !block.ready.empty() && !launch->aborted; ++turns) {
@@ -216,7 +216,7 @@ void Run(const void* kernel, Dim grid, Dim dim, std::size_t shared, bool coopera
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), random_source);
   BeginShadow();
-  // The module's thread-local variables that are no kernel's lie there as well.
+  // This memory also contains the module's other thread-local variables.
   std::vector<unsigned char> host;
   CopyShared(&host, true);
   const std::size_t together = cooperative ? order.size() : 1;

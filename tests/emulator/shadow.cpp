@@ -1,6 +1,6 @@
-// What is known of every byte that a kernel touches: who wrote and read it last, and whether
-// anything was written there at all. The compiler's -fsanitize=thread calls OnAccess (hooks.cpp) at
-// every load and store of a kernel.
+// Checks every access of a kernel against shadow memory: the last writes and reads of every byte,
+// and whether it is initialised. -fsanitize=thread calls OnAccess (hooks.cpp) at every load and
+// store.
 #include <link.h>
 #include <pthread.h>
 
@@ -30,12 +30,12 @@ struct Range {
 Shadow global_shadow;
 std::unordered_map<const Block*, Shadow> shared_shadows;
 Shadow* shared_shadow = nullptr;
-std::vector<Range> image;  // what the module itself consists of
+std::vector<Range> image;  // the loaded segments of the module
 Range host_stack;
-SharedMemory shared_memory;  // not thread-local: it would lie in what it describes
+SharedMemory shared_memory;  // not thread-local: it would be part of the memory that it describes
 
 SharedMemory FindShared() {
-  dynamic_shared[0] = 0;  // makes the thread's part
+  dynamic_shared[0] = 0;  // allocates this thread's storage
   SharedMemory found{nullptr, nullptr, dynamic_shared, dynamic_shared + kMostShared};
   dl_iterate_phdr(
       [](dl_phdr_info* info, std::size_t, void* out) {
@@ -64,7 +64,7 @@ SharedMemory FindShared() {
   return found;
 }
 
-// Asked once a thread: the main thread's is read from a file of the system.
+// Cached per thread: for the main thread the C library reads a file.
 Range FindHostStack() {
   static std::map<pthread_t, Range> known;
   const auto [found, is_new] = known.try_emplace(pthread_self());
@@ -92,7 +92,7 @@ bool InShared(std::uintptr_t address) {
          address < reinterpret_cast<std::uintptr_t>(memory.end);
 }
 
-// Checks an access to shared or global memory and enters it; false where it is neither.
+// Checks and records an access to shared or global memory; returns false if it is to neither.
 bool Enter(std::uintptr_t address, std::size_t size, bool write, bool atomic, const void* place) {
   const bool shared = InShared(address);
   if (size <= 16 && std::has_single_bit(size) && address % size != 0) {
@@ -110,7 +110,7 @@ bool Enter(std::uintptr_t address, std::size_t size, bool write, bool atomic, co
     EachCell(address, size, [&](std::uintptr_t at, std::uint8_t mask) {
       Cell& cell = shared_shadow->At(at);
       if (!write && (cell.written & mask) != mask) {
-        Report("shared memory is read that nothing was written to", place, "");
+        Report("a read of uninitialized shared memory", place, "");
       }
       Touch(cell, mask, write, atomic, true, place);
     });
@@ -124,7 +124,7 @@ bool Enter(std::uintptr_t address, std::size_t size, bool write, bool atomic, co
       if (write) {
         buffer->written[i] = true;
       } else if (!buffer->written[i]) {
-        Report("global memory is read that nothing was written to", place, Near(address));
+        Report("a read of uninitialized global memory", place, Near(address));
         break;
       }
     }
@@ -169,7 +169,7 @@ void OnAccess(void* pointer, std::size_t size, bool write, const void* place) {
     CountAccess(pointer, size, write, InShared(address), false, place);
   }
   if (config.preempt > 0 && --launch->until_preempt <= 0) {
-    // Between 1 and twice the mean less 1.
+    // Uniform in [1, 2 preempt - 1], whose mean is preempt.
     launch->until_preempt =
         1 + static_cast<int>(Draw(2 * static_cast<unsigned>(config.preempt) - 1));
     launch->idle_spins = 0;
@@ -200,13 +200,13 @@ void OnAtomic(void* pointer, std::size_t size, const void* place) {
   }
 }
 
-// The copy reads and writes at some time until it is waited for: the writing begins now.
+// A copy may read and write at any time until it is waited for. From now on it writes.
 void OnCopyIssued(const Copy& copy, const void* place) {
   if (config.mode == Mode::kPlain) return;
   const auto to = reinterpret_cast<std::uintptr_t>(copy.to);
   const auto from = reinterpret_cast<std::uintptr_t>(copy.from);
   if (!InShared(to) || !Enter(to, copy.size, true, false, place)) {
-    Impossible("an asynchronous copy to what is no shared memory", place, "");
+    Impossible("an asynchronous copy to an address outside shared memory", place, "");
   }
   if (!Enter(from, copy.size, false, false, place)) {
     Impossible("an asynchronous copy reads out of bounds", place, Near(from));

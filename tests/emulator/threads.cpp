@@ -1,5 +1,4 @@
-// What a thread of a kernel does besides its loads and stores: it waits for others, exchanges
-// numbers with its warp, copies asynchronously.
+// Operations of a kernel's thread: barriers, warp collectives and asynchronous copies.
 #include <cstring>
 
 #include "fibers.h"
@@ -34,13 +33,13 @@ void BlockBarrier() {
   Block& block = *running->block;
   CountBarrier();
   if (block.barrier_place != nullptr && block.barrier_place != place) {
-    Report("threads of a block meet at different barriers", place,
+    Report("threads of a block wait at different barriers", place,
            ", the others at " + PlaceOf(block.barrier_place));
   }
   block.barrier_place = place;
   ++block.arrived;
   if (block.alive < block.threads.size()) {
-    Report("a barrier that a thread of the block has left without", place, "");
+    Report("a barrier after a thread of the block has exited", place, "");
   }
   if (block.arrived == block.alive) {
     running->waits = Waits::kBlock;
@@ -64,7 +63,7 @@ const unsigned char* Exchange(std::uint32_t mask, const char* operation, const v
   const unsigned warp = self.id / 32;
   const unsigned lane = Lane();
   if ((mask >> lane & 1) == 0) {
-    Report("a lane is not in the mask that it exchanges with", place, "");
+    Report("a lane is not in its own mask", place, "");
     AbortThread();
   }
   auto& pending = block.meetings[warp];
@@ -74,8 +73,8 @@ const unsigned char* Exchange(std::uint32_t mask, const char* operation, const v
         other->size == size) {
       meeting = other.get();
     } else if ((other->mask >> lane & 1) != 0 && (other->arrived & mask) != 0) {
-      // Lanes there wait for this one, which is about to wait for one of them.
-      Report("lanes of a warp meet at different exchanges", place,
+      // Its lanes wait for this one, which would wait for one of them.
+      Report("lanes of a warp execute different collectives", place,
              std::string(", ") + operation + ", the others at " + other->operation + " at " +
                  PlaceOf(other->place));
       AbortThread();
@@ -88,7 +87,7 @@ const unsigned char* Exchange(std::uint32_t mask, const char* operation, const v
     meeting->operation = operation;
     meeting->place = place;
     meeting->size = size;
-    // Lanes outside of the mask give nothing that could be meant.
+    // Values of lanes outside the mask are undefined.
     std::memset(meeting->values, 0xFF, 32 * size);
   }
   if (size > 0) std::memcpy(meeting->values + size * lane, value, size);
@@ -126,7 +125,7 @@ void CopyAsync(void* shared, const void* global, std::size_t size) {
   const Copy copy{static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global),
                   size};
   OnCopyIssued(copy, __builtin_return_address(0));
-  std::memset(shared, 0xFF, size);  // until it is waited for, nothing is there
+  std::memset(shared, 0xFF, size);  // undefined until it is waited for
   running->open.push_back(copy);
 }
 

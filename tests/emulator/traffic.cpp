@@ -10,7 +10,8 @@
 namespace diffmic::emulator {
 namespace {
 
-// An access of one lane. Those of a warp at the same place for the same time are one request.
+// An access of one lane. The n-th accesses of the lanes of a warp at the same place are one
+// request.
 struct Access {
   std::uint32_t warp, site, occurrence, lane;
   std::uintptr_t address;
@@ -35,8 +36,8 @@ std::int64_t Sectors(const Access* begin, const Access* end) {
   return std::unique(sectors.begin(), sectors.end()) - sectors.begin();
 }
 
-// Shared memory has 32 banks of 4 bytes. Lanes are served 128 bytes at a time: 32 of up to 4 bytes,
-// 16 of 8, 8 of 16; the same word for several is one.
+// Shared memory has 32 banks of 4 bytes. A wavefront serves 128 bytes: 32 lanes of up to 4 bytes,
+// 16 of 8 or 8 of 16. Lanes that access the same word share it.
 void Wavefronts(const Access* begin, const Access* end, Traffic* traffic) {
   const std::uint32_t lanes = begin->size <= 4 ? 32 : begin->size <= 8 ? 16 : 8;
   for (const Access* first = begin; first != end;) {

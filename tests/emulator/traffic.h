@@ -1,4 +1,4 @@
-// What kernels move, counted as a GPU would: by warps.
+// Memory traffic of kernels, counted per request of a warp as on a GPU.
 #ifndef DIFFMIC_EMULATOR_TRAFFIC_H_
 #define DIFFMIC_EMULATOR_TRAFFIC_H_
 
@@ -10,17 +10,18 @@ namespace diffmic::emulator {
 
 struct Traffic {
   std::int64_t launches = 0;
-  // Global memory: bytes that threads asked for, and those of the 32-byte sectors that the warps'
-  // requests touch; and the sectors that a launch touches at all, each counted once.
+  // Global memory: bytes requested by threads; bytes of the 32-byte sectors of the warps' requests;
+  // bytes of the distinct sectors of a launch.
   std::int64_t load_bytes = 0, load_sector_bytes = 0, load_unique_bytes = 0;
   std::int64_t store_bytes = 0, store_sector_bytes = 0, store_unique_bytes = 0;
-  std::int64_t copy_bytes = 0;  // of the loads, those past the registers
-  // Shared memory: wavefronts, and those that no bank conflict would need.
+  std::int64_t copy_bytes = 0;  // the part of load_bytes by asynchronous copies
+  // Shared memory: wavefronts, and wavefronts without bank conflicts.
   std::int64_t shared_wavefronts = 0, shared_ideal = 0;
-  std::int64_t matrix_instructions = 0, shuffles = 0, barriers = 0;  // of warps; of threads' blocks
+  std::int64_t matrix_instructions = 0, shuffles = 0;  // per warp
+  std::int64_t barriers = 0;                           // per thread block
 };
 
-std::map<std::string, Traffic>& AllTraffic();  // by the kernel's name
+std::map<std::string, Traffic>& AllTraffic();  // by kernel name
 
 }  // namespace diffmic::emulator
 

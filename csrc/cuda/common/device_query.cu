@@ -37,16 +37,14 @@ State Query() {
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status == cudaErrorInsufficientDriver) {
     cudaGetLastError();
-    state.reason = Text("the NVIDIA driver knows CUDA ", state.driver_version / 1000, ".",
-                        state.driver_version % 1000 / 10, " only, this build needs ",
+    state.reason = Text("the NVIDIA driver supports CUDA ", state.driver_version / 1000, ".",
+                        state.driver_version % 1000 / 10, ", this build needs ",
                         state.runtime_version / 1000, ".", state.runtime_version % 1000 / 10);
     return state;
   }
   if (status == cudaErrorNoDevice || (status == cudaSuccess && count == 0)) {
     cudaGetLastError();
-    state.reason =
-        "the NVIDIA driver shows no GPU (none installed, or hidden by "
-        "CUDA_VISIBLE_DEVICES)";
+    state.reason = "the NVIDIA driver reports no GPU (CUDA_VISIBLE_DEVICES may hide it)";
     return state;
   }
   Check(status, "info", "cudaGetDeviceCount");

@@ -1,4 +1,4 @@
-// Errors of the CUDA runtime as exceptions, and the guard that makes a device current.
+// CUDA runtime errors as exceptions, and a guard for the current device.
 #ifndef DIFFMIC_CUDA_COMMON_ERROR_H_
 #define DIFFMIC_CUDA_COMMON_ERROR_H_
 
@@ -10,16 +10,17 @@
 
 namespace diffmic::cuda {
 
-// A failed CUDA call. The message names the operation, the call, the error and what it means.
+// A failed CUDA call. The message names the operation, the call and the error.
 class Error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
 
-// `operation` is the public name, "mmd"; `call` the function of the runtime that said `status`.
+// Throws Error unless `status` is cudaSuccess. `operation` is the public name, such as "mmd";
+// `call` is the runtime function that returned `status`.
 inline void Check(cudaError_t status, const char* operation, const char* call) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // must not be found by the next launch
+  cudaGetLastError();  // clears the error, which the next launch would report again
   const char* advice = "";
   if (status == cudaErrorNoKernelImageForDevice) {
     advice =
@@ -30,7 +31,7 @@ inline void Check(cudaError_t status, const char* operation, const char* call) {
                    cudaGetErrorString(status), advice));
 }
 
-// The device is current while the guard lives, and the one of before is again after it.
+// Makes `device` current for the guard's lifetime, then restores the previous device.
 class DeviceGuard {
  public:
   DeviceGuard(const char* operation, int device) {

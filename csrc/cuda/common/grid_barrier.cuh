@@ -1,5 +1,5 @@
-// A barrier of all blocks of a cooperative launch, in two halves: what does not depend on the
-// others is done between them.
+// A split barrier (arrive, wait) over all blocks of a cooperative launch. Work that does not depend
+// on other blocks is done between its halves.
 #ifndef DIFFMIC_CUDA_COMMON_GRID_BARRIER_CUH_
 #define DIFFMIC_CUDA_COMMON_GRID_BARRIER_CUH_
 
@@ -9,18 +9,18 @@
 
 namespace diffmic::cuda {
 
-// `counter` is zero when the launch begins and is used by nothing else. All threads of all blocks
-// call the same halves in the same order.
+// `counter` is zero at launch and has no other use. All threads of all blocks must call the same
+// halves in the same order. Not cooperative_groups::grid_group: its barrier is inline PTX of
+// NVIDIA's headers, which the emulator of tests/emulator/ can neither run nor check for races.
 class GridBarrier {
  public:
   __device__ explicit GridBarrier(std::uint32_t* counter) : counter_(counter) {}
 
-  // Everything that the block has written is there for whoever passes the Wait.
+  // Release: what the block wrote before is visible to every thread after its Wait.
   __device__ void Arrive() {
     __syncthreads();
     if (threadIdx.x == 0) AddRelease(counter_, 1);
-    // It may wrap around: only differences are looked at.
-    target_ += gridDim.x;
+    target_ += gridDim.x;  // may wrap around: Wait compares the difference
   }
 
   __device__ void Wait() {

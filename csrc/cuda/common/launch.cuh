@@ -1,6 +1,5 @@
-// How a kernel is started: Launch("mmd", kernel, {grid, block, shared, stream}, arguments...),
-// never
-// <<<>>>. The emulator of tests/emulator/ stands in for this file with its own.
+// Kernel launches: Launch("mmd", kernel, {grid, block, shared, stream}, arguments...). Kernels are
+// never launched by <<<>>>, so that the emulator of tests/emulator/ can replace this header.
 #ifndef DIFFMIC_CUDA_COMMON_LAUNCH_CUH_
 #define DIFFMIC_CUDA_COMMON_LAUNCH_CUH_
 
@@ -12,7 +11,7 @@
 
 #include "cuda/common/error.h"
 
-// All dynamic shared memory of a block, of whatever kernel.
+// The dynamic shared memory of a block, one declaration for all kernels.
 extern __shared__ __align__(1024) unsigned char dynamic_shared[];
 
 namespace diffmic::cuda {
@@ -22,18 +21,17 @@ struct LaunchShape {
   dim3 block;
   std::size_t shared = 0;  // bytes of dynamic shared memory
   cudaStream_t stream = nullptr;
-  bool cooperative =
-      false;  // all blocks are resident at once, so that they may wait for each other
+  bool cooperative = false;  // all blocks are resident at once, as a grid barrier requires
 };
 
-// Starts `kernel` and returns; an empty grid is no launch. Throws Error, naming `operation`, where
-// the start fails.
+// Launches `kernel` asynchronously; does nothing if the grid is empty. Throws Error, which names
+// `operation`, if the launch fails.
 template <typename... Parameters, typename... Arguments>
 void Launch(const char* operation, void (*kernel)(Parameters...), const LaunchShape& shape,
             Arguments&&... arguments) {
   if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (shape.shared > 48 * 1024) {  // more has to be asked for
+  if (shape.shared > 48 * 1024) {  // requires opt-in
     Check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shape.shared)),
           operation, "cudaFuncSetAttribute");

@@ -1,6 +1,6 @@
-// The forward kernels of `conditioning`. What they compute, how the work lies on blocks and
-// threads, and its arithmetic: conditioning.h. What is shared with the backward pass:
-// conditioning_kernels.cuh.
+// The forward pass of `conditioning`:
+//   h1 = x softplus(BN(gamma_t (W [y_t; guidance] + bias)))
+// Work distribution and arithmetic: conditioning_kernels.cuh.
 #include "cuda/conditioning/conditioning.h"
 
 #include <cuda_runtime.h>
@@ -14,18 +14,17 @@
 namespace diffmic::cuda::conditioning {
 namespace {
 
-// Rows of a tile where each tile has its own block: two rounds of the row lanes, for which the
-// slice's weights are read once.
+// Rows per tile if each tile has its own block: a block reads its weights once for two iterations.
 constexpr int kOwnTileRows = 2 * kRowLanes;
 
-// What normalises, [streams, F], or one row for all of eval mode's.
+// The statistics used to normalise, [streams, F], or [1, F] in evaluation mode.
 struct Statistics {
   float* mean;
   float* variance;
   std::int64_t stride;
 };
 
-// gamma (W l + bias) in place of the products.
+// products = gamma (W l + bias), in place.
 template <bool kVector>
 __device__ void Scale(const Call& call, const Position<kVector>& place, const Shared& shared,
                       int n) {
@@ -41,9 +40,9 @@ __device__ void Scale(const Call& call, const Position<kVector>& place, const Sh
   }
 }
 
-// Adds a tile to the moments of a unit: behind it sums[0] is the mean of all rows so far, sums[1]
-// the sum of squared distances from it. partials: those of z, and of z - middle and its square,
-// where middle is the tile's mean but for rounding, which the former puts right.
+// Merges a tile into the moments of a channel (Chan): sums[0] is the mean of all rows so far and
+// sums[1] the sum of squared deviations from it. `partials` are sums of z, of z - middle and of its
+// square, where middle is the tile's mean rounded to float; the second sum corrects that rounding.
 __device__ void Merge(double* sums, const float* partials, int unit, std::int64_t before, int n) {
   const double rows = n, all = static_cast<double>(before) + rows;
   const double middle = static_cast<double>(Total<float>(partials, unit) / static_cast<float>(n));
@@ -54,9 +53,10 @@ __device__ void Merge(double* sums, const float* partials, int unit, std::int64_
   sums[kSlice + unit] += squares + step * step * (static_cast<double>(before) * rows / all);
 }
 
-// The moments of a tile's rows, in two passes over its z, added to those of the `before` rows.
-// Stream by stream in two sets of partials by turns: a warp merges one while the others are at the
-// next, and two barriers lie between its reading and the next writing of a set.
+// Merges the moments of a tile's rows, computed in two passes over z, with those of the `before`
+// rows of earlier tiles. Branches alternate between two sets of partials: a warp merges one while
+// the others compute the next, and two barriers separate its reads from the next writes of that
+// set.
 template <bool kVector>
 __device__ void Moments(const Call& call, const Position<kVector>& place, const Shared& shared,
                         std::int64_t before, int n) {
@@ -92,7 +92,7 @@ __device__ void Moments(const Call& call, const Position<kVector>& place, const 
   }
 }
 
-// Eval mode: what normalises are the running statistics. The first tile's blocks keep a copy.
+// Evaluation mode: normalises by the running statistics. The blocks of the first tile save a copy.
 __device__ void UseRunning(const Call& call, const Shared& shared, const Running& running,
                            const Statistics& statistics) {
   ReadNorms(call, shared, running.mean, running.variance, 0);
@@ -102,8 +102,8 @@ __device__ void UseRunning(const Call& call, const Shared& shared, const Running
   statistics.variance[at] = running.variance[at];
 }
 
-// From the moments of all rows: the statistics, the running ones behind an update a stream, each
-// rounded to float as BatchNorm does, and what normalises.
+// Computes the batch statistics from the moments of all rows, and updates the running statistics
+// once per branch, each rounded to float as BatchNorm does.
 __device__ void Finish(const Call& call, const Shared& shared, const Running& running,
                        const Statistics& statistics) {
   const int unit = static_cast<int>(threadIdx.x);
@@ -157,9 +157,9 @@ __device__ void Activate(const Call& call, const Position<kVector>& place, const
   }
 }
 
-// A block: slice blockIdx.x, tiles blockIdx.y, blockIdx.y + gridDim.y, ... With kMoments it has all
-// tiles; with kActivate too, all rows are one. kNoised is a kernel of its own for its registers,
-// which would cost the others resident warps.
+// A block computes slice blockIdx.x of tiles blockIdx.y, blockIdx.y + gridDim.y, ... With kMoments
+// gridDim.y is 1; with kMoments and kActivate all rows are one tile. kNoised is a template
+// parameter because its registers would reduce the occupancy of the other kernels.
 template <bool kVector, bool kMoments, bool kActivate, bool kNoised>
 __global__ void __launch_bounds__(kThreads, 2)
     ForwardKernel(const Call call, const Running running, const Statistics statistics, float* out) {
@@ -218,7 +218,7 @@ void Start(const Call& call, const Running& running, const Statistics& statistic
 
 void Forward(const Layer& layer, const Batch& batch, const Noising& noising, const Running& running,
              float* statistics, float* out, cudaStream_t stream) {
-  Running behind = running;  // each launch goes on from the running statistics of the one before
+  Running behind = running;  // each launch updates the running statistics of the previous one
   float* const variances = statistics + StatisticsStreams(batch) * layer.features;
   for (std::int64_t first = 0; first < batch.streams; first += kStreams) {
     Call call = Prepare(layer, batch, noising, first);
@@ -235,7 +235,7 @@ void Forward(const Layer& layer, const Batch& batch, const Noising& noising, con
       behind.mean = running.updated_mean;
       behind.variance = running.updated_variance;
       if (batch.rows <= call.tile_rows) continue;
-      call.noising = Noising{};  // that kernel has made the labels
+      call.noising = Noising{};  // that kernel has written the noisy labels
     }
     call.tile_rows = std::min(TileRows(call, false), kOwnTileRows);
     const std::int64_t tiles = (batch.rows + call.tile_rows - 1) / call.tile_rows;

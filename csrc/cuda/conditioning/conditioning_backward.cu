@@ -1,5 +1,5 @@
-// The backward kernels of `conditioning`. What they compute, how the work lies on blocks and
-// threads, and its arithmetic: conditioning.h. What is shared with the forward pass:
+// The backward pass of `conditioning`. It recomputes the products and the normalised values of a
+// tile, which is cheaper than to store them. Work distribution and arithmetic:
 // conditioning_kernels.cuh.
 #include <cuda_runtime.h>
 
@@ -13,22 +13,22 @@
 namespace diffmic::cuda::conditioning {
 namespace {
 
-// One launch besides the call: gradients of its streams, of which grad is that of h1.
+// Further arguments of a launch: the gradient of h1 and the gradients to compute.
 struct Descent {
   const float* grad;
   std::int64_t grad_stride[2];
-  const float* mean;  // [streams, F], or one row for all of eval mode's
+  const float* mean;  // [streams, F], or [1, F] in evaluation mode
   const float* variance;
   std::int64_t statistics_stride;
   Gradients to;
-  float* label_sums;  // [slices, streams, B, 2 C], or NULL where not wanted
-  bool scaled;        // gradients behind the norm are wanted, the labels' or the parameters'
-  bool sums;          // sums over rows are wanted: of the norm's parameters, or for training
-  bool twice;         // tiles are gone through for these sums first
+  float* label_sums;  // [slices, streams, B, 2 C], or NULL if not required
+  bool scaled;        // gradients before the norm are required: labels, weight, bias or gamma
+  bool sums;          // sums over rows are required: for the norm's parameters or batch statistics
+  bool twice;         // a first pass over the tiles computes these sums
 };
 
-// slopes = the gradient of n, g x sigmoid(n), of a tile's rows; gamma keeps that of the rows; the
-// gradient of x is written where `write_x`.
+// slopes = the gradient of n, g x sigmoid(n), of a tile's rows. Also loads gamma of the rows, and
+// writes the gradient of x if `write_x`.
 template <bool kVector>
 __device__ void Descend(const Call& call, const Descent& descent, const Position<kVector>& place,
                         const Shared& shared, std::int64_t first, int n, bool write_x) {
@@ -61,8 +61,8 @@ __device__ void Descend(const Call& call, const Descent& descent, const Position
   }
 }
 
-// Adds to the sums of each stream those of d = slopes, and of d (z - mean), over a tile's rows. Two
-// sets of partials by turns, as in Moments: a set is read before the next barrier but one.
+// Accumulates the sums of d = slopes and of d (z - mean) over a tile's rows, for each branch. Two
+// sets of partials alternate, as in Moments: a set is read before the second next barrier.
 template <bool kVector>
 __device__ void AddSums(const Call& call, const Position<kVector>& place, const Shared& shared,
                         int n) {
@@ -92,8 +92,8 @@ __device__ void AddSums(const Call& call, const Position<kVector>& place, const 
   }
 }
 
-// From the sums over all rows: the gradients of the norm's parameters, and what the batch's own
-// statistics give back. Between barriers.
+// From the sums over all rows: the gradients of the norm's parameters, and the coefficients of the
+// gradient through the batch statistics. Called between barriers.
 __device__ void FinishSums(const Call& call, const Descent& descent, const Shared& shared) {
   const int unit = static_cast<int>(threadIdx.x);
   if (unit >= kSlice) return;
@@ -120,7 +120,7 @@ __device__ void FinishSums(const Call& call, const Descent& descent, const Share
   write(descent.to.norm_bias, norm_bias);
 }
 
-// slopes become the gradient of p, and gamma that of the row's gamma, of a thread's own rows.
+// Turns slopes into the gradient of the products and gamma into its own gradient, in place.
 template <bool kVector>
 __device__ void ThroughNorm(const Call& call, const Position<kVector>& place, const Shared& shared,
                             int n) {
@@ -144,7 +144,7 @@ __device__ void ThroughNorm(const Call& call, const Position<kVector>& place, co
       }
       for (int i = 0; i < 4; ++i) {
         gamma_gradient.v[i] = fmaf(d.v[i], p.v[i], gamma_gradient.v[i]);
-        // What is no unit must not bring not-a-numbers into the sums over units.
+        // Channels out of range must not add NaN to the sums over channels.
         d.v[i] = place.Has(i) ? gamma.v[i] * d.v[i] : 0.0f;
       }
       place.Put(shared.slopes + (s * n + b) * kSlice, d);
@@ -153,7 +153,7 @@ __device__ void ThroughNorm(const Call& call, const Position<kVector>& place, co
   }
 }
 
-// Which rows of the tile have the same timestep: a list for each, in the order of the rows.
+// Links the rows of the tile that have the same timestep into lists, in the order of rows.
 __device__ void LinkTimesteps(const Shared& shared, int n) {
   for (int b = static_cast<int>(threadIdx.x); b < n; b += kThreads) {
     const std::int64_t t = shared.gamma_row[b];
@@ -165,8 +165,7 @@ __device__ void LinkTimesteps(const Shared& shared, int n) {
   }
 }
 
-// The gradient of gamma's rows that the tile's rows have used. `add`: to what earlier tiles and
-// launches have written.
+// The gradient of the rows of gamma that the tile uses. `add`: accumulates over tiles and launches.
 template <bool kVector>
 __device__ void WriteGamma(const Call& call, const Position<kVector>& place, const Shared& shared,
                            int n, bool add, float* gradient) {
@@ -181,12 +180,11 @@ __device__ void WriteGamma(const Call& call, const Position<kVector>& place, con
   }
 }
 
-// ---- sums of products with the labels, and with the weights. Here a thread has four units side by
-// side, whatever the alignment.
+// ---- matrix products with labels and weights; a thread has four contiguous channels
 
-// The gradient of the slice's weights of inputs [from, from + count): labels^T slopes over the
-// tile's rows. A thread has four inputs of four units, and every so many rows; `products`, which
-// are done with, gather what threads of the same have.
+// The weight gradient of inputs [from, from + count): labels^T slopes over the tile's rows. A
+// thread accumulates 4 inputs x 4 channels over every parts-th row. The partial sums are exchanged
+// through `products`, whose values are no longer needed.
 __device__ void AddWeightGradient(const Call& call, const Gradients& to, const Shared& shared,
                                   int rows, std::int64_t from, int count, bool add) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -194,7 +192,7 @@ __device__ void AddWeightGradient(const Call& call, const Gradients& to, const S
   const int parts = kThreads / (kLanes * quads);
   const int lane = thread % kLanes, quad = thread / kLanes % quads;
   const int part = thread / (kLanes * quads);
-  const int size = 4 * quads * kWeightPitch;  // of a part
+  const int size = 4 * quads * kWeightPitch;  // floats per part
   if (part < parts) {
     float sum[4][4] = {};
     for (int row = part; row < rows; row += parts) {
@@ -233,13 +231,13 @@ __device__ void AddWeightGradient(const Call& call, const Gradients& to, const S
   }
 }
 
-// slopes W^T over the slice's units, for inputs [from, from + count), in place of the labels.
-// Eight threads of a row have the sums of four inputs each: two exchanges of halves leave a thread
-// with one input and a quarter of the units, a third adds up two and two of these.
+// slopes W^T over the slice's channels for `count` inputs; the result overwrites the labels. Each
+// of the eight threads of a row has partial sums of four inputs. Two shuffles, each of half of
+// them, leave a thread with one input summed over four threads; a third adds the other four.
 __device__ void LabelGradient(const Call& call, const Shared& shared, int rows, int count) {
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   const bool upper = lane & 4, odd = lane & 2;
-  for (int base = 0; base < rows; base += kRowLanes) {  // all threads of a warp exchange
+  for (int base = 0; base < rows; base += kRowLanes) {  // uniform: all lanes take part in shuffles
     const int row = base + static_cast<int>(threadIdx.x) / kLanes;
     float4 d = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (row < rows) {
@@ -266,7 +264,7 @@ __device__ void LabelGradient(const Call& call, const Shared& shared, int rows, 
   }
 }
 
-// That of the tile's rows to the block's place in label_sums.
+// Copies the result of LabelGradient to the block's part of label_sums.
 __device__ void WriteLabelSums(const Call& call, const Shared& shared, std::int64_t first, int n,
                                std::int64_t from, int count, float* label_sums) {
   const Batch& batch = call.batch;
@@ -281,7 +279,7 @@ __device__ void WriteLabelSums(const Call& call, const Shared& shared, std::int6
   }
 }
 
-// Both of a tile, some inputs at a time.
+// Gradients of the weights and the labels of a tile, kInputs at a time.
 __device__ void Contract(const Call& call, const Descent& descent, const Shared& shared,
                          std::int64_t first, int n, bool add) {
   const bool weights = descent.to.weight != nullptr || descent.to.bias != nullptr;
@@ -289,7 +287,7 @@ __device__ void Contract(const Call& call, const Descent& descent, const Shared&
   const int rows = static_cast<int>(call.batch.streams) * n;
   for (std::int64_t from = 0; from < inputs; from += kInputs) {
     const int count = static_cast<int>(inputs - from < kInputs ? inputs - from : kInputs);
-    if (inputs > kInputs) {  // else all are there since Products
+    if (inputs > kInputs) {  // else Products has loaded all of them
       __syncthreads();
       ReadWeights(call, shared, from, count);
       ReadLabels<false>(call, shared, first, n, from, count);
@@ -303,7 +301,7 @@ __device__ void Contract(const Call& call, const Descent& descent, const Shared&
   }
 }
 
-// A block: slice blockIdx.x, all tiles.
+// A block computes slice blockIdx.x for all tiles.
 template <bool kVector>
 __global__ void __launch_bounds__(kThreads, 2)
     BackwardKernel(const Call call, const Descent descent) {
@@ -340,13 +338,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// ---- gradients of labels
+// ---- label gradients
 
 constexpr int kSumParts = 8;
 constexpr int kSumsOfBlock = kThreads / kSumParts;
 
-// The sums [rows, 2 C] over the slices of label_sums, to one gradient or both. A block has
-// kSumsOfBlock numbers, and kSumParts threads for each, which take the slices by turns.
+// Sums label_sums over the slices to gradients [rows, C] of y and guidance. A block computes
+// kSumsOfBlock elements with kSumParts threads each, which divide the slices.
 __global__ void __launch_bounds__(kThreads, 2)
     LabelSumKernel(const float* label_sums, std::int64_t slices, std::int64_t rows,
                    std::int64_t classes, float* y, float* guidance) {

@@ -1,5 +1,5 @@
-// The host's side of `denoise`: how a chain is laid on a device, and its launches. The kernel and
-// what bounds it are in denoise_kernel.cuh.
+// Host side of `denoise`: the launch configuration, the workspace and the launches. The kernel, its
+// work distribution and its bound are described in denoise_kernel.cuh.
 #include "cuda/denoise/denoise.h"
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@
 #include "cuda/common/error.h"
 #include "cuda/common/launch.cuh"
 #include "cuda/denoise/denoise_kernel.cuh"
-#include "cuda/denoise/denoise_pack.h"
+#include "cuda/denoise/denoise_layout.cuh"
 #include "cuda/denoise/denoise_products.cuh"
 
 namespace diffmic::cuda::denoise {
@@ -19,7 +19,7 @@ namespace {
 
 constexpr char kOperation[] = "denoise";
 
-// Numbers that a block keeps for every row and class: bounds shared memory where classes are many.
+// Limits rows x classes, and with them the shared memory of BlockState, if there are many classes.
 constexpr std::int64_t kMostLabels = 512;
 
 template <class Product>
@@ -30,29 +30,22 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 using Kernel = void (*)(KernelArguments);
 
-template <template <int> class Product>
+template <template <int> class Product, int kMostRowTiles>
 Kernel KernelOf(int row_tiles) {
-  switch (row_tiles) {
-    case 1:
-      return ChainsKernel<Product<1>>;
-    case 2:
-      return ChainsKernel<Product<2>>;
-    default:
-      return ChainsKernel<Product<4>>;
-  }
+  if (row_tiles == 1) return ChainsKernel<Product<1>>;
+  if (row_tiles == 2) return ChainsKernel<Product<2>>;
+  return row_tiles == 4 ? ChainsKernel<Product<4>> : ChainsKernel<Product<kMostRowTiles>>;
 }
 
 Kernel KernelOf(int row_tiles, Precision precision) {
-  if (precision == Precision::kFloat32) return KernelOf<Float32Product>(row_tiles);
-  if (precision == Precision::kFloat8) {
-    return row_tiles == 8 ? ChainsKernel<Float8Product<8>> : KernelOf<Float8Product>(row_tiles);
-  }
-  return row_tiles == 8 ? ChainsKernel<BFloat16Product<8>> : KernelOf<BFloat16Product>(row_tiles);
+  if (precision == Precision::kFloat32) return KernelOf<Float32Product, 4>(row_tiles);
+  return precision == Precision::kFloat8 ? KernelOf<Float8Product, 8>(row_tiles)
+                                         : KernelOf<BFloat16Product, 8>(row_tiles);
 }
 
 std::int64_t Aligned(std::int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-// The parts of the workspace, in order.
+// Byte offsets of the parts of the workspace.
 struct Workspace {
   Workspace(std::int64_t features, std::int64_t classes, const Shape& shape, Precision precision) {
     const int tiles = UnitTiles(features);
@@ -111,7 +104,7 @@ Shape Plan(std::int64_t features, std::int64_t classes, std::int64_t rows, std::
       static_cast<std::int64_t>(
           BlockStateBytes(shape.chains, shape.window, static_cast<int>(classes)));
   const std::int64_t memory = Attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - fixed;
-  // As many tiles as one reading of the activations can serve, with a few stages under way.
+  // As many tiles per pass over the activations as leave shared memory for the pipeline.
   const int ring = Ahead(shape.row_tiles);
   for (shape.pass_tiles = std::min(block_tiles, kMostPassTiles); shape.pass_tiles > 0;
        --shape.pass_tiles) {
@@ -123,7 +116,7 @@ Shape Plan(std::int64_t features, std::int64_t classes, std::int64_t rows, std::
     if (shape.slots == step_stages) {
       shape.resident = step_stages;
     } else if (shape.slots >= ring) {
-      // What is beyond twice the copies under way is of more use when it stays.
+      // Twice the copies in flight hide the latency; the other slots save bandwidth as residents.
       shape.resident = std::max(0, shape.slots - 2 * ring);
     } else {
       continue;

@@ -1,4 +1,4 @@
-// What a launch of the persistent kernel of `denoise` is given.
+// The arguments of the persistent kernel of `denoise`.
 #ifndef DIFFMIC_CUDA_DENOISE_DENOISE_ARGUMENTS_H_
 #define DIFFMIC_CUDA_DENOISE_DENOISE_ARGUMENTS_H_
 
@@ -14,19 +14,19 @@ struct KernelArguments {
   int features, classes, unit_tiles, stages, pass_tiles, slots, resident;
   const uint4* packed;
   const float4* affine;  // [3][16 unit_tiles]: gain, bias, offset, scale (denoise_pack.cu)
-  DenoiseCall call;      // of all rows; the launch serves those from first_row on
+  DenoiseCall call;  // all rows; the launch computes `chains` of them from first_row on
   std::int64_t first_row;
   int chains, window;
-  bool fresh;  // the chains begin with this launch
+  bool fresh;  // this is the first launch of its chains
   int sweeps;
 
-  // Kept from launch to launch: where each chain stands, and its window's states.
+  // State between launches: the first unfinished step of each chain, and its window's states.
   int* begin;     // [chains]
   float* states;  // [chains * window, C]
 
   unsigned char* activations[2];  // h1 and h2
   float* parts;                   // [chains * window * C, blocks]
-  std::uint32_t* counter;         // zero
+  std::uint32_t* counter;         // of the grid barrier, zero
 };
 
 }  // namespace diffmic::cuda::denoise

@@ -1,7 +1,7 @@
-// Where the chains of a launch of `denoise` stand: states, noise, and the walk through a window of
-// steps (csrc/cpu/denoise/denoise_window.cpp tells the method). Every block keeps all of it in its
-// own shared memory and does the same with the same numbers, so that none has to be told. It is
-// little: 20 bytes a row and class, and 12 a chain and class.
+// The chains of a launch of `denoise`: states, noise and windows of steps (docs/algorithm.md,
+// "Windows of steps"). Every thread block holds a copy in shared memory and updates it with the
+// same values, so blocks exchange nothing for it: 20 bytes per row and class, 12 per chain and
+// class.
 #ifndef DIFFMIC_CUDA_DENOISE_DENOISE_CHAINS_CUH_
 #define DIFFMIC_CUDA_DENOISE_DENOISE_CHAINS_CUH_
 
@@ -16,17 +16,16 @@
 
 namespace diffmic::cuda::denoise {
 
-// The numbers of a launch's rows that each block keeps for itself, in shared memory. Row r is step
-// r % window of the window of chain r / window.
+// A block's copy, in shared memory. Row r is step r % window in the window of chain r / window.
 struct BlockState {
-  float* y;         // [rows, C], what eps is evaluated at
+  float* y;         // [rows, C], the states that eps is evaluated at
   float* eps;       // [rows, C]
   float* walked;    // [chains, window + 1, C]
-  float* noise;     // [chains, 2 window, C]: of step i in place i % (2 window)
+  float* noise;     // [chains, 2 window, C], a ring: step i at i % (2 window)
   float* prior;     // [chains, C]
   float* guidance;  // [chains, C]
-  int* begin;       // [chains]: the first step that is not settled
-  int* advance;     // [chains]: steps settled by the last evaluation
+  int* begin;       // [chains], the first step that is not final
+  int* advance;     // [chains], steps that the last sweep made final
   int* timestep;    // [rows]
 };
 
@@ -51,7 +50,7 @@ __device__ inline BlockState CarveState(void* memory, int chains, int window, in
   return state;
 }
 
-// The chains of a launch, from step to step. Methods are for all threads of the block at once.
+// The chains of a launch. All threads of the block call its public methods together.
 class Chains {
  public:
   __device__ Chains(const KernelArguments& a, void* memory)
@@ -65,7 +64,7 @@ class Chains {
     return state_.guidance + row / a_.window * a_.classes;
   }
   __device__ int timestep(int row) const { return state_.timestep[row]; }
-  // [rows, C], to be filled between PlaceRows and Walk.
+  // [rows, C], written by the caller between PlaceRows and Walk.
   __device__ float* eps() const { return state_.eps; }
 
   __device__ void Load() {
@@ -77,7 +76,7 @@ class Chains {
     }
     for (int chain = threadIdx.x; chain < a_.chains; chain += kThreads) {
       state_.begin[chain] = a_.fresh ? 0 : a_.begin[chain];
-      state_.advance[chain] = Windows();  // no noise is there yet
+      state_.advance[chain] = Windows();  // DrawNoise fills the whole ring
     }
     if (!a_.fresh) {
       for (int i = threadIdx.x; i < rows_ * classes; i += kThreads) state_.y[i] = a_.states[i];
@@ -97,7 +96,7 @@ class Chains {
     return true;
   }
 
-  // The timestep of every row. Rows beyond a chain's end repeat its last step, for nobody.
+  // Sets the timestep of every row. Rows beyond the end of a chain repeat its last step, unused.
   __device__ void PlaceRows() {
     for (int row = threadIdx.x; row < rows_; row += kThreads) {
       const int step = min(state_.begin[row / a_.window] + row % a_.window, Count() - 1);
@@ -106,7 +105,7 @@ class Chains {
     __syncthreads();
   }
 
-  // The noise of the steps that came into reach with the last advance: up to two windows ahead.
+  // Draws the noise of the steps that the last advance moved into the ring.
   __device__ void DrawNoise() {
     const int quads = (a_.classes + 3) / 4;
     for (int i = threadIdx.x; i < a_.chains * Windows() * quads; i += kThreads) {
@@ -114,7 +113,7 @@ class Chains {
       const int ahead = i / quads % Windows();
       const int step = state_.begin[chain] + ahead;
       if (ahead < Windows() - state_.advance[chain] || step >= Count()) continue;
-      if (!(Coefficient(6, step) > 0.0f)) continue;  // a step without noise draws none
+      if (!(Coefficient(6, step) > 0.0f)) continue;  // the step adds no noise
       const int quad = i % quads;
       const philox::Normals noise = Draw(chain, step + 1, quad);
       float* to = NoiseOf(chain, step) + 4 * quad;
@@ -125,9 +124,9 @@ class Chains {
     }
   }
 
-  // From the first state of each window, which is the chain's own, through the window with the eps
-  // that were evaluated at its guesses. As far as the states come to are those guesses, they are
-  // the chain's own too. A thread walks one class of a chain.
+  // Takes the steps of each window from its first state, which is final, with the eps evaluated at
+  // the guessed states. States are final up to the first that differs from its guess. One thread
+  // per class of a chain.
   __device__ void Walk() {
     const int classes = a_.classes;
     const int all = a_.chains * classes;
@@ -143,10 +142,10 @@ class Chains {
       float y = length > 0 ? GuessOf(chain, 0)[c] : 0.0f;
       for (int k = 0; k < length; ++k) {
         if (k > 0 && own == length && !Same(y, GuessOf(chain, k)[c])) own = k;
-        y = Move(chain, state_.begin[chain] + k, c, EpsOf(chain, k)[c], y);
+        y = TakeStep(chain, state_.begin[chain] + k, c, EpsOf(chain, k)[c], y);
         WalkedOf(chain, k + 1)[c] = y;
       }
-      if (own < length) atomicMin(&state_.advance[chain], own);  // all classes have to agree
+      if (own < length) atomicMin(&state_.advance[chain], own);  // the minimum over classes
     }
     __syncthreads();
     for (int i = threadIdx.x; i < all; i += kThreads) Slide(i / classes, i % classes);
@@ -169,7 +168,7 @@ class Chains {
   __device__ int Count() const { return static_cast<int>(a_.call.steps.count); }
   __device__ int Windows() const { return 2 * a_.window; }
 
-  // Every state of the first window is guessed to be the chain's beginning.
+  // Initialises the chains; the guess for every state of the first window is the initial state.
   __device__ void BeginChains() {
     const int quads = (a_.classes + 3) / 4;
     for (int i = threadIdx.x; i < a_.chains * quads; i += kThreads) {
@@ -182,13 +181,13 @@ class Chains {
         if (c >= a_.classes) continue;
         const float y = __fadd_rn(state_.prior[chain * a_.classes + c], noise.z[k]);
         for (int step = 0; step < a_.window; ++step) GuessOf(chain, step)[c] = y;
-        Tell(chain, 0, c, y);
+        WriteState(chain, 0, c, y);
       }
     }
   }
 
-  // A settled state: `moment` steps are done.
-  __device__ void Tell(int chain, int moment, int c, float y) const {
+  // Writes the final state after `moment` steps to the outputs.
+  __device__ void WriteState(int chain, int moment, int c, float y) const {
     if (blockIdx.x != 0) return;
     const std::int64_t row = a_.first_row + chain;
     if (a_.call.trajectory != nullptr) {
@@ -197,7 +196,7 @@ class Chains {
     if (moment == Count()) a_.call.out[row * a_.classes + c] = y;
   }
 
-  // Four classes of the noise of a moment: 0 makes the beginning, i is z of step i - 1.
+  // Noise of four classes: moment 0 is that of the initial state, i that of step i - 1.
   __device__ philox::Normals Draw(int chain, int moment, int quad) const {
     const std::int64_t row = a_.first_row + chain;
     if (a_.call.noise != nullptr) {
@@ -216,8 +215,8 @@ class Chains {
                           static_cast<std::uint32_t>(quad));
   }
 
-  // One step of one class, each operation rounded on its own, in the definition's order.
-  __device__ float Move(int chain, int step, int c, float eps, float y) const {
+  // One step of one class, in the reference's order of operations, without contraction to FMA.
+  __device__ float TakeStep(int chain, int step, int c, float eps, float y) const {
     const float s = Coefficient(0, step);
     const float prior = state_.prior[chain * a_.classes + c];
     const float rest = __fsub_rn(y, __fmul_rn(__fsub_rn(1.0f, s), prior));
@@ -237,23 +236,23 @@ class Chains {
     return a_.call.tolerance > 0.0f && fabsf(a - b) <= a_.call.tolerance;
   }
 
-  // Moves a chain's window past what is settled. States beyond those come to are guessed as if eps
-  // stayed what it was at the last of them.
+  // Moves a chain's window past its final states. The guesses for states beyond the walked ones use
+  // the eps of the last evaluated step.
   __device__ void Slide(int chain, int c) {
     const int begin = state_.begin[chain];
     const int length = Length(chain);
     const int advance = state_.advance[chain];
-    for (int k = 1; k <= advance; ++k) Tell(chain, begin + k, c, WalkedOf(chain, k)[c]);
+    for (int k = 1; k <= advance; ++k) WriteState(chain, begin + k, c, WalkedOf(chain, k)[c]);
     float y = 0.0f;
     for (int k = 0; k < a_.window && begin + advance + k < Count(); ++k) {
       y = advance + k <= length
               ? WalkedOf(chain, advance + k)[c]
-              : Move(chain, begin + advance + k - 1, c, EpsOf(chain, length - 1)[c], y);
+              : TakeStep(chain, begin + advance + k - 1, c, EpsOf(chain, length - 1)[c], y);
       GuessOf(chain, k)[c] = y;
     }
   }
 
-  // Steps that are in the window.
+  // The number of steps in the window.
   __device__ int Length(int chain) const { return min(a_.window, Count() - state_.begin[chain]); }
   __device__ float* GuessOf(int chain, int k) const {
     return state_.y + (chain * a_.window + k) * a_.classes;

@@ -1,26 +1,26 @@
-// The persistent kernel of `denoise`. One launch walks many steps of a chain over up to 64 rows.
+// The persistent kernel of `denoise` (docs/algorithm.md, "Denoiser" and "Sampling"). One
+// cooperative launch computes many steps of the reverse chains of up to 64 rows.
 //
-// A step, by all blocks together (one a multiprocessor, all resident):
-//   1. conditioning: each block makes h1 of its own tiles of 16 units     -> global memory, L2
-//   2. first hidden product: each block for its tiles, from all of h1; h2 -> global memory, L2
-//   3. second hidden product; h3 never leaves its registers: a block's part of the last product,
-//      eps [rows, C], is all that it tells the others
-//   4. every block adds the parts in the same order and moves the state, which each keeps in its
-//      own shared memory: no block ever waits for a result of step 4.
-// Three grid barriers a step, one behind each of 1 to 3.
+// A sweep, by all thread blocks (one per multiprocessor, each with its share of the tiles of 16
+// output channels):
+//   1. first layer: a block computes h1 of its tiles and writes it to global memory (L2)
+//   2. first hidden product: a block computes h2 of its tiles from all of h1 and writes it likewise
+//   3. second hidden product: h3 of its tiles stays in registers; a block writes only its partial
+//      sums of the last product, eps [rows, C]
+//   4. every block adds the partial sums in the same order and updates its own copy of the states
+//   in
+//      shared memory (denoise_chains.cuh), so no block waits for the result
+// A grid barrier follows each of 1 to 3.
 //
-// What bounds it: the two weights are read once a step and used for a few rows only (F = 6144,
-// bfloat16: 151 MB, 45 us at 3.35 TB/s; 2 * 32 * 75.5 M operations are 5 us of an H100's tensor
-// cores). They do not depend on anything computed, so their copies run ahead, through barriers and
-// steps, as far as shared memory goes: `slots` stages a warp, of which the first `resident` of a
-// step are never given up. Each lane copies the very bytes that it will multiply, so that this
-// stream needs no barrier but its own waits. Activations come from L2: rows * F * 2 or 4 bytes a
-// product and block.
+// The bound is memory bandwidth: both weights are read once per sweep and used for few rows. For
+// F = 6144 in bfloat16 these are 151 MB, 45 us at 3.35 TB/s; 2 * 32 * 75.5 M operations take 5 us
+// on the tensor cores of an H100. The weight pipeline (denoise_weights.cuh) therefore keeps as many
+// stages in flight as shared memory holds, across barriers and sweeps. Activations come from L2:
+// rows * F * 2 or 4 bytes per product and block.
 //
-// Windows: rows may be several steps of one chain (denoise_chains.cuh).
-//
-// Sums are in one order: a warp's eighth of the depth, the eighths, the tiles of a block, the
-// blocks. A row's bits depend on the number of blocks, which is the device's, not on other rows.
+// The order of a sum is fixed: within a warp's eighth of the depth, over the eighths, over the
+// tiles of a block, over the blocks. A row's bits depend on the number of blocks, that is on the
+// device, and not on other rows.
 #ifndef DIFFMIC_CUDA_DENOISE_DENOISE_KERNEL_CUH_
 #define DIFFMIC_CUDA_DENOISE_DENOISE_KERNEL_CUH_
 
@@ -31,22 +31,23 @@
 #include "cuda/common/grid_barrier.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/ptx.cuh"
+#include "cuda/common/reduce.cuh"
 #include "cuda/common/softplus.cuh"
 #include "cuda/denoise/denoise_arguments.h"
 #include "cuda/denoise/denoise_chains.cuh"
 #include "cuda/denoise/denoise_layout.cuh"
-#include "cuda/denoise/denoise_stream.cuh"
+#include "cuda/denoise/denoise_weights.cuh"
 
 namespace diffmic::cuda::denoise {
 
-// Everything a block does; the kernel is its Main.
+// The work of a thread block; the kernel calls Main.
 template <class Product>
 class Block {
  public:
   static constexpr int kRowTiles = Product::kRows;
   static constexpr int kAhead = Ahead(kRowTiles);
   static constexpr int kActivationRing = kAhead * kWarps * kRowTiles * kActivationBytes;
-  static constexpr int kSums = kWarps * kRowTiles * kTileUnits * kTileRows;  // of a tile
+  static constexpr int kSums = kWarps * kRowTiles * kTileUnits * kTileRows;  // of one tile
   static_assert(2 * kSums * 4 <= kActivationRing);
 
   __device__ explicit Block(const KernelArguments& a)
@@ -62,10 +63,10 @@ class Block {
         chains_(a,
                 dynamic_shared + kActivationRing +
                     std::int64_t{kWarps} * a.slots * a.pass_tiles * Product::kPieces * kPiece * 16),
-        stream_(a, slots_, first_tile_, tiles_, warp_, lane_) {}
+        weights_(a, slots_, first_tile_, tiles_, warp_, lane_) {}
 
   __device__ void Main() {
-    stream_.Begin();
+    weights_.Begin();
     chains_.Load();
     bool moved = false;
     for (int sweep = 0; sweep < a_.sweeps; ++sweep) {
@@ -78,14 +79,14 @@ class Block {
       barrier_.Sync();
       ClearEps();
       Multiply(1);
-      TellEps();
+      WriteParts();
       barrier_.Arrive();
       chains_.DrawNoise();
       barrier_.Wait();
-      AddEps();
+      SumParts();
       chains_.Walk();
     }
-    // Where there was nothing to do, no barrier says that all blocks have loaded what this writes.
+    // Without a sweep there was no grid barrier: another block may not have loaded this state yet.
     if (moved) chains_.Save();
     WaitCopies<0>();
   }
@@ -97,8 +98,8 @@ class Block {
 
   // ---- layers --------------------------------------------------------------------------------
 
-  // softplus of the conditional layer around `sum`; gain, bias, offset and scale hold BatchNorm
-  // and what the weights were divided by.
+  // The conditional layer after its matrix product `sum`. `affine` holds the bias, BatchNorm and
+  // the quantisation scale (PackWeights).
   __device__ float Activate(int layer, int unit, int row, float sum) const {
     const ConditionalLayer& weights = a_.call.weights.layers[layer];
     const float4 affine = a_.affine[layer * a_.unit_tiles * kTileUnits + unit];
@@ -106,7 +107,7 @@ class Block {
     return Softplus(fmaf(gamma * affine.x, fmaf(sum, affine.w, affine.y), affine.z));
   }
 
-  // h1 of the block's tiles. A warp makes 16 units of 8 rows at a time, four a lane.
+  // h1 of the block's tiles. A warp computes one tile at a time, four elements per lane.
   __device__ void Condition() {
     const int classes = a_.classes;
     for (int item = warp_; item < tiles_ * kRowTiles; item += kWarps) {
@@ -135,7 +136,7 @@ class Block {
     }
   }
 
-  // Stage `stage` of this warp's activations, into its place of the ring; a group of copies.
+  // Starts the copies of a stage of this warp's activations into the ring, as one group.
   __device__ void CopyActivations(const unsigned char* from, int stage) {
     if (stage < a_.stages) {
       const std::int64_t bytes = kRowTiles * kActivationBytes;
@@ -152,39 +153,39 @@ class Block {
     return ring_ + (warp_ * kAhead + stage % kAhead) * kRowTiles * kActivationBytes;
   }
 
-  // A hidden layer, for the block's tiles.
+  // A hidden layer of the block's tiles.
   __device__ void Multiply(int product) {
-    for (int pass = 0; pass < stream_.passes(); ++pass) {
-      const int tiles = stream_.PassTiles(pass);
+    for (int pass = 0; pass < weights_.passes(); ++pass) {
+      const int tiles = weights_.PassTiles(pass);
       Product sums;
       sums.Clear();
       for (int stage = 0; stage < kAhead; ++stage) {
         CopyActivations(a_.activations[product], stage);
       }
       for (int stage = 0; stage < a_.stages; ++stage) {
-        // The copies end in the order in which they began: these activations, and all weights that
-        // were asked for before them.
+        // Groups complete in order: this wait covers the stage's activations and the weights, whose
+        // copies were committed before or with them.
         WaitCopies<kAhead - 1>();
         if constexpr (Product::kReadsOthersCopies) __syncwarp();
-        sums.Multiply(stream_.Stage(), RingPlace(stage), tiles, lane_);
+        sums.Multiply(weights_.Stage(), RingPlace(stage), tiles, lane_);
         if constexpr (Product::kReadsOthersCopies) __syncwarp();
-        stream_.Release();
+        weights_.Release();
         CopyActivations(a_.activations[product], stage + kAhead);
       }
-      __syncthreads();  // the ring is read, and holds the tiles' sums from here on
+      __syncthreads();  // the ring has been read; it now holds the sums of tiles
       for (int i = 0; i < tiles; ++i) {
         const int tile = first_tile_ + pass * a_.pass_tiles + i;
         float* all = reinterpret_cast<float*>(ring_) + i % 2 * kSums;
         sums.Store(i, all + warp_ * (kSums / kWarps), lane_);
         __syncthreads();
-        // The other half of the ring is free for the next tile meanwhile.
+        // Meanwhile the next tile's sums are stored to the other half of the ring.
         if (warp_ < kRowTiles) FinishTile(product, tile, all);
       }
-      __syncthreads();  // before the next pass takes the ring
+      __syncthreads();  // the sums have been read; the next pass may overwrite the ring
     }
   }
 
-  // Adds the warps' sums of a tile, in row tile `warp`, and makes activations of them.
+  // Adds the warps' sums of a tile for row tile `warp` and applies the rest of the layer.
   __device__ void FinishTile(int product, int tile, const float* all) {
     const int row = warp_ * kTileRows + lane_ / 4;
     float h[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -202,7 +203,7 @@ class Block {
     if (product == 0) {
       Product::StoreActivations(a_.activations[1], tile, warp_, lane_, h);
     } else {
-      AddToEps(tile, row, h);
+      AccumulateEps(tile, row, h);
     }
   }
 
@@ -214,9 +215,9 @@ class Block {
     __syncthreads();
   }
 
-  // The tile's part of eps. The four lanes of a row are added; a row belongs to one warp, so that
-  // nothing else is added at the same time.
-  __device__ void AddToEps(int tile, int row, const float (&h)[4]) {
+  // Accumulates a tile's contribution to eps. A row belongs to one warp, so there is no concurrent
+  // update; its four lanes are reduced by shuffles.
+  __device__ void AccumulateEps(int tile, int row, const float (&h)[4]) {
     for (int c = 0; c < a_.classes; ++c) {
       float part = 0.0f;
 #pragma unroll
@@ -233,23 +234,23 @@ class Block {
     }
   }
 
-  __device__ void TellEps() {
+  // Writes the block's partial sums of eps.
+  __device__ void WriteParts() {
     __syncthreads();
     for (int i = threadIdx.x; i < chains_.rows() * a_.classes; i += kThreads) {
       a_.parts[std::int64_t{i} * gridDim.x + blockIdx.x] = chains_.eps()[i];
     }
   }
 
-  // eps of all rows, from all blocks, by each.
-  __device__ void AddEps() {
+  // eps of all rows from the partial sums of all blocks, which are read past the L1 cache.
+  __device__ void SumParts() {
     for (int i = warp_; i < chains_.rows() * a_.classes; i += kWarps) {
       const float* parts = a_.parts + std::int64_t{i} * gridDim.x;
       float sum = 0.0f;
       for (unsigned block = lane_; block < gridDim.x; block += 32) {
-        sum += LoadSharedFloat(parts + block);
+        sum += __ldcg(parts + block);
       }
-#pragma unroll
-      for (int other = 16; other > 0; other /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, other);
+      sum = WarpReduce(sum, [](float a, float b) { return a + b; });
       if (lane_ == 0) chains_.eps()[i] = sum + a_.call.weights.output_bias[i % a_.classes];
     }
     __syncthreads();
@@ -261,7 +262,7 @@ class Block {
   unsigned char* ring_;
   uint4* slots_;
   Chains chains_;
-  WeightStream<Product::kPieces> stream_;
+  WeightPipeline<Product::kPieces> weights_;
 };
 
 }  // namespace diffmic::cuda::denoise

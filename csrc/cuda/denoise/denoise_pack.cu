@@ -1,8 +1,13 @@
-// Packing: a thread makes 16 bytes of a packed weight, from 4 numbers of float32, 8 rounded to
-// bfloat16 or 16 to float8. A warp reads 16 rows of 64 bytes or more and writes 512 bytes in a row.
-// Bound by memory: F = 6144 reads 302 MB, for float8's scales twice, and writes 302, 151 or 75 MB,
-// 0.14 to 0.20 ms at 3.35 TB/s, the time of a few steps. It is done for every run, since nothing
-// short of reading the weights could tell that they are unchanged.
+// Preparation of a run: packs the hidden weights in the order of the fragments of the matrix
+// products and folds BatchNorm into a gain and an offset per output channel.
+//
+// A thread writes 16 bytes of packed weights: 4 elements of float32, 8 rounded to bfloat16, or 16
+// to float8. A warp reads 16 rows of 64 bytes or more and writes 512 contiguous bytes. The scales
+// of float8 take a kernel of their own, with one warp per output channel.
+//
+// Bound by memory bandwidth: F = 6144 reads 302 MB (twice for float8) and writes 302, 151 or 75 MB,
+// 0.14 to 0.20 ms at 3.35 TB/s, the time of a few steps. Every run packs again: to detect unchanged
+// weights would need to read them as well.
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
@@ -13,7 +18,6 @@
 #include "cuda/common/launch.cuh"
 #include "cuda/common/reduce.cuh"
 #include "cuda/denoise/denoise_layout.cuh"
-#include "cuda/denoise/denoise_pack.h"
 
 namespace diffmic::cuda::denoise {
 namespace {
@@ -27,7 +31,7 @@ struct PackArguments {
   Matrix first, second;
   std::int64_t features;
   int unit_tiles, stages;
-  const float4* affine;  // of its two products, for the scales of float8
+  const float4* affine;  // of the two products, for the float8 scales
   uint4* packed;
 };
 
@@ -46,15 +50,15 @@ __device__ std::uint32_t Pair(const Matrix& weight, std::int64_t features, std::
   return *reinterpret_cast<const std::uint32_t*>(&pair);
 }
 
-// Four numbers of float8, times 1 / scale: of `unit` in the even bytes and the one 8 behind it in
-// the odd ones, the lower column in the lower half (denoise_products.cuh).
+// Four elements divided by their scale, in float8: output channel `unit` in the even bytes, unit +
+// 8 in the odd ones, the lower column in the lower half (Float8Weights, denoise_products.cuh).
 __device__ std::uint32_t Quarter(const Matrix& weight, std::int64_t features, std::int64_t unit,
                                  std::int64_t column, const float (&scale)[2]) {
   std::uint32_t word = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float number = At(weight, features, unit + i % 2 * 8, column + i / 2);
-    // A unit that is not finite has a scale that is not-a-number, which alone shall tell of it.
+    // A channel with a non-finite weight has a NaN scale, which alone makes its results NaN.
     const float scaled = scale[i % 2] > 0.0f ? __fdiv_rn(number, scale[i % 2]) : 0.0f;
     const std::uint32_t bits = __nv_cvt_float_to_fp8(scaled, __NV_SATFINITE, __NV_E4M3);
     word |= bits << (8 * i);
@@ -73,13 +77,13 @@ __global__ void Pack(const PackArguments a) {
     std::int64_t rest = i / kPiece;
     const int piece = static_cast<int>(rest % kPieces);
     rest /= kPieces;
-    const std::int64_t stage = rest % (kWarps * a.stages);  // of all warps
+    const std::int64_t stage = rest % (kWarps * a.stages);  // over all warps
     rest /= kWarps * a.stages;
     const std::int64_t first_unit = rest % a.unit_tiles * kTileUnits;
     const Matrix weight = rest < a.unit_tiles ? a.first : a.second;
     uint4 words;
     if constexpr (kPrecision == Precision::kBFloat16) {
-      // The fragment of MmaBf16: 16 units, 16 columns.
+      // A fragment of MmaBf16: 16 output channels, 16 columns.
       const std::int64_t unit = first_unit + lane / 4;
       const std::int64_t column = stage * 32 + piece * 16 + 2 * (lane % 4);
       words.x = Pair(weight, a.features, unit, column);
@@ -87,7 +91,7 @@ __global__ void Pack(const PackArguments a) {
       words.z = Pair(weight, a.features, unit, column + 8);
       words.w = Pair(weight, a.features, unit + 8, column + 8);
     } else if constexpr (kPrecision == Precision::kFloat8) {
-      // Two such fragments, of 32 columns.
+      // Two such fragments, 32 columns.
       const std::int64_t unit = first_unit + lane / 4;
       const std::int64_t column = stage * 32 + 2 * (lane % 4);
       const float4* affine = a.affine + rest / a.unit_tiles * a.unit_tiles * kTileUnits + unit;
@@ -97,7 +101,7 @@ __global__ void Pack(const PackArguments a) {
       words.z = Quarter(weight, a.features, unit, column + 16, scale);
       words.w = Quarter(weight, a.features, unit, column + 24, scale);
     } else {
-      // Lane 2u + half: four of the eight columns that the half owns, of unit u.
+      // Lane 2u + half: four of the eight columns of that half, for output channel u.
       const std::int64_t unit = first_unit + lane / 2;
       const std::int64_t column = stage * 16 + lane % 2 * 8 + piece * 4;
       words.x = __float_as_uint(At(weight, a.features, unit, column));
@@ -109,6 +113,7 @@ __global__ void Pack(const PackArguments a) {
   }
 }
 
+// One thread per output channel.
 __global__ void FoldNorm(const DenoiserWeights weights, int units, float4* affine) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= 3 * units) return;
@@ -124,8 +129,8 @@ __global__ void FoldNorm(const DenoiserWeights weights, int units, float4* affin
   affine[i] = found;
 }
 
-// What float8 weights of a unit are divided by, so that the largest is the largest float8; behind
-// FoldNorm. Not-a-number where a weight is, or is infinite. A warp has a unit.
+// The float8 scale of each output channel, amax / 448; NaN if a weight of it is not finite. One
+// warp per output channel, after FoldNorm.
 __global__ void ScaleUnits(const Matrix first, const Matrix second, std::int64_t features,
                            int units, float4* affine) {
   const int i = static_cast<int>((blockIdx.x * blockDim.x + threadIdx.x) / 32);

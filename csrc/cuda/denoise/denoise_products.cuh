@@ -1,5 +1,5 @@
-// The arithmetic of `denoise`'s two hidden products, a warp's share of a stage at a time, in each
-// precision: how activations are stored, multiplied, and the sums handed on.
+// The two hidden matrix products of `denoise` in each precision: a warp's multiply-accumulate over
+// one stage, the layout of its activations, and the store of its sums.
 #ifndef DIFFMIC_CUDA_DENOISE_DENOISE_PRODUCTS_CUH_
 #define DIFFMIC_CUDA_DENOISE_DENOISE_PRODUCTS_CUH_
 
@@ -13,8 +13,8 @@
 
 namespace diffmic::cuda::denoise {
 
-// A tile's weights of a stage as two operands of MmaBf16, from this lane's 16 bytes of the tile's
-// first piece.
+// The weights of a tile and stage as two operands of MmaBf16. `weights` is this lane's part of the
+// tile's first piece.
 struct BFloat16Weights {
   static constexpr int kPieces = StagePieces(Precision::kBFloat16);
 
@@ -30,10 +30,10 @@ struct BFloat16Weights {
   }
 };
 
-// e4m3 as bfloat16, exactly. Its bits, sign, 4 of exponent, 3 of mantissa, in the same places of a
-// bfloat16 are the number times 2^-120, the subnormal ones too: the exponents' biases are 7 and
-// 127. A word holds two pairs, one in its even bytes, one in its odd ones. (Both of its
-// not-a-numbers would come out as 480: packing makes none.)
+// Exact conversion of e4m3 to bfloat16. The sign, exponent (4 bits) and mantissa (3 bits) of an
+// e4m3 number, placed in the corresponding fields of a bfloat16, are that number times 2^-120,
+// since the exponent biases are 7 and 127; this holds for subnormals too. A word holds one pair in
+// its even bytes and one in its odd bytes. NaN would become 480; packed weights contain none.
 struct Float8Weights {
   static constexpr int kPieces = StagePieces(Precision::kFloat8);
 
@@ -52,7 +52,7 @@ struct Float8Weights {
     odd = Times120((word & kSigns) | ((word >> 4) & kNumbers));
   }
 
-  // Both bfloat16 of a word times 2^120.
+  // Multiplies both bfloat16 of a word by 2^120.
   __device__ static std::uint32_t Times120(std::uint32_t pair) {
     constexpr std::uint32_t kFactors = 0x7B807B80u;
     const __nv_bfloat162 product = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&pair),
@@ -61,12 +61,12 @@ struct Float8Weights {
   }
 };
 
-// bfloat16 activations, float32 sums, by the tensor cores: the weights are the operand of 16 rows,
-// so that as few as 8 batch rows fill an instruction.
+// bfloat16 activations and float32 accumulation on tensor cores. The weights are the operand with
+// 16 rows, so that 8 batch rows fill an instruction.
 template <class Format, int kRowTiles>
 struct TensorProduct {
   static constexpr int kPieces = Format::kPieces;
-  static constexpr bool kReadsOthersCopies = false;  // a lane reads what it has copied itself
+  static constexpr bool kReadsOthersCopies = false;  // a lane reads its own copies only
   static constexpr int kRows = kRowTiles;
 
   float sums[kMostPassTiles][kRowTiles][4];
@@ -79,8 +79,8 @@ struct TensorProduct {
     }
   }
 
-  // `weights` is this lane's 16 bytes of the first piece; a warp's own activations follow each
-  // other by row tile.
+  // `weights` is this lane's part of the first piece; `activations` are the warp's, [row tile][512
+  // bytes].
   __device__ void Multiply(const uint4* weights, const unsigned char* activations, int tiles,
                            int lane) {
     std::uint32_t a[kMostPassTiles][2][4];
@@ -101,13 +101,13 @@ struct TensorProduct {
     }
   }
 
-  // Writes the sums of tile i to `to`, [row tile][SumPosition][row].
+  // Stores the sums of tile i to `to`, [row tile][SumPosition][row].
   __device__ void Store(int i, float* to, int lane) const {
     const int unit = lane >> 2;
     const int row = 2 * (lane & 3);
 #pragma unroll
     for (int tile = 0; tile < kMostPassTiles; ++tile) {
-      if (tile != i) continue;  // keeps the sums in registers
+      if (tile != i) continue;  // constant indices keep the sums in registers
 #pragma unroll
       for (int j = 0; j < kRowTiles; ++j) {
         float* rows = to + j * kTileUnits * kTileRows + row;
@@ -119,8 +119,8 @@ struct TensorProduct {
     }
   }
 
-  // Rounds the four activations h of LaneUnit, of row tile j, and writes them where the next
-  // product's lane of the same number reads them: a stage is two tiles deep.
+  // Rounds the activations h of the lane's four output channels (LaneUnit) in row tile j and stores
+  // them where the same lane reads its operand of the next product. A stage is two tiles deep.
   __device__ static void StoreActivations(unsigned char* activations, int tile, int j, int lane,
                                           const float (&h)[4]) {
     const __nv_bfloat162 low = __floats2bfloat162_rn(h[0], h[1]);
@@ -139,12 +139,12 @@ using BFloat16Product = TensorProduct<BFloat16Weights, kRowTiles>;
 template <int kRowTiles>
 using Float8Product = TensorProduct<Float8Weights, kRowTiles>;
 
-// float32 throughout, one rounding a multiply-add. Lane 2u + half owns unit u and half of a stage's
-// columns, for all rows; the halves are added at the end.
+// float32 on CUDA cores (FFMA). Lane 2u + half accumulates output channel u over half of a stage's
+// columns, for all rows; Store adds the halves.
 template <int kRowTiles>
 struct Float32Product {
   static constexpr int kPieces = StagePieces(Precision::kFloat32);
-  static constexpr bool kReadsOthersCopies = true;  // activations of all lanes of the warp
+  static constexpr bool kReadsOthersCopies = true;  // activations copied by the whole warp
   static constexpr int kRows = kRowTiles;
 
   float sums[kMostPassTiles][kRowTiles * kTileRows];
@@ -159,7 +159,7 @@ struct Float32Product {
 
   __device__ void Multiply(const uint4* weights, const unsigned char* activations, int tiles,
                            int lane) {
-    // Activations are [column][row]; all lanes of a half read the same 16 bytes at once.
+    // Activations are [column][row]. All lanes of a half read the same 16 bytes: a broadcast.
     const auto* rows = reinterpret_cast<const float4*>(activations) + (lane & 1) * 8 * 2;
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
@@ -198,7 +198,7 @@ struct Float32Product {
     float* rows = to + SumPosition(lane >> 1) * kTileRows + 4 * half;
 #pragma unroll
     for (int tile = 0; tile < kMostPassTiles; ++tile) {
-      if (tile != i) continue;  // keeps the sums in registers
+      if (tile != i) continue;  // constant indices keep the sums in registers
 #pragma unroll
       for (int j = 0; j < kRowTiles; ++j) {
         float whole[kTileRows];
@@ -207,7 +207,7 @@ struct Float32Product {
           const float sum = sums[tile][j * kTileRows + row];
           whole[row] = sum + __shfl_xor_sync(0xFFFFFFFFu, sum, 1);
         }
-        // Each half writes four of the rows.
+        // Each half stores four of the rows.
         *reinterpret_cast<float4*>(rows + j * kTileUnits * kTileRows) =
             half == 0 ? make_float4(whole[0], whole[1], whole[2], whole[3])
                       : make_float4(whole[4], whole[5], whole[6], whole[7]);

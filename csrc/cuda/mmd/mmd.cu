@@ -1,22 +1,20 @@
-// The discrepancy and its gradients. Pairs of all rows, those of x and behind them those of y, are
-// cut into tiles (mmd_tiles.cuh). Block (i, s) takes row tile i and every gridDim.y-th column tile
-// from s on: for the gradients of its rows it needs them all, and sums what no other block adds to;
-// the value is of the pairs on and above the diagonal alone, which count twice.
+// The maximum mean discrepancy and its gradients. The pairs of all rows, those of x followed by
+// those of y, are divided into tiles (mmd_tiles.cuh). Block (i, s) processes row tile i with every
+// gridDim.y-th column tile from s on. The gradients of its rows need all of them; the value needs
+// the pairs on and above the diagonal only, which count twice.
 //
-// The training loss has several y, and (i, s, z) takes y z, or of z = 0, whose loss is the mean
-// squared error, elements as far apart as there are threads.
+// The training losses have several y: block (i, s, z) uses y z. For z = 0, whose loss is the mean
+// squared error, the threads of the grid stride over the elements.
 //
-// Launches. Up to 64 rows in all, or 128 short ones, are one block's, which finishes its work
-// itself: one launch. Else blocks leave sums in scratch memory, and a second launch adds them up.
+// Launches: one block and one launch for up to 64 rows in total, or 128 short rows. Else the blocks
+// write partial sums to the workspace, and a second launch adds them.
 //
-// Arithmetic, for an element of a pair: one subtraction and one multiply-add for the distance, the
-// same for the gradient, and some 30 operations a pair for the exponential: bound by the
-// multiply-adds. Rows are read from the second level of the cache, for a tile 64 of them: 512 bytes
-// an element of a row for 16384 operations. From memory x and y are read once and gradients written
-// once; one block reads them once from anywhere.
+// Arithmetic: one subtraction and one FMA per element of a pair for the distance, the same for the
+// gradient, and about 30 operations per pair for the exponential. The FMAs bound it: a tile loads
+// 512 bytes (float) per element of a row, mostly from L2, for 16384 operations.
 //
-// Precision: distances and kernel values in T, in sums of at most 64 terms. The value adds these up
-// in double, gradients as pairs of T (high and low part).
+// Precision: distances and kernel values in T, in sums of at most 64 terms. These are added in
+// double for the value, and as pairs (high, low) of T for the gradients.
 #include <math.h>
 
 #include <algorithm>
@@ -38,29 +36,29 @@ struct Problem {
   Weights<T> weights[2];
   Scales<T> scales;
   bool unbiased;
-  bool squares;  // of y 0 the value is the mean squared error
+  bool squares;  // the value for y 0 is the mean squared error
   Gradients<T> gradients;
   T* value;      // [gridDim.z]
-  double* sums;  // [gridDim.z, 3, blocks]: of the pairs x x, x y, y y; NULL for one block
+  double* sums;  // [gridDim.z, 3, blocks], pairs (x, x), (x, y), (y, y); NULL for one block
 
   __device__ bool SumsSquares() const { return squares && blockIdx.z == 0; }
 };
 
 // ---- weights -----------------------------------------------------------------------------------
 
-// The weights of one side, and what its means are divided by; not-a-number where that is nothing.
+// Sums of the weights of one side; NaN if they are invalid.
 struct Share {
   double sum;
-  double pairs;  // sum over the pairs of the estimator of the product of weights
-  int exponent;  // weights are taken times 2^-exponent
+  double pairs;  // sum of the products of weights over the estimator's pairs
+  int exponent;  // weights are multiplied by 2^-exponent
 };
 
 __device__ double BlockSum(double value) {
   return BlockReduce<kWarps>(value, [](double a, double b) { return a + b; });
 }
 
-// For all threads of a block at once. Weights are scaled by a power of two, which loses nothing, to
-// a largest one in [1, 2): products of two stay away from the ends of T.
+// Called by all threads of the block. Weights are scaled by a power of two, which is exact, so that
+// the largest is in [1, 2) and products of two neither overflow nor underflow.
 template <typename T>
 __device__ Share ShareOf(const Weights<T>& weights, std::int64_t count, bool unbiased) {
   Share share{};
@@ -75,7 +73,7 @@ __device__ Share ShareOf(const Weights<T>& weights, std::int64_t count, bool unb
     }
     most = BlockReduce<kWarps>(most, [](T a, T b) { return b > a ? b : a; });
     share.exponent = most > 0 && isfinite(most) ? ilogb(most) : 0;
-    double positive = 0, negative = 0;  // not-a-number counts, and goes on into the result
+    double positive = 0, negative = 0;  // NaN counts as positive and propagates through the sums
     squares = 0;
     for (std::int64_t i = threadIdx.x; i < count; i += kThreads) {
       const double weight =
@@ -108,8 +106,8 @@ __device__ __forceinline__ T WeightOf(const Problem<T>& p, const Share (&shares)
 
 // ---- the value ---------------------------------------------------------------------------------
 
-// Sums over pairs, of which those within a side are counted in one order only. Of squared errors
-// the sum is in xy.
+// Sums over pairs; pairs within a side are counted in one order. The sum of squared errors is in
+// xy.
 struct ValueSums {
   double xx = 0, xy = 0, yy = 0;
 };
@@ -120,13 +118,13 @@ __device__ void WriteValue(const Problem<T>& p, const Share (&shares)[2], const 
     p.value[0] = static_cast<T>(sums.xy / static_cast<double>(p.pool.count[0] * p.pool.width));
     return;
   }
-  // Means of k - 1: the ones of the three means cancel.
+  // Means of k - 1 instead of k: the ones cancel.
   const double total = 2 * sums.xx / shares[0].pairs + 2 * sums.yy / shares[1].pairs -
                        2 * sums.xy / (shares[0].sum * shares[1].sum);
   p.value[blockIdx.z] = static_cast<T>(total / p.scales.count);
 }
 
-// By one thread of a block: the value if the block did all, else its part.
+// Called by one thread of a block: writes the value if it is the only block, else its partial sums.
 template <typename T>
 __device__ void WriteSums(const Problem<T>& p, const Share (&shares)[2], const ValueSums& sums) {
   if (p.sums == nullptr) {
@@ -140,7 +138,7 @@ __device__ void WriteSums(const Problem<T>& p, const Share (&shares)[2], const V
   to[2 * blocks] = sums.yy;
 }
 
-// The block's part of the squared errors, and of their gradient.
+// The block's partial sum of the squared errors; also writes their gradient.
 template <typename T>
 __device__ double SquaredErrors(const Problem<T>& p) {
   const Pool<T>& pool = p.pool;
@@ -162,16 +160,16 @@ __device__ double SquaredErrors(const Problem<T>& p) {
 
 // ---- tiles -------------------------------------------------------------------------------------
 
-// What the slope of a pair of two weights counts in a gradient, and the first scale.
+// The factors of a pair's slope in a gradient, and the first scale.
 template <typename T>
 struct Factors {
   T within_x, within_y, between;
   T scale;
 };
 
-// Makes the distances of a tile into its part of the value, and where `slopes`, into the slopes of
-// the gradient in shared memory, factors and weights included. A thread's distances wait in shared
-// memory, where its slopes will be: exponentials of 16 pairs at once take too many registers.
+// Adds a tile to the value and, if `slopes`, writes the weighted slopes of its pairs to shared
+// memory. A thread stores its distances there first and computes four pairs at a time, since the
+// exponentials of 16 pairs would need too many registers.
 template <typename T>
 __device__ __forceinline__ void Weigh(const Problem<T>& p, const Factors<T>& factors,
                                       const Range& u, const Range& v, const Pairs<T>& distances,
@@ -194,7 +192,7 @@ __device__ __forceinline__ void Weigh(const Problem<T>& p, const Factors<T>& fac
       const bool column_of_x = v.begin + column < border;
       const T weight = memory.weights[1][column];
       const KernelSums<T> kernels = KernelsOf(p.scales, factors.scale, memory.slopes[row][column]);
-      // A row with itself is at distance 0 and adds nothing.
+      // The pair of a row with itself has distance 0 and adds 0.
       const T part = v.begin + column >= u.begin + row ? weight * kernels.less_one : T{0};
       to_x += column_of_x ? part : T{0};
       to_y += column_of_x ? T{0} : part;
@@ -231,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) MmdKernel(Problem<T> p
     return;
   }
   TileMemory<T>& memory = Memory<T>();
-  // In shared memory for want of registers.
+  // In shared memory to save registers.
   __shared__ Factors<T> factors;
   if (threadIdx.x == 0) {
     const double mean = 4.0 / p.scales.count;
@@ -249,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) MmdKernel(Problem<T> p
     for (unsigned j = blockIdx.y; j < tile_count; j += gridDim.y) {
       if (j < i && !slopes) continue;
       const Range v = RangeOf(std::int64_t{j} * kTile, rows);
-      __syncthreads();  // weights and slopes of the tile before have been read
+      __syncthreads();  // the weights and slopes of the previous tile have been read
       if (threadIdx.x < 2 * kTile) {
         const bool of_u = threadIdx.x < kTile;
         const int row = static_cast<int>(threadIdx.x % kTile);
@@ -292,9 +290,9 @@ __global__ void __launch_bounds__(kThreads) FinishKernel(Problem<T> p, std::int6
 // ---- launches ----------------------------------------------------------------------------------
 
 struct Plan {
-  std::int64_t blocks;  // of row tiles
+  std::int64_t blocks;  // row tiles
   unsigned splits;
-  bool one;  // block does all
+  bool one;  // a single block
 };
 
 template <typename T>
@@ -304,25 +302,20 @@ Plan PlanOf(std::int64_t rows, std::int64_t width) {
   return {tiles, Splits(tiles, tiles), false};
 }
 
-// Doubles of scratch memory: the blocks' sums for gradients, and behind them those for the value.
-struct ScratchSizes {
-  std::int64_t gradients, value;
-};
-
+// Doubles of the partial sums of the gradients, which come first in the workspace.
 template <typename T>
-ScratchSizes ScratchOf(const Plan& plan, std::int64_t rows, std::int64_t width, bool gradients) {
-  if (plan.one) return {0, 0};
-  return {gradients ? PartialBytes<T>(plan.splits, plan.blocks, rows, width) / 8 : 0,
-          3 * plan.blocks * plan.splits};
+std::int64_t GradientDoubles(const Plan& plan, std::int64_t rows, std::int64_t width) {
+  return plan.one ? 0 : PartialBytes<T>(plan.splits, plan.blocks, rows, width) / 8;
 }
 
 template <typename T>
-std::int64_t Scratch(std::int64_t rows, std::int64_t width, bool gradients) {
-  const ScratchSizes sizes = ScratchOf<T>(PlanOf<T>(rows, width), rows, width, gradients);
-  return sizes.gradients + sizes.value;
+std::int64_t WorkspaceDoubles(std::int64_t rows, std::int64_t width, bool gradients) {
+  const Plan plan = PlanOf<T>(rows, width);
+  return (gradients ? GradientDoubles<T>(plan, rows, width) : 0) +
+         (plan.one ? 0 : 3 * plan.blocks * plan.splits);
 }
 
-// What a call asks for beside the rows.
+// The arguments of a call other than the rows.
 template <typename T>
 struct Request {
   Weights<T> x_weights, y_weights;
@@ -333,7 +326,7 @@ struct Request {
 
 template <typename T>
 void Run(const char* operation, const Matrix<T>& x, const Stack<T>& ys, const Request<T>& request,
-         double* scratch, cudaStream_t stream) {
+         double* workspace, cudaStream_t stream) {
   const Matrix<T>& y = ys.first;
   const std::int64_t rows = x.count + y.count, width = x.width;
   const Plan plan = PlanOf<T>(rows, width);
@@ -343,7 +336,7 @@ void Run(const char* operation, const Matrix<T>& x, const Stack<T>& ys, const Re
   const bool gradients = request.x_gradient != nullptr || request.y_gradient != nullptr;
   double* const sums =
       plan.one ? nullptr
-               : scratch + ys.count * ScratchOf<T>(plan, rows, width, gradients).gradients;
+               : workspace + (gradients ? ys.count * GradientDoubles<T>(plan, rows, width) : 0);
   const Problem<T> problem{Pool<T>(x, y, ys.apart),
                            {request.x_weights, request.y_weights},
                            Scales<T>(request.kernel),
@@ -354,7 +347,7 @@ void Run(const char* operation, const Matrix<T>& x, const Stack<T>& ys, const Re
                             x.count,
                             rows,
                             width,
-                            reinterpret_cast<Sum<T>*>(scratch)},
+                            reinterpret_cast<Sum<T>*>(workspace)},
                            request.value,
                            sums};
   Launch(operation, width <= kDepth<T> ? MmdKernel<true, T> : MmdKernel<false, T>,
@@ -371,8 +364,8 @@ void Run(const char* operation, const Matrix<T>& x, const Stack<T>& ys, const Re
 
 std::int64_t MmdScratch(std::int64_t n, std::int64_t m, std::int64_t width,
                         std::int64_t element_bytes, bool gradients) {
-  return element_bytes == 4 ? Scratch<float>(n + m, width, gradients)
-                            : Scratch<double>(n + m, width, gradients);
+  return element_bytes == 4 ? WorkspaceDoubles<float>(n + m, width, gradients)
+                            : WorkspaceDoubles<double>(n + m, width, gradients);
 }
 
 std::int64_t NoiseLossesScratch(std::int64_t count, std::int64_t n, std::int64_t width,
@@ -383,20 +376,20 @@ std::int64_t NoiseLossesScratch(std::int64_t count, std::int64_t n, std::int64_t
 template <typename T>
 void Mmd(const Matrix<T>& x, const Matrix<T>& y, const Weights<T>& x_weights,
          const Weights<T>& y_weights, const Kernel& kernel, bool unbiased, T* value, T* x_gradient,
-         T* y_gradient, double* scratch, cudaStream_t stream) {
+         T* y_gradient, double* workspace, cudaStream_t stream) {
   Run("mmd", x, {y, 1, 0},
-      {x_weights, y_weights, kernel, unbiased, false, value, x_gradient, y_gradient}, scratch,
+      {x_weights, y_weights, kernel, unbiased, false, value, x_gradient, y_gradient}, workspace,
       stream);
 }
 
 template <typename T>
 void NoiseLosses(const Matrix<T>& noise, const Stack<T>& predictions, T* losses, T* gradients,
-                 double* scratch, cudaStream_t stream) {
+                 double* workspace, cudaStream_t stream) {
   const double width = static_cast<double>(noise.width);
   const Kernel kernel = {{1 / (width * width)}, nullptr};
   const Weights<T> ones = {nullptr, 0};
   Run("noise_losses", noise, predictions,
-      {ones, ones, kernel, false, true, losses, nullptr, gradients}, scratch, stream);
+      {ones, ones, kernel, false, true, losses, nullptr, gradients}, workspace, stream);
 }
 
 #define DIFFMIC_INSTANTIATE(T)                                                                   \

@@ -1,5 +1,5 @@
-// Gradients of mmd: sums of slope * (v - u) over a row's pairs, tile by tile (mmd_tiles.cuh), and
-// over the blocks that share a row.
+// Gradients of mmd: the sums of slope * (v - u) over the pairs of a row, accumulated tile by tile
+// (mmd_tiles.cuh) and over the blocks that share a row.
 #ifndef DIFFMIC_CUDA_MMD_MMD_GRADIENTS_CUH_
 #define DIFFMIC_CUDA_MMD_MMD_GRADIENTS_CUH_
 
@@ -10,8 +10,8 @@
 
 namespace diffmic::cuda::mmd {
 
-// What rounding takes from `high` goes into `low`, so that thousands of tiles add up as if in twice
-// the digits.
+// A compensated sum: `low` accumulates the rounding errors of `high`, for about twice the
+// precision.
 template <typename T>
 struct alignas(2 * sizeof(T)) Sum {
   T high = 0, low = 0;
@@ -24,14 +24,14 @@ struct alignas(2 * sizeof(T)) Sum {
   }
 };
 
-// Where gradients go. Of several y (Pool) those of blockIdx.z.
+// The output of the gradients; with several y (Pool), for y blockIdx.z.
 template <typename T>
 struct Gradients {
-  T* data[2];           // compact; NULL where not wanted, and that of x where there are several y
+  T* data[2];           // compact, or NULL; that of x is NULL if there are several y
   int splits[2];        // blocks that share a row of that side
-  std::int64_t border;  // pool rows below it are of x
+  std::int64_t border;  // the number of rows of x
   std::int64_t rows, width;
-  Sum<T>* partial;  // [gridDim.z, splits, rows, width], sums that several tiles or blocks add to
+  Sum<T>* partial;  // workspace [gridDim.z, splits, rows, width]: sums over several tiles or blocks
 
   __device__ T* Row(std::int64_t row) const {
     if (row < border) return data[0] == nullptr ? nullptr : data[0] + row * width;
@@ -52,21 +52,21 @@ struct Gradients {
 template <typename T>
 std::int64_t PartialBytes(std::int64_t splits, std::int64_t column_tiles, std::int64_t rows,
                           std::int64_t width) {
-  const bool kept = width <= kDepth<T>;  // in registers, from tile to tile
+  const bool kept = width <= kDepth<T>;  // in registers across tiles
   if (splits == 1 && (kept || column_tiles == 1)) return 0;
   return splits * rows * width * static_cast<std::int64_t>(sizeof(Sum<T>));
 }
 
-// The sums of slope * (v - u) over v, of one tile of rows u. kShort: width <= kDepth, and the sums
-// stay in registers from tile to tile.
+// The sums of slope * (v - u) over v for a tile of rows u. kShort: width <= kDepth, and the sums
+// stay in registers across tiles.
 template <bool kShort, typename T>
 class GradientSums {
  public:
-  // For all threads of the block at once, when the slopes are in shared memory.
+  // Accumulates one tile, whose slopes are in shared memory. Called by all threads of the block.
   __device__ void Add(RowTiles<T>& tiles, const Gradients<T>& gradients, const Range& u,
                       const Range& v, bool first, bool last) {
     const int element = static_cast<int>(threadIdx.x % 8) * kVector<T>;
-    // From the end on, where the distances have left their last elements in shared memory.
+    // Backwards: the last elements of the rows are still in shared memory from Distances.
     for (std::int64_t k = (tiles.pool().width - 1) / kDepth<T> * kDepth<T>; k >= 0;
          k -= kDepth<T>) {
       tiles.Hold(u, v, k);
@@ -123,11 +123,11 @@ class GradientSums {
     }
   }
 
-  // Through shared memory, so that neighbouring lanes write neighbouring elements.
+  // Writes the gradient through shared memory, so that the writes coalesce.
   __device__ __forceinline__ void WriteRows(const Gradients<T>& gradients, const Range& u) const {
     auto& results = Memory<T>().slopes;
     const int element = static_cast<int>(threadIdx.x % 8) * kVector<T>;
-    __syncthreads();  // slopes have been read
+    __syncthreads();  // the slopes have been read
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       T total[kVector<T>];
@@ -190,7 +190,7 @@ class GradientSums {
   Sum<T> sums_[kRows][kVector<T>];
 };
 
-// Adds up what the splits have left, in their order. By all threads of a launch.
+// Adds the partial sums of the splits in order. Called by all threads of the grid.
 template <typename T>
 __device__ void AddSplits(const Gradients<T>& gradients) {
   const std::int64_t count = gradients.rows * gradients.width;
@@ -211,7 +211,7 @@ __device__ void AddSplits(const Gradients<T>& gradients) {
   }
 }
 
-// Blocks that AddSplits is worth.
+// The number of blocks for AddSplits.
 inline unsigned AddSplitsBlocks(std::int64_t rows, std::int64_t width) {
   constexpr std::int64_t kBlocks = 1024;
   return static_cast<unsigned>(

@@ -1,13 +1,14 @@
 // The kernel matrix and its gradients, in tiles of pairs (mmd_tiles.cuh).
 //
-// KernelMatrix: a block takes every gridDim.x-th tile and writes its kernel values: bound by the
-// memory that is written, 4 bytes (8) a pair, unless rows are long.
+// KernelMatrix: a block computes every gridDim.x-th tile. Bound by the writes, 4 or 8 bytes per
+// pair, unless rows are long.
 //
-// KernelMatrixBackward: a block takes 64 rows of x against all of y, or 64 of y against all of x,
-// or every gridDim.y-th tile of those, so that nobody else adds to its sums; where tiles are shared
-// out, a second launch adds up the blocks' sums. A tile's cotangents come into shared memory first,
-// read along the shorter of their strides. Distances are computed for both sides: two
-// multiply-adds and two subtractions an element of a pair and side.
+// KernelMatrixBackward: a block computes the gradient of 64 rows of x from all of y, or of 64 rows
+// of y from all of x, so it is the only one to add to its sums. If several blocks share a row tile,
+// each processes every gridDim.y-th tile of the other side, and a second launch adds their partial
+// sums. The cotangents of a tile are loaded into shared memory first, along their smaller stride.
+// Distances are computed for both sides: two FMAs and two subtractions per element of a pair and
+// side, which bound it.
 #include <algorithm>
 #include <cstdint>
 
@@ -63,7 +64,8 @@ struct BackwardProblem {
   Gradients<T> gradients;
 };
 
-// slopes[r][c] = the cotangent of the pair, `across` elements from row to row.
+// Loads the cotangents of a tile into slopes; `across` is the stride of its rows, `along` of
+// columns.
 template <typename T>
 __device__ void ReadCotangents(const T* from, std::int64_t across, std::int64_t along, int rows,
                                int columns) {
@@ -96,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) BackwardKernel(Backwar
     const Range v = of_x ? RangeOf(n + j * kTile, rows) : RangeOf(j * kTile, n);
     const T* cotangents = p.cotangent + (of_x ? u.begin : u.begin - n) * across +
                           (of_x ? v.begin - n : v.begin) * along;
-    __syncthreads();  // slopes of the tile before have been read
+    __syncthreads();  // the slopes of the previous tile have been read
     ReadCotangents(cotangents, across, along, u.count, v.count);
     __syncthreads();
     Pairs<T> distances;
@@ -128,7 +130,7 @@ struct BackwardPlan {
         y_tiles(TilesOf(m)),
         splits(Splits(x_tiles + y_tiles, std::max(x_tiles, y_tiles))) {}
 
-  // Blocks that share the rows of a side: a tile of the other side each, at least.
+  // Blocks that share a row tile; each has at least one tile of the other side.
   int SplitsOf(std::int64_t other_tiles) const {
     return static_cast<int>(std::min<std::int64_t>(splits, other_tiles));
   }
@@ -159,7 +161,7 @@ std::int64_t KernelMatrixScratch(std::int64_t n, std::int64_t m, std::int64_t wi
 
 template <typename T>
 void KernelMatrixBackward(const Matrix<T>& cotangent, const Matrix<T>& x, const Matrix<T>& y,
-                          const Kernel& kernel, T* x_gradient, T* y_gradient, double* scratch,
+                          const Kernel& kernel, T* x_gradient, T* y_gradient, double* workspace,
                           cudaStream_t stream) {
   const std::int64_t rows = x.count + y.count, width = x.width;
   const BackwardPlan plan(x.count, y.count);
@@ -168,7 +170,7 @@ void KernelMatrixBackward(const Matrix<T>& cotangent, const Matrix<T>& x, const 
                                x.count,
                                rows,
                                width,
-                               reinterpret_cast<Sum<T>*>(scratch)};
+                               reinterpret_cast<Sum<T>*>(workspace)};
   Launch(kOperation, width <= kDepth<T> ? BackwardKernel<true, T> : BackwardKernel<false, T>,
          {dim3(static_cast<unsigned>(plan.x_tiles + plan.y_tiles), plan.splits), dim3(kThreads),
           sizeof(TileMemory<T>), stream},

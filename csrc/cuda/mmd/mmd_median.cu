@@ -1,13 +1,13 @@
-// The median of squared distances. They have no sign, so their bit patterns, as integers, have
-// their order: a pass computes all distances and counts the next 11 bits of those whose bits so far
-// are the median's, float 3 times, double 6 times. Nothing is stored but the counts, and the median
-// never visits the host. Counts are integers: the order in which they are added does not matter.
+// The median of squared distances, by radix selection. Distances are not negative, so their bit
+// patterns order as integers. A pass computes all distances and counts the next 11 bits (a digit)
+// of those whose higher bits equal the median's: 3 passes for float, 6 for double. Only the counts
+// are stored, and the host does not wait. Counts are integers, so the order of their atomics is
+// free.
 //
-// Blocks take tiles of pairs (mmd_tiles.cuh), those on and above the diagonal. Each counts in
-// shared memory; few rows are one block's, which makes all passes in one launch. Else a pass is a
-// launch, whose blocks add their counts to those in scratch memory, and each block of the next
-// finds the digit in them for itself. Bound by the distances: a subtraction and a multiply-add an
-// element of a pair and pass.
+// Blocks process the tiles of pairs (mmd_tiles.cuh) on and above the diagonal and count in shared
+// memory. Few rows are one block and one launch. Else each pass is a launch: its blocks find the
+// previous digit from the counts in the workspace and add theirs. Bound by the distances: one
+// subtraction and one FMA per element of a pair and pass.
 #include <math.h>
 
 #include <algorithm>
@@ -25,9 +25,9 @@ namespace {
 constexpr char kOperation[] = "mmd.median_squared_distance";
 constexpr int kDigitBits = 11;
 constexpr int kDigits = 1 << kDigitBits;
-constexpr int kCounts = kDigits + 1;  // and behind them, how many are not-a-number
+constexpr int kCounts = kDigits + 1;  // the last one counts NaNs
 
-using Count = unsigned long long;  // of pairs; what atomicAdd knows
+using Count = unsigned long long;  // of pairs; a type of atomicAdd
 
 template <typename T>
 using Pattern = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
@@ -36,15 +36,15 @@ constexpr int kSignBit = 8 * sizeof(T) - 1;
 template <typename T>
 constexpr int kPasses = (kSignBit<T> + kDigitBits - 1) / kDigitBits;
 
-// What is known of the median before a pass.
+// The median's bits as far as they are known before a pass.
 struct Known {
   Count prefix;  // its bits above the digit of the pass
-  Count rank;    // among the distances that have these bits
-  Count nan;     // distances that are not a number
+  Count rank;    // its rank among the distances with this prefix
+  Count nan;     // the number of NaN distances
 };
 
-// Of launches that share the work.
-struct Scratch {
+// The workspace of a pass.
+struct PassState {
   Known known;
   Count counts[kCounts];
 };
@@ -53,7 +53,7 @@ template <typename T>
 struct Problem {
   Pool<T> pool;
   double* median;
-  Scratch* scratch;  // of each pass
+  PassState* passes;
 };
 
 template <typename T>
@@ -62,7 +62,7 @@ struct MedianMemory {
   unsigned counts[kCounts];
 };
 
-// The bits of the pass's digit are [DigitBegin, DigitEnd).
+// The digit of a pass is bits [DigitBegin, DigitEnd).
 template <typename T>
 __device__ __forceinline__ int DigitBegin(int pass) {
   return max(kSignBit<T> - kDigitBits * (pass + 1), 0);
@@ -78,7 +78,7 @@ __device__ Known AtFirst(const Pool<T>& pool) {
   return {0, (rows * (rows - 1) / 2 - 1) / 2, 0};
 }
 
-// Counts the digits of the pass, of the block's tiles, in shared memory.
+// Counts the digits of the pass over the block's tiles, in shared memory.
 template <bool kShort, typename T>
 __device__ void CountDigits(RowTiles<T>& tiles, int pass, Count known_prefix,
                             unsigned (&counts)[kCounts]) {
@@ -94,7 +94,7 @@ __device__ void CountDigits(RowTiles<T>& tiles, int pass, Count known_prefix,
       const Range v = RangeOf(j * kTile, rows);
       Pairs<T> distances;
       Distances<kShort>(tiles, u, v, distances);
-      // Neighbours often have the same digit: one addition for as many as follow each other.
+      // Consecutive pairs often have the same digit: one atomic per run.
       unsigned last = kCounts, run = 0;
 #pragma unroll
       for (int pair = 0; pair < 16; ++pair) {
@@ -122,8 +122,7 @@ __device__ void CountDigits(RowTiles<T>& tiles, int pass, Count known_prefix,
   __syncthreads();
 }
 
-// What is known after a pass, for all threads of a block at once: the digit that holds the number
-// `rank` of those counted is appended.
+// Appends the digit that contains `rank` to the prefix. Called by all threads of the block.
 template <typename T, typename Counts>
 __device__ Known Append(Known known, int pass, const Counts* counts) {
   constexpr int kEach = kDigits / kThreads;
@@ -133,14 +132,13 @@ __device__ Known Append(Known known, int pass, const Counts* counts) {
   const int digit = static_cast<int>(threadIdx.x) * kEach;
   Count own = 0;
   for (int i = 0; i < kEach; ++i) own += counts[digit + i];
-  Count below = own;  // counts of this lane's digits and of those before, within the warp
-  for (int apart = 1; apart < 32; apart *= 2) {
-    const Count other = __shfl_up_sync(0xFFFFFFFF, below, apart);
-    if (lane >= apart) below += other;
+  Count below = own;  // an inclusive prefix sum over the warp
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const Count other = __shfl_up_sync(0xFFFFFFFF, below, offset);
+    if (lane >= offset) below += other;
   }
   if (lane == 31) of_warps[warp] = below;
-  if (threadIdx.x == 0)
-    found = {0, 0, counts[kDigits]};  // of not-a-numbers alone there is no digit
+  if (threadIdx.x == 0) found = {0, 0, counts[kDigits]};  // if all are NaN there is no digit
   __syncthreads();
   below -= own;
   for (int i = 0; i < warp; ++i) below += of_warps[i];
@@ -181,16 +179,16 @@ __global__ void __launch_bounds__(kThreads, 1) MedianKernel(Problem<T> p) {
   Write<T>(known, p.median);
 }
 
-// One pass, or behind the last one, the median.
+// One pass, or after the last one the median.
 template <bool kShort, typename T>
 __global__ void __launch_bounds__(kThreads, kResident<T>) PassKernel(Problem<T> p, int pass) {
   Known known = AtFirst(p.pool);
   if (pass > 0) {
-    const Scratch& before = p.scratch[pass - 1];
+    const PassState& before = p.passes[pass - 1];
     known = Append<T>(before.known, pass - 1, before.counts);
   }
   if (pass == kPasses<T>) return Write<T>(known, p.median);
-  Scratch& own = p.scratch[pass];
+  PassState& own = p.passes[pass];
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) own.known = known;
   RowTiles<T> tiles(p.pool);
   auto& counts = SharedCounts<T>();
@@ -200,31 +198,31 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) PassKernel(Problem<T> 
   }
 }
 
-constexpr std::int64_t kFewTiles = 2;  // of rows, for one block
+constexpr std::int64_t kFewTiles = 2;  // row tiles of one block, at most
 
 }  // namespace
 
 std::int64_t MedianScratch(std::int64_t n, std::int64_t m, std::int64_t element_bytes) {
   if (TilesOf(n + m) <= kFewTiles) return 0;
   const int passes = element_bytes == 4 ? kPasses<float> : kPasses<double>;
-  return passes * static_cast<std::int64_t>(sizeof(Scratch) / 8);
+  return passes * static_cast<std::int64_t>(sizeof(PassState) / 8);
 }
 
 template <typename T>
 void MedianSquaredDistance(const Matrix<T>& x, const Matrix<T>& y, double* median,
-                           std::uint64_t* scratch, cudaStream_t stream) {
+                           std::uint64_t* workspace, cudaStream_t stream) {
   const bool is_short = x.width <= kDepth<T>;
   const std::int64_t tiles = TilesOf(x.count + y.count);
-  const Problem<T> problem{Pool<T>(x, y), median, reinterpret_cast<Scratch*>(scratch)};
+  const Problem<T> problem{Pool<T>(x, y), median, reinterpret_cast<PassState*>(workspace)};
   constexpr std::size_t kShared = sizeof(MedianMemory<T>);
   if (tiles <= kFewTiles) {
     return Launch(kOperation, is_short ? MedianKernel<true, T> : MedianKernel<false, T>,
                   {dim3(1), dim3(kThreads), kShared, stream}, problem);
   }
-  Check(cudaMemsetAsync(scratch, 0, kPasses<T> * sizeof(Scratch), stream), kOperation,
+  Check(cudaMemsetAsync(workspace, 0, kPasses<T> * sizeof(PassState), stream), kOperation,
         "cudaMemsetAsync");
   const auto kernel = is_short ? PassKernel<true, T> : PassKernel<false, T>;
-  // A block's counts are of one row tile, less than 2^32 up to 2^26 rows in all.
+  // A block counts one row tile: less than 2^32 pairs for up to 2^26 rows in total.
   const dim3 grid(static_cast<unsigned>(tiles), Splits(tiles, tiles));
   for (int pass = 0; pass < kPasses<T>; ++pass) {
     Launch(kOperation, kernel, {grid, dim3(kThreads), kShared, stream}, problem, pass);

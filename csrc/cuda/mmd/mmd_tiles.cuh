@@ -1,17 +1,17 @@
-// What the kernels of mmd share: tiles of pairs of rows.
+// Tiles of pairs of rows, shared by the kernels of mmd (docs/algorithm.md, "Maximum mean
+// discrepancy").
 //
-// A block of 256 threads takes 64 x 64 pairs of rows (u, v) at a time. Of both sets of rows 64 and
-// of their elements kDepth are in shared memory; a thread sums the squares of 4 x 4 pairs in
-// registers, from 16 bytes of each row at a time: 8 loads for 4 x 32 operations. What becomes of
-// the distances depends on the kernel. For gradients it is the slopes of all pairs, in shared
-// memory, and the same threads then take 2 x 4 elements of gradients each, kDepth of a row by eight
-// lanes, and walk over the 64 rows v: 6 loads for 64 operations.
+// A block of 256 threads processes 64 x 64 pairs of rows (u, v) at a time, with kDepth elements of
+// both sets of rows in shared memory. A thread accumulates the squared distances of 4 x 4 pairs in
+// registers, 16 bytes of each row at a time: 8 loads for 4 x 32 operations. For gradients the
+// slopes of all pairs are then in shared memory, and a thread accumulates 2 x 4 elements of the
+// gradient over the 64 rows v, with eight lanes per row: 6 loads for 64 operations.
 //
-// Rows lie 16 bytes times an odd number apart in shared memory, so that eight of them at the same
+// The row pitch in shared memory is an odd multiple of 16 bytes, so that eight rows at the same
 // element are in different banks.
 //
-// Distances are sums of squares of differences, never |u|^2 + |v|^2 - 2uv: they are as exact for
-// rows close to each other and far from the origin as for any others, and 0 for equal rows.
+// Distances are sums of squared differences, never |u|^2 + |v|^2 - 2uv: they are accurate for rows
+// that are close to each other and far from the origin, and 0 for equal rows.
 #ifndef DIFFMIC_CUDA_MMD_MMD_TILES_CUH_
 #define DIFFMIC_CUDA_MMD_MMD_TILES_CUH_
 
@@ -29,10 +29,10 @@ namespace diffmic::cuda::mmd {
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr int kTile = 64;
-// Blocks of a multiprocessor that registers are shared out for.
+// Minimum blocks per multiprocessor, for __launch_bounds__.
 template <typename T>
 inline constexpr int kResident = sizeof(T) == 4 ? 2 : 1;
-// A float sum of more squares than this at a stretch would lose digits.
+// Squares accumulated before the sum is added to the total: a longer float sum loses accuracy.
 inline constexpr int kStretch = 128;
 
 template <typename T>
@@ -49,7 +49,7 @@ struct alignas(16) TileMemory {
   T rows[2][kTile][kRowStride<T>];
   T slopes[kTile][kSlopeStride<T>];
   T weights[2][kTile];
-  double sums[3][kThreads];  // each thread's own
+  double sums[3][kThreads];  // per thread
 };
 
 template <typename T>
@@ -59,17 +59,17 @@ __device__ __forceinline__ TileMemory<T>& Memory() {
 
 inline std::int64_t TilesOf(std::int64_t rows) { return (rows + kTile - 1) / kTile; }
 
-// How the columns of a launch are shared out: row tile i by blocks (i, 0), (i, 1), ..., each of
-// which takes every gridDim.y-th column tile. By the sizes alone, never by the device.
+// The number of blocks (i, 0), (i, 1), ... that share row tile i; each processes every gridDim.y-th
+// column tile. Depends on the sizes only, so that results do not depend on the device.
 inline unsigned Splits(std::int64_t row_tiles, std::int64_t column_tiles) {
-  constexpr std::int64_t kBlocks = 512;    // some four for every multiprocessor of a large GPU
-  constexpr std::int64_t kMostSplits = 8;  // each of which needs memory for its sums
+  constexpr std::int64_t kBlocks = 512;    // about four per multiprocessor of a large GPU
+  constexpr std::int64_t kMostSplits = 8;  // each has its own partial sums in the workspace
   const std::int64_t wanted = (kBlocks + row_tiles - 1) / row_tiles;
   return static_cast<unsigned>(std::min({wanted, column_tiles, kMostSplits}));
 }
 
-// The rows of x and behind them those of y, as if they were one array. y is the first of several
-// matrices, `apart` elements from each other, and blockIdx.z the one that a block takes.
+// The rows of x followed by those of y. y is a stack of matrices, `apart` elements from each other,
+// of which a block uses number blockIdx.z.
 template <typename T>
 struct Pool {
   Pool(const Matrix<T>& x, const Matrix<T>& y, std::int64_t apart = 0)
@@ -80,7 +80,7 @@ struct Pool {
         width(x.width),
         vectors{InVectors(x), InVectors(y) && apart % kVector<T> == 0} {}
 
-  // Whether the rows begin at multiples of 16 bytes and can be read so.
+  // Whether rows are contiguous and 16-byte aligned.
   static bool InVectors(const Matrix<T>& rows) {
     return rows.stride[1] == 1 && rows.stride[0] % kVector<T> == 0 &&
            reinterpret_cast<std::uintptr_t>(rows.data) % 16 == 0;
@@ -99,7 +99,7 @@ struct Pool {
   bool vectors[2];
 };
 
-// Rows of a pool, at most kTile.
+// A range of at most kTile rows of a pool.
 struct Range {
   std::int64_t begin;
   int count;
@@ -109,7 +109,7 @@ __device__ __forceinline__ Range RangeOf(std::int64_t begin, std::int64_t end) {
   return {begin, static_cast<int>(min(end - begin, std::int64_t{kTile}))};
 }
 
-// 16 bytes at once, from or to a multiple of 16.
+// Vector accesses of 16 bytes, which must be aligned.
 template <typename T>
 __device__ __forceinline__ void LoadVector(const T* from, T (&to)[kVector<T>]) {
   std::memcpy(to, __builtin_assume_aligned(static_cast<const void*>(from), 16), 16);
@@ -121,8 +121,8 @@ __device__ __forceinline__ void StoreVector(const T (&from)[kVector<T>], T* to) 
 
 // ---- rows in shared memory ---------------------------------------------------------------------
 
-// Elements [k, k + kDepth) of two ranges of rows in shared memory, with zeros up to whole vectors
-// and whole tiles. What is there already is not read again: few rows are read once.
+// Elements [k, k + kDepth) of two ranges of rows in shared memory, padded with zeros to whole
+// vectors and tiles. A range that is already there is not loaded again.
 template <typename T>
 class RowTiles {
  public:
@@ -131,7 +131,7 @@ class RowTiles {
   __device__ explicit RowTiles(const Pool<T>& pool)
       : pool_(pool), first_{Memory<T>().rows[0]}, second_{Memory<T>().rows[1]} {}
 
-  // For all threads of the block at once.
+  // Loads both ranges. Called by all threads of the block.
   __device__ void Hold(const Range& u, const Range& v, std::int64_t k) {
     if (second_.Has(u, k)) {
       const Slot other = first_;
@@ -141,7 +141,7 @@ class RowTiles {
     same_ = u.begin == v.begin;
     const bool reads_u = !first_.Has(u, k), reads_v = !same_ && !second_.Has(v, k);
     if (!reads_u && !reads_v) return;
-    __syncthreads();  // what was held has been read
+    __syncthreads();  // the previous tiles have been read
     if (reads_u) Read(u, k, &first_);
     if (reads_v) Read(v, k, &second_);
     __syncthreads();
@@ -152,7 +152,7 @@ class RowTiles {
 
   __device__ const Pool<T>& pool() const { return pool_; }
 
-  // Elements held of each row that are not zeros for filling up, and with them.
+  // Elements of each row in shared memory, without and with padding.
   __device__ int Elements(std::int64_t k) const {
     return static_cast<int>(min(pool_.width - k, std::int64_t{kDepth<T>}));
   }
@@ -188,7 +188,7 @@ class RowTiles {
     slot->k = k;
   }
 
-  // Neighbouring lanes read neighbouring elements, also from row to row where rows are short.
+  // Consecutive lanes read consecutive elements, also across rows that are short.
   __device__ void ReadSide(int side, std::int64_t begin, std::int64_t end, std::int64_t k,
                            Row* to) const {
     const std::int64_t across = pool_.stride[side][0], along = pool_.stride[side][1];
@@ -222,8 +222,8 @@ class RowTiles {
 
 // ---- pairs of rows in registers ----------------------------------------------------------------
 
-// A thread's pairs are rows RowOf(i) and columns ColumnOf(j) of a tile, i, j < 4: two neighbouring
-// lanes' columns are neighbours, and a warp's two rows of slopes are in different banks.
+// A thread's pairs are rows RowOf(i) and columns ColumnOf(j) of a tile, i, j < 4. Consecutive lanes
+// have consecutive columns, and the two rows of slopes of a warp are in different banks.
 __device__ __forceinline__ int RowOf(int i) { return static_cast<int>(threadIdx.x / 16) * 4 + i; }
 __device__ __forceinline__ int ColumnOf(int j) {
   return static_cast<int>(threadIdx.x % 16) + 16 * j;
@@ -232,8 +232,8 @@ __device__ __forceinline__ int ColumnOf(int j) {
 template <typename T>
 using Pairs = T[4][4];
 
-// The squared distances of the thread's pairs, in the order and with the roundings of the CPU.
-// kShort: width <= kDepth.
+// The squared distances of the thread's pairs, bitwise those of the CPU's kernels with fused
+// multiply-adds. kShort: width <= kDepth.
 template <bool kShort, typename T>
 __device__ __forceinline__ void Distances(RowTiles<T>& tiles, const Range& u, const Range& v,
                                           Pairs<T>& distances) {

@@ -1,5 +1,5 @@
-// The kernel of mmd, of one squared distance D: the mean over scales c of exp(-c D), its difference
-// from one, and its slope.
+// The kernel function of mmd for one squared distance D: the sum over scales c of exp(-c D), of
+// exp(-c D) - 1, and of the negative derivative.
 #ifndef DIFFMIC_CUDA_MMD_MMD_VALUES_CUH_
 #define DIFFMIC_CUDA_MMD_MMD_VALUES_CUH_
 
@@ -47,8 +47,8 @@ struct KernelSums {
   T value = 0;     // of exp(-c D)
   T slope = 0;     // of c exp(-c D)
 
-  // By expm1 (exponential.h): sums for a discrepancy are of exp(-z) - 1, for the ones cancel, and
-  // with them would go most of its digits. Not-a-number stays one: every comparison with it is
+  // Uses expm1 (include/exponential.h): the discrepancy sums exp(-z) - 1, because the ones cancel
+  // and would take most of its digits with them. NaN propagates, since all comparisons with it are
   // false.
   __device__ __forceinline__ void Add(T distance, T scale) {
     using E = Exponential<T>;
@@ -61,7 +61,7 @@ struct KernelSums {
 #pragma unroll
     for (int i = E::kDegree - 1; i > 1; --i) part = fma(part, r, InverseFactorial<T>(i));
     part = fma(part, r * r, r);
-    // A conversion of not-a-number gives some integer; `part` is not-a-number then.
+    // If n is NaN the integer is unspecified, but `part` is NaN too.
     const typename E::Bits bits = (static_cast<typename E::Bits>(n) + E::kBias) << E::kMantissa;
     T power;
     std::memcpy(&power, &bits, sizeof power);

@@ -1,8 +1,11 @@
-// CutCropsBackwardKernel. Blocks (plane, part) share a plane's pixels. A thread gathers the
-// gradients of a pixel crop by crop, so nothing is scattered. The last block of a plane whose
-// minimum was used gives each pixel that attains it its share.
-//   Bytes: the gradient of the crops once, of the images written once, two reads of a plane whose
-//   minimum was used.
+// The gradient of the crops with respect to the images (docs/algorithm.md, "Regions of interest").
+//
+// Thread blocks (plane, part) divide the pixels of a plane. A thread gathers the gradients of a
+// pixel crop by crop, so there are no atomics on gradients. The last block of a plane whose minimum
+// was used as fill divides the gradient of the fill among the pixels that attain the minimum.
+//
+// The gradient of the crops is read once, that of the images written once, and a plane whose
+// minimum was used is read twice. Bound by memory bandwidth.
 #include <algorithm>
 #include <iterator>
 
@@ -13,20 +16,22 @@ namespace diffmic::cuda::rois {
 namespace {
 
 struct BackwardProblem {
-  Maps images;  // its depth is of the channels that were cut
+  Maps images;  // `depth` is the number of channels that were cut
   Lines lines;
   Cut cut;
   const void* grad;
   std::int64_t grad_stride[5];
   std::int64_t channels;
   void* images_grad;
-  std::uint64_t* scratch;  // rows of 1 + 3 parts words: counter; key, how many have it, fill's sum
+  // [planes, 1 + 3 parts]: the counter, then key, pixel count and fill gradient of each part.
+  std::uint64_t* workspace;
 };
 
+// A minimum and the number of pixels that attain it.
 template <typename Bits>
 struct Least {
   Bits key;
-  std::uint64_t count;  // pixels that have it
+  std::uint64_t count;
 
   __device__ void Add(Bits other, std::uint64_t others) {
     if (other < key) *this = {other, 0};
@@ -34,7 +39,7 @@ struct Least {
   }
 };
 
-// Sum of the gradients of a crop's pixel over the copies.
+// The gradient of a pixel of a crop, summed over the copies.
 template <typename Format>
 __device__ __forceinline__ typename Format::Number CropGrad(const BackwardProblem& p,
                                                             std::int64_t image, std::int64_t k,
@@ -105,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 3) CutCropsBackwardKernel(BackwardPr
     least = {key, BlockReduce<kWarps>(least.key == key ? least.count : 0, add)};
 
     if (gridDim.y > 1) {
-      std::uint64_t* row = p.scratch + index * (1 + 3 * gridDim.y);
+      std::uint64_t* row = p.workspace + index * (1 + 3 * gridDim.y);
       if (threadIdx.x == 0) {
         std::uint64_t* mine = row + 1 + 3 * blockIdx.y;
         mine[0] = least.key;
@@ -119,9 +124,9 @@ __global__ void __launch_bounds__(kThreads, 3) CutCropsBackwardKernel(BackwardPr
         least.Add(static_cast<Bits>(of[0]), of[1]);
         fill += static_cast<Number>(BitCast<double>(of[2]));
       }
-    }  // of the plane's only block all threads have met since its pixels' own gradients
+    }  // else BlockReduce has synchronised the block since it wrote `result`
     if (fill == 0) continue;
-    // No pixel equals a minimum that is not-a-number: all of the plane becomes that.
+    // A NaN minimum makes the gradient of the whole plane NaN.
     const bool nan = least.key == 0;
     const Number share =
         nan ? Format::Widen(Format::kPoison) : fill / static_cast<Number>(least.count);
@@ -148,21 +153,10 @@ void LaunchBackward(const BackwardProblem& problem, cudaStream_t stream) {
 
 void CutCropsBackward(const Maps& images, Type type, const Cut& cut, const void* grad,
                       const std::int64_t (&grad_stride)[5], std::int64_t channels,
-                      void* images_grad, std::uint64_t* scratch, cudaStream_t stream) {
-  BackwardProblem problem{images, LinesOf(images), cut, grad, {}, channels, images_grad, scratch};
+                      void* images_grad, std::uint64_t* workspace, cudaStream_t stream) {
+  BackwardProblem problem{images, LinesOf(images), cut, grad, {}, channels, images_grad, workspace};
   std::copy(std::begin(grad_stride), std::end(grad_stride), problem.grad_stride);
-  switch (type) {
-    case Type::kUInt8:
-      return;  // has no gradient
-    case Type::kFloat16:
-      return LaunchBackward<Float16>(problem, stream);
-    case Type::kBFloat16:
-      return LaunchBackward<BFloat16>(problem, stream);
-    case Type::kFloat32:
-      return LaunchBackward<Float32>(problem, stream);
-    case Type::kFloat64:
-      return LaunchBackward<Float64>(problem, stream);
-  }
+  Dispatch<false>(type, [&]<typename Format>() { LaunchBackward<Format>(problem, stream); });
 }
 
 }  // namespace diffmic::cuda::rois

@@ -1,11 +1,15 @@
-// CutCropsKernel. Blocks (plane, part) share a plane's crops by 16-byte pieces of the output. They
-// first copy what lies inside the image. Where a crop leaves it, each block takes the minimum of
-// its share of the plane's rows, and the last one to arrive at the plane's counter folds these and
-// writes all fills: nobody waits, and the plane is read once however many crops need its minimum.
-//   Bytes: every crop is written once and the pixels inside are read once, plus one read of a plane
-//   whose minimum is needed: 32 images of 224 x 224 float32 with K = 6 write 2.4 MB and read 0.8
-//   MB, or 6.4 MB more with all their minima: 1 to 3 us at 3.35 TB/s. Bound by memory, by the
-//   launch for small batches.
+// Cuts crops out of images; pixels of a crop outside its image are filled with the channel's
+// minimum (docs/algorithm.md, "Regions of interest").
+//
+// Thread blocks (plane, part) divide the crops of a plane into pieces of 16 bytes of output. They
+// first copy the pixels inside the image. If a crop exceeds the image, each block finds the minimum
+// of its share of the plane. The last block to arrive at the plane's counter combines the minima
+// and writes all fill, so no block waits for another, and the plane is read once for all its crops.
+//
+// Every crop is written once and its pixels inside the image are read once, plus one read of each
+// plane whose minimum is needed. For 32 images of 224 x 224 float32 and K = 6, 2.4 MB are written
+// and 0.8 MB read, or 7.2 MB with all minima: 1 to 3 us at 3.35 TB/s. Bound by memory bandwidth, or
+// by the launch for small batches.
 #include "cuda/common/launch.cuh"
 #include "cuda/rois/rois_kernels.cuh"
 
@@ -18,13 +22,13 @@ struct CutProblem {
   Cut cut;
   const std::int64_t* cells;
   void* crops;
-  std::uint64_t* scratch;  // rows of 1 + parts words: counter, keys
+  std::uint64_t* workspace;  // [planes, 1 + parts]: the counter, then a key of each part
 };
 
 enum class Region { kInside, kFill };
 
-// Writes one region of the plane's crops, `kStep` neighbouring pixels a thread and turn; pixels of
-// 16 bytes together, where `kStep` says so. Turns are dealt to `threads` threads, this is `thread`.
+// Writes one region of the plane's crops by `threads` threads, of which this is `thread`. In each
+// iteration a thread writes kStep contiguous pixels, as one vector of 16 bytes if kStep > 1.
 template <typename Bits, int kStep, Region kRegion>
 __device__ __forceinline__ void WriteCrops(const CutProblem& p, const Bits* plane,
                                            std::int64_t image, Bits* crops, bool poisoned,
@@ -39,7 +43,7 @@ __device__ __forceinline__ void WriteCrops(const CutProblem& p, const Bits* plan
     const std::int64_t column = turn % per_row * kStep;
     const Place place =
         poisoned ? Place{0, 0, cut.size.height, cut.size.width} : PlaceOf(p.images, cut, image, k);
-    // Pixels [0, filled) of these are fill, the others inside.
+    // Of these kStep pixels, [0, filled) are fill and the others are inside the image.
     const std::int64_t filled =
         row < place.above ? kStep
                           : min(max(place.margin - column, std::int64_t{0}), std::int64_t{kStep});
@@ -65,7 +69,7 @@ __device__ __forceinline__ void WriteCrops(const CutProblem& p, const Bits* plan
 
     Bits* crop = crops + k * p.images.depth * cut.copies * area + row * cut.size.width + column;
     const bool whole = kRegion == Region::kInside ? filled == 0 : filled == kStep;
-    // Unrolled, its 64-bit addresses would be spilled on some architectures.
+    // Not unrolled: its 64-bit addresses would spill on some architectures.
 #pragma unroll 1
     for (std::int64_t copy = 0; copy < cut.copies; ++copy, crop += area) {
       if (kStep > 1 && whole) {
@@ -82,7 +86,7 @@ __device__ __forceinline__ void WriteCrops(const CutProblem& p, const Bits* plan
   }
 }
 
-// kStep is 16 bytes where every piece of 16 lies in one row of a crop, at a multiple of 16.
+// kStep is 16 bytes of pixels if crops are 16-byte aligned and their rows a multiple of 16 bytes.
 template <typename Format, int kStep>
 __global__ void __launch_bounds__(kThreads, 3) CutCropsKernel(CutProblem p) {
   using Bits = typename Format::Bits;
@@ -110,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 3) CutCropsKernel(CutProblem p) {
     VisitPixels(plane, p.lines, [&](Bits bits) { key = Lesser(key, Format::Key(bits)); });
     key = BlockReduce<kWarps>(key, Lesser<Bits>);
     if (gridDim.y > 1) {
-      std::uint64_t* row = p.scratch + index * (1 + gridDim.y);
+      std::uint64_t* row = p.workspace + index * (1 + gridDim.y);
       if (threadIdx.x == 0) row[1 + blockIdx.y] = key;
       if (!LastToArrive(row)) continue;
       for (unsigned part = 0; part < gridDim.y; ++part) {
@@ -120,21 +124,6 @@ __global__ void __launch_bounds__(kThreads, 3) CutCropsKernel(CutProblem p) {
     WriteCrops<Bits, kStep, Region::kFill>(p, plane, image, crops, false, Format::OfKey(key),
                                            threadIdx.x, kThreads);
   }
-}
-
-std::int64_t BytesOf(Type type) {
-  switch (type) {
-    case Type::kUInt8:
-      return 1;
-    case Type::kFloat16:
-    case Type::kBFloat16:
-      return 2;
-    case Type::kFloat32:
-      return 4;
-    case Type::kFloat64:
-      return 8;
-  }
-  return 0;
 }
 
 template <typename Format>
@@ -156,26 +145,17 @@ void LaunchCut(const CutProblem& problem, cudaStream_t stream) {
 }  // namespace
 
 std::int64_t CutScratch(Type type, Size image, const Cut& cut, bool backward) {
-  const std::int64_t parts = PartsOf(image, cut, BytesOf(type));
+  std::int64_t parts = 0;
+  Dispatch<true>(
+      type, [&]<typename Format>() { parts = PartsOf(image, cut, sizeof(typename Format::Bits)); });
   return parts <= 1 ? 0 : 1 + (backward ? 3 : 1) * parts;
 }
 
 void CutCrops(const Maps& images, Type type, const Cut& cut, const std::int64_t* cells, void* crops,
-              std::uint64_t* scratch, cudaStream_t stream) {
+              std::uint64_t* workspace, cudaStream_t stream) {
   if (cut.count == 0 || cut.size.height == 0 || cut.size.width == 0) return;
-  const CutProblem problem{images, LinesOf(images), cut, cells, crops, scratch};
-  switch (type) {
-    case Type::kUInt8:
-      return LaunchCut<UInt8>(problem, stream);
-    case Type::kFloat16:
-      return LaunchCut<Float16>(problem, stream);
-    case Type::kBFloat16:
-      return LaunchCut<BFloat16>(problem, stream);
-    case Type::kFloat32:
-      return LaunchCut<Float32>(problem, stream);
-    case Type::kFloat64:
-      return LaunchCut<Float64>(problem, stream);
-  }
+  const CutProblem problem{images, LinesOf(images), cut, cells, crops, workspace};
+  Dispatch<true>(type, [&]<typename Format>() { LaunchCut<Format>(problem, stream); });
 }
 
 }  // namespace diffmic::cuda::rois

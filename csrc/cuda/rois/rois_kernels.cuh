@@ -1,5 +1,5 @@
-// What the kernels of rois share: pixels as their bits, where a crop lies in its image, and the
-// meeting of the blocks of one plane.
+// Shared by the kernels of rois: pixel formats, the placement of a crop in its image, and the
+// synchronisation of the thread blocks of a plane (one channel of one image).
 #ifndef DIFFMIC_CUDA_ROIS_ROIS_KERNELS_CUH_
 #define DIFFMIC_CUDA_ROIS_ROIS_KERNELS_CUH_
 
@@ -18,13 +18,13 @@
 
 namespace diffmic::cuda::rois {
 
-// Kernels name the fewest blocks of a multiprocessor too: left alone, the compiler aims at more
-// than their registers fit and spills.
+// __launch_bounds__ of these kernels also sets the minimum blocks per multiprocessor: without it
+// nvcc aims at a higher occupancy and spills registers.
 inline constexpr int kThreads = 256;
 inline constexpr int kWarps = kThreads / 32;
 inline constexpr std::int64_t kMaxBlocks = std::numeric_limits<std::int32_t>::max();
 
-// ---- numbers, as their bits --------------------------------------------------------------------
+// ---- pixel formats -----------------------------------------------------------------------------
 
 template <typename To, typename From>
 __device__ __forceinline__ To BitCast(From from) {
@@ -34,7 +34,8 @@ __device__ __forceinline__ To BitCast(From from) {
   return to;
 }
 
-// Keys have the order of their values (-0 below +0), with not-a-number, the key 0, below all.
+// An unsigned key that orders as its floating-point value does, -0 below +0. The key of NaN is 0,
+// below all others.
 template <typename Unsigned, Unsigned kInfinity>
 __device__ __forceinline__ Unsigned FloatKey(Unsigned bits) {
   constexpr Unsigned kSign = Unsigned{1} << (8 * sizeof(Unsigned) - 1);
@@ -42,7 +43,7 @@ __device__ __forceinline__ Unsigned FloatKey(Unsigned bits) {
   return static_cast<Unsigned>(bits & kSign ? ~bits : bits | kSign);
 }
 
-// The bits of a key; the quiet not-a-number of the key 0.
+// The inverse of FloatKey; a quiet NaN for key 0.
 template <typename Unsigned, Unsigned kNaN>
 __device__ __forceinline__ Unsigned FloatOfKey(Unsigned key) {
   constexpr Unsigned kSign = Unsigned{1} << (8 * sizeof(Unsigned) - 1);
@@ -52,14 +53,14 @@ __device__ __forceinline__ Unsigned FloatOfKey(Unsigned key) {
 
 struct UInt8 {
   using Bits = std::uint8_t;
-  static constexpr Bits kPoison = 0;  // there is no other that would be noticed
+  static constexpr Bits kPoison = 0;  // the type has no NaN
   static __device__ Bits Key(Bits bits) { return bits; }
   static __device__ Bits OfKey(Bits key) { return key; }
 };
 
 struct Float16 {
   using Bits = std::uint16_t;
-  using Number = float;  // what sums are of
+  using Number = float;  // the type of sums
   static constexpr Bits kPoison = 0x7E00;
   static __device__ Bits Key(Bits bits) { return FloatKey<Bits, 0x7C00>(bits); }
   static __device__ Bits OfKey(Bits key) { return FloatOfKey<Bits, kPoison>(key); }
@@ -107,14 +108,33 @@ __device__ __forceinline__ T Lesser(T a, T b) {
   return b < a ? b : a;
 }
 
+// Calls launch.template operator()<Format>() for the floating-point format of `type`, and for UInt8
+// if kIntegers.
+template <bool kIntegers, typename Launcher>
+void Dispatch(Type type, Launcher launch) {
+  switch (type) {
+    case Type::kUInt8:
+      if constexpr (kIntegers) launch.template operator()<UInt8>();
+      return;
+    case Type::kFloat16:
+      return launch.template operator()<Float16>();
+    case Type::kBFloat16:
+      return launch.template operator()<BFloat16>();
+    case Type::kFloat32:
+      return launch.template operator()<Float32>();
+    case Type::kFloat64:
+      return launch.template operator()<Float64>();
+  }
+}
+
 // ---- crops and planes --------------------------------------------------------------------------
 
-// The pixels [begin, begin + length) of an image side that a crop covers.
+// The pixels [begin, begin + length) that a crop covers along one axis of its image.
 struct Span {
   std::int64_t begin, length;
 };
 
-// `origin` may be any int64: both comparisons come before the sum that they keep from overflowing.
+// `origin` may be any int64: the comparisons ensure that the sum below does not overflow.
 __device__ __forceinline__ Span Covered(std::int64_t origin, std::int64_t length,
                                         std::int64_t side) {
   if (origin >= side || origin <= -length) return {0, 0};
@@ -122,8 +142,8 @@ __device__ __forceinline__ Span Covered(std::int64_t origin, std::int64_t length
   return {begin, min(origin + length, side) - begin};
 }
 
-// A crop's place: image rows and columns [top, ...), [left, ...) are its rows and columns from
-// `above` and `margin` on, to its lower right; the rest of it is filled.
+// Crop row `above` and column `margin` are image row `top` and column `left`. Pixels above or to
+// the left of them are fill.
 struct Place {
   std::int64_t top, left, above, margin;
 };
@@ -139,7 +159,7 @@ __device__ __forceinline__ Place PlaceOf(const Maps& images, const Cut& cut, std
           cut.size.width - columns.length};
 }
 
-// Whether a crop of the image leaves it, told to all threads of the block.
+// Whether any crop of the image exceeds its borders. Called by all threads of the block.
 __device__ inline bool AnyLeaves(const Maps& images, const Cut& cut, std::int64_t image) {
   int leaves = 0;
   for (std::int64_t k = threadIdx.x; k < cut.count; k += kThreads) {
@@ -149,7 +169,7 @@ __device__ inline bool AnyLeaves(const Maps& images, const Cut& cut, std::int64_
   return BlockReduce<kWarps>(leaves, [](int a, int b) { return a | b; }) != 0;
 }
 
-// A plane as lines along its shorter stride, so that neighbouring lanes read neighbouring pixels.
+// A plane as lines along the axis of the smaller stride, so that reads coalesce.
 struct Lines {
   std::int64_t count, length, stride, step;
 };
@@ -162,7 +182,7 @@ inline Lines LinesOf(const Maps& images) {
   return {height, width, images.stride[2], images.stride[3]};
 }
 
-// Calls visit(bits) for the pixels of this block's lines: a warp takes a line.
+// Calls visit(bits) for each pixel of this block's lines; a warp processes one line at a time.
 template <typename Bits, typename Visit>
 __device__ __forceinline__ void VisitPixels(const Bits* plane, const Lines& lines, Visit visit) {
   constexpr int kVector = 16 / sizeof(Bits);
@@ -190,11 +210,11 @@ __device__ __forceinline__ void VisitPixels(const Bits* plane, const Lines& line
   }
 }
 
-// Counts this block at its plane's counter, after all that it has written. True, for all threads,
-// in the last of the plane's blocks, which then sees what the others wrote.
+// Increments the plane's counter with release semantics. Returns true, to all threads, in the last
+// block of the plane to arrive; the writes of the other blocks are then visible to it (acquire).
 __device__ inline bool LastToArrive(std::uint64_t* row) {
   __shared__ bool last;
-  __syncthreads();  // all of the block have written
+  __syncthreads();  // all threads of the block have written
   if (threadIdx.x == 0) {
     auto* counter = reinterpret_cast<std::uint32_t*>(row);
     last = AddRelease(counter, 1) == gridDim.y - 1;
@@ -206,7 +226,7 @@ __device__ inline bool LastToArrive(std::uint64_t* row) {
 
 // ---- launches ----------------------------------------------------------------------------------
 
-// Blocks a plane: 32 KiB of work each, and at most 64, whose results one thread folds.
+// Blocks of a plane: one per 32 KiB, at most 64, whose results one thread combines.
 inline unsigned Parts(std::int64_t elements, std::int64_t element_bytes) {
   constexpr std::int64_t kPartBytes = 32 * 1024;
   constexpr std::int64_t kMaxParts = 64;

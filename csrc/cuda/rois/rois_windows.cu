@@ -1,9 +1,13 @@
-// Choose. A block takes an image. Up to eight classes at once, each by a warp, are widened to
-// float32, kept in shared memory and searched for their range; then a thread a cell adds them to
-// the map in class order. A thread owns every 256th window and keeps its mean, formed as the
-// definition orders it; after a choice it forms those anew that overlap it. Two barriers a choice.
-//   Bytes: the saliency once, 16 a chosen cell. At 7 x 7 cells it is bound by the latency of
-//   a launch and of some twenty barriers; maps beyond 96 KiB go through scratch memory.
+// Greedy choice of saliency windows (docs/algorithm.md, "Regions of interest").
+//
+// A thread block processes one image. Each of its eight warps loads one class of the saliency as
+// float32 into shared memory and finds its range; then the block adds the normalised classes to the
+// map in class order, one thread per cell. A thread owns every 256th window and stores its mean,
+// summed in row-major order. After each choice it recomputes the windows that overlap the chosen
+// one. There are two barriers per choice.
+//
+// The saliency is read once, and 16 bytes are written per chosen cell. Maps of 7 x 7 cells are
+// bound by latency: the launch and about twenty barriers. Maps above 96 KiB use the workspace.
 #include <algorithm>
 #include <limits>
 
@@ -15,7 +19,7 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// The lower of two, not-a-number if either is.
+// Minimum and maximum that propagate NaN.
 __device__ __forceinline__ float Lower(float a, float b) { return b < a || b != b ? b : a; }
 __device__ __forceinline__ float Higher(float a, float b) { return b > a || b != b ? b : a; }
 
@@ -25,16 +29,16 @@ struct Choice {
   std::int64_t count;
   std::int64_t* cells;
   Continuation next;
-  float* scratch;  // the maps of each block, where they are not in shared memory
+  float* workspace;  // the maps of each block if they do not fit in shared memory
 };
 
-// A row of the map takes so many floats that windows which follow each other begin in banks that
-// do: as many as there are windows in it, but for whole rounds of the 32 banks.
+// The row pitch of the map, in floats: padded to the windows per row modulo the 32 banks, so that
+// consecutive windows start in consecutive banks across rows too.
 __host__ __device__ inline std::int64_t Pitch(Size map, Size window) {
   return map.width + (32 - (window.width - 1) % 32) % 32;
 }
 
-// The map, the classes at work, and the mean of every window.
+// Floats of the map, kWarps staged classes, and the means of all windows.
 __host__ __device__ inline std::int64_t ChoiceFloats(Size map, Size window) {
   return map.height * (Pitch(map, window) + kWarps * map.width) +
          (map.height - window.height + 1) * (map.width - window.width + 1);
@@ -56,7 +60,8 @@ __device__ void WriteCell(const Choice& p, std::int64_t image, std::int64_t k, s
   p.next.origins[at + 1] = column < 0 ? -1 : ToPixel(column, p.saliency.width, p.next.image.width);
 }
 
-// Adds all classes of an image to `map`; false, for all threads, where one is not finite.
+// Adds all classes of an image to `map`. Returns false, to all threads, if the range of a class is
+// not finite.
 template <typename Format>
 __device__ bool AddClasses(const Choice& p, std::int64_t image, float* map, float* staged) {
   __shared__ float lows[kWarps];
@@ -92,18 +97,18 @@ __device__ bool AddClasses(const Choice& p, std::int64_t image, float* map, floa
     for (int c = 0; c < classes; ++c) {
       finite = finite && fabsf(extents[c]) < kInfinity;
     }
-    // Over what lies between the rows too, for the banks' sake.
+    // Iterates over the padding too, so that a warp's accesses to the map have no bank conflicts.
     for (std::int64_t i = threadIdx.x; i < p.saliency.height * pitch; i += kThreads) {
       if (i % pitch >= p.saliency.width) continue;
       const std::int64_t cell = i / pitch * p.saliency.width + i % pitch;
       float total = base == 0 ? 0.0f : map[i];
       for (int c = 0; c < classes; ++c) {
-        // A class whose saliency is constant counts nothing.
+        // A class of constant saliency contributes nothing.
         if (extents[c] > 0) total += (staged[c * cells + cell] - lows[c]) / extents[c];
       }
       map[i] = total;
     }
-    __syncthreads();  // the next classes take the place of these
+    __syncthreads();  // the staged classes may be overwritten
   }
   return finite;
 }
@@ -113,7 +118,7 @@ struct Window {
   std::int64_t index;
 };
 
-// The larger mean, the first in row-major order of equal ones.
+// The window of the larger mean; of equal means, the first in row-major order.
 __device__ __forceinline__ Window Better(Window a, Window b) {
   return b.mean > a.mean || (b.mean == a.mean && b.index < a.index) ? b : a;
 }
@@ -128,7 +133,7 @@ __device__ void ChooseGreedily(const Choice& p, std::int64_t image, float* map, 
   std::int64_t chosen_row = 0;
   std::int64_t chosen_column = 0;
   for (std::int64_t k = 0; k < p.count; ++k) {
-    Window best{-1.0f, windows};  // below every mean: the map is never negative
+    Window best{-1.0f, windows};  // below every mean, since the map is not negative
     for (std::int64_t index = threadIdx.x; index < windows; index += kThreads) {
       const std::int64_t row = index / columns;
       const std::int64_t column = index % columns;
@@ -146,15 +151,15 @@ __device__ void ChooseGreedily(const Choice& p, std::int64_t image, float* map, 
       }
       best = Better(best, {means[index], index});
     }
-    for (int apart = 16; apart > 0; apart /= 2) {
-      best = Better(best, {__shfl_xor_sync(0xFFFFFFFF, best.mean, apart),
-                           __shfl_xor_sync(0xFFFFFFFF, best.index, apart)});
+    for (int offset = 16; offset > 0; offset /= 2) {
+      best = Better(best, {__shfl_xor_sync(0xFFFFFFFF, best.mean, offset),
+                           __shfl_xor_sync(0xFFFFFFFF, best.index, offset)});
     }
     if (threadIdx.x % 32 == 0) {
       best_mean[threadIdx.x / 32] = best.mean;
       best_index[threadIdx.x / 32] = best.index;
     }
-    __syncthreads();  // the bests are there, and nobody reads the map any more
+    __syncthreads();  // every warp has written its best window and has read the map
     for (int warp = 0; warp < kWarps; ++warp) {
       best = Better(best, {best_mean[warp], best_index[warp]});
     }
@@ -164,12 +169,12 @@ __device__ void ChooseGreedily(const Choice& p, std::int64_t image, float* map, 
     for (std::int64_t i = threadIdx.x; i < area; i += kThreads) {
       map[(chosen_row + i / p.window.width) * pitch + chosen_column + i % p.window.width] = 0;
     }
-    __syncthreads();  // the window is empty, and the bests may be written again
+    __syncthreads();  // the chosen window is cleared, and the best windows may be overwritten
   }
 }
 
-// kShared: the maps are in shared memory. Known to the compiler, so that it need not ask at every
-// access which memory it is.
+// kShared: the maps are in shared memory. A template parameter, so that the compiler emits LDS
+// instead of generic loads.
 template <typename Format, bool kShared>
 __global__ void __launch_bounds__(kThreads, 4) ChooseKernel(Choice p) {
   const Size size{p.saliency.height, p.saliency.width};
@@ -178,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 4) ChooseKernel(Choice p) {
   if constexpr (kShared) {
     map = reinterpret_cast<float*>(dynamic_shared);
   } else {
-    map = p.scratch + blockIdx.x * ChoiceFloats(size, p.window);
+    map = p.workspace + blockIdx.x * ChoiceFloats(size, p.window);
   }
   for (std::int64_t image = blockIdx.x; image < p.saliency.batch; image += gridDim.x) {
     if (p.next.meeting != nullptr) {
@@ -195,13 +200,13 @@ __global__ void __launch_bounds__(kThreads, 4) ChooseKernel(Choice p) {
   }
 }
 
-constexpr std::int64_t kSharedBytes = 96 * 1024;  // of a block, on every architecture from 8.0 on
+constexpr std::int64_t kSharedBytes = 96 * 1024;  // a block may use it from sm_80 on
 
 bool ChoiceIsShared(Size map, Size window) {
   return ChoiceFloats(map, window) <= kSharedBytes / static_cast<std::int64_t>(sizeof(float));
 }
 
-// Scratch memory bounds the blocks; 256 keep any GPU of today busy.
+// With a workspace, 256 blocks at most, which bounds its size and still fills the GPU.
 std::int64_t ChoiceBlocks(std::int64_t batch, bool shared) {
   return std::min(batch, shared ? kMaxBlocks : 256);
 }
@@ -225,21 +230,10 @@ std::int64_t ChooseScratch(std::int64_t batch, Size map, Size window) {
 }
 
 void ChooseWindows(const Maps& saliency, Type type, Size window, std::int64_t count,
-                   std::int64_t* cells, const Continuation& next, float* scratch,
+                   std::int64_t* cells, const Continuation& next, float* workspace,
                    cudaStream_t stream) {
-  const Choice choice{saliency, window, count, cells, next, scratch};
-  switch (type) {
-    case Type::kUInt8:
-      return;  // no saliency is of it
-    case Type::kFloat16:
-      return LaunchChoice<Float16>(choice, stream);
-    case Type::kBFloat16:
-      return LaunchChoice<BFloat16>(choice, stream);
-    case Type::kFloat32:
-      return LaunchChoice<Float32>(choice, stream);
-    case Type::kFloat64:
-      return LaunchChoice<Float64>(choice, stream);
-  }
+  const Choice choice{saliency, window, count, cells, next, workspace};
+  Dispatch<false>(type, [&]<typename Format>() { LaunchChoice<Format>(choice, stream); });
 }
 
 }  // namespace diffmic::cuda::rois

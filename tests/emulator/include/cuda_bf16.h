@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name: conversions of bfloat16, to nearest even.
+// Replaces CUDA's header: conversions of bfloat16, rounding to nearest even.
 #ifndef DIFFMIC_EMULATOR_CUDA_BF16_H_
 #define DIFFMIC_EMULATOR_CUDA_BF16_H_
 

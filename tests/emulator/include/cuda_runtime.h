@@ -1,5 +1,5 @@
-// Stands in for CUDA's header of this name: the part of CUDA C++ and of the runtime that the
-// kernels use, in the host's C++. Names and meanings are those of the CUDA C++ Programming Guide.
+// Replaces CUDA's header: the part of CUDA C++ and of the runtime that kernels use, in standard
+// C++. Semantics are those of the CUDA C++ Programming Guide.
 #ifndef DIFFMIC_EMULATOR_CUDA_RUNTIME_H_
 #define DIFFMIC_EMULATOR_CUDA_RUNTIME_H_
 
@@ -21,7 +21,7 @@
 #define __launch_bounds__(...)
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(n) __attribute__((aligned(n)))
-// The module's thread-local memory is the shared memory of the block that runs.
+// The module's thread-local memory is the shared memory of the running block.
 #define __shared__ thread_local
 #define EMULATED inline __attribute__((always_inline))
 
@@ -67,7 +67,7 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-// Of the thread that runs; rewritten at every switch.
+// Of the running thread; updated at every switch.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 inline constexpr int warpSize = 32;
@@ -82,10 +82,10 @@ EMULATED void __nanosleep(unsigned) { diffmic::emulator::SpinPause(); }
 
 namespace diffmic::emulator {
 
-// Not instrumented: what lanes exchange is no memory of the kernel's.
+// Not instrumented: the exchange buffers are not memory of the kernel.
 #define EMULATED_EXCHANGE __attribute__((no_sanitize("thread"), noinline))
 
-// Each lane's value of what `mask` exchanges; of a lane outside `mask` it is undefined.
+// The value of another lane of `mask`; undefined for a lane outside `mask`.
 template <typename T>
 EMULATED_EXCHANGE T FromLane(std::uint32_t mask, const char* operation, T value, unsigned lane) {
   static_assert(sizeof(T) <= kMostExchanged && std::is_trivially_copyable_v<T>);
@@ -98,7 +98,7 @@ EMULATED_EXCHANGE T FromLane(std::uint32_t mask, const char* operation, T value,
   return result;
 }
 
-// Folds the values of all lanes of `mask`, in the order of lanes.
+// Reduces the values of all lanes of `mask`, in the order of lanes.
 template <typename T, typename F>
 EMULATED_EXCHANGE T Reduce(std::uint32_t mask, const char* operation, T value, F fold) {
   const unsigned char* slots =
@@ -115,7 +115,7 @@ EMULATED_EXCHANGE T Reduce(std::uint32_t mask, const char* operation, T value, F
   return result;
 }
 
-// The lane that is `offset` away within a section of `width`, or this one where that is outside.
+// `target` if it is in this lane's segment of `width` lanes, else this lane.
 EMULATED unsigned Within(unsigned width, int target) {
   const unsigned lane = Lane();
   const int begin = static_cast<int>(lane & ~(width - 1));
@@ -176,7 +176,7 @@ EMULATED T __reduce_max_sync(unsigned mask, T value) {
                                    [](T a, T b) { return std::max(a, b); });
 }
 
-// ---- atomics: relaxed, one thread at a time ----------------------------------------------------
+// ---- relaxed atomics ---------------------------------------------------------------------------
 
 #define EMULATED_ATOMIC(name, expression)                                                  \
   template <typename T>                                                                    \

@@ -1,4 +1,4 @@
-// Shared memory between the threads of a block and of a warp.
+// Barriers of thread blocks and warps.
 #include "cases.h"
 
 namespace diffmic::selftest {
@@ -9,15 +9,15 @@ constexpr int kSize = 16;  // the matrices of Product are 16 x 16
 
 enum class Fault {
   kNone,
-  kNoBarrierBehindWrites,
-  kNoBarrierBehindReads,
+  kNoBarrierAfterWrites,
+  kNoBarrierAfterReads,
   kNoWarpBarrier,
   kWarpBarrierForBlock,
   kEarlyExit,
   kTwoBarriers,
 };
 
-// out = in in, by tiles in shared memory; one thread a number, four blocks.
+// out = in in, by tiles in shared memory: one thread per element, four blocks.
 template <Fault kFault>
 __global__ void Product(const float* in, float* out, std::uint32_t*, int) {
   __shared__ float left[kTile][kTile];
@@ -30,16 +30,16 @@ __global__ void Product(const float* in, float* out, std::uint32_t*, int) {
   for (int k = 0; k < kSize; k += kTile) {
     left[y][x] = in[row * kSize + k + x];
     right[y][x] = in[(k + y) * kSize + column];
-    if constexpr (kFault != Fault::kNoBarrierBehindWrites) __syncthreads();
+    if constexpr (kFault != Fault::kNoBarrierAfterWrites) __syncthreads();
     for (int i = 0; i < kTile; ++i) sum += left[y][i] * right[i][x];
-    if constexpr (kFault != Fault::kNoBarrierBehindReads) __syncthreads();
+    if constexpr (kFault != Fault::kNoBarrierAfterReads) __syncthreads();
   }
   out[row * kSize + column] = sum;
 }
 
-// Every warp turns its 32 numbers around, through shared memory of its own.
+// Every warp reverses its 32 elements through its own shared memory.
 template <Fault kFault>
-__global__ void TurnWarp(const float* in, float* out, std::uint32_t*, int) {
+__global__ void ReverseWarp(const float* in, float* out, std::uint32_t*, int) {
   __shared__ float numbers[64];
   const unsigned i = threadIdx.x;
   numbers[i] = in[i];
@@ -47,9 +47,9 @@ __global__ void TurnWarp(const float* in, float* out, std::uint32_t*, int) {
   out[i] = numbers[i ^ 31];
 }
 
-// The whole block turns its numbers around; a warp's barrier is not enough.
+// The block reverses its elements; a warp barrier is not sufficient.
 template <Fault kFault>
-__global__ void TurnBlock(const float* in, float* out, std::uint32_t*, int) {
+__global__ void ReverseBlock(const float* in, float* out, std::uint32_t*, int) {
   float* numbers = reinterpret_cast<float*>(dynamic_shared);
   const unsigned i = threadIdx.x;
   numbers[i] = in[i];
@@ -61,7 +61,7 @@ __global__ void TurnBlock(const float* in, float* out, std::uint32_t*, int) {
   out[i] = numbers[blockDim.x - 1 - i];
 }
 
-// out = in + 1 where a barrier has nothing to order: only whether all come to it.
+// out = in + 1; the barrier orders nothing, the test is whether all threads reach it.
 template <Fault kFault>
 __global__ void Meet(const float* in, float* out, std::uint32_t*, int) {
   const unsigned i = threadIdx.x;
@@ -81,7 +81,7 @@ __global__ void Meet(const float* in, float* out, std::uint32_t*, int) {
   out[i] = in[i] + 1.0f;
 }
 
-// Eight warps read one number, then one thread changes it.
+// Eight warps read one element, which one thread then changes.
 template <Fault kFault>
 __global__ void Broadcast(const float* in, float* out, std::uint32_t*, int) {
   __shared__ float number;
@@ -89,7 +89,7 @@ __global__ void Broadcast(const float* in, float* out, std::uint32_t*, int) {
   if (i == 0) number = in[0];
   __syncthreads();
   const float first = number;
-  if constexpr (kFault != Fault::kNoBarrierBehindReads) __syncthreads();
+  if constexpr (kFault != Fault::kNoBarrierAfterReads) __syncthreads();
   if (i == 37) number = in[1];
   __syncthreads();
   out[i] = first + number;
@@ -103,17 +103,18 @@ std::vector<Case> Barriers() {
   const cuda::LaunchShape warps{1, 256};
   return {
       {"product", "", &Product<Fault::kNone>, tiles},
-      {"product", "no barrier behind writes", &Product<Fault::kNoBarrierBehindWrites>, tiles},
-      {"product", "no barrier behind reads", &Product<Fault::kNoBarrierBehindReads>, tiles},
-      {"turn warp", "", &TurnWarp<Fault::kNone>, block},
-      {"turn warp", "no warp barrier", &TurnWarp<Fault::kNoWarpBarrier>, block},
-      {"turn block", "", &TurnBlock<Fault::kNone>, block},
-      {"turn block", "warp barrier for a block", &TurnBlock<Fault::kWarpBarrierForBlock>, block},
+      {"product", "no barrier after writes", &Product<Fault::kNoBarrierAfterWrites>, tiles},
+      {"product", "no barrier after reads", &Product<Fault::kNoBarrierAfterReads>, tiles},
+      {"reverse warp", "", &ReverseWarp<Fault::kNone>, block},
+      {"reverse warp", "no warp barrier", &ReverseWarp<Fault::kNoWarpBarrier>, block},
+      {"reverse block", "", &ReverseBlock<Fault::kNone>, block},
+      {"reverse block", "warp barrier for a block", &ReverseBlock<Fault::kWarpBarrierForBlock>,
+       block},
       {"meet", "", &Meet<Fault::kNone>, block},
       {"meet", "early exit", &Meet<Fault::kEarlyExit>, block},
       {"meet", "two barriers", &Meet<Fault::kTwoBarriers>, block},
       {"broadcast", "", &Broadcast<Fault::kNone>, warps},
-      {"broadcast", "no barrier behind reads", &Broadcast<Fault::kNoBarrierBehindReads>, warps},
+      {"broadcast", "no barrier after reads", &Broadcast<Fault::kNoBarrierAfterReads>, warps},
   };
 }
 

@@ -1,4 +1,4 @@
-// The module _selftest: the cases by name, and the single instructions of instructions.cu.
+// The module _selftest: the cases by name, and the instructions of instructions.cu.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -71,8 +71,8 @@ void RunInstruction(const std::string& name, py::handle in_array, py::handle out
 void BindSelftest(py::module_& m) {
   using namespace diffmic::selftest;
   using py::arg;
-  m.def("cases", &Cases, "(kernel, fault) of every case; the fault of a right one is empty.");
+  m.def("cases", &Cases, "(kernel, fault) of every case; the fault of a correct one is empty.");
   m.def("run", &RunCase, arg("kernel"), arg("fault"), arg("in"), arg("out"), arg("workspace"));
   m.def("instruction", &RunInstruction, arg("name"), arg("in"), arg("out"),
-        "Words in, words out, through one instruction.");
+        "Apply one instruction to int32 words.");
 }

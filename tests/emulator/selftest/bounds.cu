@@ -1,5 +1,4 @@
-// Accesses that are right or wrong by themselves, whatever the schedule: limits of buffers,
-// alignment, memory that holds nothing yet.
+// Faults of a single access: out of bounds, misaligned, uninitialised memory.
 #include "cases.h"
 
 namespace diffmic::selftest {
@@ -22,7 +21,7 @@ enum class Fault {
   kSharedOfOtherBlock,
 };
 
-// out = in + 1, one thread a number.
+// out = in + 1, one thread per element.
 template <Fault kFault>
 __global__ void AddOne(const float* in, float* out, std::uint32_t*, int count) {
   const int i = static_cast<int>(threadIdx.x);
@@ -41,7 +40,7 @@ __global__ void AddOne(const float* in, float* out, std::uint32_t*, int count) {
   }
 }
 
-// out = in, four numbers at a time; the thread that goes wrong has none left to copy right.
+// out = in, four elements per thread.
 template <Fault kFault>
 __global__ void CopyVectors(const float* in, float* out, std::uint32_t*, int count) {
   const int i = 4 * static_cast<int>(threadIdx.x);
@@ -53,8 +52,7 @@ __global__ void CopyVectors(const float* in, float* out, std::uint32_t*, int cou
       make_float4(value.x, value.y, value.z, value.w);
 }
 
-// out = in turned around through dynamic shared memory, of which the launch asks for one number a
-// thread.
+// Reverses `in` through dynamic shared memory of one element per thread.
 template <Fault kFault>
 __global__ void ThroughDynamic(const float* in, float* out, std::uint32_t*, int count) {
   float* numbers = reinterpret_cast<float*>(dynamic_shared);
@@ -65,7 +63,7 @@ __global__ void ThroughDynamic(const float* in, float* out, std::uint32_t*, int 
   out[i] = numbers[count - 1 - i + shift];
 }
 
-// The same through static arrays; what is past an array is another one.
+// The same through static arrays; past the end of one array is another.
 template <Fault kFault>
 __global__ void ThroughStatic(const float* in, float* out, std::uint32_t*, int count) {
   __shared__ float rows[8][8];
@@ -80,7 +78,7 @@ __global__ void ThroughStatic(const float* in, float* out, std::uint32_t*, int c
   out[i] = rows[i / 8][i % 8 + aside];
 }
 
-// out = in + 1 through global memory that holds nothing at first.
+// out = in + 1 through an uninitialised workspace.
 template <Fault kFault>
 __global__ void Workspace(const float* in, float* out, std::uint32_t* workspace, int) {
   const unsigned i = threadIdx.x;
@@ -89,7 +87,7 @@ __global__ void Workspace(const float* in, float* out, std::uint32_t* workspace,
   out[i] = __uint_as_float(*mine) + 1.0f;
 }
 
-// Two blocks one after the other: nothing of the first one's shared memory is there for the second.
+// Two blocks: the second one does not see the shared memory of the first.
 template <Fault kFault>
 __global__ void OwnShared(const float* in, float* out, std::uint32_t*, int) {
   __shared__ float numbers[32];

@@ -1,5 +1,4 @@
-// Small kernels that prove the emulator: each right once and wrong in one way, so that a test can
-// see the fault caught under every schedule and the right kernel never blamed.
+// Small kernels that test the emulator, each in a correct version and in versions with one fault.
 #ifndef DIFFMIC_EMULATOR_SELFTEST_CASES_H_
 #define DIFFMIC_EMULATOR_SELFTEST_CASES_H_
 
@@ -10,22 +9,22 @@
 
 namespace diffmic::selftest {
 
-// One signature for all: `count` numbers come in and go out, `workspace` holds nothing at first but
-// for its first 16 words, which are zero.
+// The signature of all cases: `count` elements of input and output; `workspace` is uninitialised
+// except for its first 16 words, which are zero.
 using Kernel = void (*)(const float* in, float* out, std::uint32_t* workspace, int count);
 
 struct Case {
-  const char* kernel;  // what it does
-  const char* fault;   // what is wrong with it, "" for nothing
+  const char* kernel;  // the name of its computation
+  const char* fault;   // "" if correct
   Kernel function;
   cuda::LaunchShape shape;
 };
 
 std::vector<Case> Barriers();  // of blocks and warps
-std::vector<Case> Bounds();    // of memory: limits, alignment, what is not there yet
-std::vector<Case> Copies();    // asynchronous ones, in a pipeline with matrix instructions
-std::vector<Case> Grids();     // blocks that wait for each other
-std::vector<Case> Warps();     // exchanges
+std::vector<Case> Bounds();    // bounds, alignment, uninitialised memory
+std::vector<Case> Copies();    // asynchronous copies in a pipeline with mma instructions
+std::vector<Case> Grids();     // synchronisation of blocks
+std::vector<Case> Warps();     // shuffles
 
 }  // namespace diffmic::selftest
 

@@ -1,4 +1,4 @@
-// A pipeline of asynchronous copies that feeds matrix instructions.
+// A pipeline of asynchronous copies that feeds mma instructions.
 #include "cases.h"
 #include "cuda/common/ptx.cuh"
 
@@ -10,8 +10,8 @@ enum class Fault {
   kShortWait,
   kNoCommit,
   kReadsBeforeWait,
-  kNoBarrierBehindWait,
-  kNoBarrierBehindReads,
+  kNoBarrierAfterWait,
+  kNoBarrierAfterReads,
   kCopyAtExit,
   kOpenAtExit,
   kMisaligned,
@@ -19,11 +19,11 @@ enum class Fault {
   kStoreUnderWay,
 };
 
-// Words of a stage: A [16, 16] by rows, then B [16, 16] by columns, two bfloat16 a word.
+// Words of a stage: A [16, 16] row-major, then B [16, 16] column-major, two bfloat16 in a word.
 constexpr int kStage = 256;
 constexpr int kSlots = 2;
 
-// out [16, 16] = the sum over stages of A B; two warps, eight columns each.
+// out [16, 16] = the sum of A B over the stages; each of two warps computes eight columns.
 template <Fault kFault>
 __global__ void Pipeline(const float* in, float* out, std::uint32_t*, int count) {
   __shared__ __align__(16) std::uint32_t ring[kSlots][kStage];
@@ -42,24 +42,19 @@ __global__ void Pipeline(const float* in, float* out, std::uint32_t*, int count)
   };
   float sums[4] = {};
   const auto multiply = [&](int stage) {
-    const std::uint32_t* left = ring[stage % kSlots];
-    const std::uint32_t* right = left + 128 + 64 * warp;
-    const int row = lane % 8;
-    const int matrix = lane / 8;
-    std::uint32_t a[4];
-    std::uint32_t b[4];
-    cuda::LoadMatrices(a, left + (row + 8 * (matrix % 2)) * 8 + matrix / 2 * 4);
-    cuda::LoadMatrices(b, right + row * 8 + matrix % 2 * 4);
-    cuda::MmaBf16(sums, a, {b[0], b[1]});
+    // The fragments of MmaBf16: rows of eight words.
+    const std::uint32_t* a = &ring[stage % kSlots][lane / 4 * 8 + lane % 4];
+    const std::uint32_t* b = a + 128 + 64 * warp;
+    cuda::MmaBf16(sums, {a[0], a[64], a[4], a[68]}, {b[0], b[4]});
   };
   fetch(0);
   for (int stage = 0; stage < stages; ++stage) {
     fetch(stage + 1);
     if constexpr (kFault == Fault::kReadsBeforeWait) multiply(stage);
     cuda::WaitCopies<kFault == Fault::kShortWait ? 2 : 1>();
-    if constexpr (kFault != Fault::kNoBarrierBehindWait) __syncthreads();
+    if constexpr (kFault != Fault::kNoBarrierAfterWait) __syncthreads();
     if constexpr (kFault != Fault::kReadsBeforeWait) multiply(stage);
-    if constexpr (kFault != Fault::kNoBarrierBehindReads) __syncthreads();
+    if constexpr (kFault != Fault::kNoBarrierAfterReads) __syncthreads();
   }
   cuda::WaitCopies<0>();
   if constexpr (kFault == Fault::kCopyAtExit || kFault == Fault::kOpenAtExit) {
@@ -81,8 +76,8 @@ std::vector<Case> Copies() {
       {"pipeline", "wait too short", &Pipeline<Fault::kShortWait>, two},
       {"pipeline", "no commit", &Pipeline<Fault::kNoCommit>, two},
       {"pipeline", "reads before the wait", &Pipeline<Fault::kReadsBeforeWait>, two},
-      {"pipeline", "no barrier behind the wait", &Pipeline<Fault::kNoBarrierBehindWait>, two},
-      {"pipeline", "no barrier behind reads", &Pipeline<Fault::kNoBarrierBehindReads>, two},
+      {"pipeline", "no barrier after the wait", &Pipeline<Fault::kNoBarrierAfterWait>, two},
+      {"pipeline", "no barrier after reads", &Pipeline<Fault::kNoBarrierAfterReads>, two},
       {"pipeline", "copy at exit", &Pipeline<Fault::kCopyAtExit>, two},
       {"pipeline", "open copy at exit", &Pipeline<Fault::kOpenAtExit>, two},
       {"pipeline", "misaligned", &Pipeline<Fault::kMisaligned>, two},

@@ -1,4 +1,4 @@
-// Blocks that wait for each other, and global memory between them.
+// Synchronisation of thread blocks through global memory.
 #include "cases.h"
 #include "cuda/common/grid_barrier.cuh"
 #include "cuda/common/ptx.cuh"
@@ -21,7 +21,7 @@ enum class Fault {
   kNoBlockBarrier,
 };
 
-// The barrier of csrc/cuda/common/grid_barrier.cuh, written out with one thing left away.
+// The barrier of csrc/cuda/common/grid_barrier.cuh, with one part missing.
 template <Fault kFault>
 __device__ void Cross(std::uint32_t* counter) {
   if constexpr (kFault == Fault::kNoBarrier) return;
@@ -42,17 +42,17 @@ __device__ void Cross(std::uint32_t* counter) {
   if constexpr (kFault != Fault::kLeavesAlone) __syncthreads();
 }
 
-// out[i] = 2 in[the block behind]: through the workspace, blocks swap their numbers.
+// out[i] = 2 in[element of the next block], exchanged through the workspace.
 template <Fault kFault>
 __global__ void Swap(const float* in, float* out, std::uint32_t* workspace, int count) {
   auto* between = reinterpret_cast<float*>(workspace + 16);
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   between[i] = 2.0f * in[i];
   Cross<kFault>(workspace);
-  out[i] = cuda::LoadSharedFloat(between + (i + static_cast<int>(blockDim.x)) % count);
+  out[i] = __ldcg(between + (i + static_cast<int>(blockDim.x)) % count);
 }
 
-// The same over many rounds with the package's own barrier: block b adds what b + 1 had.
+// Several rounds with the package's GridBarrier: block b adds the elements of block b + 1.
 __global__ void Rounds(const float* in, float* out, std::uint32_t* workspace, int count) {
   cuda::GridBarrier barrier(workspace);
   auto* between = reinterpret_cast<float*>(workspace + 16);
@@ -61,13 +61,13 @@ __global__ void Rounds(const float* in, float* out, std::uint32_t* workspace, in
   for (int round = 0; round < 3; ++round) {
     between[i] = mine;
     barrier.Sync();
-    mine += cuda::LoadSharedFloat(between + (i + static_cast<int>(blockDim.x)) % count);
+    mine += __ldcg(between + (i + static_cast<int>(blockDim.x)) % count);
     barrier.Sync();
   }
   out[i] = mine;
 }
 
-// The last block to come adds up what all blocks have left: fences and a counter.
+// The last block to arrive reads the elements of all blocks: fences and a counter.
 template <Fault kFault>
 __global__ void LastSums(const float* in, float* out, std::uint32_t* workspace, int) {
   auto* parts = reinterpret_cast<float*>(workspace + 16);
@@ -86,7 +86,7 @@ __global__ void LastSums(const float* in, float* out, std::uint32_t* workspace, 
   for (unsigned k = threadIdx.x; k < total; k += blockDim.x) out[k] = parts[total - 1 - k];
 }
 
-// Counts all threads.
+// Counts the threads of the grid.
 template <Fault kFault>
 __global__ void CountAll(const float*, float* out, std::uint32_t* workspace, int) {
   if constexpr (kFault == Fault::kPlainSum) {
@@ -97,7 +97,7 @@ __global__ void CountAll(const float*, float* out, std::uint32_t* workspace, int
   out[blockIdx.x * blockDim.x + threadIdx.x] = 1.0f;
 }
 
-// out = in; the blocks' parts do not overlap.
+// out = in, in parts of the blocks that do not overlap.
 template <Fault kFault>
 __global__ void Parts(const float* in, float* out, std::uint32_t*, int count) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -105,7 +105,7 @@ __global__ void Parts(const float* in, float* out, std::uint32_t*, int count) {
   if (kFault == Fault::kOverlap && i + 1 < count) out[i + 1] = in[i + 1];
 }
 
-// Two threads of a block meet in global memory.
+// Threads of a block exchange elements through global memory.
 template <Fault kFault>
 __global__ void Neighbours(const float* in, float* out, std::uint32_t* workspace, int) {
   auto* between = reinterpret_cast<float*>(workspace + 16);
@@ -128,7 +128,7 @@ std::vector<Case> Grids() {
       {"swap", "no release", &Swap<Fault::kNoRelease>, together},
       {"swap", "no acquire", &Swap<Fault::kNoAcquire>, together},
       {"swap", "no barrier before it counts", &Swap<Fault::kArrivesAlone>, together},
-      {"swap", "no barrier behind the wait", &Swap<Fault::kLeavesAlone>, together},
+      {"swap", "no barrier after the wait", &Swap<Fault::kLeavesAlone>, together},
       {"swap", "nobody counts", &Swap<Fault::kNobodyCounts>, together},
       {"swap", "not cooperative", &Swap<Fault::kNotCooperative>, plain},
       {"rounds", "", &Rounds, together},

@@ -11,7 +11,7 @@ namespace {
 
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
-// One warp: in holds a[4], b[2], d[4] of every lane, out the new d[4].
+// One warp: `in` holds a[4], b[2] and d[4] of every lane, `out` receives the new d[4].
 __global__ void Mma(const std::uint32_t* in, std::uint32_t* out, int) {
   const std::uint32_t* own = in + 10 * threadIdx.x;
   float d[4];
@@ -20,17 +20,7 @@ __global__ void Mma(const std::uint32_t* in, std::uint32_t* out, int) {
   for (int i = 0; i < 4; ++i) out[4 * threadIdx.x + i] = __float_as_uint(d[i]);
 }
 
-// in holds four 8 x 8 matrices of 16-bit numbers, one after the other.
-__global__ void LoadFour(const std::uint32_t* in, std::uint32_t* out, int) {
-  __shared__ __align__(16) std::uint32_t matrices[128];
-  for (int i = 0; i < 4; ++i) matrices[32 * i + threadIdx.x] = in[32 * i + threadIdx.x];
-  __syncwarp();
-  std::uint32_t r[4];
-  cuda::LoadMatrices(r, matrices + 4 * threadIdx.x);
-  for (int i = 0; i < 4; ++i) out[4 * threadIdx.x + i] = r[i];
-}
-
-// Eight exchanges of one word a lane, then two of eight bytes.
+// Eight shuffles of one word per lane, then two of eight bytes.
 __global__ void Shuffles(const std::uint32_t* in, std::uint32_t* out, int) {
   const unsigned lane = threadIdx.x;
   const std::uint32_t value = in[lane];
@@ -49,7 +39,7 @@ __global__ void Shuffles(const std::uint32_t* in, std::uint32_t* out, int) {
   out[9 * 32] = static_cast<std::uint32_t>(pair >> 32) ^ static_cast<std::uint32_t>(pair);
 }
 
-// Votes and sums of the lanes of a mask.
+// Votes and reductions over the lanes of a mask.
 __global__ void Votes(const std::uint32_t* in, std::uint32_t* out, int) {
   const unsigned lane = threadIdx.x;
   const std::uint32_t value = in[lane];
@@ -65,7 +55,7 @@ __global__ void Votes(const std::uint32_t* in, std::uint32_t* out, int) {
   out[6 * 32] = __reduce_max_sync(mask, value);
 }
 
-// Conversions of a float's bits, and back; those of float8; and a product of bfloat16 by 1.7.
+// float32 to bfloat16, to float16 (and back) and to float8, and a bfloat16 product with 1.7.
 __global__ void Narrow(const std::uint32_t* in, std::uint32_t* out, int count) {
   for (int i = static_cast<int>(threadIdx.x); i < count; i += 32) {
     const float value = __uint_as_float(in[i]);
@@ -79,7 +69,7 @@ __global__ void Narrow(const std::uint32_t* in, std::uint32_t* out, int count) {
   }
 }
 
-// Of two words a thread.
+// Integer intrinsics of one word.
 __global__ void Bits(const std::uint32_t* in, std::uint32_t* out, int count) {
   for (int i = static_cast<int>(threadIdx.x); i < count; i += 32) {
     const std::uint32_t value = in[i];
@@ -91,7 +81,7 @@ __global__ void Bits(const std::uint32_t* in, std::uint32_t* out, int count) {
   }
 }
 
-// Eight atomics on words of their own, by 4 blocks of 64 threads: thread t brings t % 7.
+// Eight atomics on separate words, by 4 blocks of 64 threads; the operand of thread t is t % 7.
 __global__ void Atomics(const std::uint32_t* in, std::uint32_t* out, int) {
   const std::uint32_t value = in[threadIdx.x] % 7;
   atomicAdd(out + 0, value);
@@ -100,7 +90,7 @@ __global__ void Atomics(const std::uint32_t* in, std::uint32_t* out, int) {
   atomicOr(out + 3, 1u << value);
   atomicXor(out + 4, value);
   atomicAdd(reinterpret_cast<unsigned long long*>(out + 6), 0x80000000ull);
-  // A lock-free maximum of squares.
+  // A maximum of squares by compare-and-swap.
   std::uint32_t seen = atomicAdd(out + 5, 0u);
   while (seen < value * value) {
     const std::uint32_t before = atomicCAS(out + 5, seen, value * value);
@@ -109,10 +99,9 @@ __global__ void Atomics(const std::uint32_t* in, std::uint32_t* out, int) {
   }
 }
 
-// ---- kernels whose traffic is known
-// --------------------------------------------------------------
+// ---- kernels of known memory traffic -----------------------------------------------------------
 
-// A warp moves 32 numbers: side by side, every eighth, or as vectors.
+// A warp copies 32 words that are contiguous or 8 apart, or 32 vectors of 16 bytes.
 __global__ void MoveWords(const std::uint32_t* in, std::uint32_t* out, int) {
   out[threadIdx.x] = in[threadIdx.x];
 }
@@ -129,7 +118,7 @@ __global__ void MoveVectors(const std::uint32_t* in, std::uint32_t* out, int) {
   reinterpret_cast<uint4*>(out)[threadIdx.x] = next;
 }
 
-// A 32 x 32 transpose through shared memory with rows of 32 + kPad words, by 8 warps.
+// Transposes 32 x 32 words through shared memory whose rows have a pitch of 32 + kPad, by 8 warps.
 template <int kPad>
 __global__ void Transpose(const std::uint32_t* in, std::uint32_t* out, int) {
   __shared__ std::uint32_t tile[32][32 + kPad];
@@ -140,7 +129,7 @@ __global__ void Transpose(const std::uint32_t* in, std::uint32_t* out, int) {
     out[32 * row + threadIdx.x] = tile[threadIdx.x][row];
 }
 
-// 512 bytes by asynchronous copies, read as vectors.
+// Copies 512 bytes asynchronously to shared memory and reads them as vectors.
 __global__ void MoveCopies(const std::uint32_t* in, std::uint32_t* out, int) {
   __shared__ __align__(16) std::uint32_t words[128];
   cuda::CopyAsync16(words + 4 * threadIdx.x, in + 4 * threadIdx.x);
@@ -157,7 +146,6 @@ std::vector<Instruction> Instructions() {
   const cuda::LaunchShape tile{1, {32, 8}};
   return {
       {"mma", &Mma, warp},
-      {"load matrices", &LoadFour, warp},
       {"shuffles", &Shuffles, warp},
       {"votes", &Votes, warp},
       {"narrow", &Narrow, warp},

@@ -1,4 +1,4 @@
-// Single instructions, to be held against what CUDA's documents say of them.
+// Single instructions, which test_emulator.py compares with their definitions in CUDA's manuals.
 #ifndef DIFFMIC_EMULATOR_SELFTEST_INSTRUCTIONS_H_
 #define DIFFMIC_EMULATOR_SELFTEST_INSTRUCTIONS_H_
 

@@ -1,4 +1,4 @@
-// Exchanges of the lanes of a warp.
+// Shuffles between the lanes of a warp.
 #include "cases.h"
 
 namespace diffmic::selftest {
@@ -8,7 +8,7 @@ enum class Fault { kNone, kNotInMask, kAbsentLane, kOtherOperation, kOtherMask, 
 
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
-// Sums of 16 lanes each.
+// Sums over 16 lanes each.
 template <Fault kFault>
 __global__ void SumHalves(const float* in, float* out, std::uint32_t*, int) {
   const unsigned lane = threadIdx.x % 32;
@@ -28,7 +28,7 @@ __global__ void SumHalves(const float* in, float* out, std::uint32_t*, int) {
   out[threadIdx.x] = sum;
 }
 
-// A warp's sum in shared memory: an exchange is no barrier for memory.
+// A warp's sum through shared memory: a shuffle does not order memory accesses.
 template <Fault kFault>
 __global__ void SumShared(const float* in, float* out, std::uint32_t*, int) {
   __shared__ float totals[2];

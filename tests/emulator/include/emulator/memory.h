@@ -1,5 +1,4 @@
-// The memory that kernels may touch: whatever the views of a call name
-// (csrc/bindings/tensor_view.cpp).
+// The memory that kernels may access: the tensors of a call (csrc/bindings/tensor_view.cpp).
 #ifndef DIFFMIC_EMULATOR_MEMORY_H_
 #define DIFFMIC_EMULATOR_MEMORY_H_
 
@@ -7,8 +6,8 @@
 
 namespace diffmic::emulator {
 
-// The bytes [first, past_last) are a kernel's as long as `owner` lives. What is named "workspace"
-// holds nothing before it is written: reading it then is a fault.
+// Allows accesses to [first, past_last) for the lifetime of `owner`. A buffer named "workspace" is
+// uninitialised: reading it before writing is a fault.
 void Register(const std::shared_ptr<void>& owner, const char* name, const void* first,
               const void* past_last, bool writable);
 

@@ -1,4 +1,4 @@
-// Stands in for csrc/cuda/common/launch.cuh: a launch runs the kernel here and now.
+// Replaces csrc/cuda/common/launch.cuh: a launch runs the kernel synchronously in the emulator.
 #ifndef DIFFMIC_EMULATOR_CUDA_LAUNCH_H_
 #define DIFFMIC_EMULATOR_CUDA_LAUNCH_H_
 

@@ -1,4 +1,4 @@
-// Stands in for csrc/cuda/common/ptx.cuh, which says what each does.
+// Replaces csrc/cuda/common/ptx.cuh, which documents each function.
 #ifndef DIFFMIC_EMULATOR_CUDA_PTX_H_
 #define DIFFMIC_EMULATOR_CUDA_PTX_H_
 
@@ -11,7 +11,6 @@
 namespace diffmic::cuda {
 
 void MmaBf16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
-void LoadMatrices(std::uint32_t (&r)[4], const void* shared);
 std::uint32_t AddRelease(std::uint32_t* counter, std::uint32_t value);
 std::uint32_t LoadAcquire(const std::uint32_t* counter);
 
@@ -23,8 +22,6 @@ template <int kLeft>
 EMULATED void WaitCopies() {
   emulator::WaitCopies(kLeft);
 }
-EMULATED uint4 LoadShared16(const void* global) { return *static_cast<const uint4*>(global); }
-EMULATED float LoadSharedFloat(const float* global) { return *global; }
 EMULATED void SpinPause() { emulator::SpinPause(); }
 
 }  // namespace diffmic::cuda

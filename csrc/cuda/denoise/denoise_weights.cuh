@@ -1,10 +1,10 @@
-// The weights of `denoise` on their way to a warp: copies from global memory into the warp's slots
-// of shared memory, a stage at a time in the order of use, step after step and ahead of all
-// barriers, for they depend on nothing that is computed. Stages [0, resident) of a step keep their
-// slots; the others take turns with the rest. A lane copies the very bytes that it will read, so
-// that a wait for its own copies is all the order there has to be.
-#ifndef DIFFMIC_CUDA_DENOISE_DENOISE_STREAM_CUH_
-#define DIFFMIC_CUDA_DENOISE_DENOISE_STREAM_CUH_
+// The weight pipeline of a warp: asynchronous copies from global memory into the warp's slots of
+// shared memory, one stage at a time in the order of use. Weights depend on no result, so the
+// copies run ahead of barriers and steps. Stages [0, resident) of a step stay in their slots; the
+// others share the remaining slots as a ring. A lane reads only the bytes that it has copied, so
+// waiting for its own copies is the only synchronisation.
+#ifndef DIFFMIC_CUDA_DENOISE_DENOISE_WEIGHTS_CUH_
+#define DIFFMIC_CUDA_DENOISE_DENOISE_WEIGHTS_CUH_
 
 #include <cuda_runtime.h>
 
@@ -18,10 +18,10 @@ namespace diffmic::cuda::denoise {
 
 // kPieces: StagePieces of the weights.
 template <int kPieces>
-class WeightStream {
+class WeightPipeline {
  public:
-  __device__ WeightStream(const KernelArguments& a, uint4* slots, int first_tile, int tiles,
-                          int warp, int lane)
+  __device__ WeightPipeline(const KernelArguments& a, uint4* slots, int first_tile, int tiles,
+                            int warp, int lane)
       : a_(a),
         slots_(slots + lane),
         first_tile_(first_tile),
@@ -47,12 +47,12 @@ class WeightStream {
     CommitCopies();
   }
 
-  // The slot of the stage whose turn it is.
+  // The current stage.
   __device__ const uint4* Stage() const {
     return Slot(use_ < a_.resident ? use_ : a_.resident + use_slot_);
   }
 
-  // Done with that stage: its slot is for the next copy, unless it is to stay.
+  // Advances to the next stage. The slot of the current one is refilled unless it is resident.
   __device__ void Release() {
     if (use_ >= a_.resident) {
       CopyNext();
@@ -66,7 +66,7 @@ class WeightStream {
     return slots_ + static_cast<std::int64_t>(slot) * a_.pass_tiles * kPieces * kPiece;
   }
 
-  // A stage that is not resident, after the one before.
+  // Starts the copy of the next stage that is not resident.
   __device__ void CopyNext() {
     if (left_ == 0) return;
     --left_;
@@ -103,4 +103,4 @@ class WeightStream {
 
 }  // namespace diffmic::cuda::denoise
 
-#endif  // DIFFMIC_CUDA_DENOISE_DENOISE_STREAM_CUH_
+#endif  // DIFFMIC_CUDA_DENOISE_DENOISE_WEIGHTS_CUH_
