@@ -31,7 +31,7 @@ TABLE = SOURCE / "tests" / "data" / "triton_resources.csv"
 ARCHITECTURES = (80, 90, 100, 120)
 # Matrix instructions, in the order of the architectures that introduced them.
 _INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
-_SIZES = ("rows", "batch", "features", "width", "streams", "classes", "noise_steps", "rows_class")
+_SIZES = ("rows", "batch", "features", "width", "branches", "classes", "noise_steps", "rows_class")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _type(kernel: str, name: str, dtype: str) -> str:
         return "*i64"
     if name in _ACTIVATIONS.get(kernel, ()):
         return f"*{dtype}"
-    if name in _SIZES or re.search("_(row|stream|stride|column)$", name):
+    if name in _SIZES or re.search("_(row|branch|stride|column)$", name):
         return "i32"
     return "*fp32"
 
@@ -133,7 +133,7 @@ def compile_variant(variant: Variant, architecture: int) -> Row:
     types = {
         name: "constexpr"
         if name in variant.constants
-        else _type(variant.kernel.__name__, name, variant.dtype)
+        else _type(variant.kernel.__name__, name.removesuffix("_ptr"), variant.dtype)
         for name in names
     }
     # As in actual use: pointers, widths and row strides are multiples of 16.
@@ -142,7 +142,7 @@ def compile_variant(variant: Variant, architecture: int) -> Row:
         for i, name in enumerate(names)
         if types[name].startswith("*")
         or name in ("features", "width")
-        or re.search("_(row|stream)$", name)
+        or re.search("_(row|branch)$", name)
     ]
     source = ASTSource(
         fn=variant.kernel,

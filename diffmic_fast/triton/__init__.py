@@ -1,6 +1,6 @@
-"""Triton kernels of `conditional_linear`: products over many rows, and what stands around a product in training.
+"""Triton kernels: conditional layers, whole in evaluation mode and around a GEMM in training, and the reverse chain.
 
-Nothing here is bound to one vendor's GPUs. Importing this package imports no Triton; its modules do, and want it.
+They run on the GPUs of any vendor that Triton supports. This package does not import Triton; its modules do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 @functools.cache
 def failure() -> str:
-    """Why Triton's kernels cannot be used in this process; empty when they can."""
+    """Why Triton cannot be imported; empty if it can."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -21,24 +21,24 @@ def failure() -> str:
 
 
 def interpreted() -> bool:
-    """Whether the kernels of this process run in Triton's interpreter (`TRITON_INTERPRET=1`), on CPU tensors."""
+    """Whether kernels run in Triton's interpreter (`TRITON_INTERPRET=1`), which takes CPU tensors."""
     from diffmic_fast.triton.scalar import INTERPRETED
 
     return bool(INTERPRETED.value)
 
 
 def unavailable(device: torch.device) -> str:
-    """Why the kernels do not take tensors on that device; empty when they do."""
+    """Why the kernels cannot run on tensors of `device`; empty if they can."""
     if reason := failure():
         return reason
     if device.type == "cpu":
         if interpreted():
             return ""
-        return "it takes tensors on a GPU, and on the CPU only in Triton's interpreter (TRITON_INTERPRET=1)"
+        return "tensors must be on a GPU, or on the CPU in Triton's interpreter (TRITON_INTERPRET=1), got cpu"
     if device.type != "cuda":
-        return f"it takes tensors on a GPU, these are on {device}"
+        return f"tensors must be on a GPU, got {device}"
     if interpreted():
-        return "TRITON_INTERPRET is set, with which it takes tensors on the CPU"
+        return f"with TRITON_INTERPRET set, tensors must be on the CPU, got {device}"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         return (

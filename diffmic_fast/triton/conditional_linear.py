@@ -1,13 +1,13 @@
-"""A conditional layer in eval mode, whole: the product, and in its epilogue gamma, BatchNorm and softplus.
+"""A whole conditional layer in evaluation mode: a matrix product with gamma, BatchNorm and softplus in its epilogue.
 
-    out[m, n] = softplus(BN_n(gamma[t_m, n] * (sum_k h[m, k] W[n, k] + b_n)))            (spec, section 4)
+    out[m, n] = softplus(BN_n(gamma[t_m, n] * (sum_k h[m, k] W[n, k] + b_n)))      (docs/algorithm.md, "Denoiser")
 
-A program makes one tile of `out`, BLOCK_M x BLOCK_N, over the whole width. Programs go down GROUP tiles of rows before
-they step to the next columns, so that those that run at one time share what they read of h and W in the cache.
+A program computes a tile of `out`, BLOCK_M x BLOCK_N, over the whole width. Programs are ordered in groups of GROUP row
+tiles by all column tiles, so that those which run at the same time share their tiles of h and W in the L2 cache.
 
-2 M N K operations over (M K + N K + M N) elements: at N = K = 6144 in bfloat16 the weights' 75 MB bound it below some
-300 rows of an H100, the matrix units above. The epilogue goes over the tile in PARTS parts, for the rows of gamma of a
-whole large tile would not fit into the registers beside its sums.
+2 M N K operations over (M K + N K + M N) elements: for N = K = 6144 in bfloat16 an H100 is bound by the 75 MB of
+weights below about 300 rows and by its tensor cores above. The epilogue processes a large tile in PARTS parts, since
+the registers do not hold its rows of gamma beside its sums.
 """
 
 from __future__ import annotations
@@ -26,125 +26,90 @@ from diffmic_fast.triton.scalar import INTERPRETED, device_of, factor, rounded, 
 @triton.jit
 def halves(tile):
     """The left and the right half of a tile's columns."""
-    height: tl.constexpr = tile.shape[0]
-    across: tl.constexpr = tile.shape[1]
-    return tl.split(tl.permute(tl.reshape(tile, (height, 2, across // 2)), (0, 2, 1)))
+    rows: tl.constexpr = tile.shape[0]
+    columns: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (rows, 2, columns // 2)), (0, 2, 1)))
 
 
 @triton.jit
-def finish(total, row, first, timestep, pointers, rows, features, eps, gamma_row):
-    """Epilogue of the columns of `total`, the first of which is `first`."""
-    gamma, bias, norm_weight, norm_bias, running_mean, running_var, out = pointers
+def epilogue(total, row, first, timestep, pointers, rows, features, eps, gamma_row):
+    """Applies the rest of the layer to the columns of `total`, from column `first` on, and stores them."""
+    gamma_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, variance_ptr, out_ptr = pointers
     column = first + tl.arange(0, total.shape[1])
-    column_there = column < features
-    there = (row < rows)[:, None] & column_there[None, :]
-    scale = tl.load(gamma + timestep[:, None] * gamma_row + column[None, :], mask=there, other=0.0)
-    offset = tl.load(bias + column, mask=column_there, other=0.0).to(tl.float32)
-    mean = tl.load(running_mean + column, mask=column_there, other=0.0).to(tl.float32)
-    variance = tl.load(running_var + column, mask=column_there, other=1.0).to(tl.float32)
-    slope = tl.load(norm_weight + column, mask=column_there, other=0.0).to(tl.float32)
-    height = tl.load(norm_bias + column, mask=column_there, other=0.0).to(tl.float32)
-    steep = tl.math.div_rn(slope, tl.math.sqrt_rn(variance + eps))
-    z = scale.to(tl.float32) * (total + offset[None, :])
-    n = (z - mean[None, :]) * steep[None, :] + height[None, :]
-    place = out + row[:, None].to(tl.int64) * features + column[None, :]
-    tl.store(place, rounded(softplus(n), out.dtype.element_ty), mask=there)
+    column_mask = column < features
+    mask = (row < rows)[:, None] & column_mask[None, :]
+    gamma = tl.load(
+        gamma_ptr + timestep[:, None] * gamma_row + column[None, :], mask=mask, other=0.0
+    )
+    linear_bias = tl.load(bias_ptr + column, mask=column_mask, other=0.0).to(tl.float32)
+    mean = tl.load(mean_ptr + column, mask=column_mask, other=0.0).to(tl.float32)
+    variance = tl.load(variance_ptr + column, mask=column_mask, other=1.0).to(tl.float32)
+    weight = tl.load(norm_weight_ptr + column, mask=column_mask, other=0.0).to(tl.float32)
+    bias = tl.load(norm_bias_ptr + column, mask=column_mask, other=0.0).to(tl.float32)
+    scale = tl.math.div_rn(weight, tl.math.sqrt_rn(variance + eps))
+    z = gamma.to(tl.float32) * (total + linear_bias[None, :])
+    n = (z - mean[None, :]) * scale[None, :] + bias[None, :]
+    ptr = out_ptr + row[:, None].to(tl.int64) * features + column[None, :]
+    tl.store(ptr, rounded(softplus(n), out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def layer_kernel(
-    h,
-    weight,
-    bias,
-    gamma,
-    timesteps,
-    norm_weight,
-    norm_bias,
-    running_mean,
-    running_var,
-    out,
-    rows,
-    batch,
-    features,
-    width,
-    eps,
-    h_row,
-    h_column,
-    weight_row,
-    weight_column,
-    gamma_row,
-    timestep_stride,
-    rows_class,  # decides with the sizes which configuration is fastest
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    tiles_down = tl.cdiv(rows, BLOCK_M)
-    tiles_across = tl.cdiv(features, BLOCK_N)
+    h_ptr, weight_ptr, bias_ptr, gamma_ptr, timesteps_ptr, norm_weight_ptr, norm_bias_ptr, running_mean_ptr,
+    running_var_ptr, out_ptr, rows, batch, features, width, eps,
+    h_row, h_column, weight_row, weight_column, gamma_row, timestep_stride,
+    rows_class,  # with the sizes, the key of the autotuner
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    column_tiles = tl.cdiv(features, BLOCK_N)
     program = tl.program_id(0)
-    group = program // (GROUP * tiles_across)
-    group_height = min(tiles_down - group * GROUP, GROUP)
-    within = program % (GROUP * tiles_across)
-    row = (group * GROUP + within % group_height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = within // group_height * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_there = row < rows
-    column_there = column < features
+    group = program // (GROUP * column_tiles)
+    group_rows = min(row_tiles - group * GROUP, GROUP)
+    within = program % (GROUP * column_tiles)
+    row = (group * GROUP + within % group_rows) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = within // group_rows * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = row < rows
+    column_mask = column < features
 
     k = tl.arange(0, BLOCK_K)
-    left = h + row[:, None].to(tl.int64) * h_row + k[None, :].to(tl.int64) * h_column
-    right = (
-        weight + column[None, :].to(tl.int64) * weight_row + k[:, None].to(tl.int64) * weight_column
+    a_ptr = h_ptr + row[:, None].to(tl.int64) * h_row + k[None, :].to(tl.int64) * h_column
+    b_ptr = (
+        weight_ptr
+        + column[None, :].to(tl.int64) * weight_row
+        + k[:, None].to(tl.int64) * weight_column
     )
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, width, BLOCK_K):
-        k_there = k < width - start
-        a = tl.load(left, mask=row_there[:, None] & k_there[None, :], other=0.0)
-        b = tl.load(right, mask=column_there[None, :] & k_there[:, None], other=0.0)
+        k_mask = k < width - start
+        a = tl.load(a_ptr, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+        b = tl.load(b_ptr, mask=column_mask[None, :] & k_mask[:, None], other=0.0)
         total = tl.dot(factor(a), factor(b), total, input_precision=PRECISION)
-        left += BLOCK_K * h_column
-        right += BLOCK_K * weight_column
+        a_ptr += BLOCK_K * h_column
+        b_ptr += BLOCK_K * weight_column
 
     timestep = tl.load(
-        timesteps + (row % batch).to(tl.int64) * timestep_stride, mask=row_there, other=0
+        timesteps_ptr + (row % batch).to(tl.int64) * timestep_stride, mask=row_mask, other=0
     )
-    pointers = gamma, bias, norm_weight, norm_bias, running_mean, running_var, out
-    first = within // group_height * BLOCK_N
+    pointers = (
+        gamma_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, running_mean_ptr, running_var_ptr, out_ptr
+    )  # fmt: skip
+    first = within // group_rows * BLOCK_N
     if PARTS == 1:
-        finish(total, row, first, timestep, pointers, rows, features, eps, gamma_row)
+        epilogue(total, row, first, timestep, pointers, rows, features, eps, gamma_row)
     else:
-        left_part, right_part = halves(total)
-        if PARTS == 2:
-            finish(left_part, row, first, timestep, pointers, rows, features, eps, gamma_row)
-            finish(
-                right_part,
-                row,
-                first + BLOCK_N // 2,
-                timestep,
-                pointers,
-                rows,
-                features,
-                eps,
-                gamma_row,
-            )
-        else:
-            for half in tl.static_range(2):
-                one, two = halves(left_part if half == 0 else right_part)
-                begin = first + half * (BLOCK_N // 2)
-                finish(one, row, begin, timestep, pointers, rows, features, eps, gamma_row)
-                finish(
-                    two,
-                    row,
-                    begin + BLOCK_N // 4,
-                    timestep,
-                    pointers,
-                    rows,
-                    features,
-                    eps,
-                    gamma_row,
-                )
+        left, right = halves(total)
+        for half in tl.static_range(2):
+            part = left if half == 0 else right
+            begin = first + half * (BLOCK_N // 2)
+            if PARTS == 2:
+                epilogue(part, row, begin, timestep, pointers, rows, features, eps, gamma_row)
+            else:
+                one, two = halves(part)
+                epilogue(one, row, begin, timestep, pointers, rows, features, eps, gamma_row)
+                begin += BLOCK_N // 4
+                epilogue(two, row, begin, timestep, pointers, rows, features, eps, gamma_row)
 
 
 def _config(m: int, n: int, k: int, warps: int, stages: int, parts: int = 1) -> triton.Config:
@@ -152,8 +117,8 @@ def _config(m: int, n: int, k: int, warps: int, stages: int, parts: int = 1) -> 
     return triton.Config(sizes, num_warps=warps, num_stages=stages)
 
 
-# What is tried on a GPU, once for each kind of product and size: from few rows to many. Sixteen-bit tiles of 64 rows
-# and more become the matrix instructions of whole warp groups from sm_90 on.
+# The configurations of the autotuner for each kind of product, from few rows to many. From sm_90 on, 16-bit tiles of at
+# least 64 rows use warp-group matrix instructions (wgmma).
 CONFIGS = {
     "half": [
         _config(16, 64, 128, 4, 5),
@@ -198,15 +163,15 @@ def conditional_linear(
     """softplus(BN(gamma_t * (W h + b))) with the running statistics.
 
     Args:
-        h: [..., B, K] float32, bfloat16 or float16, of any strides.
-        layer: weight [N, K] in the dtype of `h`, of any strides; gamma with unit rows; vectors contiguous.
+        h: [..., B, K] float32, bfloat16 or float16, any strides.
+        layer: weight [N, K] in the dtype of `h`, any strides; gamma with contiguous rows; vectors contiguous.
         timesteps: [B] or [1] int64.
-        eps: BatchNorm's.
-        tf32: multiply float32 as TF32.
-        config: one of `CONFIGS` (default: the fastest here, tried at the first call of a size).
+        eps: of BatchNorm.
+        tf32: whether float32 is multiplied as TF32.
+        config: one of `CONFIGS`; by default the fastest, which is measured at the first call of a size.
 
     Returns:
-        [..., B, N], dtype of `h`.
+        [..., B, N] in the dtype of `h`.
     """
     out = h.new_empty((*h.shape[:-1], layer.weight.shape[0]))
     launch(h, layer, timesteps, out, eps, tf32=tf32, config=config)
@@ -223,7 +188,7 @@ def launch(
     tf32: bool = False,
     config: triton.Config | None = None,
 ) -> None:
-    """`conditional_linear` into `out`, [..., B, N] contiguous, float32 or of the dtype of `h`."""
+    """Compute `conditional_linear` into `out`, [..., B, N] contiguous, float32 or the dtype of `h`."""
     if out.numel() == 0:
         return
     batch, width, features = h.shape[-2], h.shape[-1], layer.weight.shape[0]

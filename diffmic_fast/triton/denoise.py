@@ -1,16 +1,16 @@
-"""A reverse chain over many rows: products of tensor cores, and one small kernel for each of what stands around them.
+"""The reverse chain for many rows: matrix products on tensor cores, and one small kernel for each of the other parts.
 
-A step is five launches (spec, sections 4 and 6):
+A step is five launches (docs/algorithm.md, "Denoiser" and "Sampling"):
 
-    first_kernel     h1 = x * softplus(BN1(gamma1_t * (W1 [y ; guidance] + b1)))   a tile of rows and columns a program
-    layer_kernel     h2, and again h3                                              see conditional_linear.py
-    step_kernel      eps = W4 h3 + b4, then the sampler's step                     a block of rows a program
+    first_kernel     h1 = x * softplus(BN1(gamma1_t * (W1 [y ; guidance] + b1)))   a program per tile of h1
+    layer_kernel     h2, then h3                                                   see conditional_linear.py
+    step_kernel      eps = W4 h3 + b4, then the sampler's step                     a program per block of rows
     advance_kernel   the next timestep                                             one program
 
-The two products are 4 M F^2 operations over 2 F^2 weights: from some hundred rows on the matrix units bound a step.
-Below them `csrc/cuda/denoise*` is the kernel to take, which reads the weights once a step for up to 64 rows and is
-launched once in 64 steps. On a GPU a step is captured as a CUDA graph and replayed: the position in the chain lies
-in the GPU's memory, so that every step is the same graph. Buffers are allocated once a call.
+The two products are 4 M F^2 operations over 2 F^2 weights: from a few hundred rows on, the tensor cores bound a step.
+`csrc/cuda/denoise` is made for fewer rows: it reads the weights once per step for up to 64 rows, in one launch for 64
+steps. On a GPU a step is captured as a CUDA graph and replayed; the position in the chain is in device memory, so that
+every step is the same graph. Buffers are allocated once per call.
 """
 
 from __future__ import annotations
@@ -26,153 +26,132 @@ from torch import Tensor
 from diffmic_fast.reference import philox
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.triton.conditional_linear import launch
-from diffmic_fast.triton.conditional_norm import load_columns, load_rows
-from diffmic_fast.triton.scalar import device_of, rounded, softplus
+from diffmic_fast.triton.conditional_norm import load_columns, load_rows, store_rows
+from diffmic_fast.triton.scalar import device_of, softplus
 
 if TYPE_CHECKING:
     from diffmic_fast.ops.denoise import Call
 
-# Rows of a chain at a time: beyond, the matrix units are busy, and activations of 6144 features take 100 MB each.
+# Rows per chain: more do not use the tensor cores better, and activations of 6144 features take 100 MB each.
 MOST_ROWS = 4096
 MOST_CLASSES = 128  # a tile of the last product holds all of them
-# Noise of this many steps is drawn at a time.
+# Steps whose noise is drawn at a time.
 _NOISE_BLOCK = 64
-# A graph of fewer steps would take longer to capture than to launch.
+# The capture of a graph takes longer than the launches of fewer steps.
 _FEWEST_REPLAYS = 8
 
 
 @triton.jit
+def add_labels(total, labels_ptr, weight_ptr, row, column, weight_row, rows, features, classes):
+    """total += labels W^T for contiguous labels [rows, classes] and the weights from `weight_ptr` on."""
+    labels_ptr += row.to(tl.int64) * classes
+    weight_ptr += column.to(tl.int64) * weight_row
+    for c in range(classes):
+        label = tl.load(labels_ptr + c, mask=row < rows, other=0.0)
+        weight = tl.load(weight_ptr + c, mask=column < features, other=0.0)
+        total += label[:, None] * weight[None, :]
+    return total
+
+
+@triton.jit
 def first_kernel(
-    x,
-    y,
-    guidance,
-    weight,
-    bias,
-    gamma,
-    norm_weight,
-    norm_bias,
-    running_mean,
-    running_var,
-    timestep,
-    h,
-    rows,
-    features,
-    classes,
-    x_row,
-    weight_row,
-    gamma_row,
-    eps,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    x_ptr, y_ptr, guidance_ptr, weight_ptr, bias_ptr, gamma_ptr, norm_weight_ptr, norm_bias_ptr, running_mean_ptr,
+    running_var_ptr, timestep_ptr, h_ptr, rows, features, classes, x_row, weight_row, gamma_row, eps,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_there = row < rows
-    column_there = column < features
-    labels = row.to(tl.int64) * classes
-    units = weight + column.to(tl.int64) * weight_row
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for c in range(classes):
-        label = tl.load(y + labels + c, mask=row_there, other=0.0)
-        total += label[:, None] * tl.load(units + c, mask=column_there, other=0.0)[None, :]
-    for c in range(classes):
-        label = tl.load(guidance + labels + c, mask=row_there, other=0.0)
-        total += (
-            label[:, None] * tl.load(units + classes + c, mask=column_there, other=0.0)[None, :]
-        )
-    moment = tl.load(timestep)
-    scale = load_columns(gamma + moment * gamma_row, column, features)
-    mean = load_columns(running_mean, column, features)
-    variance = tl.load(running_var + column, mask=column_there, other=1.0).to(tl.float32)
-    slope = tl.math.div_rn(
-        load_columns(norm_weight, column, features), tl.math.sqrt_rn(variance + eps)
+    total = add_labels(total, y_ptr, weight_ptr, row, column, weight_row, rows, features, classes)
+    total = add_labels(
+        total, guidance_ptr, weight_ptr + classes, row, column, weight_row, rows, features, classes
     )
-    n = scale[None, :] * (total + load_columns(bias, column, features)[None, :]) - mean[None, :]
-    n = n * slope[None, :] + load_columns(norm_bias, column, features)[None, :]
-    value = load_rows(x, row, column, x_row, rows, features) * softplus(n)
-    place = h + row[:, None].to(tl.int64) * features + column[None, :]
-    tl.store(
-        place, rounded(value, h.dtype.element_ty), mask=row_there[:, None] & column_there[None, :]
-    )
+    timestep = tl.load(timestep_ptr)
+    gamma = load_columns(gamma_ptr + timestep * gamma_row, column, features)
+    mean = load_columns(running_mean_ptr, column, features)
+    variance = tl.load(running_var_ptr + column, mask=column < features, other=1.0).to(tl.float32)
+    weight = load_columns(norm_weight_ptr, column, features)
+    scale = tl.math.div_rn(weight, tl.math.sqrt_rn(variance + eps))
+    n = gamma[None, :] * (total + load_columns(bias_ptr, column, features)[None, :]) - mean[None, :]
+    n = n * scale[None, :] + load_columns(norm_bias_ptr, column, features)[None, :]
+    h = load_rows(x_ptr, row, column, x_row, rows, features) * softplus(n)
+    store_rows(h_ptr, h, row, column, rows, features)
 
 
 @triton.jit
 def step_kernel(
-    h,
-    weight,
-    bias,
-    prior,
-    y,
-    noise,
-    coefficients,
-    position,
-    states,
-    rows,
-    features,
-    classes,
-    weight_row,
-    noise_steps,
-    TRAJECTORY: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    h_ptr, weight_ptr, bias_ptr, prior_ptr, y_ptr, noise_ptr, coefficients_ptr, position_ptr, states_ptr,
+    rows, features, classes, weight_row, noise_steps,
+    TRAJECTORY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     label = tl.arange(0, BLOCK_C)
     k = tl.arange(0, BLOCK_K)
-    row_there = row < rows
-    label_there = label < classes
-    left = h + row[:, None].to(tl.int64) * features + k[None, :]
-    right = weight + label[None, :].to(tl.int64) * weight_row + k[:, None]
-    noise_found = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    row_mask = row < rows
+    label_mask = label < classes
+    a_ptr = h_ptr + row[:, None].to(tl.int64) * features + k[None, :]
+    b_ptr = weight_ptr + label[None, :].to(tl.int64) * weight_row + k[:, None]
+    eps = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(0, features, BLOCK_K):
-        k_there = k < features - start
-        a = tl.load(left + start, mask=row_there[:, None] & k_there[None, :], other=0.0)
-        b = tl.load(right + start, mask=label_there[None, :] & k_there[:, None], other=0.0)
-        noise_found = tl.dot(a, b, noise_found, input_precision="ieee")
-    noise_found += tl.load(bias + label, mask=label_there, other=0.0)[None, :]
+        k_mask = k < features - start
+        a = tl.load(a_ptr + start, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+        b = tl.load(b_ptr + start, mask=label_mask[None, :] & k_mask[:, None], other=0.0)
+        eps = tl.dot(a, b, eps, input_precision="ieee")
+    eps += tl.load(bias_ptr + label, mask=label_mask, other=0.0)[None, :]
 
-    step = tl.load(position)
-    table = coefficients + step * 7
-    s = tl.load(table)
-    q = tl.load(table + 1)
-    sigma = tl.load(table + 6)
-    there = row_there[:, None] & label_there[None, :]
-    place = row[:, None].to(tl.int64) * classes + label[None, :]
-    mean = tl.load(prior + place, mask=there, other=0.0)
-    state = tl.load(y + place, mask=there, other=0.0)
-    y_0 = tl.math.div_rn(1.0, s) * (state - (1.0 - s) * mean - noise_found * q)
-    state = tl.load(table + 2) * y_0 + tl.load(table + 3) * state + tl.load(table + 4) * mean
-    state += tl.load(table + 5) * noise_found
+    step = tl.load(position_ptr)
+    table_ptr = coefficients_ptr + step * 7
+    s = tl.load(table_ptr)
+    q = tl.load(table_ptr + 1)
+    sigma = tl.load(table_ptr + 6)
+    mask = row_mask[:, None] & label_mask[None, :]
+    offset = row[:, None].to(tl.int64) * classes + label[None, :]
+    prior = tl.load(prior_ptr + offset, mask=mask, other=0.0)
+    y = tl.load(y_ptr + offset, mask=mask, other=0.0)
+    y_0 = tl.math.div_rn(1.0, s) * (y - (1.0 - s) * prior - eps * q)
+    y = tl.load(table_ptr + 2) * y_0 + tl.load(table_ptr + 3) * y + tl.load(table_ptr + 4) * prior
+    y += tl.load(table_ptr + 5) * eps
     size = tl.cast(rows, tl.int64) * classes
-    # The step before a sigma of 0 may be the noise's last: nothing is read then.
-    noisy = there & (label < tl.where(sigma > 0.0, classes, 0))[None, :]
-    drawn = tl.load(noise + (step + 1) % noise_steps * size + place, mask=noisy, other=0.0)
-    state += tl.where(noisy, sigma * drawn, 0.0)
-    tl.store(y + place, state, mask=there)
+    # If sigma is 0 nothing is loaded: the noise may end before this step.
+    noise_mask = mask & (label < tl.where(sigma > 0.0, classes, 0))[None, :]
+    z = tl.load(noise_ptr + (step + 1) % noise_steps * size + offset, mask=noise_mask, other=0.0)
+    y += tl.where(noise_mask, sigma * z, 0.0)
+    tl.store(y_ptr + offset, y, mask=mask)
     if TRAJECTORY:
-        tl.store(states + (step + 1) * size + place, state, mask=there)
+        tl.store(states_ptr + (step + 1) * size + offset, y, mask=mask)
 
 
 @triton.jit
-def advance_kernel(position, timestep, timesteps, steps):
-    following = tl.load(position) + 1
-    tl.store(position, following)
-    tl.store(timestep, tl.load(timesteps + tl.minimum(following, steps - 1)))
+def advance_kernel(position_ptr, timestep_ptr, timesteps_ptr, steps):
+    following = tl.load(position_ptr) + 1
+    tl.store(position_ptr, following)
+    tl.store(timestep_ptr, tl.load(timesteps_ptr + tl.minimum(following, steps - 1)))
 
 
 def step_blocks(classes: int) -> dict[str, int]:
-    """The tile of `step_kernel`: all classes, and as much of the width as leaves it in registers."""
+    """The tile of `step_kernel`: all classes, and a block of the width that leaves it in registers."""
     if classes > 32:
         return {"BLOCK_M": 16, "BLOCK_C": MOST_CLASSES, "BLOCK_K": 32}
     return {"BLOCK_M": 16, "BLOCK_C": 16 if classes <= 16 else 32, "BLOCK_K": 64}
 
 
-class _Chain:
-    """Buffers of a chain over some rows, and its step.
+class Chain:
+    """The buffers of a reverse chain over a block of rows, and its step.
 
-    x, prior, guidance: the rows' features and labels.
-    layers: the three layers, the hidden ones' weights in their precision.
+    Args:
+        x: [M, F] features.
+        prior, guidance: [M, C].
+        layers: the three conditional layers; weights of the hidden ones in the dtype of the products.
+        eps: of each layer's BatchNorm.
+        output: weight [C, F] and bias [C].
+        timesteps: [n] int64.
+        coefficients: [n, 7], a row per step in the order of `StepTable`.
+        noise_steps: length of the ring of noise.
+        states: [n + 1, M, C], written, or None.
+
+    Attributes:
+        y: [M, C], the current state.
+        noise: [noise_steps, M, C]. Entry 0 is that of the initial state; step i adds entry (i + 1) % noise_steps.
     """
 
     def __init__(
@@ -203,13 +182,13 @@ class _Chain:
         self.timestep = torch.zeros_like(self.position)
 
     def begin(self) -> None:
-        """Stand at the beginning: noise around the prior."""
+        """Set the initial state, the prior plus noise."""
         self.position.zero_()
         self.timestep.copy_(self.timesteps[:1])
         torch.add(self.prior, self.noise[0], out=self.y)
 
     def step(self) -> None:
-        """From one state to the next."""
+        """Take one step."""
         rows, features = self.x.shape
         classes = self.prior.shape[1]
         first, *hidden = self.layers
@@ -233,13 +212,13 @@ class _Chain:
             )
 
     def replay(self, steps: int) -> Callable[[], Any]:
-        """`step`, captured in a graph where that pays; the chain stands anywhere after it."""
+        """`step`, captured as a CUDA graph if that is faster for so many; leaves the chain in an arbitrary state."""
         if not self.x.is_cuda or steps < _FEWEST_REPLAYS:
             return self.step
         if torch.cuda.is_current_stream_capturing():
             return self.step
         with torch.cuda.device(self.x.device):
-            self.step()  # compiles, and finds the fastest configurations: neither can be captured
+            self.step()  # compiles and tunes the kernels, which cannot be captured
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self.step()
@@ -272,29 +251,31 @@ def denoise(
     if call.precision == "bf16":
         layers = [layers[0], *(part._replace(weight=part.weight.bfloat16()) for part in layers[1:])]
     moments = torch.cat((timesteps.new_tensor([call.start]), timesteps)).cpu()
-    total = -(-rows // MOST_ROWS) * steps
+
+    def report(done: int) -> None:
+        if progress is not None:
+            if features.is_cuda:
+                torch.cuda.current_stream(features.device).synchronize()
+            progress(done, -(-rows // MOST_ROWS) * steps)
+
     for number, begin in enumerate(range(0, rows, MOST_ROWS)):
         block = slice(begin, min(begin + MOST_ROWS, rows))
-        part = None
-        if states is not None:
-            part = (
-                states if rows <= MOST_ROWS else states.new_empty((steps + 1, *prior[block].shape))
-            )
-        chain = _Chain(
+        part = states
+        if states is not None and rows > MOST_ROWS:
+            part = states.new_empty((steps + 1, *prior[block].shape))
+        chain = Chain(
             features[block], prior[block], guidance[block], layers, eps, output, timesteps, coefficients,
             _NOISE_BLOCK if noise is None else max(len(noise), 1), part,
         )  # fmt: skip
         if noise is not None:
             chain.noise[: len(noise)].copy_(noise[:, block])
 
-        def draw(i: int, chain: _Chain = chain, block: slice = block) -> None:
-            """Noise of the steps from the i-th on, where none was given."""
+        def draw(i: int, chain: Chain = chain, block: slice = block) -> None:
+            """Draw the noise of a block of steps from the i-th on, unless it was given."""
             if noise is None:
                 some = moments[i : i + _NOISE_BLOCK]
-                drawn = philox.normal(
-                    seed, image_ids[block], sample_ids[block], some, prior.shape[1]
-                )
-                chain.noise[: len(some)].copy_(drawn)
+                z = philox.normal(seed, image_ids[block], sample_ids[block], some, prior.shape[1])
+                chain.noise[: len(some)].copy_(z)
 
         draw(0)
         chain.begin()
@@ -305,15 +286,9 @@ def denoise(
         for i in range(steps):
             if (i + 1) % _NOISE_BLOCK == 0:
                 draw(i + 1)
-                if progress is not None:
-                    if features.is_cuda:
-                        torch.cuda.current_stream(features.device).synchronize()
-                    progress(number * steps + i, total)
+                report(number * steps + i)
             step()
         out[block].copy_(chain.y)
-        if states is not None and part is not states and part is not None:
+        if states is not None and part is not None and part is not states:
             states[:, block].copy_(part)
-    if progress is not None:
-        if features.is_cuda:
-            torch.cuda.current_stream(features.device).synchronize()
-        progress(total, total)
+    report(-(-rows // MOST_ROWS) * steps)

@@ -1,4 +1,4 @@
-"""`conditional_linear` in Triton: its numbers in every precision, forward and backward, and what it refuses."""
+"""`conditional_linear` in Triton: numerical results in every precision, forward and backward, and its errors."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from diffmic_fast.triton import conditional_linear as whole
 from diffmic_fast.triton import conditional_norm as norm
 from diffmic_fast.triton.scalar import INTERPRETED
 
-# Of the half of a `tl.where` that is not taken; the interpreter computes both.
+# From the branch of a `tl.where` that is not taken: the interpreter computes both.
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|invalid value) encountered")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Streams (0: none), rows, width, features: below, at and beyond the edges of tiles.
+# Branches (0: no such dimension), rows, width, features: below, at and above the sizes of tiles.
 SIZES = [
     (0, 1, 1, 1),
     (3, 5, 33, 37),
@@ -53,7 +53,7 @@ NAMES = (
 
 
 class Case:
-    """Arguments whose values the dtype holds, in float64."""
+    """Arguments in float64 whose values are exact in `dtype`."""
 
     def __init__(self, streams: int, batch: int, width: int, features: int, dtype: torch.dtype):
         generator = torch.Generator().manual_seed(1000 * features + 10 * batch + streams)
@@ -82,7 +82,7 @@ class Case:
     def run(
         self, dtype: torch.dtype, backend: str, *, training: bool, timesteps: Tensor | None = None
     ) -> list[Tensor]:
-        """The output, the running statistics behind the call, and all gradients of sum(out * grad)."""
+        """The output, the running statistics after the call, and all gradients of sum(out * grad)."""
         device = TRITON_DEVICE if backend == "triton" else torch.device("cpu")
         h = self.h.to(device, dtype, copy=True).requires_grad_()
         layer = self.layer(dtype, device)
@@ -98,13 +98,15 @@ class Case:
         return self.run(torch.float64, "reference", training=training, timesteps=timesteps)
 
 
-# ---- the whole layer in eval mode -------------------------------------------------------------
+# ---- the whole layer in evaluation mode -------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("shared", [False, True])
-def test_eval_is_the_definition(size: tuple[int, ...], dtype: torch.dtype, shared: bool) -> None:
+def test_evaluation_mode_matches_the_reference(
+    size: tuple[int, ...], dtype: torch.dtype, shared: bool
+) -> None:
     case = Case(*size, dtype)
     t = torch.tensor([4]) if shared else case.timesteps
     found = conditional_linear(
@@ -126,8 +128,8 @@ def test_eval_is_the_definition(size: tuple[int, ...], dtype: torch.dtype, share
     ("kind", "number"),
     [(kind, i) for kind, some in whole.CONFIGS.items() for i in range(len(some))],
 )
-def test_every_configuration_gives_the_numbers(kind: str, number: int) -> None:
-    # More than one tile down, across and along the width, and a ragged edge in each.
+def test_every_configuration(kind: str, number: int) -> None:
+    # Two or more tiles along each dimension, with a partial one.
     config = whole.CONFIGS[kind][number]
     m, n, k = (config.kwargs[f"BLOCK_{axis}"] for axis in "MNK")
     dtype = torch.bfloat16 if kind == "half" else torch.float32
@@ -146,7 +148,7 @@ def test_every_configuration_gives_the_numbers(kind: str, number: int) -> None:
     assert float(error) < bound
 
 
-def test_any_stride_and_nothing_beyond_the_edges() -> None:
+def test_strides_and_surrounding_memory() -> None:
     case = Case(2, 19, 21, 35, torch.float32)
     values = [case.h, *case.layer(torch.float64, case.h.device)]
     pairs = [sliced(v.to(TRITON_DEVICE, torch.float32), rows_only=False) for v in values]
@@ -171,7 +173,7 @@ def test_any_stride_and_nothing_beyond_the_edges() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 40])
-def test_nothing_is_written_beyond_the_rows(rows: int) -> None:
+def test_no_writes_beyond_the_rows(rows: int) -> None:
     case = Case(0, rows, 20, 70, torch.float32)
     buffer = torch.full((rows + 70, 70), torch.nan, device=TRITON_DEVICE)
     for config in whole.CONFIGS["ieee"]:
@@ -182,7 +184,7 @@ def test_nothing_is_written_beyond_the_rows(rows: int) -> None:
         assert not buffer[:rows].isnan().any() and buffer[rows:].isnan().all()
 
 
-def test_softplus_of_large_negative_numbers_keeps_its_digits() -> None:
+def test_relative_accuracy_of_softplus_of_large_negative_numbers() -> None:
     features = 80
     case = Case(0, 3, 4, features, torch.float32)
     case.parameters[4] = -torch.arange(features).double()
@@ -216,7 +218,7 @@ def test_gradients_and_statistics(
 @pytest.mark.parametrize(
     "timesteps", ["shared", "all the same", "all but one the same", "none the same"]
 )
-def test_gamma_adds_up_rows_of_equal_timestep(rows: int, timesteps: str) -> None:
+def test_gradient_of_gamma_sums_rows_of_equal_timestep(rows: int, timesteps: str) -> None:
     case = Case(3, rows, 4, 9, torch.float32)
     t = torch.full((1 if timesteps == "shared" else rows,), 3)
     if timesteps == "all but one the same":
@@ -226,14 +228,14 @@ def test_gamma_adds_up_rows_of_equal_timestep(rows: int, timesteps: str) -> None
         t = torch.randperm(rows)
     exact = case.definition(training=True, timesteps=t)
     found = case.run(torch.float32, "triton", training=True, timesteps=t)
-    # Where all rows have one timestep, its gradient is a difference of large sums: 0 but for eps and rounding.
+    # If all rows have one timestep, its gradient is a difference of large sums that nearly cancel.
     torch.testing.assert_close(found[6].double(), exact[6], rtol=1e-5, atol=1e-4)
     untouched = torch.ones(len(found[6]), dtype=torch.bool).index_fill(0, t, False)
     assert not found[6][untouched].any()
 
 
 @pytest.mark.parametrize("limit", [16, 32, 64])
-def test_tiles_of_any_height_agree(limit: int) -> None:
+def test_tiles_of_any_number_of_rows(limit: int) -> None:
     streams, rows, features = 2, 50, 33
     case = Case(streams, rows, features, features, torch.float32)
     layer = case.layer(torch.float32, TRITON_DEVICE)
@@ -283,7 +285,7 @@ def test_tiles_of_any_height_agree(limit: int) -> None:
 
 
 def test_statistics_far_from_zero() -> None:
-    """Variances of columns whose mean is a thousand times their deviation: squares minus squares would lose them."""
+    """A mean of a thousand standard deviations: E[z^2] - E[z]^2 would lose the variance."""
     case = Case(1, 70, 4, 5, torch.float32)
     case.parameters[0] = (case.parameters[0] / 100).float().double()
     case.parameters[1] = case.parameters[1] + 100
@@ -312,7 +314,7 @@ def test_second_derivatives() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-# ---- as PyTorch sees it -----------------------------------------------------------------------
+# ---- operator registration, torch.compile and autocast ----------------------------------------
 
 
 @pytest.mark.parametrize("streams", [0, 2])
@@ -356,7 +358,7 @@ def test_compiled(training: bool) -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(training: bool, dtype: torch.dtype) -> None:
-    """The product in autocast's dtype, all else in float32: running statistics and gradients as float32 tensors."""
+    """The matrix product in autocast's dtype, the rest in float32, running statistics and gradients included."""
     case = Case(3, 33, 40, 20, torch.float32)
     layer = case.layer(torch.float32, TRITON_DEVICE)
     leaves = [case.h.float().to(TRITON_DEVICE), *layer[:5]]
@@ -376,13 +378,13 @@ def test_autocast(training: bool, dtype: torch.dtype) -> None:
     exact = case.run(torch.float64, "reference", training=training)
     found = [out.detach(), layer.running_mean, layer.running_var, *gradients]
     for name, a, b in zip(NAMES, found, exact, strict=True):
-        # A rounding of the product (2^-9, or 2^-12) passes through a sum over rows.
+        # The rounding of the product (2^-9 or 2^-12) enters sums over rows.
         error = (a.cpu().double() - b).abs().max() / b.abs().max()
         assert float(error) < (0.03 if dtype == torch.bfloat16 else 0.004), name
 
 
 def test_bfloat16_rounds_ties_to_even() -> None:
-    """Sums that lie halfway between two neighbours: a product with 1 and softplus far above 20 leave them alone."""
+    """Sums halfway between two bfloat16 numbers, which softplus does not change so far above 20."""
     halfway = torch.tensor([64 + 0.25, 64 + 0.75, 64 + 1.25, 64.3]) * 4
     count = len(halfway)
     one, none = torch.ones(count), torch.zeros(count)
@@ -392,12 +394,12 @@ def test_bfloat16_rounds_ties_to_even() -> None:
     h = torch.full((1, count), 256.0, device=TRITON_DEVICE, dtype=torch.bfloat16)
     t = torch.zeros(1, dtype=torch.int64, device=TRITON_DEVICE)
     found = whole.conditional_linear(h, layer, t, eps=0.0, tf32=False).cpu()
-    # h is a row of 256; the bias, float32, makes the sums.
+    # h is 256 in every column; adding the float32 bias gives the sums.
     assert torch.equal(found[0], halfway.bfloat16())
     assert not torch.equal(halfway.bfloat16().float(), halfway)
 
 
-def test_not_a_number_stays_one() -> None:
+def test_nan_propagates() -> None:
     case = Case(0, 20, 6, 9, torch.float32)
     case.h[3, 2] = torch.nan
     layer = case.layer(torch.float32, TRITON_DEVICE)
@@ -421,10 +423,10 @@ def test_empty() -> None:
         assert not gradient.any()
 
 
-# ---- what it refuses --------------------------------------------------------------------------
+# ---- unsupported arguments --------------------------------------------------------------------
 
 
-def test_float64_goes_to_the_reference_unless_triton_was_named(
+def test_float64_is_dispatched_to_the_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = Case(0, 4, 3, 5, torch.float32)
@@ -440,7 +442,7 @@ def test_float64_goes_to_the_reference_unless_triton_was_named(
 
 
 @pytest.mark.skipif(TRITON_DEVICE.type != "cpu", reason="there is a GPU")
-def test_without_the_interpreter_the_cpu_is_refused() -> None:
+def test_cpu_tensors_need_the_interpreter() -> None:
     program = """
 import torch
 from diffmic_fast.ops._backend import decide
@@ -453,4 +455,7 @@ decide("conditional_linear", "triton", torch.device("cpu"))
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment
     )
     assert result.stdout == "('reference', '')\n"
-    assert "cannot serve: it takes tensors on a GPU, and on the CPU only in" in result.stderr
+    assert (
+        "cannot serve: tensors must be on a GPU, or on the CPU in Triton's interpreter"
+        in result.stderr
+    )

@@ -1,4 +1,4 @@
-"""`denoise` in Triton: its numbers, its noise, and chains over several blocks of rows."""
+"""`denoise` in Triton: numerical results, noise, and chains over several blocks of rows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def case(rows: int, features: int, classes: int):
     ("rows", "features", "classes", "sampler"),
     [(1, 1, 1, 1), (2, 15, 3, 2), (5, 33, 7, 0), (17, 65, 17, 1), (3, 129, 2, 2), (33, 16, 128, 1)],
 )
-def test_states_are_those_of_the_definition(rows, features, classes, sampler) -> None:
+def test_states_match_the_reference(rows, features, classes, sampler) -> None:
     weights, inputs = case(rows, features, classes)
     steps = make_steps(SCHEDULE, *SAMPLERS[sampler])
     noise = torch.randn(
@@ -60,8 +60,8 @@ def test_states_are_those_of_the_definition(rows, features, classes, sampler) ->
     assert torch.equal(last.cpu(), states[-1])
 
 
-def test_noise_is_that_of_every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Addressed by image, sample and timestep, drawn in blocks of which a chain sees several."""
+def test_noise_matches_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise is a function of image, sample and timestep; here it is drawn in several blocks."""
     monkeypatch.setattr(kernels, "_NOISE_BLOCK", 7)
     weights, inputs = case(9, 20, 5)
     ids = torch.arange(9, device=TRITON_DEVICE) * 10**15 - 3
@@ -78,7 +78,7 @@ def test_noise_is_that_of_every_backend(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("trajectory", [False, True])
 @pytest.mark.parametrize("given", [False, True])
-def test_blocks_of_rows_are_one_chain(
+def test_blocks_of_rows_do_not_change_the_result(
     monkeypatch: pytest.MonkeyPatch, trajectory: bool, given: bool
 ) -> None:
     weights, inputs = case(37, 20, 3)
@@ -101,7 +101,7 @@ def test_blocks_of_rows_are_one_chain(
     assert len(seen) == 7
 
 
-def test_bfloat16_rounds_what_the_hidden_layers_multiply() -> None:
+def test_bfloat16_rounds_the_operands_of_hidden_layers() -> None:
     rows, features, classes = 6, 70, 4
     weights, inputs = case(rows, features, classes)
     steps = make_steps(SCHEDULE, "ddpm_truncated", 1)
@@ -115,26 +115,28 @@ def test_bfloat16_rounds_what_the_hidden_layers_multiply() -> None:
     torch.testing.assert_close(found.cpu().double(), expected, rtol=0, atol=5e-6)
 
 
-def test_a_chain_begins_anew_after_the_steps_of_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU two steps are taken before the chain begins: to compile, and to capture."""
-    weights, inputs = case(5, 20, 3)
+def test_a_chain_can_begin_again() -> None:
+    """On a GPU the steps that compile and capture the kernels precede the first one of the chain."""
+    weights, (x, prior, guidance) = case(5, 20, 3)
     steps = make_steps(SCHEDULE, "ddim", 4, 0.5)
-
-    def run() -> torch.Tensor:
-        return denoise(*inputs, weights, steps, seed=3, trajectory=True, backend="triton")
-
-    expected = run()
-
-    def replay(chain: kernels._Chain, steps: int):
+    noise = torch.randn(4, 5, 3, device=x.device)
+    chain = kernels.Chain(
+        x, prior, guidance, [weights.conditioning, *weights.hidden], weights.eps,
+        (weights.output_weight, weights.output_bias), steps.timesteps.to(x.device),
+        torch.stack(list(steps[1:])).T.contiguous().to(x.device), 4, None,
+    )  # fmt: skip
+    chain.noise.copy_(noise)
+    chain.begin()
+    chain.step()
+    chain.step()
+    chain.begin()
+    for _ in range(4):
         chain.step()
-        chain.step()
-        return chain.step
-
-    monkeypatch.setattr(kernels._Chain, "replay", replay)
-    assert torch.equal(run(), expected)
+    expected = denoise(x, prior, guidance, weights, steps, noise=noise, backend="triton")
+    assert torch.equal(chain.y, expected)
 
 
-def test_not_a_number_stays_in_its_row() -> None:
+def test_nan_stays_in_its_row() -> None:
     weights, inputs = case(20, 17, 3)
     inputs[0][7, 3] = torch.nan
     found = denoise(*inputs, weights, make_steps(SCHEDULE, "ddim", 3), backend="triton")
@@ -163,7 +165,7 @@ def test_no_rows() -> None:
     assert states.shape == (4, 0, 3)
 
 
-def test_what_cannot_be_served_by_name_is_refused() -> None:
+def test_unsupported_arguments_raise() -> None:
     steps = make_steps(SCHEDULE, "ddim", 2)
     weights, inputs = case(2, 5, 129)
     with pytest.raises(BackendError, match=r"65536 features and 128 classes at most.*129"):

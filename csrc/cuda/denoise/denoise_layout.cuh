@@ -68,7 +68,7 @@ __device__ __forceinline__ int LaneUnit(int lane, int i) {
 // of the three layers to `affine` [3, 16 UnitTiles]. A layer is then
 //   softplus(gamma_t gain (sum scale + bias) + offset)
 // where scale is 1 except for float8 weights.
-void PackWeights(const Weights& weights, Precision precision, uint4* packed, float4* affine,
+void PackWeights(const DenoiserWeights& weights, Precision precision, uint4* packed, float4* affine,
                  cudaStream_t stream);
 
 }  // namespace diffmic::cuda::denoise
