@@ -1,5 +1,4 @@
-"""Where GPU kernels are tested: on a GPU, and on the CPU, CUDA's in the emulator of tests/emulator, Triton's in its own
-interpreter."""
+"""The backends of tests of GPU kernels: a GPU, the emulator of tests/emulator (CUDA) and Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -21,18 +20,18 @@ TRITON = pytest.param("triton", marks=pytest.mark.skipif(bool(NO_TRITON), reason
 
 
 def device_of(backend: str) -> torch.device:
-    """Where the tensors of that backend's calls are."""
+    """The device of a backend's tensors."""
     if backend == "triton":
         return TRITON_DEVICE
     return torch.device("cuda" if backend == "cuda" else "cpu")
 
 
 def seeds(backend: str, count: int) -> range:
-    """Schedules to try: seeds of the emulator, one run of a GPU."""
+    """Schedules to test: seeds of the emulator, one run on a GPU."""
     return range(count if backend == "cuda-emulated" else 1)
 
 
 def schedule(backend: str, seed: int) -> None:
-    """Let the emulator run the next launches in the order of that seed."""
+    """Set the emulator's seed, which determines the schedule of the next launches."""
     if backend == "cuda-emulated":
         _native.cuda(backend).emulator.configure(seed=seed)

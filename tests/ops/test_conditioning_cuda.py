@@ -1,4 +1,4 @@
-"""`conditioning` in CUDA: its numbers, and what they may not depend on."""
+"""`conditioning` in CUDA: numerical results, reproducibility and argument validation."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from diffmic_fast.reference.conditional_linear import ConditionalLayer
 
 pytestmark = pytest.mark.parametrize("backend", CUDA_BACKENDS)
 
-# S (0: no stream dimension), B, F, C. A block has 32 units, 32 rows at a time, 16 inputs (2 C + 1), 6 streams; a tile
-# of rows is smaller than the batch in the last two, backward and in both passes.
+# S (0: no branch dimension), B, F, C. A block has 32 channels, 32 rows at a time, 16 inputs (2 C + 1), 6 branches; in
+# the last two, a tile has fewer rows than the batch in the backward pass, and in both passes.
 SIZES = [
     (0, 2, 1, 2), (1, 7, 129, 3), (2, 33, 64, 4), (3, 5, 200, 5), (3, 35, 40, 7), (2, 4, 33, 20),
     (8, 6, 37, 3), (3, 120, 8, 2), (6, 130, 6, 2),
@@ -37,7 +37,7 @@ def kernel(
     training: bool,
     make: Callable[..., Tensor] = torch.empty,
 ) -> list[Tensor]:
-    """The module's own functions on tensors of the backend's device, into memory from `make`: as `Case.run`."""
+    """`Case.run` by the module's functions, on the backend's device, with outputs allocated by `make`."""
     module = _native.cuda(backend)
     x, y, guidance = inputs
     features = x.shape[1]
@@ -83,7 +83,7 @@ def test_one_timestep_for_all(backend: str, training: bool) -> None:
 
 
 def test_softplus_of_large_and_small_numbers(backend: str) -> None:
-    """An identity for everything else: h = softplus(bias), and its slope."""
+    """With identities elsewhere: h = softplus(bias), and its derivative."""
     n = torch.cat([torch.linspace(-86, 86, 301), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e4])])
     device = device_of(backend)
     n = n.to(device)
@@ -104,7 +104,7 @@ def test_softplus_of_large_and_small_numbers(backend: str) -> None:
 
 @pytest.mark.parametrize("batch", [60, 300])
 def test_statistics_far_from_zero(backend: str, batch: int) -> None:
-    """Rows whose mean is 300 of their deviations, in one tile and in several."""
+    """A mean of 300 standard deviations, in one tile and in several."""
     case = Case(2, batch, 5, 3)
     case.parameters[1] = (case.parameters[1] + 300).float().double()
     case.parameters[2] = torch.ones_like(case.parameters[2])
@@ -114,7 +114,7 @@ def test_statistics_far_from_zero(backend: str, batch: int) -> None:
     assert float(((found[2].double() - exact[2]) / exact[2]).abs().max()) < 1e-5
 
 
-def test_only_the_gradients_that_are_wanted(backend: str) -> None:
+def test_only_required_gradients_are_computed(backend: str) -> None:
     names = ("x", "y_t", "guidance", "weight", "bias", "gamma", "norm_weight", "norm_bias")
     device = device_of(backend)
     for batch, training in ((6, False), (6, True), (140, True)):
@@ -136,8 +136,7 @@ def test_only_the_gradients_that_are_wanted(backend: str) -> None:
                     assert leaf.grad is None
 
 
-def test_definition(backend: str, weights: Any) -> None:
-    """The recorded layer."""
+def test_the_recorded_layer_matches_the_reference(backend: str, weights: Any) -> None:
     device = device_of(backend)
     layer = ConditionalLayer(*(v.to(device) for v in weights.conditioning))
     y, guidance = torch.randn(2, 3, 4, 5).to(device)
@@ -147,7 +146,7 @@ def test_definition(backend: str, weights: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-# ---- what a result depends on ----------------------------------------------------------------
+# ---- reproducibility -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -155,7 +154,7 @@ def test_definition(backend: str, weights: Any) -> None:
     [((2, 5, 34, 3), False), ((2, 5, 34, 3), True), ((6, 100, 3, 1), True)],
     ids=["eval", "one tile", "tiles"],
 )
-def test_every_schedule_gives_the_same_bits(
+def test_bits_do_not_depend_on_the_schedule(
     backend: str, sizes: tuple[int, ...], training: bool
 ) -> None:
     case = Case(*sizes)
@@ -167,7 +166,7 @@ def test_every_schedule_gives_the_same_bits(
             assert torch.equal(a, b), (seed, name)
 
 
-def test_a_row_is_alone_in_eval_mode(backend: str) -> None:
+def test_evaluation_mode_is_batch_invariant(backend: str) -> None:
     case = Case(2, 67, 40, 3)
     (x, y, guidance), parameters, running, t, grad = parts(case, backend)
 
@@ -188,8 +187,8 @@ def test_a_row_is_alone_in_eval_mode(backend: str) -> None:
 
 @pytest.mark.parametrize("features", [36, 75])
 @pytest.mark.parametrize("training", [False, True])
-def test_strides_and_surroundings(backend: str, training: bool, features: int) -> None:
-    """Of any alignment, and in vectors where rows begin at multiples of 16 bytes."""
+def test_strides_and_surrounding_memory(backend: str, training: bool, features: int) -> None:
+    """Rows of any alignment, and 16-byte aligned rows, which are accessed as vectors."""
     case = Case(3, 6, features, 4)
     inputs, parameters, running, timesteps, grad = parts(case, backend)
     make = inputs[0].new_empty
@@ -224,7 +223,7 @@ def test_strides_and_surroundings(backend: str, training: bool, features: int) -
         assert (buffer[:7] == 42).all() and (buffer[7 + size :] == 42).all()
     for (_, buffer), copy in zip(views, copies, strict=True):
         assert torch.equal(buffer.nan_to_num(-9), copy.nan_to_num(-9))
-    # The public call copies what the kernel does not take.
+    # The public function copies arguments whose strides the kernel does not support.
     layer = ConditionalLayer(*(sliced(v, rows_only=False)[0] for v in parameters), *running)
     strided = sliced(inputs[0], rows_only=False)[0]
     h = conditioning(
@@ -237,7 +236,7 @@ def test_strides_and_surroundings(backend: str, training: bool, features: int) -
 @pytest.mark.parametrize(
     ("value", "training"), [(torch.nan, False), (torch.nan, True), (torch.inf, False)]
 )
-def test_what_is_not_finite_stays_in_its_row(backend: str, value: float, training: bool) -> None:
+def test_non_finite_values_stay_in_their_row(backend: str, value: float, training: bool) -> None:
     case = Case(2, 6, 39, 3)
     case.inputs[1][1, 4, 2] = value
     found = case.run(torch.float32, backend, training=training)
@@ -247,8 +246,8 @@ def test_what_is_not_finite_stays_in_its_row(backend: str, value: float, trainin
     assert not found[0][0].isnan().any()
 
 
-def test_a_timestep_that_gamma_does_not_have(backend: str) -> None:
-    """Not-a-number in its row, and no gradient; the public call, which reads them first, names it."""
+def test_timesteps_out_of_range(backend: str) -> None:
+    """The kernel makes their rows NaN without a gradient of gamma; the public function raises."""
     case = Case(2, 6, 39, 3)
     inputs, parameters, running, t, grad = parts(case, backend)
     expected = kernel(
@@ -293,7 +292,7 @@ def test_no_features(backend: str) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_second_derivatives_are_the_reference_s(backend: str, training: bool) -> None:
+def test_second_derivatives_match_the_reference(backend: str, training: bool) -> None:
     case = Case(2, 5, 6, 2)
 
     def second(dtype: torch.dtype, name: str) -> list[Tensor]:
@@ -348,7 +347,7 @@ def test_compiles_as_one_graph(backend: str, training: bool) -> None:
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
-# ---- who uses it, and bad arguments ----------------------------------------------------------
+# ---- the model, and argument validation ------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -366,7 +365,7 @@ def test_the_model_uses_it(backend: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert model.lin1.embed.weight.grad is not None
 
 
-def test_other_types_are_refused_by_name(backend: str) -> None:
+def test_other_dtypes_raise(backend: str) -> None:
     case = Case(0, 3, 5, 2)
     device = device_of(backend)
     inputs, parameters, running = (
@@ -377,7 +376,7 @@ def test_other_types_are_refused_by_name(backend: str) -> None:
         conditioning(*inputs, layer, case.timesteps.to(device), backend=backend)
 
 
-def test_bad_arguments_of_the_module(backend: str) -> None:
+def test_the_extension_validates_its_arguments(backend: str) -> None:
     inputs, parameters, running, t, grad = parts(Case(2, 4, 5, 3), backend)
     x, y, guidance = inputs
     make = x.new_empty

@@ -1,4 +1,4 @@
-"""`denoise` in CUDA: its numbers, and what a row's result may not depend on."""
+"""`denoise` in CUDA: numerical results, batch invariance and argument validation."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def case(backend: str, rows: int, features: int, classes: int, seed: int = 0):
         (2, 300, 5, 1), (3, 17, 130, 1), (1, 270, 5, 1),
     ],
 )  # fmt: skip
-def test_states_are_those_of_the_definition(backend, rows, features, classes, sampler) -> None:
+def test_states_match_the_reference(backend, rows, features, classes, sampler) -> None:
     weights, inputs = make_weights(features, classes), make_inputs(rows, features, classes)
     steps = make_steps(SCHEDULE, *SAMPLERS[sampler])
     noise = torch.randn(
@@ -68,8 +68,8 @@ def test_states_are_those_of_the_definition(backend, rows, features, classes, sa
     assert_states(found.cpu(), inputs, weights, steps, noise)
 
 
-def test_depth_that_fills_every_place_under_way(backend) -> None:
-    """So many features that all stages of activations are in use at once, the last warp's too."""
+def test_depth_that_fills_the_activation_pipeline(backend) -> None:
+    """Enough features that all pipeline stages of activations are in use, in the last warp too."""
     rows, features, classes = 2, 515, 3
     weights, inputs = make_weights(features, classes), make_inputs(rows, features, classes)
     steps = make_steps(SCHEDULE, "ddpm_truncated", 1)
@@ -81,7 +81,7 @@ def test_depth_that_fills_every_place_under_way(backend) -> None:
 
 
 def to_float8(weight: Tensor) -> Tensor:
-    """What the weights of each unit become: e4m3 times the 448th part of the largest."""
+    """Weights rounded to e4m3 with one scale per output channel, amax / 448."""
     scale = weight.float().abs().amax(dim=1, keepdim=True) / 448
     scale[scale == 0] = 1.0
     return (weight.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()
@@ -89,10 +89,10 @@ def to_float8(weight: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("precision", "of_weights"), [("bf16", to_bfloat16), ("fp8", to_float8)])
 @pytest.mark.parametrize(("rows", "features"), [(9, 300), (40, 70), (1, 129)])
-def test_weights_and_activations_are_rounded_and_nothing_else(
+def test_only_weights_and_activations_are_rounded(
     backend, rows, features, precision, of_weights
 ) -> None:
-    """Against float64 with the same roundings at the same places."""
+    """Compared with float64 that rounds the same values."""
     classes = 5
     weights, inputs = make_weights(features, classes), make_inputs(rows, features, classes)
     steps = make_steps(SCHEDULE, "ddpm_truncated", 1)
@@ -108,7 +108,7 @@ def test_weights_and_activations_are_rounded_and_nothing_else(
 
 
 def test_float8_of_every_magnitude(backend) -> None:
-    """Weights that are subnormal in e4m3 or vanish in it, units of zeros and of tiny numbers."""
+    """Weights that are subnormal or 0 in e4m3, output channels of zeros and of tiny weights."""
     rows, features, classes = 9, 70, 4
     weights, inputs = case(backend, rows, features, classes)
     for seed, layer in enumerate(weights.hidden):
@@ -133,8 +133,8 @@ def test_float8_of_every_magnitude(backend) -> None:
 
 
 @pytest.mark.parametrize("broken", [float("inf"), -float("inf"), float("nan")])
-def test_float8_of_a_weight_that_is_not_finite(backend, broken) -> None:
-    """Every row and class shows it."""
+def test_float8_with_a_non_finite_weight(backend, broken) -> None:
+    """All results are NaN."""
     weights, inputs = case(backend, 3, 20, 4)
     weights.hidden[1].weight[17, 18] = broken
     steps = make_steps(SCHEDULE, "ddim", 2)
@@ -142,9 +142,9 @@ def test_float8_of_a_weight_that_is_not_finite(backend, broken) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_row_is_bitwise_the_same_in_any_company(backend, precision, monkeypatch) -> None:
-    """Whatever the other rows, the launches it is cut into, and the order in which threads run."""
-    rows, features, classes = 70, 50, 3  # more than a launch takes
+def test_rows_are_batch_invariant(backend, precision, monkeypatch) -> None:
+    """Bits depend neither on other rows, nor on the launches of a chain, nor on the order of threads."""
+    rows, features, classes = 70, 50, 3  # more rows than one launch
     weights, inputs = case(backend, rows, features, classes)
     steps = make_steps(SCHEDULE, "ddim", 4, 0.3)
     images, samples = torch.arange(rows) * 10**13, torch.arange(rows) % 7
@@ -169,7 +169,7 @@ def test_a_row_is_bitwise_the_same_in_any_company(backend, precision, monkeypatc
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_every_schedule_gives_the_same_bits(backend, precision) -> None:
+def test_bits_do_not_depend_on_the_schedule(backend, precision) -> None:
     weights, inputs = case(backend, 2, 33, 3)
     steps = make_steps(SCHEDULE, "ddim", 2, 0.3)
     found = []
@@ -186,7 +186,7 @@ def test_every_schedule_gives_the_same_bits(backend, precision) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp8"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_windows_keep_the_bits(backend, sampler, rows, precision) -> None:
+def test_windows_do_not_change_the_bits(backend, sampler, rows, precision) -> None:
     weights, inputs = case(backend, rows, 40, 3)
     steps = make_steps(SCHEDULE, *sampler)
 
@@ -205,8 +205,8 @@ def test_windows_keep_the_bits(backend, sampler, rows, precision) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 7])
-def test_launches_that_find_nothing_to_do(backend, rows, monkeypatch) -> None:
-    """Windows that settle at once end a chain after a few readings; launches are made for one a step."""
+def test_launches_after_the_end_of_the_chains(backend, rows, monkeypatch) -> None:
+    """A large tolerance ends a chain after a few sweeps; launches are enqueued for one sweep per step."""
     weights, inputs = case(backend, rows, 70, 3)
     steps = make_steps(SCHEDULE, "ddim", 9, 0.3)
 
@@ -221,7 +221,7 @@ def test_launches_that_find_nothing_to_do(backend, rows, monkeypatch) -> None:
             assert torch.equal(run(), at_once), (sweeps, seed)
 
 
-def test_noise_is_that_of_the_other_backends(backend) -> None:
+def test_noise_matches_the_reference(backend) -> None:
     weights, inputs = case(backend, 3, 20, 5)
     steps = make_steps(SCHEDULE, "ddpm_truncated", 4)
     ids, samples = torch.tensor([5, 2**40, 0]), torch.tensor([0, 2**32 - 1, 9])
@@ -236,7 +236,7 @@ def test_noise_is_that_of_the_other_backends(backend) -> None:
         assert torch.equal(found[0], expected[0])
 
 
-def test_weights_changed_in_place_are_seen(backend) -> None:
+def test_in_place_changes_of_weights_take_effect(backend) -> None:
     weights, inputs = case(backend, 2, 20, 3)
     steps = make_steps(SCHEDULE, "ddim", 2)
     before = denoise(*inputs, weights, steps, backend=backend)
@@ -257,7 +257,7 @@ def test_no_rows_and_no_steps(backend) -> None:
     )
 
 
-def test_progress_is_told_and_stops_the_chain(backend, monkeypatch) -> None:
+def test_progress_is_reported_and_can_stop_the_chain(backend, monkeypatch) -> None:
     weights, inputs = case(backend, 2, 20, 3)
     steps = make_steps(SCHEDULE, "ddpm")
     monkeypatch.setattr(ops, "_READINGS_A_LAUNCH", 16)
@@ -273,7 +273,7 @@ def test_progress_is_told_and_stops_the_chain(backend, monkeypatch) -> None:
         denoise(*inputs, weights, steps, backend=backend, progress=stop)
 
 
-def test_what_the_kernel_does_not_take_is_said(backend) -> None:
+def test_unsupported_arguments_raise(backend) -> None:
     weights, inputs = case(backend, 2, 20, 3)
     steps = make_steps(SCHEDULE, "ddim", 2)
     with pytest.raises(
@@ -299,7 +299,7 @@ def test_what_the_kernel_does_not_take_is_said(backend) -> None:
         )
 
 
-def test_the_extension_checks_what_it_is_given(backend) -> None:
+def test_the_extension_validates_its_arguments(backend) -> None:
     module = _native.cuda(backend)
     with pytest.raises(ValueError, match="features must be 1 to 65536 and classes 1 to 512"):
         module.denoise_workspace(0, 3, 1, 1, 1, "fp32", 0)

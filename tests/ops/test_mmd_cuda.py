@@ -1,4 +1,4 @@
-"""`mmd` in CUDA: its numbers, any schedule, any strides, and what the host cannot check."""
+"""`mmd` in CUDA: numerical results, schedules, strides, and errors that only the device can detect."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from diffmic_fast.reference import mmd as reference
 pytestmark = pytest.mark.parametrize("backend", CUDA_BACKENDS)
 
 DTYPES = [torch.float32, torch.float64]
-# One tile of 64 rows in all, two of short rows, tiles that are shared out; rows of one stage of 32
-# (16) elements, of several, and of more than one stretch of 128.
+# One tile of 64 rows, two tiles of short rows, tiles shared by several blocks; rows of one stage of 32
+# (float64: 16) elements, of several, and of more than 128 elements.
 SHAPES = [(1, 1, 1), (3, 7, 2), (32, 32, 5), (31, 33, 40), (65, 63, 16), (129, 1, 7), (97, 131, 33),
           (20, 50, 133)]  # fmt: skip
 
@@ -71,7 +71,7 @@ def test_kernel_matrix_and_its_gradients(
     leaves = [tensor.detach().clone().requires_grad_() for tensor in on(backend, x, y)]
     kernel = kernel_matrix(*leaves, bandwidth=bandwidth, backend=backend)
     found = torch.autograd.grad((kernel * weight.to(kernel.device)).sum(), leaves)
-    # The median may be another distance's by a rounding of distances.
+    # Rounding may make another distance the median.
     error = TOLERANCE[dtype] * (10 if bandwidth == "median" else 1)
     assert float((kernel.detach().cpu().double() - wanted.detach()).abs().max()) <= error
     for got, want in zip(found, expected, strict=True):
@@ -81,8 +81,8 @@ def test_kernel_matrix_and_its_gradients(
 
 
 @pytest.mark.parametrize("d", [2, 34])
-def test_blocks_that_take_one_tile_after_another(d: int, backend: str) -> None:
-    """Nine and more tiles of 64 columns, which at most eight blocks share."""
+def test_several_tiles_per_block(d: int, backend: str) -> None:
+    """At least nine tiles of 64 columns, shared by at most eight blocks."""
     x, y = rows(3, d, torch.float32), rows(574, d, torch.float32, seed=1)
     weight = rows(3, 574, torch.float32, seed=2)
 
@@ -101,7 +101,7 @@ def test_blocks_that_take_one_tile_after_another(d: int, backend: str) -> None:
 
 @pytest.mark.parametrize("which", ["x", "y", "neither"])
 @pytest.mark.parametrize("shape", [(40, 30, 5), (90, 70, 33), (140, 90, 6)])
-def test_the_value_does_not_depend_on_which_gradients_are_wanted(
+def test_the_value_does_not_depend_on_required_gradients(
     shape: tuple[int, ...], which: str, backend: str
 ) -> None:
     n, m, d = shape
@@ -123,7 +123,7 @@ def test_the_value_does_not_depend_on_which_gradients_are_wanted(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["contiguous", "transposed", "slice", "spread"])
-def test_strides_and_surroundings(kind: str, dtype: torch.dtype, backend: str) -> None:
+def test_strides_and_surrounding_memory(kind: str, dtype: torch.dtype, backend: str) -> None:
     x, y = on(backend, rows(35, 36, dtype), rows(70, 36, dtype, seed=1))
     u, v = in_a_buffer(x, kind), in_a_buffer(y, kind)
     weights = on(backend, rows(70, 1, dtype)[:, 0].abs())[0][::2]
@@ -152,7 +152,7 @@ def test_strides_and_surroundings(kind: str, dtype: torch.dtype, backend: str) -
 def test_the_median_is_one_of_the_distances(
     shape: tuple[int, int], d: int, dtype: torch.dtype, backend: str
 ) -> None:
-    """Whole numbers, whose distances have no rounding: one launch and several, with ties."""
+    """Integers, whose distances are exact: one launch and several, with ties."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randint(-9, 9, (n, d), generator=generator).to(dtype) for n in shape)
     found = torch.ops.diffmic_fast.mmd_median(*on(backend, x, y), backend)
@@ -171,10 +171,10 @@ def test_the_median_has_the_bits_of_the_cpu(d: int, dtype: torch.dtype, backend:
 
 @pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 50), (torch.float64, 5)])
 @pytest.mark.parametrize("shape", [(9, 6, 3), (66, 1, 33)])
-def test_any_schedule_gives_the_same_bits(
+def test_bits_do_not_depend_on_the_schedule(
     shape: tuple[int, ...], dtype: torch.dtype, count: int, backend: str
 ) -> None:
-    """One launch, and blocks that share rows, of elements for one stage and for two."""
+    """One launch, and blocks that share rows, with one and two stages of elements."""
     n, m, d = shape
     x, y = on(backend, rows(n, d, dtype), rows(m, d, dtype, seed=1))
     weights = torch.arange(1.0, n + 1, dtype=dtype, device=x.device)
@@ -190,7 +190,7 @@ def test_any_schedule_gives_the_same_bits(
     schedule(backend, 0)
 
 
-def test_any_schedule_finds_the_same_median(backend: str) -> None:
+def test_the_median_does_not_depend_on_the_schedule(backend: str) -> None:
     x, y = on(backend, rows(128, 1, torch.float32), rows(1, 1, torch.float32, seed=1))
     expected = float(torch.pdist(torch.cat([x, y])).square().median())
     for seed in seeds(backend, 50):
@@ -200,17 +200,17 @@ def test_any_schedule_finds_the_same_median(backend: str) -> None:
     schedule(backend, 0)
 
 
-def test_small_calls_are_one_launch_without_scratch_memory(backend: str) -> None:
+def test_small_calls_need_no_workspace(backend: str) -> None:
     kernels = _native.cuda(backend)
     assert kernels.mmd_scratch(64, 64, 32, 4, True) == 0
     assert kernels.mmd_scratch(32, 32, 4096, 8, True) == 0
     assert kernels.mmd_median_scratch(64, 64, 4) == 0
-    # O((n + m) d), with at most eight sums of two numbers an element.
+    # O((n + m) d): at most eight partial sums, pairs of numbers, per element.
     for n, d in ((65, 32), (1000, 5), (20000, 512)):
         assert 0 < kernels.mmd_scratch(n, n, d, 4, True) <= 2 * n * d * 8 + 3 * 8 * 1024
 
 
-def test_equal_rows_far_rows_and_small_discrepancies(backend: str) -> None:
+def test_equal_rows_distant_rows_and_small_discrepancies(backend: str) -> None:
     (x,) = on(backend, rows(70, 37, torch.float32) * 100)
     kernel = kernel_matrix(x, x.clone(), bandwidth=0.01, backend=backend)
     assert torch.equal(kernel.cpu(), torch.eye(70))
@@ -229,8 +229,10 @@ def test_equal_rows_far_rows_and_small_discrepancies(backend: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "bound", "last"), [(torch.float32, 3e-7, 13.0), (torch.float64, 1e-15, 37.0)]
 )
-def test_the_exponential(dtype: torch.dtype, bound: float, last: float, backend: str) -> None:
-    """Of arguments x^2 / 2 without rounding errors of their own."""
+def test_accuracy_of_the_exponential(
+    dtype: torch.dtype, bound: float, last: float, backend: str
+) -> None:
+    """For arguments x^2 / 2 that are exact."""
     (x,) = on(backend, torch.arange(0, last, 1 / 32, dtype=dtype)[:, None])
     zero = x.new_zeros(1, 1)
     kernel = kernel_matrix(x, zero, bandwidth=1.0, backend=backend).double()
@@ -239,7 +241,7 @@ def test_the_exponential(dtype: torch.dtype, bound: float, last: float, backend:
     assert not kernel_matrix(x + 1e4, zero, bandwidth=1.0, backend=backend).any()
 
 
-def test_what_only_the_gpu_has_seen_is_not_a_number(backend: str) -> None:
+def test_invalid_weights_and_medians_give_nan(backend: str) -> None:
     x, y = on(backend, rows(40, 5, torch.float32), rows(30, 5, torch.float32, seed=1))
     equal = torch.zeros_like(x)
     ones, none = torch.ones(40, device=x.device), torch.zeros(40, device=x.device)
@@ -256,7 +258,7 @@ def test_what_only_the_gpu_has_seen_is_not_a_number(backend: str) -> None:
     assert mmd(x, y, x_weights=one, backend=backend).isfinite()
 
 
-def test_arguments_that_do_not_fit(backend: str) -> None:
+def test_the_extension_validates_its_arguments(backend: str) -> None:
     (x,) = on(backend, torch.zeros(200, 5))
     kernels = _native.cuda(backend)
     value, scratch = x.new_empty(()), x.new_empty(5, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""`rois` in CUDA: schedules, shapes that take other kernels, and saliency that is not finite."""
+"""`rois` in CUDA: schedules, shapes of every kernel variant, and saliency that is not finite."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.parametrize("backend", CUDA_BACKENDS)
 
 
 def rois(backend: str, saliency: Tensor, images: Tensor, *arguments: Any) -> ops.Rois:
-    """Inputs go to the backend's device, results come back."""
+    """`rois` on the backend's device, with results on the CPU."""
     device = device_of(backend)
     found = ops.rois(saliency.to(device), images.to(device), *arguments, backend=backend)
     return ops.Rois(*(part.cpu() for part in found))
@@ -42,7 +42,7 @@ def choose_windows(backend: str, saliency: Tensor, *arguments: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(("dtype", "value"), NOT_FINITE)
-def test_saliency_that_is_not_finite_marks_its_image_on_a_gpu(
+def test_non_finite_saliency_marks_its_image(
     backend: str, dtype: torch.dtype, value: float
 ) -> None:
     saliency = not_finite_saliency(dtype, value)[15:19]
@@ -61,7 +61,7 @@ def test_saliency_that_is_not_finite_marks_its_image_on_a_gpu(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_gradient_of_every_dtype(backend: str, dtype: torch.dtype) -> None:
-    """Sums are of float32 and rounded once: half types err by one rounding of result and share."""
+    """Sums are in float32: half types have the error of one rounding each of the result and the share."""
     images = torch.randint(0, 4, (2, 3, 30, 41)).to(dtype).requires_grad_()
     origins = origins_around(2, 5, 30, 41)
     weight = torch.randn(2, 5, 3, 9, 8).to(dtype)
@@ -76,9 +76,9 @@ def test_gradient_of_every_dtype(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("side", "dtype"),
-    [(40, torch.float32), (72, torch.float64)],  # one block a plane, and two that meet
+    [(40, torch.float32), (72, torch.float64)],  # one block per plane, and two
 )
-def test_any_schedule_gives_the_same_bits(backend: str, side: int, dtype: torch.dtype) -> None:
+def test_bits_do_not_depend_on_the_schedule(backend: str, side: int, dtype: torch.dtype) -> None:
     saliency = random_images((2, 3, 7, 7), torch.float32)
     images = random_images((2, 1, side, side), dtype)
     origins = torch.tensor([[[-3, 5], [side - 8, side - 8]], [[4, 4], [-20, 0]]])
@@ -102,7 +102,7 @@ def test_any_schedule_gives_the_same_bits(backend: str, side: int, dtype: torch.
     torch.testing.assert_close(first, cpu, rtol=1e-5, atol=1e-5)
 
 
-def test_maps_beyond_shared_memory(backend: str) -> None:
+def test_maps_larger_than_shared_memory(backend: str) -> None:
     saliency = random_images((2, 9, 56, 61), torch.float32)
     assert _native.cuda(backend).choose_windows_scratch(2, (56, 61), (3, 2)) > 0
     expected = reference.choose_windows(saliency, (3, 2), 4)
@@ -121,7 +121,7 @@ def test_planes_of_several_blocks(backend: str, dtype: torch.dtype) -> None:
 
 
 def test_gradient_of_planes_of_several_blocks(backend: str) -> None:
-    """What leaves the image goes to the minimum's pixels, which each block has counted in its part."""
+    """The gradient of the fill is divided among the pixels of the minimum, over all blocks."""
     images = torch.randint(0, 4, (2, 2, 72, 75)).double().requires_grad_()
     scratch = _native.cuda(backend).cut_crops_scratch(
         images.detach().to(device_of(backend)), 3, (16, 16), False, True
