@@ -14,7 +14,7 @@ struct KernelArguments {
   int features, classes, unit_tiles, stages, pass_tiles, slots, resident;
   const uint4* packed;
   const float4* affine;  // [3][16 unit_tiles]: gain, bias, offset, scale (denoise_pack.cu)
-  DenoiseCall call;  // all rows; the launch computes `chains` of them from first_row on
+  DenoiseCall call;      // all rows; the launch computes `chains` of them from first_row on
   std::int64_t first_row;
   int chains, window;
   bool fresh;  // this is the first launch of its chains
