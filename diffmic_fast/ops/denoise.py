@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -211,7 +211,7 @@ def denoise(
                 sample_ids=sample_ids, trajectory=trajectory,
             )  # fmt: skip
     if progress is not None:
-        return _run(call, progress)
+        return _run(*call, progress=progress)
     states: Tensor = torch.ops.diffmic_fast.denoise.default(*call)
     return states
 
@@ -293,8 +293,9 @@ def _obstacle(backend: str, call: Call) -> str:
     return ""
 
 
-def _run(call: Call, progress: Callable[[int, int], None] | None = None) -> Tensor:
-    """Run the kernels of a call's backend, which is not the reference."""
+def _run(*fields: Any, progress: Callable[[int, int], None] | None = None) -> Tensor:
+    """Run the kernels of a backend, which is not the reference, on the fields of a `Call`."""
+    call = Call(*fields)
     steps = call.timesteps.shape[0]
     out = call.prior.new_empty(call.prior.shape)
     states = call.prior.new_empty((steps + 1, *call.prior.shape)) if call.trajectory else None
@@ -380,15 +381,11 @@ def _default_window(call: Call) -> int:
     return max(wanted // max(rows, 1), 1)
 
 
-def _fake(call: Call) -> Tensor:
+def _fake(*fields: Any) -> Tensor:
+    call = Call(*fields)
     shape = call.prior.shape
     states = (call.timesteps.shape[0] + 1, *shape) if call.trajectory else shape
     return call.prior.new_empty(states)
 
 
-register(
-    "denoise",
-    _SCHEMA,
-    lambda *arguments: _run(Call(*arguments)),
-    lambda *arguments: _fake(Call(*arguments)),
-)
+register("denoise", _SCHEMA, _run, _fake)
