@@ -254,6 +254,7 @@ def test_sdist_contains_what_a_build_needs(sdist: Path) -> None:
         "LICENSE",
         "README.md",
         ".ci/run",
+        "build_support/plan.py",
         "csrc/bindings/module.cpp",
         "csrc/bindings/build_config.h.in",
         "csrc/cpu/rois/rois.cpp",
