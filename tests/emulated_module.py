@@ -21,6 +21,8 @@ _PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.de
 
 def obstacle() -> str:
     """Why the emulator cannot be built here; empty if it can."""
+    if not (SOURCE / "csrc").is_dir():
+        return "the emulator needs the sources, csrc is not beside tests"
     try:
         import pybind11  # noqa: F401
     except ImportError:

@@ -308,7 +308,8 @@ print(json.dumps({"file": _native.extension().__file__, "gpu": found["gpu"]["rea
         SOURCE / "tests", outside / "tests", ignore=shutil.ignore_patterns("__pycache__")
     )
     shutil.copy(SOURCE / "pyproject.toml", outside)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *OUTSIDE]
+    selected = ["-m", "not slow and not emulated", *OUTSIDE]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selected]
     done = subprocess.run(
         command, cwd=outside, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
         capture_output=True, text=True, check=False,
