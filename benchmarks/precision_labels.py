@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from diffmic_fast.checkpoint import NAME, load_model, read_checkpoint
 from diffmic_fast.config.run import RunConfig
-from diffmic_fast.config.yaml_reader import merge, parse_override
+from diffmic_fast.config.yaml_reader import with_overrides
 from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
@@ -140,9 +140,7 @@ def main() -> None:
     values: Any = read_checkpoint(path, mmap=True).extras.get("config")
     if values is None:
         parser.error(f"{path} has no configuration inside")
-    for override in options.overrides:
-        values = merge(values, parse_override(override))
-    config = RunConfig.from_dict(values)
+    config = RunConfig.from_dict(with_overrides(values, options.overrides))
     model, _ = load_model(path, None, config)
     sampling = SamplingOptions.from_config(config.sampling)
     results = agreements(

@@ -16,7 +16,7 @@ from diffmic_fast._optional import require
 from diffmic_fast.checkpoint import NAME, load_model, read_checkpoint
 from diffmic_fast.cli import EXIT_FAILED, EXIT_UNREADABLE
 from diffmic_fast.config.run import RunConfig, read_config
-from diffmic_fast.config.yaml_reader import merge, parse_override
+from diffmic_fast.config.yaml_reader import with_overrides
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.devices import choose_device
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
@@ -180,9 +180,7 @@ def _config(args: argparse.Namespace, checkpoint: Path | None) -> RunConfig:
             f"checkpoint: {checkpoint} has no configuration inside (its weights say {sizes}); give --config with the "
             "one it was trained with"
         )
-    for override in args.overrides:
-        values = merge(values, parse_override(override))
-    return RunConfig.from_dict(values)
+    return RunConfig.from_dict(with_overrides(values, args.overrides))
 
 
 def _sampling(args: argparse.Namespace, config: RunConfig) -> SamplingOptions:

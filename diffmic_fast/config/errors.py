@@ -34,7 +34,9 @@ def _describe(error: Any, config: type) -> str:
         return f"unknown key '{key}' {place}; the nearest known key is '{hint}'"
     if kind == "missing":
         return f"{where} is missing and has no default"
-    if kind == "value_error":  # raised by a section's own checks
-        return f"{where}: {error['ctx']['error']}" if where else str(error["ctx"]["error"])
+    if kind == "value_error":  # raised by a check of ours
+        text = str(error["ctx"]["error"])
+        colon = "" if text.startswith("must be") or not where else ":"
+        return f"{where}{colon} {text}".lstrip()
     what = error["msg"].replace("Input should be", "must be")
     return f"{where} {what}, got {value!r}"

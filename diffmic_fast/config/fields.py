@@ -7,9 +7,18 @@ single whole number where a list of them is expected (`train_folds: 1`).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field, Strict, StrictBool, StrictInt
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    StrictBool,
+    StrictInt,
+)
 
 # Unknown keys are errors. Sections are mutable, so they are checked again when a RunConfig takes them.
 SECTION = ConfigDict(extra="forbid", allow_inf_nan=False, revalidate_instances="always")
@@ -21,6 +30,17 @@ def _integer_as_text(value: Any) -> Any:
 
 def _integer_as_list(value: Any) -> Any:
     return [value] if type(value) is int else value
+
+
+def one_of(names: Collection[str]) -> AfterValidator:
+    """The check that a text is one of `names`."""
+
+    def check(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"must be one of {', '.join(names)}, got {name!r}")
+        return name
+
+    return AfterValidator(check)
 
 
 Flag = StrictBool

@@ -5,17 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, Strict
+from pydantic import Field, Strict
 
-from diffmic_fast.config.fields import AtLeastTwo, Count, Number, OpenUnit
+from diffmic_fast.config.fields import AtLeastTwo, Count, Number, OpenUnit, one_of
 from diffmic_fast.diffusion.schedule import SCHEDULES
 from diffmic_fast.reference.rois import Channels
-
-
-def _schedule(name: str) -> str:
-    if name not in SCHEDULES:
-        raise ValueError(f"must be one of {', '.join(SCHEDULES)}, got {name!r}")
-    return name
 
 
 # A dataclass of the standard library: by itself it is not checked, because the model checks its arguments; as the
@@ -46,7 +40,7 @@ class DiffMICConfig:
     classes: AtLeastTwo
     image_size: Count = 224
     timesteps: AtLeastTwo = 1000
-    schedule: Annotated[str, AfterValidator(_schedule)] = "linear"
+    schedule: Annotated[str, one_of(SCHEDULES)] = "linear"
     beta_start: OpenUnit = 1e-4
     beta_end: OpenUnit = 2e-2
     feature_dim: Count = 6144

@@ -19,7 +19,7 @@ from diffmic_fast.config.fields import SECTION
 from diffmic_fast.config.model import DiffMICConfig
 from diffmic_fast.config.sampling import SamplingConfig
 from diffmic_fast.config.training import TrainingConfig
-from diffmic_fast.config.yaml_reader import merge, parse_override, parse_yaml
+from diffmic_fast.config.yaml_reader import parse_yaml, with_overrides
 from diffmic_fast.diffusion.samplers import check_sampler
 
 _PRESETS = importlib.resources.files("diffmic_fast.config") / "presets"
@@ -107,7 +107,7 @@ def read_config(name: str | Path, overrides: Iterable[str | Mapping[str, Any]] =
 
     Args:
         name: preset name (`presets()`) or path of a YAML file.
-        overrides: texts "section.key=value" (the value read as YAML) or nested mappings.
+        overrides: see `yaml_reader.with_overrides`.
 
     Raises:
         ValueError: a file that is missing or not YAML, unknown keys, wrong values; names file, section and key.
@@ -120,9 +120,7 @@ def read_config(name: str | Path, overrides: Iterable[str | Mapping[str, Any]] =
         values, reports = translate(values)
         for message in reports:
             warnings.warn(f"{what}: {message}", UserWarning, stacklevel=2)
-    for override in overrides:
-        change = parse_override(override) if isinstance(override, str) else override
-        values = merge(values, change)
+    values = with_overrides(values, overrides)
     try:
         return RunConfig.from_dict(values)
     except ValueError as error:

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, Strict
+from pydantic import Field, Strict
 from pydantic.dataclasses import dataclass
 
-from diffmic_fast.config.fields import SECTION, Count, Integer
+from diffmic_fast.config.fields import SECTION, Count, Integer, one_of
 from diffmic_fast.diffusion.samplers import SAMPLERS
-
-
-def _known_sampler(name: str) -> str:
-    if name not in SAMPLERS:
-        raise ValueError(f"must be one of {', '.join(SAMPLERS)}, got {name!r}")
-    return name
 
 
 @dataclass(config=SECTION)
@@ -34,7 +28,7 @@ class SamplingConfig:
         ValueError: from the constructor, for a value of another type or out of its range.
     """
 
-    sampler: Annotated[str, AfterValidator(_known_sampler)] = "ddpm_truncated"
+    sampler: Annotated[str, one_of(SAMPLERS)] = "ddpm_truncated"
     steps: Integer | None = 60
     eta: Annotated[float, Strict(), Field(ge=0, le=1)] = 0.0
     samples: Count = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import yaml
@@ -54,17 +54,26 @@ def parse_yaml(text: str, what: str) -> Any:
         raise ValueError(f"{what}: {error}") from error
 
 
-def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+def with_overrides(
+    values: Mapping[str, Any], overrides: Iterable[str | Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """`values` with overrides on top: texts "section.key=value" (the value read as YAML) or nested mappings."""
+    for change in overrides:
+        values = _merged(values, _parsed(change) if isinstance(change, str) else change)
+    return values
+
+
+def _merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the entries of `change` on top, sections merged key by key."""
     merged = dict(base)
     for key, value in change.items():
         if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
-            value = merge(merged[key], value)
+            value = _merged(merged[key], value)
         merged[key] = value
     return merged
 
 
-def parse_override(text: str) -> dict[str, Any]:
+def _parsed(text: str) -> dict[str, Any]:
     """'training.batch_size=16' as {'training': {'batch_size': 16}}; the value is read as YAML."""
     name, equals, value = text.partition("=")
     keys = name.strip().split(".")

@@ -79,7 +79,7 @@ def test_unknown_keys_name_section_and_nearest_known_key(tmp_path):
         ("model.classes=1", "model.classes must be greater than or equal to 2, got 1"),
         ("model.image_size=-96", "model.image_size must be greater than or equal to 1, got -96"),
         ("model.image_size=16", "model.crop_size must be at most image_size 16, got 32"),
-        ("model.schedule=linea", "model.schedule: must be one of linear"),
+        ("model.schedule=linea", "model.schedule must be one of linear"),
         ("model.beta_end=2", "model.beta_end must be less than 1, got 2"),
         ("model.encoder=18", "model.encoder must be a valid string, got 18"),
         ("sampling.steps=5000", "steps must be in [1, 1000]"),
