@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffmic_fast._optional import require
 from diffmic_fast.atomic_files import atomic_file
 from diffmic_fast.inference.metrics import NAMES
 from diffmic_fast.training.progress import Progress
@@ -93,18 +94,16 @@ class TensorBoardLog:
     """The numbers of each epoch as TensorBoard events; those after the first `epochs` are purged.
 
     Raises:
-        ValueError: from the constructor, where TensorBoard is not installed.
+        MissingPackageError: from the constructor, where TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path, epochs: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                f"log: TensorBoard cannot be loaded ({error}); install the package tensorboard, or set "
-                "training.tensorboard=false"
-            ) from error
-        self.writer = SummaryWriter(str(folder), purge_step=epochs or None)
+        tensorboard = require(
+            "torch.utils.tensorboard",
+            extra="train",
+            purpose="training.tensorboard=true (false does without)",
+        )
+        self.writer = tensorboard.SummaryWriter(str(folder), purge_step=epochs or None)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write every number of `row` at its epoch."""
