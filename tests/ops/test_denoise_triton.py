@@ -105,7 +105,7 @@ def test_bfloat16_rounds_the_operands_of_hidden_layers() -> None:
     rows, features, classes = 6, 70, 4
     weights, inputs = case(rows, features, classes)
     steps = make_steps(SCHEDULE, "ddpm_truncated", 1)
-    noise = torch.randn(1, rows, classes)
+    noise = torch.randn(1, rows, classes, generator=torch.Generator().manual_seed(1))
     found = denoise(
         *inputs, weights, steps, noise=noise.to(TRITON_DEVICE), precision="bf16", backend="triton"
     )
@@ -123,7 +123,7 @@ def test_a_chain_can_begin_again() -> None:
     chain = kernels.Chain(
         x, prior, guidance, [weights.conditioning, *weights.hidden], weights.eps,
         (weights.output_weight, weights.output_bias), steps.timesteps.to(x.device),
-        torch.stack(list(steps[1:])).T.contiguous().to(x.device), 4, None,
+        torch.stack(steps[1:-1]).T.contiguous().to(x.device), 4, None,
     )  # fmt: skip
     chain.noise.copy_(noise)
     chain.begin()
