@@ -1,4 +1,5 @@
-"""The operations in plain PyTorch: the definitions that every kernel is held against (read beside the mathematics).
+"""The operations in plain PyTorch: the definitions that all kernels are tested against.
 
-Nothing here is written to be fast, and nothing here checks more than it needs: the public calls are `diffmic_fast.ops`.
+Written to be read next to docs/algorithm.md, not to be fast, and with few checks: the public calls are in
+`diffmic_fast.ops`.
 """

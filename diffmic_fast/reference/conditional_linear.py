@@ -1,4 +1,4 @@
-"""A conditional layer: gamma and BatchNorm around a product, then softplus (spec, section 4)."""
+"""A conditional layer of the denoiser (docs/algorithm.md, "Denoiser")."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class ConditionalLayer(NamedTuple):
     Attributes:
         weight: [out, in].
         bias: [out].
-        gamma: [T + 1, out], one row a timestep.
-        norm_weight, norm_bias, running_mean, running_var: [out], those of BatchNorm1d.
+        gamma: [T + 1, out], one row per timestep.
+        norm_weight, norm_bias, running_mean, running_var: [out], the parameters and running statistics of BatchNorm1d.
     """
 
     weight: Tensor
@@ -40,24 +40,20 @@ def conditional_linear(
     """softplus(BN(gamma_t * (W h + b))).
 
     Args:
-        h: [B, in], or [S, B, in] for S streams.
+        h: [B, in], or [S, B, in] for S guidance branches.
         layer: parameters; the running statistics are updated in place in training.
-        timesteps: [B] or [1] int64 in [0, T], shared by the streams.
-        training: normalise with the statistics of the batch, taken for each stream on its own, and update the running
-            statistics once a stream, in order. Otherwise use the running statistics.
+        timesteps: [B] or [1] int64 in [0, T], shared by the branches.
+        training: normalise with the statistics of the batch, computed for each branch separately, and update the
+            running statistics once per branch, in order. Otherwise normalise with the running statistics.
         momentum: weight of a batch in the running statistics.
-        eps: BatchNorm's.
+        eps: epsilon of BatchNorm.
 
     Returns:
         [B, out] or [S, B, out].
     """
+    product = F.linear(h, layer.weight, layer.bias)
     return conditional_norm(
-        F.linear(h, layer.weight, layer.bias),
-        layer,
-        timesteps,
-        training=training,
-        momentum=momentum,
-        eps=eps,
+        product, layer, timesteps, training=training, momentum=momentum, eps=eps
     )
 
 
@@ -70,22 +66,12 @@ def conditional_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """softplus(BN(gamma_t * product)): what stands around the product W h + b, [B, out] or [S, B, out]."""
+    """softplus(BN(gamma_t * product)), product = W h + b [B, out] or [S, B, out]; else as `conditional_linear`."""
     scaled = layer.gamma[timesteps] * product
-    streams = scaled if scaled.ndim == 3 else scaled[None]
-    normed = torch.stack(
-        [
-            F.batch_norm(
-                stream,
-                layer.running_mean,
-                layer.running_var,
-                layer.norm_weight,
-                layer.norm_bias,
-                training,
-                momentum,
-                eps,
-            )
-            for stream in streams
-        ]
-    )
-    return F.softplus(normed.view_as(scaled))
+    running = layer.running_mean, layer.running_var
+    affine = layer.norm_weight, layer.norm_bias
+    normed = [
+        F.batch_norm(branch, *running, *affine, training, momentum, eps)
+        for branch in (scaled if scaled.ndim == 3 else scaled[None])
+    ]
+    return F.softplus(torch.stack(normed).view_as(scaled))

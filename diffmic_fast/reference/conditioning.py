@@ -1,4 +1,4 @@
-"""Dual-guidance conditioning: noisy label and guidance of all streams to h1 (spec, section 4, first line)."""
+"""Dual-guidance conditioning: the denoiser's first layer (docs/algorithm.md, "Denoiser" and "Training step")."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def conditioning(
     """h1 = x * softplus(BN1(gamma1_t * (W1 [y_t ; guidance] + b1))).
 
     Args:
-        x: [B, F] image features after `norm`, shared by the streams.
-        y_t: [B, C], or [S, B, C] for S streams.
+        x: [B, F] normalised image features, shared by the branches.
+        y_t: [B, C], or [S, B, C] for S guidance branches.
         guidance: shape of `y_t`.
         layer: first conditional layer, 2C -> F; running statistics are updated in place in training.
         timesteps: [B] or [1] int64 in [0, T].
@@ -42,12 +42,12 @@ def conditioning(
 
 
 class NoisedConditioning(NamedTuple):
-    """What `noised_conditioning` makes.
+    """Results of `noised_conditioning`.
 
     Attributes:
-        h: [B, F] or [S, B, F], the layer's output.
-        y_t: [B, C] or [S, B, C], the noisy labels that went into it.
-        noise: [B, C], what they were made with.
+        h: [B, F] or [S, B, F], the output of the layer.
+        y_t: [B, C] or [S, B, C], the noisy labels.
+        noise: [B, C], the noise in them.
     """
 
     h: Tensor
@@ -72,15 +72,15 @@ def noised_conditioning(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> NoisedConditioning:
-    """`conditioning` of y_t = a y_0 + (1 - a) guidance + d noise, a and d the two tables at the row's timestep.
+    """`conditioning` of y_t = a y_0 + (1 - a) guidance + d noise, a and d the two tables at the timestep of the row.
 
     Args:
         x, layer, timesteps, training, momentum, eps: as in `conditioning`; timesteps in [0, T).
-        y_0: [B, C] label vectors, shared by the streams.
+        y_0: [B, C] label vectors, shared by the branches.
         guidance: [B, C] or [S, B, C], prior mean of the noisy labels and guidance of the layer.
-        sqrt_alpha_bar, sqrt_one_minus_alpha_bar: [T], the schedule's.
-        noise: [B, C], shared by the streams; without it Philox's, addressed by (seed, image, sample, timestep 0).
-        seed, image_ids, sample_ids: see `philox.normal`; by default images are 0 … B-1 and samples 0.
+        sqrt_alpha_bar, sqrt_one_minus_alpha_bar: [T], the tables of the schedule.
+        noise: [B, C], shared by the branches. Default: Philox noise at (seed, image, sample, timestep 0).
+        seed, image_ids, sample_ids: see `philox.normal`; default images are 0 … B-1, default samples 0.
     """
     rows, classes = y_0.shape
     if noise is None:

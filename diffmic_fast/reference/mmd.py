@@ -1,4 +1,4 @@
-"""Maximum mean discrepancy of two row sets (spec, section 5)."""
+"""Maximum mean discrepancy of two sets of rows (docs/algorithm.md, "Maximum mean discrepancy")."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Estimator = Literal["biased", "unbiased"]
 def median_squared_distance(x: Tensor, y: Tensor) -> float:
     """The median of |z_i - z_j|^2 over all i < j, z the rows of x and y together.
 
-    Of an even number of distances the lower of the two in the middle; not-a-number where one is.
+    The lower of the two middle values if their number is even; NaN if one of them is NaN.
 
     Args:
         x: [n, d] floating.
@@ -33,14 +33,14 @@ def kernel_matrix(x: Tensor, y: Tensor, *, bandwidth: Bandwidth = None) -> Tenso
     Args:
         x: [n, d] floating; half types are computed in float32.
         y: [m, d], dtype and device of `x`.
-        bandwidth: b of exp(-|x_i - y_j|^2 / (2 b^2)); of several, the kernels' mean; "median" takes
-            the median distance between the rows of x and y together, as a constant.
+        bandwidth: b of exp(-|x_i - y_j|^2 / (2 b^2)); of several, the mean of the kernels; "median" is the median
+            distance between the rows of x and y together, as a constant.
 
     Returns:
         [n, m], dtype of `x`.
 
     Raises:
-        ValueError: bandwidth="median", and half of all pairs of rows or more are equal.
+        ValueError: at least half of all pairs of rows are equal with bandwidth="median".
     """
     dtype = torch.promote_types(x.dtype, y.dtype)
     x, y = _widened(x), _widened(y)
@@ -72,16 +72,16 @@ def mmd(
         x: [n, d] floating, n >= 1 (unbiased: 2); half types are computed in float32.
         y: [m, d], m >= 1 (unbiased: 2), dtype and device of `x`.
         bandwidth: as in `kernel_matrix`.
-        estimator: "biased" takes means over all pairs, "unbiased" leaves the pairs of a row with
-            itself out of the first two.
-        x_weights, y_weights: [n], [m], a weight a row: a pair weighs the product of its two. Only
-            their ratios matter. No gradient passes.
+        estimator: "biased" takes means over all pairs, "unbiased" excludes the pairs of a row with itself from the
+            first two.
+        x_weights, y_weights: [n], [m], a weight per row: a pair has the product of its two weights. Only their ratios
+            matter. Not differentiable.
 
     Returns:
         Scalar, dtype of `x`.
 
     Raises:
-        ValueError: weights that are negative or leave no pair; see `kernel_matrix`.
+        ValueError: weights are negative or leave no pair; as `kernel_matrix`.
     """
     dtype = torch.promote_types(x.dtype, y.dtype)
     x, y = _widened(x), _widened(y)
@@ -102,11 +102,11 @@ def mmd(
 
 
 def median_scale(median: float) -> float:
-    """c of exp(-c |u - v|^2) for a bandwidth that is the root of `median`."""
+    """c of exp(-c |u - v|^2) for the bandwidth sqrt(median)."""
     if median == 0:
         raise ValueError(
-            "mmd: bandwidth='median' needs rows that differ, half of all pairs of rows or more are "
-            "equal: give a bandwidth"
+            "mmd: bandwidth='median' needs rows that differ, at least half of all pairs of rows are equal: "
+            "pass a bandwidth"
         )
     return 1 / (2 * median)
 
@@ -116,8 +116,7 @@ def _weights(name: str, rows: Tensor, weights: Tensor | None, unbiased: bool) ->
         return rows.new_ones(len(rows))
     if bool((weights < 0).any()) or int((weights != 0).sum()) < (2 if unbiased else 1):
         raise ValueError(
-            f"mmd: {name} must not be negative, and {'two' if unbiased else 'one'} of them must be "
-            "more than 0"
+            f"mmd: {name} must not be negative, and {'two' if unbiased else 'one'} of them must be more than 0"
         )
     return weights.detach().to(rows.dtype)
 

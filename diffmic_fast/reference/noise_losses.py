@@ -1,4 +1,4 @@
-"""The denoiser's training losses (spec, section 5)."""
+"""The terms of the denoiser's training loss (docs/algorithm.md, "Training step")."""
 
 from __future__ import annotations
 

@@ -1,16 +1,15 @@
-"""Philox4x32-10 noise: standard normal numbers that depend on their key alone.
+"""Philox4x32-10 noise: standard normal numbers that depend on their key alone (docs/algorithm.md, "Philox noise").
 
-A number is addressed by (seed, image, sample, timestep, class), so it is the same whatever batch, thread, device or
-backend computes it. The generator is Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+A number is addressed by (seed, image, sample, timestep, class), so it is the same in every batch, on every device and
+from every backend. The generator is Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
     key      seed[0:32], seed[32:64]
     counter  image[0:32], image[32:64], sample, timestep << 12 | class // 4
 
-The four words of one counter make four normals by Box-Muller: words 0 and 1 serve classes 4b and 4b + 1, words 2 and 3
-classes 4b + 2 and 4b + 3. The transform is spelled out in float64 additions, multiplications, divisions and one square
-root, each rounded on its own (no fused multiply-add), and rounded to float32 at the end: every step is exactly
-specified by IEEE 754, so the C++ twin (`csrc/include/philox.h`) gives the same bits, which no library `log` or `cos`
-promises.
+The four words of a counter give four normals by Box-Muller: words 0 and 1 those of classes 4b and 4b + 1, words 2 and
+3 those of classes 4b + 2 and 4b + 3. The transform uses float64 additions, multiplications, divisions and one square
+root, each rounded separately (no fused multiply-add), and is rounded to float32 at the end. IEEE 754 specifies each of
+these exactly, so `csrc/include/philox.h` gives the same bits, which no library's `log` or `cos` guarantees.
 """
 
 from __future__ import annotations
@@ -135,8 +134,8 @@ def normal(
 
     Args:
         seed: 64-bit integer.
-        image_ids: [M] int64, one key an image (any 64-bit pattern).
-        sample_ids: [M] int64 in [0, 2**32), the number of the sample.
+        image_ids: [M] int64, one key per image (any 64-bit pattern).
+        sample_ids: [M] int64 in [0, 2**32), the index of the sample.
         timesteps: [K] int64 in [0, 2**20).
         classes: C in [1, 16384].
 
@@ -144,7 +143,7 @@ def normal(
         [K, M, C] float32 on the device of `image_ids`.
 
     Raises:
-        ValueError: a size or value outside these ranges.
+        ValueError: a size or value is outside these ranges.
     """
     if not 1 <= classes <= MAX_CLASSES:
         raise ValueError(f"philox: classes must be in [1, {MAX_CLASSES}], got {classes}")
