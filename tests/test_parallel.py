@@ -24,11 +24,11 @@ count = lambda: len(os.listdir("/proc/self/task"))
 torch.set_num_threads(3)
 x, y = torch.randn(500, 64), torch.randn(500, 64)
 counts = [count()]
-_C.mmd(x, y, None, None, [1e-3], False, torch.empty(()), None, None, threads=3)
+_C.mmd(x, y, None, None, [1e-3], None, False, torch.empty(()), None, None, threads=3)
 counts.append(count())
 torch.randn(1 << 20).mul(2)
 counts.append(count())
-_C.mmd(x, y, None, None, [1e-3], False, torch.empty(()), None, None, threads=3)
+_C.mmd(x, y, None, None, [1e-3], None, False, torch.empty(()), None, None, threads=3)
 counts.append(count())
 print(*counts)
 """
@@ -45,7 +45,7 @@ child = os.fork()
 if child == 0:
     signal.alarm(30)
     _C = _native.extension()
-    _C.mmd(x, y, None, None, [1e-3], False, torch.empty(()), None, None, threads=3)
+    _C.mmd(x, y, None, None, [1e-3], None, False, torch.empty(()), None, None, threads=3)
     os._exit(0)
 print(os.waitpid(child, 0)[1])
 """
@@ -72,7 +72,7 @@ def value_and_gradients(threads: int, scale: float = 1.0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     x, y = (scale * torch.randn(500, 64, generator=generator) for _ in range(2))
     found = [torch.empty(()), torch.empty_like(x), torch.empty_like(y)]
-    _C.mmd(x, y, None, None, [1e-3], False, *found, threads=threads)
+    _C.mmd(x, y, None, None, [1e-3], None, False, *found, threads=threads)
     return found
 
 

@@ -54,6 +54,12 @@ class Arrays {
     return view.data_as<T>();
   }
 
+  // The same for an array that may be None: null then.
+  template <typename T>
+  const T* OptionalContiguous(pybind11::handle array, const char* name, Shape shape) {
+    return array.is_none() ? nullptr : Contiguous<T>(array, name, shape);
+  }
+
   // The address of a matrix whose rows have unit stride.
   const float* Rows(pybind11::handle array, const char* name, Shape shape, std::int64_t* stride) {
     const TensorView& view = Input(array, name, {DType::kFloat32}).OfShape(shape);
@@ -86,10 +92,11 @@ class Arrays {
     return array.is_none() ? nullptr : Output<T>(array, name, shape);
   }
 
-  // A conditional layer [F, inputs] from a ConditionalLayer of diffmic_fast.reference. Messages
-  // name the layer ("hidden 1"), or where `name` is "" the field.
+  // A conditional layer [F, inputs] from a ConditionalLayer of diffmic_fast.reference, whose
+  // running statistics are read unless `running` is false. Messages name the layer ("hidden 1"), or
+  // where `name` is "" the field.
   ConditionalLayer Layer(pybind11::handle record, const char* name, std::int64_t features,
-                         std::int64_t inputs, double eps) {
+                         std::int64_t inputs, double eps, bool running = true) {
     const auto named = [&](const char* field) { return *name == '\0' ? field : name; };
     const auto vector = [&](const char* field) {
       return Contiguous<float>(record.attr(field), named(field), {features});
@@ -109,11 +116,14 @@ class Arrays {
     layer.gamma_stride = gamma.stride(0);
     layer.norm_weight = vector("norm_weight");
     layer.norm_bias = vector("norm_bias");
-    layer.running_mean = vector("running_mean");
-    layer.running_var = vector("running_var");
+    layer.running_mean = running ? vector("running_mean") : nullptr;
+    layer.running_var = running ? vector("running_var") : nullptr;
     layer.eps = eps;
     return layer;
   }
+
+  const char* operation() const { return operation_; }
+  Place place() const { return place_; }
 
   // The GPU of the arrays; 0 on the host.
   int device() const { return views_.front().device(); }

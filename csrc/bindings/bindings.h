@@ -1,6 +1,8 @@
-// What the files that bind operations share. Each binds one operation's functions into _C; a
-// function there reads its arrays through TensorView, checks them in words, releases the GIL, and
-// calls a kernel with pointers, sizes and strides. Outputs are arrays that the caller allocated.
+// What the files that bind operations share. Each binds the functions of one operation, for the CPU
+// into _C, for CUDA into _C.cuda. A function reads and checks its arrays (arrays.h), releases the
+// GIL, and calls a kernel with pointers, sizes and strides. Outputs and workspaces are arrays that
+// the caller allocated. Functions for CUDA take `stream`, a cudaStream_t as an integer, start their
+// kernels on it, and do not synchronise.
 #ifndef DIFFMIC_BINDINGS_BINDINGS_H_
 #define DIFFMIC_BINDINGS_BINDINGS_H_
 
@@ -24,10 +26,21 @@ void BindNoise(pybind11::module_& m);
 void BindProbes(pybind11::module_& m);
 void BindRois(pybind11::module_& m);
 
-// Those of the CUDA kernels, bound into _C.cuda.
 namespace cuda {
+
+void BindConditioning(pybind11::module_& m);
 void BindDenoise(pybind11::module_& m);
+void BindMmd(pybind11::module_& m);
+void BindRois(pybind11::module_& m);
+
+inline void BindAll(pybind11::module_& m) {
+  BindConditioning(m);
+  BindDenoise(m);
+  BindMmd(m);
+  BindRois(m);
 }
+
+}  // namespace cuda
 
 inline void CheckThreads(const char* operation, int threads) {
   if (threads < 1) {

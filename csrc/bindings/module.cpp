@@ -8,7 +8,6 @@
 #include "cpu/common/cpu_capabilities.h"
 #include "cpu/common/parallel.h"
 #if DIFFMIC_WITH_CUDA
-#include "bindings/cuda_bindings.h"
 #include "cuda/common/device_query.h"
 #include "cuda/common/error.h"
 #endif
@@ -81,7 +80,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("cuda_state", &diffmic::CudaState, "Driver and GPUs of this machine, as a dict.");
   m.def("cuda_serves", &diffmic::cuda::Serves, arg("architectures"), arg("major"), arg("minor"),
         "Whether code for these architectures runs on a GPU of this compute capability.");
-  auto cuda = m.def_submodule("cuda");
+  auto cuda = m.def_submodule("cuda", "Kernels for GPUs, one function an operation.");
   diffmic::cuda::BindAll(cuda);
 #endif
 }

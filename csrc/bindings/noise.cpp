@@ -1,13 +1,12 @@
-// Bindings of the noise.
+// Binding of the Philox noise.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 
+#include "bindings/arrays.h"
 #include "bindings/bindings.h"
 #include "cpu/common/noise.h"
 #include "include/philox.h"
-#include "include/tensor_view.h"
-#include "include/text.h"
 
 namespace py = pybind11;
 
@@ -31,16 +30,16 @@ void CheckKeys(const TensorView& keys, std::int64_t largest, const char* name) {
 void PhiloxNormal(py::handle out_array, const py::int_& seed, py::handle images_array,
                   py::handle samples_array, py::handle timesteps_array, int threads) {
   constexpr char kOperation[] = "philox_normal";
-  const auto images = TensorView::Input(images_array, kOperation, "image_ids");
-  images.OfType({DType::kInt64}).OfRank(1, "[M]");
-  const auto samples = TensorView::Input(samples_array, kOperation, "sample_ids");
-  samples.OfType({DType::kInt64}).OfRank(1, "[M]").OfShape({images.size(0)});
-  const auto timesteps = TensorView::Input(timesteps_array, kOperation, "timesteps");
-  timesteps.OfType({DType::kInt64}).OfRank(1, "[K]");
-  const auto out = TensorView::Output(out_array, kOperation, "out");
-  out.OfType({DType::kFloat32}).OfRank(3, "[K, M, C]");
-  out.OfShape({timesteps.size(0), images.size(0), out.size(2)});
-  out.ApartFrom(images).ApartFrom(samples).ApartFrom(timesteps);
+  Arrays arrays(kOperation, Place::kHost);
+  const auto ids = [&](py::handle array, const char* name) -> const TensorView& {
+    return arrays.Input(array, name, {DType::kInt64});
+  };
+  const TensorView& images = ids(images_array, "image_ids").OfRank(1, "[M]");
+  const TensorView& samples = ids(samples_array, "sample_ids").OfRank(1, "[M]");
+  samples.OfShape({images.size(0)});
+  const TensorView& timesteps = ids(timesteps_array, "timesteps").OfRank(1, "[K]");
+  const TensorView& out = arrays.Output(out_array, "out", {DType::kFloat32});
+  out.OfRank(3, "[K, M, C]").OfShape({timesteps.size(0), images.size(0), out.size(2)});
   CheckThreads(kOperation, threads);
   if (out.size(2) < 1 || out.size(2) > philox::kMaxClasses) {
     throw py::value_error(
@@ -48,7 +47,7 @@ void PhiloxNormal(py::handle out_array, const py::int_& seed, py::handle images_
   }
   CheckKeys(samples, philox::kMaxSample, "sample_ids");
   CheckKeys(timesteps, philox::kMaxTimestep, "timesteps");
-  // Any whole number is a key: its lowest 64 bits count, as in the reference.
+  // The key is the lowest 64 bits of any integer, as in the reference.
   const std::uint64_t key = PyLong_AsUnsignedLongLongMask(seed.ptr());
   if (PyErr_Occurred()) throw py::error_already_set();
   const py::gil_scoped_release release;
@@ -62,7 +61,7 @@ void BindNoise(py::module_& m) {
   using py::arg;
   m.def("philox_normal", &PhiloxNormal, arg("out"), arg("seed"), arg("image_ids"),
         arg("sample_ids"), arg("timesteps"), arg("threads") = 1,
-        "Write the standard normal noise of (seed, image, sample, timestep) into out [K, M, C].");
+        "Writes the standard normal noise of (seed, image, sample, timestep) into out [K, M, C].");
 }
 
 }  // namespace diffmic

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from diffmic_fast.ops._operators import register
 
 # A thread hashes 1 GB/s, 32 images of 224 pixels in 20 ms; starting threads takes a tenth of a millisecond.
 _THREADED_BYTES = 1 << 20
@@ -22,12 +25,17 @@ def image_ids(images: Tensor) -> Tensor:
     Returns:
         [B] int64 on the device of `images`.
     """
-    return torch.ops.diffmic_fast.image_ids.default(images)
+    return _image_ids(Images(images))
 
 
-# An operator, so that a compiled or exported model calls it instead of tracing into it.
-@torch.library.custom_op("diffmic_fast::image_ids", mutates_args=())
-def _image_ids(images: Tensor) -> Tensor:
+class Images(NamedTuple):
+    """Arguments of the operator `image_ids`."""
+
+    images: Tensor
+
+
+def _hash(call: Images) -> Tensor:
+    images = call.images
     pixels = images.detach().to("cpu", torch.float32).contiguous().numpy()
     threads = min(torch.get_num_threads(), len(pixels))
     if threads == 1 or pixels.nbytes < _THREADED_BYTES:
@@ -43,6 +51,11 @@ def _key(image: np.ndarray) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-@_image_ids.register_fake
-def _(images: Tensor) -> Tensor:
-    return images.new_empty(images.shape[0], dtype=torch.int64)
+# An operator, so that a compiled or exported model calls it instead of tracing into it.
+_image_ids = register(
+    "image_ids",
+    Images,
+    Tensor,
+    _hash,
+    lambda call: call.images.new_empty(call.images.shape[0], dtype=torch.int64),
+)

@@ -1,54 +1,70 @@
-"""Autocast: operations that are float32 throughout take half-precision arguments as float32 and give float32.
+"""Autocast: operations that run in float32.
 
-That is what PyTorch does for its losses and norms, and here for every operation but `conditional_linear`, whose product
-is in autocast's dtype, and `rois`, which hands pixels on in their own. Float64 stays as it is.
+PyTorch runs its losses and norms in float32 under autocast; so do the operations here, except `conditional_linear`,
+whose matrix product is in the dtype of autocast, and `rois`, which keeps the dtype of the pixels.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
-from diffmic_fast.reference.denoise import DenoiserWeights
 
-_HALF = (torch.float16, torch.bfloat16)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def in_float32(operation: Callable[P, R]) -> Callable[P, R]:
+    """Decorates an operation that runs in float32 under autocast.
+
+    If autocast is enabled for the device of the first argument, the call is made with autocast disabled and with all
+    half-precision tensors converted to float32, those in layers and other tuples too. Float64 stays. Running statistics
+    that the operation updates in a converted layer are copied to the caller's layer.
+    """
+
+    @functools.wraps(operation)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        tensor = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(tensor, Tensor) or not torch.is_autocast_enabled(tensor.device.type):
+            return operation(*args, **kwargs)
+        converted: Any = tuple(map(single, args))
+        options: Any = {name: single(value) for name, value in kwargs.items()}
+        with off(tensor):
+            found = operation(*converted, **options)
+        _copy_statistics((*args, *kwargs.values()), (*converted, *options.values()))
+        return found
+
+    return wrapper
 
 
 def active(tensor: Tensor) -> bool:
-    """Whether autocast is on where the tensor is."""
+    """Whether autocast is enabled for the device of the tensor."""
     return torch.is_autocast_enabled(tensor.device.type)
 
 
 def off(tensor: Tensor) -> torch.autocast:
-    """A block without autocast there."""
+    """A block with autocast disabled for the device of the tensor."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def single(tensor: Tensor) -> Tensor:
-    """The tensor as float32 where it is of half precision."""
-    return tensor.float() if tensor.dtype in _HALF else tensor
+def single(value: Any) -> Any:
+    """The value with half-precision tensors converted to float32, inside tuples and NamedTuples too."""
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    if not isinstance(value, tuple):
+        return value
+    parts = map(single, value)
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
 
 
-def single_layer(layer: ConditionalLayer) -> ConditionalLayer:
-    """The same of a layer's tensors."""
-    return ConditionalLayer(*map(single, layer))
-
-
-def single_weights(weights: DenoiserWeights) -> DenoiserWeights:
-    """The same of a denoiser's."""
-    first, second = map(single_layer, weights.hidden)
-    return weights._replace(
-        conditioning=single_layer(weights.conditioning),
-        hidden=(first, second),
-        output_weight=single(weights.output_weight),
-        output_bias=single(weights.output_bias),
-    )
-
-
-def keep_statistics(layer: ConditionalLayer, taken: ConditionalLayer) -> None:
-    """Write running statistics, updated in `single_layer`'s copies, where they came from."""
-    for name in ("running_mean", "running_var"):
-        own, copy = getattr(layer, name), getattr(taken, name)
-        if own is not copy:
-            own.copy_(copy)
+def _copy_statistics(given: tuple[Any, ...], converted: tuple[Any, ...]) -> None:
+    for layer, copy in zip(given, converted, strict=True):
+        if isinstance(layer, ConditionalLayer):
+            for name in ("running_mean", "running_var"):
+                if getattr(layer, name) is not getattr(copy, name):
+                    getattr(layer, name).copy_(getattr(copy, name))

@@ -17,9 +17,9 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch.autograd import forward_ad
 
 from diffmic_fast import _native, triton
+from diffmic_fast.ops._torch_internals import transforming
 
 
 class BackendError(RuntimeError):
@@ -126,14 +126,6 @@ def choose(
             f"{caller or operation}: the backend {name} cannot serve: it takes {taken} tensors, got {', '.join(found)}"
         )
     return "reference"
-
-
-def transforming() -> bool:
-    """Whether a transform of `torch.func` or forward-mode AD is active.
-
-    Uses private functions of torch, which has no public query. If one is gone, the AttributeError names it.
-    """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def unavailable(operation: str, backend: str, device: torch.device) -> str:

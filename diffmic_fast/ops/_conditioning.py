@@ -1,144 +1,96 @@
-"""How the kernels of `conditioning` and `noised_conditioning` are called, forward and backward.
+"""The operators behind `conditioning` and `noised_conditioning`: arguments, kernels and gradients.
 
-The operators change nothing in place, for `torch.library` derives only such: they return the running statistics behind
-the call, and the public calls write them where they belong (`update`). Backward passes of which a graph is wanted
-(second derivatives) are taken through the reference.
+csrc/bindings/conditioning.cpp reads the records by name. Gradients of gradients are taken through the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffmic_fast import _native
-from diffmic_fast.ops._backend import stream_of
-from diffmic_fast.ops._layout import compact, with_unit_rows
-from diffmic_fast.ops._operators import register
+from diffmic_fast.ops._layout import compact, detached, with_unit_rows
+from diffmic_fast.ops._operators import kernels_of, register
 from diffmic_fast.reference import conditioning as reference
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 
 
-class Call(NamedTuple):
-    """The arguments of `conditioning`'s operator; `FORWARD` is their schema."""
+class Conditioning(NamedTuple):
+    """Arguments of the operator `conditioning`, as in `ops.conditioning`."""
 
     x: Tensor
     y_t: Tensor
     guidance: Tensor
     timesteps: Tensor
-    weight: Tensor
-    bias: Tensor
-    gamma: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
+    layer: ConditionalLayer
     training: bool
     momentum: float
     eps: float
     backend: str
 
 
-_LAYER = "Tensor weight, Tensor bias, Tensor gamma, Tensor norm_weight, Tensor norm_bias"
-FORWARD = (
-    "Tensor x, Tensor {labels}, Tensor guidance, Tensor timesteps, "
-    + _LAYER
-    + ", Tensor running_mean, "
-    "Tensor running_var, bool training, float momentum, float eps, str backend"
-)
-_DIFFERENTIABLE = 8  # x, y_t, guidance and the layer's first five
+class Outputs(NamedTuple):
+    """Results of the operator `conditioning`.
+
+    Attributes:
+        h: [B, F] or [S, B, F].
+        statistics: [2, S, F] mean and biased variance of each branch in training, [2, 1, F] copies of the running
+            statistics in eval mode.
+        updated_mean, updated_var: [F], the running statistics after the call; empty in eval mode.
+    """
+
+    h: Tensor
+    statistics: Tensor
+    updated_mean: Tensor
+    updated_var: Tensor
 
 
-def update(layer: ConditionalLayer, mean: Tensor, variance: Tensor) -> None:
-    """The layer's running statistics behind a call in training."""
-    layer.running_mean.copy_(mean)
-    layer.running_var.copy_(variance)
+class Noising(NamedTuple):
+    """How the kernels make noisy labels.
+
+    Attributes:
+        y_0, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, noise, seed, image_ids, sample_ids: as in
+            `ops.noised_conditioning`; the seed in [0, 2**64).
+        drawn: [B, C], where the noise is written if it is drawn, otherwise None.
+    """
+
+    y_0: Tensor
+    sqrt_alpha_bar: Tensor
+    sqrt_one_minus_alpha_bar: Tensor
+    noise: Tensor | None
+    seed: int
+    image_ids: Tensor | None
+    sample_ids: Tensor | None
+    drawn: Tensor | None
 
 
-def given(output: Tensor | None, like: Tensor) -> Tensor:
-    """An operator's output, which must be a tensor: an empty one where there is none."""
-    return like.new_empty(0) if output is None else output
+class Parameters(NamedTuple):
+    """The parameters of a `ConditionalLayer` that have gradients."""
 
-
-def _kernels(backend: str, x: Tensor) -> tuple[ModuleType, int]:
-    """The backend's module, and the last argument of its functions: threads, or the stream."""
-    if backend == "cpu":
-        return _native.extension(), torch.get_num_threads()
-    return _native.cuda(backend), stream_of(x)
-
-
-def _inputs(
-    x: Tensor, y_t: Tensor, guidance: Tensor, timesteps: Tensor, *layer: Tensor
-) -> tuple[Any, ...]:
-    weight, bias, gamma, norm_weight, norm_bias = layer
-    return (
-        with_unit_rows(x),
-        y_t.detach().resolve_neg(),
-        guidance.detach().resolve_neg(),
-        timesteps,
-        [
-            weight.detach().resolve_neg(),
-            compact(bias),
-            with_unit_rows(gamma),
-            compact(norm_weight),
-            compact(norm_bias),
-        ],
-    )
-
-
-# ---- forward ---------------------------------------------------------------------------------
-
-
-def outputs(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory of h, of the statistics, and in training of the updated running mean and variance, else empty."""
-    features = call.x.shape[1]
-    streams = (call.y_t.shape[0] if call.y_t.ndim == 3 else 1) if call.training else 1
-    return (
-        call.x.new_empty((*call.y_t.shape[:-1], features)),
-        call.x.new_empty((2, streams, features)),
-        call.x.new_empty(features if call.training else 0),
-        call.x.new_empty(features if call.training else 0),
-    )
-
-
-def forward(call: Call, noising: tuple[Any, ...] | None = None) -> tuple[Tensor, ...]:
-    """`outputs`, filled in; with a noising (csrc/bindings/noising_arrays.h) y_t too."""
-    h, statistics, mean, variance = found = outputs(call)
-    kernels, how = _kernels(call.backend, call.x)
-    kernels.conditioning(
-        *_inputs(*call[:9]),
-        compact(call.running_mean),
-        compact(call.running_var),
-        call.training,
-        call.momentum,
-        call.eps,
-        statistics,
-        mean if call.training else None,
-        variance if call.training else None,
-        h,
-        noising,
-        how,
-    )
-    return found
-
-
-# ---- backward --------------------------------------------------------------------------------
-
-
-class _BackwardCall(NamedTuple):
-    grad: Tensor
-    x: Tensor
-    y_t: Tensor
-    guidance: Tensor
-    timesteps: Tensor
     weight: Tensor
     bias: Tensor
     gamma: Tensor
     norm_weight: Tensor
     norm_bias: Tensor
+
+
+class ConditioningBackward(NamedTuple):
+    """Arguments of the operator `conditioning_backward`.
+
+    Attributes:
+        grad: gradient of `Outputs.h`.
+        wanted: for each field of `Gradients`, whether it is computed.
+        x, y_t, guidance, timesteps, layer, statistics, training, eps, backend: those of the forward pass.
+    """
+
+    grad: Tensor
+    x: Tensor
+    y_t: Tensor
+    guidance: Tensor
+    timesteps: Tensor
+    layer: Parameters
     statistics: Tensor
     training: bool
     eps: float
@@ -146,83 +98,151 @@ class _BackwardCall(NamedTuple):
     backend: str
 
 
-def _gradient_outputs(call: _BackwardCall) -> list[Tensor | None]:
-    like = (*call[1:4], *call[5:10])
-    # Of gamma's rows only those of a timestep are written, by adding to them.
+class Gradients(NamedTuple):
+    """Results of the operator `conditioning_backward`, each of its argument's shape, or empty if not wanted."""
+
+    x: Tensor
+    y_t: Tensor
+    guidance: Tensor
+    weight: Tensor
+    bias: Tensor
+    gamma: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+
+def update(layer: ConditionalLayer, mean: Tensor, variance: Tensor) -> None:
+    """Updates the running statistics of a layer after a call in training."""
+    layer.running_mean.copy_(mean)
+    layer.running_var.copy_(variance)
+
+
+def or_empty(output: Tensor | None, like: Tensor) -> Tensor:
+    """The output of an operator, which must be a tensor: an empty one in place of None."""
+    return like.new_empty(0) if output is None else output
+
+
+def _prepared(layer: Any) -> Any:
+    """A layer, or its parameters, in the layout of the kernels."""
+    weight, bias, gamma, *vectors = layer
+    return type(layer)(
+        detached(weight), compact(bias), with_unit_rows(gamma), *map(compact, vectors)
+    )
+
+
+# ---- forward ---------------------------------------------------------------------------------
+
+
+def allocate(call: Conditioning) -> Outputs:
+    """Memory for the results."""
+    features = call.x.shape[1]
+    branches = call.y_t.shape[0] if call.training and call.y_t.ndim == 3 else 1
+    updated = features if call.training else 0
+    return Outputs(
+        h=call.x.new_empty((*call.y_t.shape[:-1], features)),
+        statistics=call.x.new_empty((2, branches, features)),
+        updated_mean=call.x.new_empty(updated),
+        updated_var=call.x.new_empty(updated),
+    )
+
+
+def forward(call: Conditioning, noising: Noising | None = None) -> Outputs:
+    """Runs the kernel; with a noising, it writes `call.y_t` before it reads it."""
+    outputs = allocate(call)
+    kernels, launch = kernels_of(call.backend, call.x)
+    prepared = Conditioning(
+        x=with_unit_rows(call.x), y_t=detached(call.y_t), guidance=detached(call.guidance), timesteps=call.timesteps,
+        layer=_prepared(call.layer), training=call.training, momentum=call.momentum, eps=call.eps,
+        backend=call.backend,
+    )  # fmt: skip
+    kernels.conditioning(prepared, outputs, noising, launch)
+    return outputs
+
+
+# Saved for the backward pass. The running statistics are not: later calls in training may have changed the layer's, and
+# the statistics among the outputs are those of the call.
+SAVED = ("x", "y_t", "guidance", "timesteps", *Parameters._fields)
+
+# ---- backward --------------------------------------------------------------------------------
+
+
+def _allocate_gradients(call: ConditioningBackward) -> list[Tensor | None]:
+    arguments = (call.x, call.y_t, call.guidance, *call.layer)
+    # Of gamma's gradient the kernels write only the rows of a timestep, by adding to them.
     return [
-        (tensor.new_zeros if i == 5 else tensor.new_empty)(tensor.shape) if want else None
-        for i, (tensor, want) in enumerate(zip(like, call.wanted, strict=True))
+        (tensor.new_zeros if tensor is call.layer.gamma else tensor.new_empty)(tensor.shape)
+        if wanted
+        else None
+        for tensor, wanted in zip(arguments, call.wanted, strict=True)
     ]
 
 
-def _conditioning_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    call = _BackwardCall(*arguments)
-    x, y_t = call.x, call.y_t
-    found = _gradient_outputs(call)
-    kernels, how = _kernels(call.backend, x)
-    scratch: tuple[Tensor | None, ...] = ()
+def _backward(call: ConditioningBackward) -> Gradients:
+    _, y_t, guidance, *_ = found = _allocate_gradients(call)
+    kernels, launch = kernels_of(call.backend, call.x)
+    workspace: tuple[Tensor | None, ...] = ()
     if call.backend != "cpu":
-        sizes = x.shape[1], y_t.shape[0] if y_t.ndim == 3 else 1, *y_t.shape[-2:]
-        labels = call.wanted[1] or call.wanted[2]
-        scratch = (x.new_empty(kernels.conditioning_workspace(*sizes)) if labels else None,)
-    kernels.conditioning_backward(
-        with_unit_rows(call.grad),
-        *_inputs(*call[1:10]),
-        compact(call.statistics),
-        call.training,
-        call.eps,
-        found,
-        *scratch,
-        how,
-    )
-    return tuple(given(gradient, x) for gradient in found)
+        *branches, rows, classes = call.y_t.shape
+        size = kernels.conditioning_workspace(call.x.shape[1], *(branches or [1]), rows, classes)
+        needed = y_t is not None or guidance is not None
+        workspace = (call.x.new_empty(size) if needed else None,)
+    prepared = ConditioningBackward(
+        grad=with_unit_rows(call.grad), x=with_unit_rows(call.x), y_t=detached(call.y_t),
+        guidance=detached(call.guidance), timesteps=call.timesteps, layer=_prepared(call.layer),
+        statistics=compact(call.statistics), training=call.training, eps=call.eps, wanted=call.wanted,
+        backend=call.backend,
+    )  # fmt: skip
+    gradients = Gradients(*found)  # type: ignore[arg-type]
+    kernels.conditioning_backward(prepared, gradients, *workspace, launch)
+    return Gradients(*(or_empty(gradient, call.x) for gradient in found))
 
 
-def _fake_conditioning_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    call = _BackwardCall(*arguments)
-    return tuple(given(gradient, call.x) for gradient in _gradient_outputs(call))
+def _fake_backward(call: ConditioningBackward) -> Gradients:
+    return Gradients(*(or_empty(gradient, call.x) for gradient in _allocate_gradients(call)))
 
 
-register(
-    "conditioning_backward",
-    f"(Tensor grad, Tensor x, Tensor y_t, Tensor guidance, Tensor timesteps, {_LAYER}, Tensor statistics, "
-    f"bool training, float eps, bool[] wanted, str backend) -> ({', '.join(['Tensor'] * _DIFFERENTIABLE)})",
-    _conditioning_backward,
-    _fake_conditioning_backward,
+_conditioning_backward = register(
+    "conditioning_backward", ConditioningBackward, Gradients, _backward, _fake_backward
 )
 
 
 def gradients(
-    ctx: Any, grad: Tensor, inputs: Sequence[Tensor], statistics: Tensor, wanted: Sequence[bool]
-) -> list[Tensor | None]:
-    """Those of x, y_t, guidance and the layer's first five that are wanted.
+    call: Conditioning, statistics: Tensor, wanted: Mapping[str, bool], grad: Tensor
+) -> dict[str, Tensor | None]:
+    """The gradients of `h` in the arguments, by the names of `Gradients`.
 
     Args:
-        ctx: has the call's `training`, `eps` and `backend`.
-        grad: that of h.
-        inputs: the first nine of `Call`.
-        statistics: the second of `outputs`.
-        wanted: eight flags.
+        call: the forward pass; its running statistics are not read.
+        statistics: those of its outputs.
+        wanted: whether each gradient is computed.
+        grad: gradient of h.
     """
+    names = [name for name in Gradients._fields if wanted[name]]
+    *parameters, _, _ = call.layer
+    backward = ConditioningBackward(
+        grad=grad, x=call.x, y_t=call.y_t, guidance=call.guidance, timesteps=call.timesteps,
+        layer=Parameters(*parameters), statistics=statistics, training=call.training, eps=call.eps,
+        wanted=[name in names for name in Gradients._fields], backend=call.backend,
+    )  # fmt: skip
     if torch.is_grad_enabled():
-        return _through_the_reference(ctx, grad, inputs, statistics, wanted)
-    found = torch.ops.diffmic_fast.conditioning_backward.default(
-        grad, *inputs, statistics, ctx.training, ctx.eps, wanted, ctx.backend
-    )
-    return [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
+        return _through_the_reference(backward, names)
+    found = _conditioning_backward(backward)
+    return {name: getattr(found, name) for name in names}
 
 
 def _through_the_reference(
-    ctx: Any, grad: Tensor, inputs: Sequence[Tensor], statistics: Tensor, wanted: Sequence[bool]
-) -> list[Tensor | None]:
-    """The same gradients as functions that can be derived again."""
-    # Views, so that an argument made from another one is not followed back to it.
-    x, y_t, guidance, timesteps, *parameters = (tensor.view_as(tensor) for tensor in inputs)
-    layer = ConditionalLayer(*parameters, *(part[0].clone() for part in statistics))
-    h = reference.conditioning(
-        x, y_t, guidance, layer, timesteps, training=ctx.training, eps=ctx.eps
+    call: ConditioningBackward, names: Sequence[str]
+) -> dict[str, Tensor | None]:
+    """The same gradients as differentiable functions."""
+    # Views, so that the graph of an argument that is computed from another one is not followed.
+    view = Gradients(
+        *(tensor.view_as(tensor) for tensor in (call.x, call.y_t, call.guidance, *call.layer))
     )
-    differentiable = (x, y_t, guidance, *parameters)
-    leaves = [tensor for tensor, want in zip(differentiable, wanted, strict=True) if want]
-    gradients = iter(torch.autograd.grad(h, leaves, grad, create_graph=True))
-    return [next(gradients) if want else None for want in wanted]
+    x, y_t, guidance, *parameters = view
+    layer = ConditionalLayer(*parameters, *(part[0].clone() for part in call.statistics))
+    h = reference.conditioning(
+        x, y_t, guidance, layer, call.timesteps, training=call.training, eps=call.eps
+    )
+    leaves = [getattr(view, name) for name in names]
+    found = torch.autograd.grad(h, leaves, call.grad, create_graph=True)
+    return dict(zip(names, found, strict=True))

@@ -1,27 +1,31 @@
-"""Tensors as the kernels take them: out of autograd's sight, no lazy signs, and laid out as they can read."""
+"""Tensors in the form that kernels read: detached, negation applied, in a supported memory layout."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-
-def compact(tensor: Tensor) -> Tensor:
-    """The tensor itself where it is contiguous, else a copy."""
-    return tensor.detach().resolve_neg().contiguous()
-
-
-def with_unit_rows(tensor: Tensor) -> Tensor:
-    """The tensor itself where its rows have unit stride, else a copy."""
-    tensor = tensor.detach().resolve_neg()
-    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 READABLE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
+def detached(tensor: Tensor) -> Tensor:
+    """The tensor detached and with its negative bit resolved, as DLPack requires."""
+    return tensor.detach().resolve_neg()
+
+
+def compact(tensor: Tensor) -> Tensor:
+    """The detached tensor, copied if it is not contiguous."""
+    return detached(tensor).contiguous()
+
+
+def with_unit_rows(tensor: Tensor) -> Tensor:
+    """The detached tensor, copied if the stride of its last dimension is not 1."""
+    tensor = detached(tensor)
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def readable(tensor: Tensor) -> Tensor:
-    """Of READABLE, what DLPack can say and a kernel takes: no gradient, no pending sign, float32 for half precision."""
+    """The detached tensor, of a dtype in READABLE, as float32 or float64: half precision is converted to float32."""
     if tensor.dtype in (torch.float16, torch.bfloat16):
         tensor = tensor.float()
-    return tensor.detach().resolve_neg()
+    return detached(tensor)

@@ -1,60 +1,197 @@
-"""How operators are made known to PyTorch.
+"""Operator registration: the schema from a record of the arguments, the kernel, and the derivative.
 
-Through `torch.library.Library`, whose calls cost half of a `custom_op`'s: at 32 rows the call is the cost.
+Operators are registered through `torch.library.Library`: a call costs half of what a `torch.library.custom_op` costs,
+and at 32 rows the call is the cost. An operator changes none of its arguments in place, because autograd, functional
+transforms and `torch.compile` need that; what a call updates, it returns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
+from diffmic_fast import _native
+from diffmic_fast.ops._backend import stream_of
+from diffmic_fast.ops._torch_internals import below_autograd
+
 _library = torch.library.Library("diffmic_fast", "FRAGMENT")
 
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "SymInt",
+    float: "float",
+    str: "str",
+    Sequence[bool]: "bool[]",
+    Sequence[int]: "SymInt[]",
+    Sequence[float]: "float[]",
+    Sequence[Tensor]: "Tensor[]",
+}
 
-def register(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """The operator `diffmic_fast::name`, served on the CPU and on GPUs.
+Call = TypeVar("Call", bound=tuple[Any, ...])
+Result = TypeVar("Result")
+
+
+class Derivative(NamedTuple):
+    """The backward pass of an operator.
+
+    Attributes:
+        gradients: `gradients(call, result, wanted, *grads)`, the gradients of the arguments by name; a missing name
+            means none. `call` and `result` are the records of the forward pass, with None in place of tensors that
+            were not saved; `wanted` says of each argument whether its gradient is asked for; `grads` are those of the
+            outputs, None where an output was not used (not all of them).
+        saves: names of the tensors among the arguments that are saved for the backward pass.
+        saved_results: names of the results that are saved.
+        outputs: how many of the results are differentiable, from the first on.
+    """
+
+    gradients: Callable[..., Mapping[str, Tensor | None]]
+    saves: Sequence[str]
+    saved_results: Sequence[str] = ()
+    outputs: int = 1
+
+
+def register(
+    name: str,
+    call: type[Call],
+    result: type[Result],
+    kernel: Callable[[Call], Result],
+    fake: Callable[[Call], Result],
+    derivative: Derivative | None = None,
+) -> Callable[[Call], Result]:
+    """Registers the operator `diffmic_fast::name`.
 
     Args:
-        schema: from the bracket on.
-        kernel, fake: of real tensors, and of those that have shapes alone.
+        name: name of the operator.
+        call: NamedTuple of the arguments, whose annotations give the schema. One field at most may be a NamedTuple of
+            tensors itself; its fields are arguments of the operator in its place.
+        result: `Tensor`, or a NamedTuple of tensors.
+        kernel: the operator on tensors with data.
+        fake: the same on tensors that have only shapes: allocates the results.
+        derivative: the backward pass; without one, no gradient passes.
+
+    Returns:
+        The operator as a function of the record.
     """
-    _library.define(name + schema)
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, kernel, device)
-    torch.library.register_fake(f"diffmic_fast::{name}", fake, lib=_library)
-
-
-def register_autograd(name: str, save: Callable[..., None], derive: Callable[..., Any]) -> None:
-    """Its derivative: what is saved in the forward pass, and the backward pass.
-
-    As `torch.library.register_autograd`, which reads the whole schema for every argument, in search of defaults that
-    our operators have not: 75 us a call of `conditioning`.
-
-    Args:
-        name: an operator with a schema.
-        save: (ctx, arguments, outputs).
-        derive: (ctx, *gradients of the outputs) to those of the arguments.
-    """
+    schema = list(_schema(call))
+    returns = "Tensor" if result is Tensor else ", ".join(f"{t} {n}" for n, t in _schema(result))
+    _library.define(f"{name}({', '.join(f'{t} {n}' for n, t in schema)}) -> ({returns})")
+    pack, unpack = _packing(call)
+    _library.impl(name, lambda *arguments: kernel(unpack(arguments)), "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        f"diffmic_fast::{name}", lambda *arguments: fake(unpack(arguments)), lib=_library
+    )
     operator = getattr(torch.ops.diffmic_fast, name).default
+    as_result: Any = _identity if result is Tensor else lambda found: result(*found)
+    if derivative is not None:
+        results = [] if result is Tensor else [name for name, _ in _schema(result)]
+        _register_derivative(name, schema, results, operator, unpack, as_result, derivative)
+
+    def run(arguments: Call) -> Result:
+        found: Result = as_result(operator(*pack(arguments)))
+        return found
+
+    return run
+
+
+def _register_derivative(
+    name: str,
+    schema: Sequence[tuple[str, str]],
+    results: Sequence[str],
+    operator: Any,
+    unpack: Callable[[Sequence[Any]], Any],
+    as_result: Callable[[Any], Any],
+    derivative: Derivative,
+) -> None:
+    # As torch.library.register_autograd, which searches the whole schema for default values in every call: 75 us a
+    # call of `conditioning`.
+    names = [name for name, _ in schema]
+    tensors = [i for i, (_, kind) in enumerate(schema) if kind in ("Tensor", "Tensor?")]
+    constants = [i for i in range(len(names)) if i not in tensors]
+    saved = [names.index(name) for name in derivative.saves]
+    saved_results = [results.index(name) for name in derivative.saved_results]
 
     class Derived(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
+            with below_autograd():
                 found = operator(*arguments)
-            save(ctx, arguments, found)
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*found[derivative.outputs :] if results else ())
+            ctx.save_for_backward(
+                *[arguments[i] for i in saved], *[found[i] for i in saved_results]
+            )
+            ctx.constants = [arguments[i] for i in constants]
             return found
 
-        backward = staticmethod(derive)
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            for grad in grads:
+                if grad is not None:
+                    break
+            else:
+                return (None,) * len(names)
+            arguments, found = [None] * len(names), [None] * len(results)
+            for i, value in zip(constants, ctx.constants):  # noqa: B905
+                arguments[i] = value
+            kept = ctx.saved_tensors
+            for i, value in zip(saved, kept):  # noqa: B905
+                arguments[i] = value
+            for i, value in zip(saved_results, kept[len(saved) :]):  # noqa: B905
+                found[i] = value
+            wanted = dict(zip(names, ctx.needs_input_grad))  # noqa: B905
+            gradients = derivative.gradients(unpack(arguments), as_result(found), wanted, *grads)
+            return tuple(map(gradients.get, names))
 
     def derived(*arguments: Any) -> Any:
-        tensors = (argument for argument in arguments if isinstance(argument, Tensor))
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return Derived.apply(*arguments)
-        with torch._C._AutoDispatchBelowAutograd():
+        if torch.is_grad_enabled():
+            for i in tensors:
+                if arguments[i] is not None and arguments[i].requires_grad:
+                    return Derived.apply(*arguments)
+        with below_autograd():
             return operator(*arguments)
 
     _library.impl(name, derived, "Autograd")
+
+
+def _schema(record: type) -> Iterator[tuple[str, str]]:
+    """Name and type in the schema of each field."""
+    for name, hint in get_type_hints(record).items():
+        if hint in _SCHEMA_TYPES:
+            yield name, _SCHEMA_TYPES[hint]
+        else:
+            yield from _schema(hint)
+
+
+def _packing(record: Any) -> tuple[Callable[..., tuple[Any, ...]], Callable[..., Any]]:
+    """The functions from a record to an operator's arguments and back."""
+    hints = list(get_type_hints(record).values())
+    nested = [i for i, hint in enumerate(hints) if hint not in _SCHEMA_TYPES]
+    if not nested:
+        return _identity, record._make
+    (i,) = nested
+    inner, end = hints[i], i + len(hints[i]._fields)
+
+    def pack(call: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*call[:i], *call[i], *call[i + 1 :])
+
+    def unpack(arguments: Sequence[Any]) -> Any:
+        return record(*arguments[:i], inner(*arguments[i:end]), *arguments[end:])
+
+    return pack, unpack
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+def kernels_of(backend: str, tensor: Tensor) -> tuple[ModuleType, int]:
+    """The module of a backend's kernels, and the last argument of its functions: threads, or the CUDA stream."""
+    if backend == "cpu":
+        return _native.extension(), torch.get_num_threads()
+    return _native.cuda(backend), stream_of(tensor)

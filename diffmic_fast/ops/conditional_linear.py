@@ -1,14 +1,14 @@
-"""`conditional_linear`: gamma, BatchNorm and softplus around a product of the denoiser.
+"""`conditional_linear`: a linear layer of the denoiser followed by gamma, BatchNorm and softplus.
 
-Two operators: `conditional_linear` is the whole layer in eval mode, one kernel; `conditional_norm` is what stands
-around the product, for training and wherever a gradient is wanted, while PyTorch's own `linear` makes the product and
-its gradients. As the other operators they change nothing in place (see `ops/_conditioning.py`).
+Two operators. `conditional_linear` is the whole layer in eval mode, one kernel. `conditional_norm` is what follows the
+matrix product, in training and wherever a gradient is needed; PyTorch's `linear` computes the product and its
+gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from diffmic_fast.checks import Arguments
 from diffmic_fast.ops._backend import choose
-from diffmic_fast.ops._conditioning import update
-from diffmic_fast.ops._layout import compact, with_unit_rows
-from diffmic_fast.ops._operators import register, register_autograd
+from diffmic_fast.ops._conditioning import Outputs, update
+from diffmic_fast.ops._layout import compact, detached, with_unit_rows
+from diffmic_fast.ops._operators import Derivative, register
 from diffmic_fast.reference import conditional_linear as reference
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 
@@ -37,29 +37,29 @@ def conditional_linear(
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> Tensor:
-    """softplus(BN(gamma_t * (W h + b))) (spec, section 4).
+    """softplus(BN(gamma_t * (W h + b))) (docs/algorithm.md, "Denoiser").
 
-    Under autocast the product is in autocast's dtype, and gamma, BatchNorm, its statistics and softplus in float32
-    whatever the dtype.
+    Under autocast the matrix product is in the dtype of autocast; gamma, BatchNorm with its statistics, and softplus
+    are in float32.
 
     Args:
-        h: [B, in], or [S, B, in] for S streams, floating.
+        h: [B, in], or [S, B, in] for S guidance branches, floating.
         layer: parameters; the running statistics are updated in place in training.
-        timesteps: [B] or [1] int64 in [0, T], shared by the streams.
-        training: normalise with the statistics of the batch, taken for each stream on its own.
+        timesteps: [B] or [1] int64 in [0, T], shared by the branches.
+        training: normalise with the statistics of the batch, computed for each branch separately.
         momentum: weight of a batch in the running statistics.
-        eps: BatchNorm's.
-        backend: a backend's name, or "auto", which on a GPU takes "triton" for float32, bfloat16 and float16 tensors.
-            That one multiplies float32 as `torch.set_float32_matmul_precision` says, and gives the same bits in every
-            run but for the library's product.
+        eps: epsilon of BatchNorm.
+        backend: name of a backend, or "auto", which on a GPU selects "triton" for float32, bfloat16 and float16
+            tensors. "triton" multiplies float32 as `torch.set_float32_matmul_precision` says, and is reproducible
+            except for the product in training, which is PyTorch's.
 
     Returns:
-        [B, out] or [S, B, out], differentiable in `h` and the parameters. Under autocast "triton" gives autocast's
-        dtype, the reference what PyTorch's own rules make of it.
+        [B, out] or [S, B, out], differentiable in `h` and the parameters. Under autocast "triton" returns the dtype of
+        autocast, the reference what PyTorch's own rules give.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit, named.
-        BackendError: the backend asked for cannot serve; a RuntimeError.
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
+        BackendError: the requested backend cannot serve; a RuntimeError.
     """
     args = Arguments("conditional_linear")
     if _fits(h, layer, timesteps, training):
@@ -75,25 +75,31 @@ def conditional_linear(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         h, weight = h.to(dtype), weight.to(dtype)
-    if not training and not _wants_gradient(h, layer):
-        tf32 = torch.get_float32_matmul_precision() != "highest"
-        whole: Tensor = torch.ops.diffmic_fast.conditional_linear.default(
-            h, timesteps, weight, *layer[1:], eps, tf32
+    if not training and not _needs_gradient(h, layer):
+        return _conditional_linear(
+            Linear(
+                h=h, timesteps=timesteps, layer=layer._replace(weight=weight), eps=eps,
+                tf32=torch.get_float32_matmul_precision() != "highest",
+            )
+        )  # fmt: skip
+    found = _conditional_norm(
+        Norm(
+            product=F.linear(h, weight), timesteps=timesteps,
+            parameters=NormParameters(layer.bias, layer.gamma, layer.norm_weight, layer.norm_bias),
+            running_mean=layer.running_mean, running_var=layer.running_var, training=training, momentum=momentum,
+            eps=eps,
         )
-        return whole
-    out, _, mean, variance = torch.ops.diffmic_fast.conditional_norm.default(
-        F.linear(h, weight), timesteps, *layer[1:], training, momentum, eps
-    )
+    )  # fmt: skip
     if training:
-        update(layer, mean, variance)
-    return out
+        update(layer, found.updated_mean, found.updated_var)
+    return found.h
 
 
 def _fits(h: Tensor, layer: ConditionalLayer, timesteps: Tensor, training: bool) -> bool:
-    """Whether `_check` would pass but for the values of the timesteps, in a quarter of its time.
+    """Whether `_check` would pass, apart from the values of the timesteps, in a quarter of its time.
 
-    For a few rows the checks are a tenth of the call. What fails here may still be allowed, as other dtypes are under
-    autocast: `_check` decides, and names what is wrong.
+    For a few rows the checks are a tenth of the call. Arguments that fail here may still be valid, as mixed dtypes are
+    under autocast: `_check` decides, and raises.
     """
     for tensor in (h, *layer, timesteps):
         if not isinstance(tensor, Tensor):
@@ -128,7 +134,7 @@ def _check(
     args.floating("h", h, "B in", "S B in")
     if h.ndim == 3 and h.shape[0] == 0:
         raise ValueError(
-            f"conditional_linear: h must have one stream at least, got {tuple(h.shape)}"
+            f"conditional_linear: h must have at least one branch, got {tuple(h.shape)}"
         )
     check_layer(args, layer, timesteps, "in", training)
 
@@ -136,7 +142,7 @@ def _check(
 def check_layer(
     args: Arguments, layer: ConditionalLayer, timesteps: Tensor, width: str, training: bool
 ) -> None:
-    """The parameters of a conditional layer whose input has the width named `width`."""
+    """Checks the parameters of a conditional layer whose input has the width named `width`."""
     args.floating("weight", layer.weight, f"out {width}")
     for name in ("bias", "norm_weight", "norm_bias", "running_mean", "running_var"):
         args.floating(name, getattr(layer, name), "out")
@@ -149,186 +155,209 @@ def check_layer(
         )
 
 
-def _wants_gradient(h: Tensor, layer: ConditionalLayer) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in (h, *layer[:5]))
+def _needs_gradient(h: Tensor, layer: ConditionalLayer) -> bool:
+    *parameters, _, _ = layer
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (h, *parameters))
 
 
 # ---- the whole layer in eval mode -------------------------------------------------------------
 
 
-def _conditional_linear(h: Tensor, timesteps: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+class Linear(NamedTuple):
+    """Arguments of the operator `conditional_linear`; `tf32` lets the product of float32 tensors use TF32."""
+
+    h: Tensor
+    timesteps: Tensor
+    layer: ConditionalLayer
+    eps: float
+    tf32: bool
+
+
+def _linear(call: Linear) -> Tensor:
     from diffmic_fast.triton.conditional_linear import conditional_linear as kernel
 
-    bias, gamma, *vectors, eps, tf32 = rest
+    weight, bias, gamma, *vectors = call.layer
     layer = ConditionalLayer(
-        weight.detach().resolve_neg(), compact(bias), with_unit_rows(gamma), *map(compact, vectors)
+        detached(weight), compact(bias), with_unit_rows(gamma), *map(compact, vectors)
     )
-    return kernel(h.detach().resolve_neg(), layer, timesteps, eps=eps, tf32=tf32)
+    return kernel(detached(call.h), layer, call.timesteps, eps=call.eps, tf32=call.tf32)
 
 
-_PARAMETERS = (
-    "Tensor bias, Tensor gamma, Tensor norm_weight, Tensor norm_bias, Tensor running_mean, "
-    "Tensor running_var"
-)
-register(
-    "conditional_linear",
-    f"(Tensor h, Tensor timesteps, Tensor weight, {_PARAMETERS}, float eps, bool tf32) -> Tensor",
-    _conditional_linear,
-    lambda h, timesteps, weight, *rest: h.new_empty((*h.shape[:-1], weight.shape[0])),
-)
+def _fake_linear(call: Linear) -> Tensor:
+    return call.h.new_empty((*call.h.shape[:-1], call.layer.weight.shape[0]))
 
 
-# ---- what stands around the product -----------------------------------------------------------
+_conditional_linear = register("conditional_linear", Linear, Tensor, _linear, _fake_linear)
 
 
-def _streams(tensor: Tensor) -> Tensor:
-    """[S, B, F] of [B, F] or [S, B, F]."""
-    return with_unit_rows(tensor if tensor.ndim == 3 else tensor[None])
+# ---- what follows the product -----------------------------------------------------------------
 
 
-def _norm_outputs(product: Tensor, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory of h, of the statistics, and in training of the updated running mean and variance, else empty."""
-    features, streams = product.shape[-1], product.shape[0] if product.ndim == 3 else 1
-    updated = features if training else 0
+class NormParameters(NamedTuple):
+    """The parameters of a `ConditionalLayer` but for its weight."""
+
+    bias: Tensor
+    gamma: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+
+class Norm(NamedTuple):
+    """Arguments of the operator `conditional_norm`; `product` is W h."""
+
+    product: Tensor
+    timesteps: Tensor
+    parameters: NormParameters
+    running_mean: Tensor
+    running_var: Tensor
+    training: bool
+    momentum: float
+    eps: float
+
+
+class NormBackward(NamedTuple):
+    """Arguments of the operator `conditional_norm_backward`; `grad` is the gradient of `Outputs.h`."""
+
+    grad: Tensor
+    product: Tensor
+    timesteps: Tensor
+    parameters: NormParameters
+    statistics: Tensor
+    training: bool
+    eps: float
+
+
+class NormGradients(NamedTuple):
+    """Results of the operator `conditional_norm_backward`."""
+
+    product: Tensor
+    bias: Tensor
+    gamma: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+
+def _branches(tensor: Tensor) -> Tensor:
+    """A view [S, B, F] of [B, F] or [S, B, F]."""
+    return tensor if tensor.ndim == 3 else tensor[None]
+
+
+def _prepared(parameters: NormParameters) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The parameters in the layout of the kernels."""
+    bias, gamma, norm_weight, norm_bias = parameters
+    return compact(bias), with_unit_rows(gamma), compact(norm_weight), compact(norm_bias)
+
+
+def _allocate(call: Norm) -> Outputs:
+    product = call.product
+    features, branches = product.shape[-1], product.shape[0] if product.ndim == 3 else 1
+    updated = features if call.training else 0
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=product.device)
 
-    return (
-        product.new_empty(product.shape),
-        new(2, streams, features),
-        new(updated),
-        new(updated),
+    return Outputs(
+        h=product.new_empty(product.shape),
+        statistics=new(2, branches, features),
+        updated_mean=new(updated),
+        updated_var=new(updated),
     )
 
 
-def _conditional_norm(product: Tensor, timesteps: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _norm(call: Norm) -> Outputs:
     from diffmic_fast.triton.conditional_norm import forward
 
-    bias, gamma, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps = rest
-    found = h, statistics, mean, variance = _norm_outputs(product, training)
+    found = _allocate(call)
     forward(
-        _streams(product),
-        timesteps,
-        compact(bias),
-        with_unit_rows(gamma),
-        compact(norm_weight),
-        compact(norm_bias),
-        compact(running_mean),
-        compact(running_var),
-        h if h.ndim == 3 else h[None],
-        statistics,
-        mean if training else None,
-        variance if training else None,
-        momentum=momentum,
-        eps=eps,
+        with_unit_rows(_branches(call.product)),
+        call.timesteps,
+        *_prepared(call.parameters),
+        compact(call.running_mean),
+        compact(call.running_var),
+        _branches(found.h),
+        found.statistics,
+        found.updated_mean if call.training else None,
+        found.updated_var if call.training else None,
+        momentum=call.momentum,
+        eps=call.eps,
     )
     return found
 
 
-def _fake_norm(product: Tensor, timesteps: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _norm_outputs(product, rest[6])
+def _allocate_gradients(call: NormBackward, make: Callable[..., Tensor]) -> NormGradients:
+    """Memory for the gradients, that of gamma from `make`."""
+    features, device = call.product.shape[-1], call.product.device
+    bias, norm_weight, norm_bias = (
+        torch.empty(features, dtype=torch.float32, device=device) for _ in range(3)
+    )
+    gamma = make(call.parameters.gamma.shape, dtype=torch.float32, device=device)
+    product = call.product.new_empty(call.product.shape)
+    return NormGradients(product, bias, gamma, norm_weight, norm_bias)
 
 
-def _norm_gradients(product: Tensor, gamma: Tensor, make: Any) -> list[Tensor]:
-    """Memory of the gradients of product, bias, gamma (zeros), norm_weight and norm_bias."""
-    features, device = product.shape[-1], product.device
-    vectors = [torch.empty(features, dtype=torch.float32, device=device) for _ in range(3)]
-    table = make(gamma.shape, dtype=torch.float32, device=device)
-    return [product.new_empty(product.shape), vectors[0], table, *vectors[1:]]
-
-
-def _conditional_norm_backward(
-    grad: Tensor, product: Tensor, timesteps: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
+def _norm_backward(call: NormBackward) -> NormGradients:
     from diffmic_fast.triton.conditional_norm import backward
 
-    bias, gamma, norm_weight, norm_bias, statistics, training, eps = rest
-    found = _norm_gradients(product, gamma, torch.zeros)
-    written = [found[0] if product.ndim == 3 else found[0][None], *found[1:]]
+    found = _allocate_gradients(call, torch.zeros)
     backward(
-        _streams(grad),
-        _streams(product),
-        timesteps,
-        compact(bias),
-        with_unit_rows(gamma),
-        compact(norm_weight),
-        compact(norm_bias),
-        compact(statistics),
-        written,
-        training=training,
-        eps=eps,
+        with_unit_rows(_branches(call.grad)),
+        with_unit_rows(_branches(call.product)),
+        call.timesteps,
+        *_prepared(call.parameters),
+        compact(call.statistics),
+        found._replace(product=_branches(found.product)),
+        training=call.training,
+        eps=call.eps,
     )
-    return tuple(found)
+    return found
 
 
-def _fake_norm_backward(
-    grad: Tensor, product: Tensor, timesteps: Tensor, bias: Tensor, gamma: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    return tuple(_norm_gradients(product, gamma, torch.empty))
+def _gradients(
+    call: Norm, outputs: Outputs, wanted: dict[str, bool], grad: Tensor, *_: Any
+) -> dict[str, Tensor | None]:
+    backward = NormBackward(
+        grad=grad, product=call.product, timesteps=call.timesteps, parameters=call.parameters,
+        statistics=outputs.statistics, training=call.training, eps=call.eps,
+    )  # fmt: skip
+    of = _through_the_reference if torch.is_grad_enabled() else _conditional_norm_backward
+    arguments = NormGradients(call.product, *call.parameters)
+    return {
+        name: gradient.to(argument.dtype)
+        for name, gradient, argument in zip(arguments._fields, of(backward), arguments, strict=True)
+        if wanted[name]
+    }
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    # The running statistics of now are in output[1]: later calls in training may change the layer's.
-    ctx.save_for_backward(*inputs[:6], output[1])
-    ctx.training, _, ctx.eps = inputs[8:]
-
-
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    found: list[Tensor | None] = [None] * 11
-    if grad is None:
-        return tuple(found)
-    product, timesteps, *parameters, statistics = ctx.saved_tensors
-    of: Sequence[Tensor]
-    if torch.is_grad_enabled():
-        of = _through_the_reference(ctx, grad, product, timesteps, parameters, statistics)
-    else:
-        of = torch.ops.diffmic_fast.conditional_norm_backward.default(
-            grad, product, timesteps, *parameters, statistics, ctx.training, ctx.eps
-        )
-    # timesteps, between the product and the parameters, have none.
-    for place, gradient, like in zip((0, 2, 3, 4, 5), of, (product, *parameters), strict=True):
-        if ctx.needs_input_grad[place]:
-            found[place] = gradient.to(like.dtype)
-    return tuple(found)
-
-
-def _through_the_reference(
-    ctx: Any,
-    grad: Tensor,
-    product: Tensor,
-    timesteps: Tensor,
-    parameters: Sequence[Tensor],
-    statistics: Tensor,
-) -> Sequence[Tensor]:
-    """The same gradients as functions that can be derived again."""
-    # Views, so that an argument made from another one is not followed back to it.
-    leaves = [tensor.view_as(tensor) for tensor in (product, *parameters)]
+def _through_the_reference(call: NormBackward) -> NormGradients:
+    """The same gradients as differentiable functions."""
+    # Views, so that the graph of an argument that is computed from another one is not followed.
+    leaves = [tensor.view_as(tensor) for tensor in (call.product, *call.parameters)]
     leaves = [leaf if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
     product, bias, gamma, norm_weight, norm_bias = leaves
     floats = [tensor.float() for tensor in (gamma, norm_weight, norm_bias)]
-    running = (part[0].clone() for part in statistics)
+    running = (part[0].clone() for part in call.statistics)
     layer = ConditionalLayer(product, bias, *floats, *running)
     h = reference.conditional_norm(
-        product.float() + bias.float(), layer, timesteps, training=ctx.training, eps=ctx.eps
+        product.float() + bias.float(), layer, call.timesteps, training=call.training, eps=call.eps
     )
-    return torch.autograd.grad(h, leaves, grad.float(), create_graph=True)
+    return NormGradients(*torch.autograd.grad(h, leaves, call.grad.float(), create_graph=True))
 
 
-register(
+_conditional_norm = register(
     "conditional_norm",
-    f"(Tensor product, Tensor timesteps, {_PARAMETERS}, bool training, float momentum, float eps) "
-    "-> (Tensor h, Tensor statistics, Tensor updated_mean, Tensor updated_var)",
-    _conditional_norm,
-    _fake_norm,
+    Norm,
+    Outputs,
+    _norm,
+    _allocate,
+    # The running statistics are not saved: later calls in training may have changed the layer's.
+    Derivative(
+        _gradients, saves=["timesteps", *NormGradients._fields], saved_results=["statistics"]
+    ),
 )
-register(
+_conditional_norm_backward = register(
     "conditional_norm_backward",
-    "(Tensor grad, Tensor product, Tensor timesteps, Tensor bias, Tensor gamma, Tensor norm_weight, Tensor norm_bias, "
-    "Tensor statistics, bool training, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _conditional_norm_backward,
-    _fake_norm_backward,
+    NormBackward,
+    NormGradients,
+    _norm_backward,
+    lambda call: _allocate_gradients(call, torch.empty),
 )
-register_autograd("conditional_norm", _save, _backward)

@@ -91,14 +91,6 @@ class Call(NamedTuple):
         return [*rows, *noise, *layers, self.output_weight, self.output_bias]
 
 
-_SCHEMA = (
-    "(Tensor features, Tensor prior, Tensor guidance, Tensor[] conditioning, Tensor[] hidden_1, Tensor[] hidden_2, "
-    "Tensor output_weight, Tensor output_bias, float[] eps, Tensor timesteps, Tensor coefficients, SymInt start, "
-    "Tensor? noise, SymInt seed, Tensor? image_ids, Tensor? sample_ids, bool trajectory, str precision, "
-    "str instructions, SymInt window, float tolerance, str backend) -> Tensor"
-)
-
-
 def denoise(
     features: Tensor,
     prior: Tensor,
@@ -195,7 +187,7 @@ def denoise(
     if autocast.active(features):
         features, prior, guidance = map(autocast.single, (features, prior, guidance))
         noise = None if noise is None else autocast.single(noise)
-        weights = autocast.single_weights(weights)
+        weights = autocast.single(weights)
     call = Call(
         features, prior, guidance, weights.conditioning, *weights.hidden, weights.output_weight, weights.output_bias,
         weights.eps, steps.timesteps, steps.coefficients(), steps.start, noise,
@@ -388,4 +380,4 @@ def _fake(*fields: Any) -> Tensor:
     return call.prior.new_empty(states)
 
 
-register("denoise", _SCHEMA, _run, _fake)
+register("denoise", Call, Tensor, _run, _fake)

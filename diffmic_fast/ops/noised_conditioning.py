@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffmic_fast.checks import Arguments
-from diffmic_fast.ops import _autocast as autocast
+from diffmic_fast.ops._autocast import in_float32
 from diffmic_fast.ops._backend import choose
 from diffmic_fast.ops._conditioning import (
-    FORWARD,
-    Call,
+    SAVED,
+    Conditioning,
+    Noising,
+    allocate,
     forward,
-    given,
     gradients,
-    outputs,
+    or_empty,
     update,
 )
-from diffmic_fast.ops._layout import compact
-from diffmic_fast.ops._operators import register, register_autograd
+from diffmic_fast.ops._layout import compact, detached
+from diffmic_fast.ops._operators import Derivative, register
 from diffmic_fast.ops.conditional_linear import check_layer
 from diffmic_fast.reference import conditioning as reference
 from diffmic_fast.reference import philox
@@ -30,6 +31,7 @@ from diffmic_fast.reference.conditioning import NoisedConditioning
 __all__ = ["NoisedConditioning", "noised_conditioning"]
 
 
+@in_float32
 def noised_conditioning(
     x: Tensor,
     y_0: Tensor,
@@ -48,29 +50,33 @@ def noised_conditioning(
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> NoisedConditioning:
-    """`conditioning` of y_t = a y_0 + (1 - a) guidance + d noise (spec, section 5), a and d the tables at timesteps.
+    """`conditioning` of noisy labels that it makes (docs/algorithm.md, "Training step").
 
-    On a GPU noise, noisy labels and layer are one kernel (two for a batch that does not fit into a block). Under
-    autocast in float32 (`ops._autocast`).
+        y_t = a y_0 + (1 - a) guidance + d noise
+
+    with a and d the entries of the two tables at the timestep. On a GPU noise, noisy labels and layer are one kernel,
+    or two for a batch that does not fit into a block. Runs in float32 under autocast.
 
     Args:
         x, layer, training, momentum, eps, backend: as in `conditioning`.
-        y_0: [B, C] floating label vectors, shared by the streams.
-        guidance: [B, C], or [S, B, C] for S streams: prior mean of the noisy labels, and guidance of the layer.
+        y_0: [B, C] floating label vectors, shared by the branches.
+        guidance: [B, C], or [S, B, C] for S guidance branches: prior mean of the noisy labels, and guidance of the
+            layer.
         timesteps: [B] or [1] int64 in [0, T).
-        sqrt_alpha_bar, sqrt_one_minus_alpha_bar: [T] floating, those of a `diffusion.Schedule`.
-        noise: [B, C] floating, shared by the streams. Without it, Philox noise addressed by (seed, image, sample,
-            timestep 0): the same bits from every backend.
+        sqrt_alpha_bar, sqrt_one_minus_alpha_bar: [T] floating, the tables of a `diffusion.Schedule`.
+        noise: [B, C] floating, shared by the branches. Default: Philox noise at (seed, image, sample, timestep 0), the
+            same bits from every backend.
         seed: 64-bit key of that noise.
-        image_ids, sample_ids: [B] int64, the row's image and sample (default 0 … B-1, and 0); samples in [0, 2**32).
+        image_ids, sample_ids: [B] int64, image and sample of each row (default: 0 … B-1, and 0); samples in
+            [0, 2**32).
 
     Returns:
-        h of `conditioning`; y_t, shape of `guidance`; noise [B, C]. h is differentiable in x, y_0, guidance, noise and
-        the layer, y_t in y_0, guidance and noise.
+        `h` of `conditioning`, `y_t` of the shape of `guidance`, and `noise` [B, C]. h is differentiable in x, y_0,
+        guidance, noise and the layer; y_t in y_0, guidance and noise.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit, named.
-        BackendError: the backend asked for cannot serve; a RuntimeError.
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
+        BackendError: the requested backend cannot serve; a RuntimeError.
     """
     args = Arguments("noised_conditioning")
     args.floating("x", x, "B out")
@@ -78,7 +84,7 @@ def noised_conditioning(
     args.floating("guidance", guidance, "B C", "S B C")
     if guidance.ndim == 3 and guidance.shape[0] == 0:
         raise ValueError(
-            f"noised_conditioning: guidance must have one stream at least, got {tuple(guidance.shape)}"
+            f"noised_conditioning: guidance must have at least one branch, got {tuple(guidance.shape)}"
         )
     args.sizes["2C"] = 2 * args.sizes["C"]
     check_layer(args, layer, timesteps, "2C", training)
@@ -89,25 +95,14 @@ def noised_conditioning(
         args.floating("noise", noise, "B C")
     elif args.sizes["C"] > philox.MAX_CLASSES:
         raise ValueError(
-            f"noised_conditioning: noise is drawn for at most {philox.MAX_CLASSES} classes, these are "
-            f"{args.sizes['C']}: give noise"
+            f"noised_conditioning: classes must be at most {philox.MAX_CLASSES} for drawn noise, got "
+            f"{args.sizes['C']}: pass noise"
         )
     if image_ids is not None:
         args.integer("image_ids", image_ids, "B")
     if sample_ids is not None:
         args.integer("sample_ids", sample_ids, "B")
         args.within("sample_ids", sample_ids, 0, 2**32 - 1)
-    if autocast.active(x):
-        single = autocast.single_layer(layer)
-        with autocast.off(x):
-            found = noised_conditioning(
-                autocast.single(x), autocast.single(y_0), autocast.single(guidance), single, timesteps,
-                autocast.single(sqrt_alpha_bar), autocast.single(sqrt_one_minus_alpha_bar),
-                noise=None if noise is None else autocast.single(noise), seed=seed, image_ids=image_ids,
-                sample_ids=sample_ids, training=training, momentum=momentum, eps=eps, backend=backend,
-            )  # fmt: skip
-        autocast.keep_statistics(layer, single)
-        return found
     floats = [x, y_0, guidance, *layer, sqrt_alpha_bar, sqrt_one_minus_alpha_bar]
     floats += [] if noise is None else [noise]
     name = choose("conditioning", backend, floats, (torch.float32,), caller="noised_conditioning")
@@ -116,89 +111,131 @@ def noised_conditioning(
             x, y_0, guidance, layer, timesteps, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, noise=noise, seed=seed,
             image_ids=image_ids, sample_ids=sample_ids, training=training, momentum=momentum, eps=eps,
         )  # fmt: skip
-    h, y_t, drawn, _, mean, variance = torch.ops.diffmic_fast.noised_conditioning.default(
-        x, y_0, guidance, timesteps, *layer, training, momentum, eps, name, sqrt_alpha_bar, sqrt_one_minus_alpha_bar,
-        # The schema has signed integers; the key is these 64 bits either way.
-        noise, (seed + 2**63) % 2**64 - 2**63, image_ids, sample_ids,
+    found = _noised_conditioning(
+        NoisedCall(
+            x=x, y_0=y_0, guidance=guidance, timesteps=timesteps, layer=layer, training=training, momentum=momentum,
+            eps=eps, backend=name, sqrt_alpha_bar=sqrt_alpha_bar,
+            sqrt_one_minus_alpha_bar=sqrt_one_minus_alpha_bar, noise=noise,
+            # The schema has signed integers; the key is these 64 bits either way.
+            seed=(seed + 2**63) % 2**64 - 2**63,
+            image_ids=image_ids, sample_ids=sample_ids,
+        )
     )  # fmt: skip
     if training:
-        update(layer, mean, variance)
-    return NoisedConditioning(h, y_t, drawn if noise is None else noise)
+        update(layer, found.updated_mean, found.updated_var)
+    return NoisedConditioning(found.h, found.y_t, found.drawn if noise is None else noise)
 
 
-# ---- the operator: the arguments of `conditioning`'s, y_0 in the place of y_t, and six more -----------------------
-
-_CALL = len(Call._fields)
-_SCHEMA = (
-    f"({FORWARD.format(labels='y_0')}, Tensor sqrt_alpha_bar, Tensor sqrt_one_minus_alpha_bar, Tensor? noise, "
-    "SymInt seed, Tensor? image_ids, Tensor? sample_ids) "
-    "-> (Tensor h, Tensor y_t, Tensor drawn, Tensor statistics, Tensor updated_mean, Tensor updated_var)"
-)
+# ---- the operator ----------------------------------------------------------------------------
 
 
-def _prepare(arguments: tuple[Any, ...]) -> tuple[Call, Tensor | None]:
-    """The call with memory for the noisy labels, and that of the noise where it is drawn."""
-    call, noise = Call(*arguments[:_CALL]), arguments[_CALL + 2]
-    drawn = None if noise is not None else call.x.new_empty(call.y_t.shape)
-    return call._replace(y_t=call.x.new_empty(call.guidance.shape)), drawn
+class NoisedCall(NamedTuple):
+    """Arguments of the operator `noised_conditioning`, as in the function; the seed is signed."""
+
+    x: Tensor
+    y_0: Tensor
+    guidance: Tensor
+    timesteps: Tensor
+    layer: ConditionalLayer
+    training: bool
+    momentum: float
+    eps: float
+    backend: str
+    sqrt_alpha_bar: Tensor
+    sqrt_one_minus_alpha_bar: Tensor
+    noise: Tensor | None
+    seed: int
+    image_ids: Tensor | None
+    sample_ids: Tensor | None
+
+    def conditioning(self, y_t: Tensor) -> Conditioning:
+        """The call of `conditioning` on the noisy labels."""
+        return Conditioning(
+            x=self.x, y_t=y_t, guidance=self.guidance, timesteps=self.timesteps, layer=self.layer,
+            training=self.training, momentum=self.momentum, eps=self.eps, backend=self.backend,
+        )  # fmt: skip
 
 
-def _noised_conditioning(*arguments: Any) -> tuple[Tensor, ...]:
-    call, drawn = _prepare(arguments)
-    y_0 = arguments[1].detach().resolve_neg()
-    a_table, d_table, noise, seed, *ids = arguments[_CALL:]
-    noising = (
-        y_0,
-        compact(a_table),
-        compact(d_table),
-        None if noise is None else compact(noise),
-        seed % 2**64,
-        *(None if each is None else each.contiguous() for each in ids),
-        drawn,
+class NoisedOutputs(NamedTuple):
+    """Results of the operator: `drawn` is empty if the noise was given, the others as in `Outputs`."""
+
+    h: Tensor
+    y_t: Tensor
+    drawn: Tensor
+    statistics: Tensor
+    updated_mean: Tensor
+    updated_var: Tensor
+
+
+def _allocate(call: NoisedCall) -> tuple[Tensor, Tensor | None]:
+    """Memory for the noisy labels, and for the noise if it is drawn."""
+    drawn = None if call.noise is not None else call.x.new_empty(call.y_0.shape)
+    return call.x.new_empty(call.guidance.shape), drawn
+
+
+def _forward(call: NoisedCall) -> NoisedOutputs:
+    y_t, drawn = _allocate(call)
+    noising = Noising(
+        y_0=detached(call.y_0),
+        sqrt_alpha_bar=compact(call.sqrt_alpha_bar),
+        sqrt_one_minus_alpha_bar=compact(call.sqrt_one_minus_alpha_bar),
+        noise=None if call.noise is None else compact(call.noise),
+        seed=call.seed % 2**64,
+        image_ids=None if call.image_ids is None else call.image_ids.contiguous(),
+        sample_ids=None if call.sample_ids is None else call.sample_ids.contiguous(),
+        drawn=drawn,
     )
-    h, *rest = forward(call, noising)
-    return h, call.y_t, given(drawn, call.x), *rest
+    h, *statistics = forward(call.conditioning(y_t), noising)
+    return NoisedOutputs(h, y_t, or_empty(drawn, call.x), *statistics)
 
 
-def _fake_noised_conditioning(*arguments: Any) -> tuple[Tensor, ...]:
-    call, drawn = _prepare(arguments)
-    h, *rest = outputs(call)
-    return h, call.y_t, given(drawn, call.x), *rest
+def _fake_forward(call: NoisedCall) -> NoisedOutputs:
+    y_t, drawn = _allocate(call)
+    h, *statistics = allocate(call.conditioning(y_t))
+    return NoisedOutputs(h, y_t, or_empty(drawn, call.x), *statistics)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)
-    x, _, *rest = inputs[:9]
-    ctx.save_for_backward(x, output[1], *rest, *inputs[_CALL : _CALL + 2], output[3])
-    ctx.training, _, ctx.eps, ctx.backend = inputs[11:_CALL]
-
-
-def _backward(ctx: Any, grad: Tensor | None, y_grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    found: list[Tensor | None] = [None] * (_CALL + 6)
-    *inputs, a_table, d_table, statistics = ctx.saved_tensors
-    wants, noise = ctx.needs_input_grad, _CALL + 2
-    through = wants[1] or wants[2] or wants[noise]  # the noisy labels
+def _gradients(
+    call: NoisedCall, outputs: NoisedOutputs, wanted: dict[str, bool], grad: Tensor | None, y_grad: Tensor | None,
+    *_: Any,
+) -> dict[str, Tensor | None]:  # fmt: skip
+    through_labels = wanted["y_0"] or wanted["guidance"] or wanted["noise"]
+    found: dict[str, Tensor | None] = {}
     if grad is not None:
-        wanted = [wants[0], through, wants[2], *wants[4:9]]
-        found[0], of_labels, found[2], *found[4:9] = gradients(
-            ctx, grad, inputs, statistics, wanted
-        )
+        flags = {**wanted, "y_t": through_labels}
+        found = gradients(call.conditioning(outputs.y_t), outputs.statistics, flags, grad)
+        of_labels = found.pop("y_t", None)
         if of_labels is not None:
             y_grad = of_labels if y_grad is None else y_grad + of_labels
-    if y_grad is None or not through:
-        return tuple(found)
-    a, d = (table[inputs[3]][:, None] for table in (a_table, d_table))
-    of_streams = y_grad.sum(dim=0) if y_grad.ndim == 3 else y_grad
-    if wants[1]:
-        found[1] = a * of_streams
-    if wants[2]:
-        share = (1.0 - a) * y_grad
-        found[2] = share if found[2] is None else found[2] + share
-    if wants[noise]:
-        found[noise] = d * of_streams
-    return tuple(found)
+    if y_grad is None or not through_labels:
+        return found
+    a = call.sqrt_alpha_bar[call.timesteps][:, None]
+    d = call.sqrt_one_minus_alpha_bar[call.timesteps][:, None]
+    of_branches = y_grad.sum(dim=0) if y_grad.ndim == 3 else y_grad
+    if wanted["y_0"]:
+        found["y_0"] = a * of_branches
+    if wanted["guidance"]:
+        share, direct = (1.0 - a) * y_grad, found.get("guidance")
+        found["guidance"] = share if direct is None else direct + share
+    if wanted["noise"]:
+        found["noise"] = d * of_branches
+    return found
 
 
-register("noised_conditioning", _SCHEMA, _noised_conditioning, _fake_noised_conditioning)
-register_autograd("noised_conditioning", _save, _backward)
+_noised_conditioning = register(
+    "noised_conditioning",
+    NoisedCall,
+    NoisedOutputs,
+    _forward,
+    _fake_forward,
+    Derivative(
+        _gradients,
+        saves=[
+            *(name for name in SAVED if name != "y_t"),
+            "sqrt_alpha_bar",
+            "sqrt_one_minus_alpha_bar",
+        ],
+        saved_results=["y_t", "statistics"],
+        outputs=2,
+    ),
+)

@@ -1,7 +1,7 @@
-"""Regions of interest: where the saliency is highest, and the crops cut there (spec, section 3).
+"""Regions of interest: the windows of highest saliency, and the crops cut there.
 
-Everything here is exact: the order of every addition is part of the definition, so that a kernel can be held against
-it bit for bit.
+The mathematics is in docs/algorithm.md, "Regions of interest". The order of every addition is part of the definition,
+so that kernels can be tested against it bit for bit.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def window_size(
 
 
 def class_map(saliency: Tensor) -> Tensor:
-    """One map of all classes: each scaled to [0, 1] by its own minimum and maximum, then added in class order.
+    """One map of all classes: each scaled to [0, 1] by its minimum and maximum, then added in class order.
 
-    A class whose saliency is constant counts 0.
+    A class of constant saliency adds 0.
 
     Args:
         saliency: [B, C, h, w], computed in float32.
@@ -66,9 +66,9 @@ def class_map(saliency: Tensor) -> Tensor:
 def choose_windows(saliency: Tensor, window: tuple[int, int], count: int) -> Tensor:
     """The `count` windows of largest mean saliency, found greedily.
 
-    K times: take the stride-1 window with the largest mean (the first in row-major order on a tie), note its
-    upper-left cell, set the window to 0. A window's mean is the float32 sum of its cells in row-major order, divided by
-    their number.
+    K times: take the stride-1 window with the largest mean (the first in row-major order on a tie), record its
+    upper-left cell, set the window to 0. The mean of a window is the float32 sum of its cells in row-major order,
+    divided by their number.
 
     Args:
         saliency: [B, C, h, w] floating, finite, with finite extent; computed in float32.
@@ -79,7 +79,7 @@ def choose_windows(saliency: Tensor, window: tuple[int, int], count: int) -> Ten
         [B, K, 2] int64, (row, column) of each upper-left cell.
 
     Raises:
-        ValueError: saliency of an image is not finite, or sizes that do not fit.
+        ValueError: the saliency of an image is not finite, or a size does not fit.
     """
     _check_windows(saliency, window, count)
     saliency = saliency.detach()
@@ -96,7 +96,7 @@ def choose_windows(saliency: Tensor, window: tuple[int, int], count: int) -> Ten
             for j in range(window[1]):
                 total = total + remaining[:, i : i + rows, j : j + columns]
         mean = (total / size).flatten(1)
-        # argmax promises no order among equal values; the first one is asked for here.
+        # argmax guarantees no order among equal values; this takes the first.
         first = (mean == mean.amax(dim=1, keepdim=True)).int().cumsum(1).eq(0).sum(1)
         row, column = first // columns, first % columns
         cells[:, k, 0], cells[:, k, 1] = row, column
@@ -110,8 +110,7 @@ def choose_windows(saliency: Tensor, window: tuple[int, int], count: int) -> Ten
 def _check_windows(saliency: Tensor, window: tuple[int, int], count: int) -> None:
     if saliency.ndim != 4 or saliency.shape[1] == 0:
         raise ValueError(
-            "rois.choose_windows: saliency must be [B, C, h, w] with C >= 1, got "
-            f"{tuple(saliency.shape)}"
+            f"rois.choose_windows: saliency must be [B, C, h, w] with C >= 1, got {tuple(saliency.shape)}"
         )
     if not saliency.is_floating_point():
         raise TypeError(
@@ -122,8 +121,7 @@ def _check_windows(saliency: Tensor, window: tuple[int, int], count: int) -> Non
     grid = tuple(saliency.shape[2:])
     if not (1 <= window[0] <= grid[0] and 1 <= window[1] <= grid[1]):
         raise ValueError(
-            f"rois.choose_windows: window must lie in the saliency map of {grid} cells, got "
-            f"{tuple(window)}"
+            f"rois.choose_windows: window must lie in the saliency map of {grid} cells, got {tuple(window)}"
         )
     if saliency.shape[0]:
         narrow = saliency.detach().float()
@@ -132,8 +130,7 @@ def _check_windows(saliency: Tensor, window: tuple[int, int], count: int) -> Non
         if not bool(finite.all()):
             image = int((~finite).nonzero()[0])
             raise ValueError(
-                f"rois.choose_windows: saliency of image {image} is not finite (nan, inf, or a "
-                "range beyond float32)"
+                f"rois.choose_windows: saliency of image {image} is not finite (nan, inf, or a range beyond float32)"
             )
 
 
@@ -158,14 +155,14 @@ def cut_crops(
 ) -> Tensor:
     """Crops of all images at once.
 
-    The part of a crop inside the image is aligned to the crop's lower right; the rest is the channel's minimum over
-    its whole image.
+    The part of a crop inside the image is aligned to the lower right of the crop; the rest is the minimum of the
+    channel over its image.
 
     Args:
         images: [B, Ch, H, W] float32, float16, bfloat16 or uint8; any strides.
         origins: [B, K, 2] int64, upper-left pixel (row, column) of each crop; may lie outside the image.
         size: (height, width) of a crop in pixels.
-        channels: "first" cuts channel 0 and repeats it three times (as published), "all" cuts every channel.
+        channels: "first" cuts channel 0 and repeats it three times (as published), "all" cuts all channels.
 
     Returns:
         [B, K, 3 or Ch, height, width], contiguous, dtype of `images`. Differentiable in `images`.
@@ -177,9 +174,7 @@ def cut_crops(
     for image, corners in zip(images, origins.tolist(), strict=True):
         fill = image.amin(dim=(1, 2))[:, None, None]
         for top, left in corners:
-            rows = slice(min(max(top, 0), height), min(max(top + size[0], 0), height))
-            columns = slice(min(max(left, 0), width), min(max(left + size[1], 0), width))
-            inside = image[:, rows, columns]
+            inside = image[:, _inside(top, size[0], height), _inside(left, size[1], width)]
             crop = fill.expand(-1, *size).clone()
             if inside.numel():
                 crop[:, size[0] - inside.shape[1] :, size[1] - inside.shape[2] :] = inside
@@ -188,6 +183,53 @@ def cut_crops(
     shape = (*origins.shape[:2], images.shape[1], *size)
     stacked = torch.stack(crops).view(shape) if crops else images.new_empty(shape)
     return stacked.expand(-1, -1, depth, -1, -1).contiguous()
+
+
+def cut_crops_backward(
+    grad: Tensor, images: Tensor, origins: Tensor, channels: Channels = "first"
+) -> Tensor:
+    """The gradient of `cut_crops` in the images.
+
+    Pixels of a crop that lie inside the image pass their gradient to it; the gradient of all others goes to the
+    channel's minimum, in equal shares to the pixels that attain it. Crops are added in order, so the sum is exact to
+    the bit.
+
+    Args:
+        grad: [B, K, 3 or Ch, height, width], the gradient of the crops.
+        images, origins, channels: as in `cut_crops`.
+
+    Returns:
+        [B, Ch, H, W], contiguous, dtype of `images`.
+    """
+    height, width = images.shape[2:]
+    result = torch.zeros_like(images, memory_format=torch.contiguous_format)
+    if channels == "first":
+        grad = grad.sum(dim=2, keepdim=True)
+    depth, size = grad.shape[2], grad.shape[3:]
+    for image, target, corners, crop_grads in zip(
+        images, result, origins.tolist(), grad, strict=True
+    ):
+        fill_grad = grad.new_zeros(depth)
+        for (top, left), crop_grad in zip(corners, crop_grads, strict=True):
+            rows, columns = _inside(top, size[0], height), _inside(left, size[1], width)
+            inside = target[:depth, rows, columns]
+            # Rows above the part inside the image, and columns to its left, are filled.
+            above = size[0] - inside.shape[1] if inside.numel() else size[0]
+            margin = size[1] - inside.shape[2]
+            if inside.numel():
+                inside += crop_grad[:, above:, margin:]
+            fill_grad += crop_grad[:, :above].sum(dim=(1, 2))
+            fill_grad += crop_grad[:, above:, :margin].sum(dim=(1, 2))
+        if bool(fill_grad.any()):
+            least = image[:depth] == image[:depth].amin(dim=(1, 2), keepdim=True)
+            share = fill_grad / least.sum(dim=(1, 2))
+            target[:depth] += least * share[:, None, None]
+    return result
+
+
+def _inside(start: int, length: int, limit: int) -> slice:
+    """The part of [start, start + length) in [0, limit)."""
+    return slice(min(max(start, 0), limit), min(max(start + length, 0), limit))
 
 
 def rois(
@@ -203,7 +245,7 @@ def rois(
         saliency: [B, C, h, w] floating.
         images: [B, Ch, H, W].
         crop: (height, width) of a crop in pixels.
-        count: K, crops an image.
+        count: K, crops per image.
         channels: as in `cut_crops`.
     """
     image, grid = _size(images), _size(saliency)

@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "bindings/cuda_bindings.h"
+#include "bindings/bindings.h"
 #include "emulator.h"
 #include "traffic.h"
 

@@ -33,8 +33,19 @@ struct Case {
     for (std::int64_t b = 0; b < (one_timestep ? 1 : s.rows); ++b) {
       timesteps.push_back(b * 3 % kTimesteps);
     }
-    layer = {s.features,  s.classes, weight.get(),      {1, s.features}, bias.get(),
-             gamma.get(), stride,    norm_weight.get(), norm_bias.get(), 1e-5f};
+    layer = {{weight.get(),
+              {1, s.features},
+              bias.get(),
+              gamma.get(),
+              kTimesteps,
+              stride,
+              norm_weight.get(),
+              norm_bias.get(),
+              running_mean.get(),
+              running_variance.get(),
+              1e-5},
+             s.features,
+             s.classes};
     batch = {s.streams,
              s.rows,
              x.get(),
@@ -65,7 +76,7 @@ std::vector<float> Run(const Case& c, const kernel::Options& options, unsigned w
   const kernel::Running running{c.running_mean.get(), c.running_variance.get(),
                                 training ? mean.get() : nullptr,
                                 training ? variance.get() : nullptr, 0.1};
-  Forward(c.layer, c.batch, diffmic::Noising{}, running, options, statistics.get(), out.get());
+  kernel::Forward({c.layer, c.batch, {}, running, statistics.get(), out.get()}, options);
 
   const std::int64_t counts[] = {
       s.rows * f, rows * s.classes, rows * s.classes, f * 2 * s.classes, f, Case::kTimesteps * f, f,
@@ -77,8 +88,13 @@ std::vector<float> Run(const Case& c, const kernel::Options& options, unsigned w
     to[i] = (wanted >> i & 1) != 0 ? gradients.back().get() : nullptr;
   }
   const std::int64_t stride = f + Case::kGap;
-  Backward(c.layer, c.batch, c.grad.get(), {s.rows * stride, stride}, statistics.get(), options,
-           {to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7]});
+  kernel::Backward({c.layer,
+                    c.batch,
+                    c.grad.get(),
+                    {s.rows * stride, stride},
+                    statistics.get(),
+                    {to[0], to[1], to[2], to[3], to[4], to[5], to[6], to[7]}},
+                   options);
   std::vector<float> all = out.copy();
   for (const Numbers* part : {&statistics, &mean, &variance}) {
     const std::vector<float> values = part->copy();
@@ -119,9 +135,10 @@ void CheckNoised(const Case& c, const kernel::Options& options) {
     noising.y = y.get();
     kernel::Batch batch = c.batch;
     batch.y = {y.get(), {s.rows * s.classes, s.classes, 1}};
-    Forward(c.layer, batch, noising, running, options, statistics.get(), out.get());
-    Forward(c.layer, batch, diffmic::Noising{}, running, options, statistics.get(), plain.get());
-    if (out.copy() != plain.copy()) Fail("conditioning: the labels written are not those used");
+    kernel::Forward({c.layer, batch, noising, running, statistics.get(), out.get()}, options);
+    kernel::Forward({c.layer, batch, {}, running, statistics.get(), plain.get()}, options);
+    if (out.copy() != plain.copy())
+      Fail("conditioning: the noisy labels written are not those used");
     found.push_back(y.copy());
   }
   if (found[0] != found[1]) Fail("conditioning: the noise drawn is not that written");
@@ -207,9 +224,9 @@ int main(int argc, char** argv) {
     kernel::Batch none = empty.batch;
     none.rows = 0;
     const Numbers statistics(2 * 71, 0, 0);
-    Forward(empty.layer, none, diffmic::Noising{},
-            {empty.running_mean.get(), empty.running_variance.get(), nullptr, nullptr, 0.1},
-            {kernels, 2}, statistics.get(), nullptr);
+    const kernel::Running running{empty.running_mean.get(), empty.running_variance.get(), nullptr,
+                                  nullptr, 0.1};
+    kernel::Forward({empty.layer, none, {}, running, statistics.get(), nullptr}, {kernels, 2});
   }
   request.CheckNames("conditioning",
                      [](const std::string& name) { return kernel::FindKernels(name) != nullptr; });

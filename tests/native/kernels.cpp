@@ -177,19 +177,19 @@ void CheckRois() {
   std::vector<float> first;
   for (const int threads : {1, 3}) {
     std::vector<std::int64_t> cells(kBatch * kCount * 2), origins(cells.size());
-    const diffmic::cpu::Maps maps{saliency.get(),           kBatch, kClasses, 7, 6,
-                                  {kClasses * 42, 42, 6, 1}};
-    if (ChooseWindows(maps, diffmic::cpu::SaliencyType::kFloat32, {3, 2}, kCount, cells.data(),
-                      threads) >= 0) {
+    const diffmic::rois::Maps maps{saliency.get(),           kBatch, kClasses, 7, 6,
+                                   {kClasses * 42, 42, 6, 1}};
+    const auto type = diffmic::rois::Type::kFloat32;
+    if (diffmic::cpu::ChooseWindows({maps, type, {3, 2}, kCount, cells.data()}, threads) >= 0) {
       Fail("rois reports finite saliency as not finite");
     }
     diffmic::cpu::CellsToPixels(cells.data(), kBatch * kCount, {7, 6}, {kSide, kSide},
                                 origins.data());
-    const diffmic::cpu::Maps pixels{
+    const diffmic::rois::Maps pixels{
         images.get(), kBatch, 2, kSide, kSide, {2 * kSide * kSide, kSide * kSide, kSide, 1}};
     const Numbers crops(kBatch * kCount * 2 * 5 * 6, 0.0f, 0.0f);
-    CutCrops(pixels, diffmic::cpu::PixelType::kFloat32, {origins.data(), {kCount * 2, 2, 1}},
-             kCount, {5, 6}, 1, crops.get(), threads);
+    const diffmic::rois::Cut cut{{origins.data(), {kCount * 2, 2, 1}}, kCount, {5, 6}, 1};
+    diffmic::cpu::CutCrops({pixels, type, cut, crops.get()}, threads);
     const std::vector<float> found(crops.get(), crops.get() + kBatch * kCount * 60);
     if (first.empty()) first = found;
     if (found != first) Fail("rois: the result depends on the number of threads");

@@ -52,9 +52,16 @@ void CheckValue(Isa isa, const Size& size, const std::vector<double>& scales, bo
       Trace<T> trace("mmd");
       for (const int threads : {1, 2, 4}) {
         const NumbersOf<T> value(1, 0, 0), gx(size.n * size.d, 0, 0), gy(size.m * size.d, 0, 0);
-        const Options options{scales, unbiased, isa, threads};
-        if (Mmd(x.matrix, y.matrix, x_weights, y_weights, options, value.get(),
-                x_slope ? gx.get() : nullptr, y_slope ? gy.get() : nullptr) != Side::kNone) {
+        const mmd::MmdCall<T> call{x.matrix,
+                                   y.matrix,
+                                   x_weights,
+                                   y_weights,
+                                   {scales, nullptr},
+                                   unbiased,
+                                   value.get(),
+                                   x_slope ? gx.get() : nullptr,
+                                   y_slope ? gy.get() : nullptr};
+        if (mmd::Mmd(call, {isa, threads}) != Side::kNone) {
           Fail("mmd: valid weights were rejected");
         }
         std::vector<T> found = value.copy();
@@ -71,13 +78,16 @@ void CheckWeights() {
   const Rows<T> x(3, 2), y(4, 2);
   const T negative[] = {1, -1, 1}, alone[] = {0, 0, 2, 0};
   const NumbersOf<T> value(1, 0, 0);
-  const Options biased{{1.0}, false, Isa::kAuto, 1}, unbiased{{1.0}, true, Isa::kAuto, 1};
   const Weights<T> none{nullptr, 0};
-  T* const no = nullptr;
-  if (Mmd(x.matrix, y.matrix, {negative, 1}, none, biased, value.get(), no, no) != Side::kX ||
-      Mmd(x.matrix, y.matrix, none, {alone, 1}, biased, value.get(), no, no) != Side::kNone ||
-      Mmd(x.matrix, y.matrix, none, {alone, 1}, unbiased, value.get(), no, no) != Side::kY ||
-      Mmd(x.matrix, y.matrix, none, {alone, 0}, biased, value.get(), no, no) != Side::kY) {
+  const auto side = [&](const Weights<T>& of_x, const Weights<T>& of_y, bool unbiased) {
+    const mmd::Kernel kernel{{1.0}, nullptr};
+    return mmd::Mmd<T>(
+        {x.matrix, y.matrix, of_x, of_y, kernel, unbiased, value.get(), nullptr, nullptr},
+        {Isa::kAuto, 1});
+  };
+  if (side({negative, 1}, none, false) != Side::kX ||
+      side(none, {alone, 1}, false) != Side::kNone || side(none, {alone, 1}, true) != Side::kY ||
+      side(none, {alone, 0}, false) != Side::kY) {
     Fail("mmd: weights were validated wrongly");
   }
 }
@@ -88,17 +98,21 @@ void CheckKernelMatrix(Isa isa, const Size& size, const std::vector<double>& sca
   const Rows<T> cotangent(size.n, size.m, true);
   Trace<T> trace("mmd.kernel_matrix");
   for (const int threads : {1, 3}) {
-    const Options options{scales, false, isa, threads};
+    const Options options{isa, threads};
+    const mmd::Kernel function{scales, nullptr};
     const NumbersOf<T> kernel(size.n * size.m, 0, 0);
-    KernelMatrix(x.matrix, y.matrix, options, kernel.get());
+    mmd::KernelMatrix<T>({x.matrix, y.matrix, function, kernel.get()}, options);
     std::vector<T> found = kernel.copy();
     const NumbersOf<T> gx(size.n * size.d, 0, 0), gy(size.m * size.d, 0, 0);
-    T* const no = nullptr;
-    KernelMatrixBackward(cotangent.matrix, x.matrix, y.matrix, options, gx.get(), gy.get());
+    const auto backward = [&](T* x_gradient, T* y_gradient) {
+      mmd::KernelMatrixBackward<T>(
+          {cotangent.matrix, x.matrix, y.matrix, function, x_gradient, y_gradient}, options);
+    };
+    backward(gx.get(), gy.get());
     Append(&found, gx);
     Append(&found, gy);
-    KernelMatrixBackward(cotangent.matrix, x.matrix, y.matrix, options, gx.get(), no);
-    KernelMatrixBackward(cotangent.matrix, x.matrix, y.matrix, options, no, gy.get());
+    backward(gx.get(), nullptr);
+    backward(nullptr, gy.get());
     Append(&found, gx);
     Append(&found, gy);
     trace.Compare(found, threads);
@@ -110,10 +124,10 @@ void CheckMedian(Isa isa, const Size& size) {
   const Rows<T> x(size.n, size.d, true), y(size.m, size.d);
   Trace<double> trace("mmd.median_squared_distance");
   for (const int threads : {1, 4}) {
-    trace.Compare({MedianSquaredDistance(x.matrix, y.matrix, isa, threads)}, threads);
+    trace.Compare({mmd::MedianSquaredDistance(x.matrix, y.matrix, {isa, threads})}, threads);
   }
   x.memory.get()[0] = std::numeric_limits<T>::quiet_NaN();
-  if (!std::isnan(MedianSquaredDistance(x.matrix, y.matrix, isa, 2))) {
+  if (!std::isnan(mmd::MedianSquaredDistance(x.matrix, y.matrix, {isa, 2}))) {
     Fail("mmd: the median of NaN is not NaN");
   }
 }
@@ -123,11 +137,12 @@ template <typename T>
 void CheckStrides(Isa isa) {
   const NumbersOf<T> a(5 * 3, -1.0, 1.0), b(3, -1.0, 1.0);
   const Matrix<T> x{a.get() + 14, 5, 3, {-3, -1}}, y{b.get(), 4, 3, {0, 1}};
-  const Options options{{0.3}, false, isa, 1};
+  const Options options{isa, 1};
+  const mmd::Kernel function{{0.3}, nullptr};
   const NumbersOf<T> kernel(20, 0, 0), gx(15, 0, 0), gy(12, 0, 0);
-  KernelMatrix(x, y, options, kernel.get());
+  mmd::KernelMatrix<T>({x, y, function, kernel.get()}, options);
   const Matrix<T> cotangent{b.get(), 5, 4, {0, 0}};
-  KernelMatrixBackward(cotangent, x, y, options, gx.get(), gy.get());
+  mmd::KernelMatrixBackward<T>({cotangent, x, y, function, gx.get(), gy.get()}, options);
   Trace<T> finite("mmd, strides");
   finite.Compare(kernel.copy(), 1);
 }
@@ -143,8 +158,8 @@ void CheckNoiseLosses(Isa isa, std::int64_t count, const Size& size) {
     Trace<T> trace("noise_losses");
     for (const int threads : {1, 2, 4}) {
       const NumbersOf<T> losses(count, 0, 0), gradients(count * size.n * size.d, 0, 0);
-      NoiseLosses(noise.matrix, stack, isa, threads, losses.get(),
-                  slope ? gradients.get() : nullptr);
+      mmd::NoiseLosses<T>({noise.matrix, stack, losses.get(), slope ? gradients.get() : nullptr},
+                          {isa, threads});
       std::vector<T> found = losses.copy();
       Append(&found, gradients, slope);
       trace.Compare(found, threads);

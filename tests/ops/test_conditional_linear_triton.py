@@ -437,7 +437,7 @@ def test_float64_is_dispatched_to_the_reference(
         BackendError, match=r"triton cannot serve.*float16 tensors, got torch.float64"
     ):
         conditional_linear(h, layer, t, backend="triton")
-    with pytest.raises(ValueError, match=r"h must have one stream at least, got \(0, 4, 3\)"):
+    with pytest.raises(ValueError, match=r"h must have at least one branch, got \(0, 4, 3\)"):
         conditional_linear(h[None][:0], layer, t)
 
 

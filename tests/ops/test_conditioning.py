@@ -1,4 +1,4 @@
-"""`conditioning` and `conditional_linear`: streams against single passes, statistics, gradients, bad arguments."""
+"""`conditioning` and `conditional_linear`: branches, statistics, gradients, invalid arguments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def copy(layer):
 @pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("classes", [2, 5, 7])
-def test_streams_are_single_passes(training, classes):
+def test_branches_equal_separate_calls(training, classes):
     batch, width, streams = 9, 13, 3
     layer, deep = make_layer(2 * classes, width, 20), make_layer(width, 11, 20, 1)
     x = torch.randn(batch, width, dtype=torch.float64)
@@ -50,7 +50,7 @@ def test_streams_are_single_passes(training, classes):
     assert moved == training
 
 
-def test_definition(weights):
+def test_equals_the_formula_in_plain_pytorch(weights):
     layer = weights.conditioning
     y, guidance, x = torch.randn(4, 5), torch.randn(4, 5), torch.randn(4, 64)
     t = torch.tensor([0, 3, 99, 100])
@@ -80,7 +80,7 @@ def test_gradients(training):
     assert torch.autograd.gradcheck(run, inputs)
 
 
-def test_bad_arguments_are_named():
+def test_invalid_arguments_raise():
     layer = make_layer(6, 8, 10, dtype=torch.float32)
     x, y, t = torch.zeros(4, 8), torch.zeros(4, 3), torch.zeros(4).long()
     with pytest.raises(ValueError, match=r"timesteps must be in \[0, 10\], got 0 … 11"):

@@ -13,6 +13,13 @@ from torch import Tensor
 
 from diffmic_fast import _native
 from diffmic_fast.models import ConditionalModel
+from diffmic_fast.ops._conditioning import (
+    Conditioning,
+    ConditioningBackward,
+    Gradients,
+    Outputs,
+    Parameters,
+)
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 
@@ -40,17 +47,36 @@ def kernel(
     streams = y.shape[0] if training and y.ndim == 3 else 1
     h, statistics = make(*y.shape[:-1], features), make(2, streams, features)
     updated = [make(features) if training else None for _ in range(2)]
-    arguments = (x, y, guidance, timesteps, list(parameters))
-    _C.conditioning(
-        *arguments, *running, training, 0.3, 1e-4, statistics, *updated, h, **options
-    )  # fmt: skip
-    gradients = [make(*v.shape) for v in (*inputs, *parameters)]
-    gradients[5].zero_()
-    _C.conditioning_backward(
-        grad, *arguments, statistics, training, 1e-4, gradients, **options
-    )  # fmt: skip
-    after = [old if new is None else new for old, new in zip(running, updated, strict=True)]
-    return [h, *after, *gradients]
+    call = Conditioning(
+        x,
+        y,
+        guidance,
+        timesteps,
+        ConditionalLayer(*parameters, *running),
+        training,
+        0.3,
+        1e-4,
+        "cpu",
+    )
+    _C.conditioning(call, Outputs(h, statistics, *updated), **options)
+    gradients = Gradients(*(make(*v.shape) for v in (*inputs, *parameters)))
+    gradients.gamma.zero_()
+    backward = ConditioningBackward(
+        grad,
+        x,
+        y,
+        guidance,
+        timesteps,
+        Parameters(*parameters),
+        statistics,
+        training,
+        1e-4,
+        [True] * 8,
+        "cpu",
+    )
+    _C.conditioning_backward(backward, gradients, **options)
+    behind = [old if new is None else new for old, new in zip(running, updated, strict=True)]
+    return [h, *behind, *gradients]
 
 
 # ---- values and gradients --------------------------------------------------------------------
@@ -352,11 +378,11 @@ def test_invalid_arguments_are_rejected() -> None:
     bad("conditioning: timesteps must be in", inputs, parameters, running, t + 99, grad)
     bad("timesteps must be", inputs, parameters, running, t.int(), grad, error=TypeError)
     bad("x must have rows of unit stride", [x.T.contiguous().T, y, y], parameters, running, t, grad)
-    bad("guidance must have shape", [x, y, y[:, :, :2]], parameters, running, t, grad)
+    bad("y_t must have shape", [x, y, y[:, :, :2]], parameters, running, t, grad)
     bad("at least 2 rows", [x[:1], y[:, :1], y[:, :1]], parameters, running, t[:1], grad[:, :1])
-    bad("layer must be five", inputs, parameters[:4], running, t, grad)
+    bad("bias must have shape", inputs, [parameters[0], *parameters[:4]], running, t, grad)
     bad("isa must be auto or one that", inputs, parameters, running, t, grad, isa="sse")
     bad("threads must be at least 1", inputs, parameters, running, t, grad, threads=0)
-    with pytest.raises(ValueError, match="y_t must have one stream at least"):
+    with pytest.raises(ValueError, match="y_t must have at least one branch"):
         layer = ConditionalLayer(*parameters, *running)
         conditioning(x, y[:0], guidance[:0], layer, t)

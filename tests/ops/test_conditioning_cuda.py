@@ -13,6 +13,13 @@ from torch import Tensor
 
 from diffmic_fast import _native
 from diffmic_fast.models import ConditionalModel
+from diffmic_fast.ops._conditioning import (
+    Conditioning,
+    ConditioningBackward,
+    Gradients,
+    Outputs,
+    Parameters,
+)
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 
@@ -45,14 +52,26 @@ def kernel(
     h = make(*y.shape[:-1], features)
     statistics = make(2, streams if training else 1, features)
     updated = [make(features) if training else None for _ in range(2)]
-    arguments = (x, y, guidance, timesteps, list(parameters))
-    module.conditioning(*arguments, *running, training, 0.3, 1e-4, statistics, *updated, h, None, 0)
-    gradients = [make(*v.shape) for v in (*inputs, *parameters)]
-    gradients[5].zero_()
+    layer = ConditionalLayer(*parameters, *running)
+    call = Conditioning(x, y, guidance, timesteps, layer, training, 0.3, 1e-4, backend)
+    module.conditioning(call, Outputs(h, statistics, *updated), None, 0)
+    gradients = Gradients(*(make(*v.shape) for v in (*inputs, *parameters)))
+    gradients.gamma.zero_()
     workspace = make(module.conditioning_workspace(features, streams, x.shape[0], y.shape[-1]))
-    module.conditioning_backward(
-        grad, *arguments, statistics, training, 1e-4, gradients, workspace, 0
+    backward = ConditioningBackward(
+        grad,
+        x,
+        y,
+        guidance,
+        timesteps,
+        Parameters(*parameters),
+        statistics,
+        training,
+        1e-4,
+        [True] * 8,
+        backend,
     )
+    module.conditioning_backward(backward, gradients, workspace, 0)
     behind = [old if new is None else new for old, new in zip(running, updated, strict=True)]
     return [h, *behind, *gradients]
 
@@ -387,18 +406,31 @@ def test_the_extension_validates_its_arguments(backend: str) -> None:
 
     bad("timesteps must be", inputs, parameters, running, t.int(), grad, error=TypeError)
     bad("x must have rows of unit stride", [x.T.contiguous().T, y, y], parameters, running, t, grad)
-    bad("guidance must have shape", [x, y, y[:, :, :2]], parameters, running, t, grad)
+    bad("y_t must have shape", [x, y, y[:, :, :2]], parameters, running, t, grad)
     bad("at least 2 rows", [x[:1], y[:, :1], y[:, :1]], parameters, running, t[:1], grad[:, :1])
-    bad("layer must be five", inputs, parameters[:4], running, t, grad)
-    bad("bias must be compact", inputs, [parameters[0], parameters[1].repeat(2)[::2],
+    bad("bias must have shape", inputs, [parameters[0], *parameters[:4]], running, t, grad)
+    bad("bias must be contiguous", inputs, [parameters[0], parameters[1].repeat(2)[::2],
         *parameters[2:]], running, t, grad)  # fmt: skip
     bad("must be float32, got float64", inputs, parameters, running, t, grad, make=lambda *s: make(*s).double(),
         error=TypeError)  # fmt: skip
     module = _native.cuda(backend)
-    with pytest.raises(ValueError, match="out must not share memory with x"):
-        module.conditioning(x, y[0], guidance[0], t, parameters, *running, False, 0.3, 1e-4,
-                            make(2, 1, 5), None, None, x, None, 0)  # fmt: skip
-    gradients = [None, make(2, 4, 3), *[None] * 6]
+    layer = ConditionalLayer(*parameters, *running)
+    call = Conditioning(x, y[0], guidance[0], t, layer, False, 0.3, 1e-4, backend)
+    with pytest.raises(ValueError, match="h must not share memory with x"):
+        module.conditioning(call, Outputs(x, make(2, 1, 5), make(0), make(0)), None, 0)
+    gradients = Gradients(None, make(2, 4, 3), *[None] * 6)  # type: ignore[arg-type]
+    backward = ConditioningBackward(
+        grad,
+        x,
+        y,
+        guidance,
+        t,
+        Parameters(*parameters),
+        make(2, 2, 5),
+        True,
+        1e-4,
+        [True] * 8,
+        backend,
+    )
     with pytest.raises(ValueError, match="workspace must be there for the gradients of y_t"):
-        module.conditioning_backward(grad, *inputs, t, parameters, make(2, 2, 5), True, 1e-4,
-                                     gradients, None, 0)  # fmt: skip
+        module.conditioning_backward(backward, gradients, None, 0)

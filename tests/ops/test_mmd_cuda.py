@@ -129,7 +129,7 @@ def test_strides_and_surrounding_memory(kind: str, dtype: torch.dtype, backend: 
     weights = on(backend, rows(70, 1, dtype)[:, 0].abs())[0][::2]
     kernels = _native.cuda(backend)
     scratch = x.new_empty(
-        kernels.mmd_scratch(35, 70, 36, x.element_size(), True), dtype=torch.float64
+        kernels.mmd_workspace(35, 70, 36, x.element_size(), True), dtype=torch.float64
     )
     results = []
     for a, b, w in ((x, y, weights.contiguous()), (u, v, weights)):
@@ -202,12 +202,12 @@ def test_the_median_does_not_depend_on_the_schedule(backend: str) -> None:
 
 def test_small_calls_need_no_workspace(backend: str) -> None:
     kernels = _native.cuda(backend)
-    assert kernels.mmd_scratch(64, 64, 32, 4, True) == 0
-    assert kernels.mmd_scratch(32, 32, 4096, 8, True) == 0
-    assert kernels.mmd_median_scratch(64, 64, 4) == 0
+    assert kernels.mmd_workspace(64, 64, 32, 4, True) == 0
+    assert kernels.mmd_workspace(32, 32, 4096, 8, True) == 0
+    assert kernels.mmd_median_workspace(64, 64, 4) == 0
     # O((n + m) d): at most eight partial sums, pairs of numbers, per element.
     for n, d in ((65, 32), (1000, 5), (20000, 512)):
-        assert 0 < kernels.mmd_scratch(n, n, d, 4, True) <= 2 * n * d * 8 + 3 * 8 * 1024
+        assert 0 < kernels.mmd_workspace(n, n, d, 4, True) <= 2 * n * d * 8 + 3 * 8 * 1024
 
 
 def test_equal_rows_distant_rows_and_small_discrepancies(backend: str) -> None:
@@ -263,10 +263,10 @@ def test_the_extension_validates_its_arguments(backend: str) -> None:
     kernels = _native.cuda(backend)
     value, scratch = x.new_empty(()), x.new_empty(5, dtype=torch.float64)
     matrix = x.new_empty(200, 200)
-    with pytest.raises(ValueError, match=r"^mmd: scratch must have \d+ elements, got 5$"):
+    with pytest.raises(ValueError, match=r"^mmd: workspace must have \d+ elements, got 5$"):
         kernels.mmd(x, x, None, None, [1.0], None, False, value, None, None, scratch, 0)
     wide = x.new_empty(100_001, dtype=torch.float64)[1:]
-    with pytest.raises(ValueError, match="scratch must begin at a multiple of 16 bytes"):
+    with pytest.raises(ValueError, match="workspace must begin at a multiple of 16 bytes"):
         kernels.mmd(x, x, None, None, [1.0], None, False, value, None, None, wide, 0)
     with pytest.raises(ValueError, match="scales must be at most 256 on a GPU, got 257"):
         kernels.mmd_kernel_matrix(x, x, [1.0] * 257, None, matrix, 0)
@@ -276,5 +276,5 @@ def test_the_extension_validates_its_arguments(backend: str) -> None:
         kernels.mmd_kernel_matrix(x, x, [1.0], None, matrix[:7], 0)
     with pytest.raises(ValueError, match="mmd: y must have shape"):
         kernels.mmd(x, x[:, :4], None, None, [1.0], None, False, value, None, None, scratch, 0)
-    with pytest.raises(ValueError, match=r"mmd.median_.*: scratch must have \d+ elements"):
+    with pytest.raises(ValueError, match=r"mmd.median_.*: workspace must have \d+ elements"):
         kernels.mmd_median_squared_distance(x, x, scratch[0], scratch.long(), 0)

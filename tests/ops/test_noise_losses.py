@@ -58,7 +58,7 @@ def test_values_and_gradients(shape: tuple[int, ...], dtype: torch.dtype, backen
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("backend", KERNELS)
-def test_bits_of_each_discrepancy_alone(shape: tuple[int, ...], backend: str) -> None:
+def test_bits_equal_those_of_mmd(shape: tuple[int, ...], backend: str) -> None:
     noise, predictions = case(shape, torch.float32, backend)
     losses, gradients = losses_and_gradients(noise, predictions, backend=backend)
     for s in range(1, shape[0]):
@@ -83,7 +83,7 @@ def test_any_schedule(backend: str) -> None:
     schedule(backend, 0)
 
 
-def test_threads_change_no_bit() -> None:
+def test_bits_do_not_depend_on_threads() -> None:
     noise, predictions = case((3, 400, 9), torch.float32, "cpu")
     threads, found = torch.get_num_threads(), []
     try:
@@ -134,12 +134,12 @@ def test_strides_and_surroundings(kind: str, dtype: torch.dtype, backend: str) -
 
 
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
-def test_outputs_and_nothing_else_are_written(backend: str) -> None:
+def test_only_outputs_are_written(backend: str) -> None:
     for shape in ((3, 32, 5), (2, 97, 7)):
         streams, n, d = shape
         noise, predictions = case(shape, torch.float32, backend)
         kernels = _native.cuda(backend)
-        needed = kernels.noise_losses_scratch(*shape, 4, True)
+        needed = kernels.noise_losses_workspace(*shape, 4, True)
         scratch = noise.new_full((needed + 2,), 42.0, dtype=torch.float64)
         out = noise.new_full((streams + 2,), 42.0), noise.new_full((streams + 2, n, d), 42.0)
         arguments = noise, predictions, out[0][1:-1], out[1][1:-1], scratch[:needed], 0
@@ -151,16 +151,16 @@ def test_outputs_and_nothing_else_are_written(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
-def test_small_calls_are_one_launch_without_scratch_memory(backend: str) -> None:
+def test_small_calls_need_no_workspace(backend: str) -> None:
     kernels = _native.cuda(backend)
-    assert kernels.noise_losses_scratch(3, 32, 5, 4, True) == 0
-    one = kernels.mmd_scratch(500, 500, 40, 4, True)
-    assert kernels.noise_losses_scratch(3, 500, 40, 4, True) == 3 * one > 0
+    assert kernels.noise_losses_workspace(3, 32, 5, 4, True) == 0
+    one = kernels.mmd_workspace(500, 500, 40, 4, True)
+    assert kernels.noise_losses_workspace(3, 500, 40, 4, True) == 3 * one > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_half_precision_is_computed_in_single(dtype: torch.dtype, backend: str) -> None:
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype, backend: str) -> None:
     noise, predictions = (each.to(dtype) for each in case((3, 32, 5), torch.float32, backend))
     found = losses_and_gradients(noise, predictions, backend=backend)
     expected = losses_and_gradients(noise.float(), predictions.float(), backend=backend)
@@ -171,7 +171,7 @@ def test_half_precision_is_computed_in_single(dtype: torch.dtype, backend: str) 
 
 @pytest.mark.parametrize("which", [0, 1, 2, "noise"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_not_a_number_is_never_lost(which: Any, backend: str) -> None:
+def test_nan_propagates(which: Any, backend: str) -> None:
     noise, predictions = case((3, 32, 5), torch.float32, backend)
     (noise if which == "noise" else predictions[which])[3, 2] = torch.nan
     losses = noise_losses(noise, predictions, backend=backend)
@@ -199,7 +199,7 @@ def test_opcheck(backend: str) -> None:
         )
     leaf = predictions.clone().requires_grad_()
     without = torch.ops.diffmic_fast.noise_losses(noise, leaf, False, backend)[0]
-    with pytest.raises(RuntimeError, match="a gradient is asked for that was not"):
+    with pytest.raises(RuntimeError, match="the gradient was not requested"):
         without.sum().backward()
 
 
@@ -217,7 +217,7 @@ def test_compiles_as_one_graph(backend: str) -> None:
         assert torch.equal(*(torch.autograd.grad(value, leaf)[0] for value in values))
 
 
-def test_definition() -> None:
+def test_equals_mse_and_mmd() -> None:
     noise, predictions = case((3, 8, 4), torch.float64, "reference")
     mse, *others = reference.noise_losses(noise, predictions)
     torch.testing.assert_close(mse, (noise - predictions[0]).square().mean())
@@ -226,7 +226,7 @@ def test_definition() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bad_arguments_are_named(backend: str) -> None:
+def test_invalid_arguments_raise(backend: str) -> None:
     noise, predictions = case((3, 8, 4), torch.float32, backend)
     with pytest.raises(ValueError, match=r"predictions must be \[S, B=8, C=4\], got \(3, 7, 4\)"):
         noise_losses(noise, predictions[:, :7], backend=backend)
@@ -245,7 +245,7 @@ def test_bad_arguments_are_named(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_kernels_refuse_what_does_not_fit(backend: str) -> None:
+def test_invalid_arguments_of_the_extension_raise(backend: str) -> None:
     noise, predictions = case((3, 8, 4), torch.float32, backend)
     losses, gradients = noise.new_empty(3), predictions.new_empty(predictions.shape)
 

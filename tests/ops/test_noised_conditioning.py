@@ -15,6 +15,7 @@ from torch import Tensor
 from diffmic_fast import _native
 from diffmic_fast.diffusion import make_schedule
 from diffmic_fast.diffusion.schedule import q_sample
+from diffmic_fast.ops._conditioning import Conditioning, Noising, Outputs
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.ops.noised_conditioning import NoisedConditioning, noised_conditioning
 from diffmic_fast.reference import conditioning as reference
@@ -62,8 +63,10 @@ def call(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_it_is_its_parts(backend: str, sizes: tuple[int, ...], training: bool) -> None:
-    """Noise and noisy labels are the reference's bits; h and statistics those of `conditioning` with these labels."""
+def test_equals_noising_then_conditioning(
+    backend: str, sizes: tuple[int, ...], training: bool
+) -> None:
+    """Noise and noisy labels have the reference's bits; h and statistics those of `conditioning` on these labels."""
     case = Case(*sizes)
     found, leaves, layer = call(backend, case, training=training, seed=5)
     other = call("reference", case, training=training, seed=5)[0]
@@ -146,7 +149,7 @@ def test_one_timestep_for_all_and_any_strides(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
 @pytest.mark.parametrize(("batch", "training"), [(5, True), (70, True), (70, False)])
-def test_every_schedule_gives_the_same_bits(backend: str, batch: int, training: bool) -> None:
+def test_any_schedule_gives_the_same_bits(backend: str, batch: int, training: bool) -> None:
     case = Case(2, batch, 40, 3)
     found = []
     for seed in seeds(backend, 50 if batch == 5 else 5):
@@ -156,8 +159,8 @@ def test_every_schedule_gives_the_same_bits(backend: str, batch: int, training: 
 
 
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
-def test_keys_and_timesteps_out_of_range_make_their_row_no_number(backend: str) -> None:
-    """Where no host may look at them."""
+def test_keys_and_timesteps_out_of_range_give_nan(backend: str) -> None:
+    """The kernels check them: the host does not read them."""
     case, device = Case(2, 5, 33, 3), device_of(backend)
     x, labels, guidance = (v.float().to(device) for v in case.inputs)
     layer = [v.float().to(device) for v in (*case.parameters, *case.running)]
@@ -228,8 +231,8 @@ def test_compiles_as_one_graph(backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_definition() -> None:
-    """The schedule's own q_sample, in front of the layer."""
+def test_reference_equals_q_sample_then_conditioning() -> None:
+    """`q_sample` of the schedule, then the layer."""
     case = Case(3, 6, 8, 4)
     found, leaves, layer = call("reference", case, dtype=torch.float64)
     t = case.timesteps.clamp(max=ROWS - 2)
@@ -240,7 +243,7 @@ def test_definition() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bad_arguments_are_named(backend: str) -> None:
+def test_invalid_arguments_raise(backend: str) -> None:
     case = Case(2, 4, 6, 3)
     device = device_of(backend)
     with pytest.raises(ValueError, match=r"timesteps must be in \[0, 7\], got 8 … 8"):
@@ -254,7 +257,7 @@ def test_bad_arguments_are_named(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bad_arguments_of_the_module(backend: str) -> None:
+def test_invalid_arguments_of_the_extension_raise(backend: str) -> None:
     case, device = Case(2, 4, 6, 3), device_of(backend)
     module = _native.extension() if backend == "cpu" else _native.cuda(backend)
     x, labels, guidance = (v.float().to(device) for v in case.inputs)
@@ -267,11 +270,14 @@ def test_bad_arguments_of_the_module(backend: str) -> None:
     def bad(match: str, *noising: Any, y_t: Tensor | None = None) -> None:
         with pytest.raises((ValueError, TypeError), match=match):
             module.conditioning(
-                x, x.new_empty(2, 4, 3) if y_t is None else y_t, guidance, t, layer, *running, False,
-                0.1, 1e-5, x.new_empty(2, 1, 6), None, None, x.new_empty(2, 4, 6), noising, 1,
+                Conditioning(
+                    x, x.new_empty(2, 4, 3) if y_t is None else y_t, guidance, t, ConditionalLayer(*layer, *running),
+                    False, 0.1, 1e-5, backend,
+                ),
+                Outputs(x.new_empty(2, 4, 6), x.new_empty(2, 1, 6), x.new_empty(0), x.new_empty(0)),
+                Noising(*noising), 1,
             )  # fmt: skip
 
-    bad("noising must be None or of eight parts, got 2", y_0, tables[0])
     bad("y_0 must have shape", y_0[:3], *tables, None, 0, None, None, drawn)
     bad(
         "sqrt_one_minus_alpha_bar must have shape",
@@ -284,8 +290,8 @@ def test_bad_arguments_of_the_module(backend: str) -> None:
         None,
         drawn,
     )
-    bad("noise is read or written", y_0, *tables, drawn, 0, None, None, drawn)
-    bad("noise is read or written", y_0, *tables, None, 0, None, None, None)
+    bad("noise must be either given or drawn", y_0, *tables, drawn, 0, None, None, drawn)
+    bad("noise must be either given or drawn", y_0, *tables, None, 0, None, None, None)
     bad("image_ids must be int64", y_0, *tables, None, 0, t.int(), None, drawn)
     bad("y_t must not share memory with", y_0, *tables, None, 0, None, None, drawn, y_t=guidance)
     bad("must not share memory with", y_0, *tables, None, 0, None, None, y_0)

@@ -1,4 +1,4 @@
-"""The noise: the generator's published answers, and that a number depends on its key alone."""
+"""Philox noise: the published test vectors, and that a number depends on its key alone."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_numbers_are_standard_normal():
     assert float(correlation.abs().max()) < 6 / math.sqrt(len(columns))
 
 
-def test_a_number_depends_on_its_key_alone():
+def test_noise_depends_on_its_key_alone():
     images, samples = torch.tensor([5, -(2**63), 2**40 + 5, 5]), torch.tensor([0, 1, 0, 1])
     timesteps = torch.tensor([0, 999, 17])
     together = philox.normal(9, images, samples, timesteps, 6)
@@ -68,7 +68,7 @@ def test_a_number_depends_on_its_key_alone():
         assert not torch.equal(philox.normal(seed, images, samples, timesteps, 6), together)
 
 
-def test_bad_keys_are_named():
+def test_invalid_keys_raise():
     ids, zero = torch.arange(2), torch.zeros(2).long()
     with pytest.raises(ValueError, match="classes must be in"):
         philox.normal(0, ids, zero, ids, 0)

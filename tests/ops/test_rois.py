@@ -1,4 +1,4 @@
-"""`rois`: the kernel gives the reference's bits, the reference the recorded numbers."""
+"""`rois`: kernels against the reference, bit for bit, and the reference against recorded values."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_windows_equal_the_reference_where_means_tie(backend: str, data: st.Data
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_constant_class_counts_nothing(backend: str) -> None:
+def test_a_constant_class_adds_nothing(backend: str) -> None:
     saliency = torch.full((1, 2, 3, 3), 5.0)
     saliency[0, 1, 2, 1] = 6.0
     cells = ops.choose_windows(saliency, (1, 1), 3, backend=backend)
@@ -191,8 +191,8 @@ def test_crops_of_any_size_and_place_equal_the_reference(backend: str, data: st.
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_rules_at_the_edges(backend: str) -> None:
-    """A crop's inside is aligned to its lower right, whichever edge it crosses."""
+def test_crops_beyond_the_edges(backend: str) -> None:
+    """The part inside the image is aligned to the lower right of the crop, at every edge."""
     image = torch.arange(1.0, 13.0).reshape(1, 1, 3, 4)
     origins = torch.tensor([[[-1, -1], [2, 3], [0, 0], [3, 0], [-2, 0]]])
     crops = ops.cut_crops(image, origins, (2, 2), "all", backend=backend)[0, :, 0]
@@ -216,7 +216,7 @@ def test_origins_at_the_limits_of_int64(backend: str, near: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_not_a_number_makes_the_minimum_not_a_number(dtype: torch.dtype, backend: str) -> None:
+def test_nan_makes_the_minimum_nan(dtype: torch.dtype, backend: str) -> None:
     images = random_images((2, 1, 6, 6), dtype)
     images[0, 0, 5, 5], images[1, 0, 5, 5] = torch.nan, torch.inf
     images[1, 0, 5, 4] = -torch.inf
@@ -231,7 +231,7 @@ def test_not_a_number_makes_the_minimum_not_a_number(dtype: torch.dtype, backend
 
 
 class OnDevice:
-    """An array of NumPy as a library for GPUs would hand it over: NumPy refuses any stream."""
+    """A NumPy array as a GPU library exports one: NumPy rejects the stream argument."""
 
     def __init__(self, array: Any) -> None:
         self.array = array
@@ -244,13 +244,13 @@ class OnDevice:
 
 
 def cut_into(backend: str, images: Any, origins: Any, crops: Tensor) -> None:
-    """The kernel itself, on arrays that no tensor can be."""
+    """The kernel itself, on strides that a tensor cannot have."""
     if backend == "cpu":
         _C.cut_crops(images, origins, False, crops, 2)
         return
     kernels = _native.cuda(backend)
     images, origins = OnDevice(images), OnDevice(origins)
-    needed = kernels.cut_crops_scratch(images, crops.shape[1], crops.shape[3:], False, False)
+    needed = kernels.cut_crops_workspace(images, crops.shape[1], crops.shape[3:], False, False)
     scratch = torch.zeros(needed, dtype=torch.int64)
     kernels.cut_crops(images, origins, False, crops, scratch, 0)
 
@@ -277,7 +277,7 @@ def test_numpy_strides_of_every_sign(backend: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", PIXELS)
-def test_nothing_around_the_outputs_is_touched(backend: str, dtype: torch.dtype) -> None:
+def test_only_outputs_are_written(backend: str, dtype: torch.dtype) -> None:
     images = random_images((2, 3, 9, 8), dtype)
     origins = origins_around(2, 4, 9, 8)
     buffer = torch.full((2 * 4 * 3 * 5 * 7 + 6,), 42, dtype=dtype)
@@ -354,7 +354,11 @@ MAPS = torch.zeros(2, 3, 5, 5)
         (lambda: ops.cut_crops(IMAGES, CORNERS.int(), (2, 2)), TypeError, "origins must be int64"),
         (lambda: ops.cut_crops(IMAGES, CORNERS[:1], (2, 2)), ValueError, "origins must be .*B=2"),
         (lambda: ops.cut_crops(IMAGES, CORNERS, (0, 2)), ValueError, "size must be"),
-        (lambda: ops.cut_crops(IMAGES[..., :0], CORNERS, (2, 2)), ValueError, "a channel and a pi"),
+        (
+            lambda: ops.cut_crops(IMAGES[..., :0], CORNERS, (2, 2)),
+            ValueError,
+            "at least one channel and one pi",
+        ),
         (
             lambda: ops.cut_crops(IMAGES, CORNERS, (2, 2), "second"),  # type: ignore[arg-type]
             ValueError,
@@ -375,7 +379,7 @@ MAPS = torch.zeros(2, 3, 5, 5)
         (lambda: ops.rois(MAPS, IMAGES, (2, 2), 2, backend="x"), ValueError, "backend must be"),
     ],
 )
-def test_arguments_that_do_not_fit(
+def test_invalid_arguments_raise(
     call: Callable[[], object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match="^rois.*" + message):
@@ -418,9 +422,7 @@ def test_gradient(channels: Any, backend: str) -> None:
 @pytest.mark.parametrize("channels", ["first", "all"])
 @settings(deadline=None)
 @given(data=st.data())
-def test_both_steps_in_one_call_equal_the_steps(
-    data: st.DataObject, channels: Any, backend: str
-) -> None:
+def test_one_call_equals_both_steps(data: st.DataObject, channels: Any, backend: str) -> None:
     integers = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
     batch, count = integers(0, 3), integers(1, 4)
     grid, image = (integers(1, 9), integers(1, 9)), (integers(1, 40), integers(1, 40))
@@ -449,7 +451,7 @@ def test_both_steps_in_one_call_equal_the_steps(
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("channels", ["first", "all"])
 @pytest.mark.parametrize("kind", ["contiguous", "channels_last"])
-def test_gradient_is_that_of_the_reference(backend: str, channels: Any, kind: str) -> None:
+def test_gradient_equals_the_reference(backend: str, channels: Any, kind: str) -> None:
     """Also where several pixels attain the minimum."""
     images = strided(torch.randint(0, 4, (3, 2, 9, 8)).double(), kind).requires_grad_()
     origins = origins_around(3, 7, 9, 8)
@@ -480,7 +482,7 @@ def test_compiles_as_one_graph_for_any_batch() -> None:
         torch.testing.assert_close(images.grad, copy.grad)
 
 
-def test_meta_tensors_have_the_shapes() -> None:
+def test_meta_tensors() -> None:
     found = ops.rois(
         torch.empty(2, 3, 7, 7, device="meta"), torch.empty(2, 4, 32, 32, device="meta"), (8, 8), 5
     )

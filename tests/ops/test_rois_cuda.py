@@ -104,7 +104,7 @@ def test_bits_do_not_depend_on_the_schedule(backend: str, side: int, dtype: torc
 
 def test_maps_larger_than_shared_memory(backend: str) -> None:
     saliency = random_images((2, 9, 56, 61), torch.float32)
-    assert _native.cuda(backend).choose_windows_scratch(2, (56, 61), (3, 2)) > 0
+    assert _native.cuda(backend).choose_windows_workspace(2, (56, 61), (3, 2)) > 0
     expected = reference.choose_windows(saliency, (3, 2), 4)
     assert torch.equal(choose_windows(backend, saliency, (3, 2), 4), expected)
 
@@ -113,7 +113,7 @@ def test_maps_larger_than_shared_memory(backend: str) -> None:
 def test_planes_of_several_blocks(backend: str, dtype: torch.dtype) -> None:
     images = random_images((2, 2, 250, 263), dtype)
     there = images.to(device_of(backend))
-    assert _native.cuda(backend).cut_crops_scratch(there, 3, (16, 16), False, False) > 0
+    assert _native.cuda(backend).cut_crops_workspace(there, 3, (16, 16), False, False) > 0
     origins = torch.tensor([[[-3, 5], [240, 250], [9, 16]], [[4, 4], [20, 0], [7, 7]]])
     for view in (images, strided(images, "slice"), strided(images, "transposed")):
         found = cut_crops(backend, view, origins, (16, 16), "all")
@@ -123,7 +123,7 @@ def test_planes_of_several_blocks(backend: str, dtype: torch.dtype) -> None:
 def test_gradient_of_planes_of_several_blocks(backend: str) -> None:
     """The gradient of the fill is divided among the pixels of the minimum, over all blocks."""
     images = torch.randint(0, 4, (2, 2, 72, 75)).double().requires_grad_()
-    scratch = _native.cuda(backend).cut_crops_scratch(
+    scratch = _native.cuda(backend).cut_crops_workspace(
         images.detach().to(device_of(backend)), 3, (16, 16), False, True
     )
     assert scratch > 0
@@ -135,11 +135,13 @@ def test_gradient_of_planes_of_several_blocks(backend: str) -> None:
     torch.testing.assert_close(found, wanted)
 
 
-def test_scratch_memory_that_is_too_small(backend: str) -> None:
+def test_a_workspace_that_is_too_small(backend: str) -> None:
     device = device_of(backend)
     images = torch.zeros(1, 1, 200, 200, device=device)
     crops = torch.empty(1, 1, 1, 4, 4, device=device)
     corners = torch.zeros(1, 1, 2, dtype=torch.int64, device=device)
     scratch = torch.zeros(5, dtype=torch.int64, device=device)
-    with pytest.raises(ValueError, match=r"^rois\.cut_crops: scratch must have 6 elements, got 5$"):
+    with pytest.raises(
+        ValueError, match=r"^rois\.cut_crops: zeroed workspace must have 6 elements, got 5$"
+    ):
         _native.cuda(backend).cut_crops(images, corners, False, crops, scratch, 0)

@@ -118,13 +118,13 @@ EVERY = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module", autouse=True)
 def drawn() -> None:
-    """Everything is drawn before a transform begins: a tensor made inside one must not be kept beyond it."""
+    """Creates all cached tensors before a transform begins: one created inside must not outlive it."""
     for function, x, _ in CASES:
         function(x, backend="reference")
 
 
 def slope(function: Function, x: Tensor, direction: Tensor) -> float:
-    """The derivative of a function in a direction, by differences in float64 of float32 values."""
+    """The directional derivative of a function, by finite differences in float64 of float32 values."""
     step = 3e-3
     ahead, behind = (float(function(x + sign * step * direction).double()) for sign in (1, -1))
     return (ahead - behind) / (2 * step)
@@ -132,8 +132,10 @@ def slope(function: Function, x: Tensor, direction: Tensor) -> float:
 
 @EVERY
 @pytest.mark.usefixtures("auto_backend")
-def test_forward_mode_is_never_dropped(function: Function, x: Tensor, kernel: str) -> None:
-    """Kernels have no such derivative: "auto" leaves them, and one asked for by name says so."""
+def test_forward_mode_derivatives_are_never_dropped(
+    function: Function, x: Tensor, kernel: str
+) -> None:
+    """Kernels do not have this derivative: "auto" selects the reference, and a kernel requested by name raises."""
     direction = tensor(*x.shape, seed=9)
     expected = slope(function, x, direction)
     assert abs(expected) > 1e-4
@@ -146,7 +148,7 @@ def test_forward_mode_is_never_dropped(function: Function, x: Tensor, kernel: st
         with pytest.raises(BackendError, match="forward-mode AD is active"):
             function(dual, backend=kernel)
     with torch.no_grad():
-        function(x, backend=kernel)  # behind the block it serves again
+        function(x, backend=kernel)  # serves again after the block
 
 
 @EVERY
@@ -165,7 +167,7 @@ def test_gradient_transforms(function: Function, x: Tensor, kernel: str) -> None
 @EVERY
 @pytest.mark.usefixtures("auto_backend")
 def test_second_derivatives(function: Function, x: Tensor, kernel: str) -> None:
-    """By torch.func, and by a gradient of a gradient where a kernel has one or says that it has none."""
+    """By torch.func, and by a gradient of a gradient: kernels support it or raise."""
     direction = tensor(*x.shape, seed=9)
 
     def first(value: Tensor) -> Tensor:
@@ -209,10 +211,10 @@ def test_transforms_inside_a_compiled_graph(transform: str) -> None:
 @EVERY
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.usefixtures("auto_backend")
-def test_autocast_changes_nothing_but_the_type_of_what_comes_in(
+def test_autocast_computes_in_float32(
     function: Function, x: Tensor, kernel: str, dtype: torch.dtype
 ) -> None:
-    """Float32 throughout: for half-precision arguments the bits of their float32 copies, gradients in their type."""
+    """Half-precision arguments give the bits of their float32 copies, and gradients in their own dtype."""
     if function is of_conditional_linear:
         pytest.skip("its product is in autocast's dtype (test_conditional_linear_triton)")
     half = x.to(dtype)
@@ -247,7 +249,7 @@ def test_a_chain_is_float32_under_autocast(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_running_statistics_under_autocast(backend: str, dtype: torch.dtype) -> None:
-    """Updated in place in the layer's own tensors, of whatever type."""
+    """Updated in place in the layer's own tensors, of any dtype."""
     exact = make_layer(2 * CLASSES)
     layer = ConditionalLayer(*(part.to(dtype) for part in exact))
     twin = ConditionalLayer(*(part.to(dtype).float() for part in exact))

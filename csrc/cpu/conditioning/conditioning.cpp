@@ -131,27 +131,27 @@ void WriteLabels(const Call& call, std::int64_t shares, const float* sums,
 
 }  // namespace
 
-std::int64_t StatisticsStreams(const Batch& batch) { return batch.training ? batch.streams : 1; }
-
-void Forward(const Layer& layer, const Batch& batch, const Noising& noising, const Running& running,
-             const Options& options, float* statistics, float* out) {
-  if (noising.y_0 != nullptr) MakeLabels(layer, batch, noising);
-  const Prepared prepared(layer, batch, nullptr);
+void Forward(const ForwardCall& forward, const Options& options) {
+  const Layer& layer = forward.layer;
+  if (forward.noising.y_0 != nullptr) MakeLabels(layer, forward.batch, forward.noising);
+  const Prepared prepared(layer, forward.batch, nullptr);
   const Call& call = prepared.call();
   const Shares shares(layer.features);
   Share(Work(call, false), options.threads, [&](std::atomic<std::int64_t>& next) {
     const auto workspace = MakeLargeArray<float>(ForwardWorkspace(call));
     for (std::int64_t i; (i = next++) < shares.count;) {
       shares.ForEach(i, [&](std::int64_t channel, std::int64_t count) {
-        options.kernels->forward(call, running, channel, count, workspace.get(), statistics, out);
+        options.kernels->forward(call, forward.running, channel, count, workspace.get(),
+                                 forward.statistics, forward.out);
       });
     }
   });
 }
 
-void Backward(const Layer& layer, const Batch& batch, const float* grad,
-              const std::int64_t (&grad_stride)[2], const float* statistics, const Options& options,
-              const Gradients& gradients) {
+void Backward(const BackwardCall& backward, const Options& options) {
+  const Layer& layer = backward.layer;
+  const Batch& batch = backward.batch;
+  const Gradients& gradients = backward.gradients;
   const Prepared prepared(layer, batch, gradients.gamma);
   const Call& call = prepared.call();
   const Shares shares(layer.features);
@@ -163,8 +163,8 @@ void Backward(const Layer& layer, const Batch& batch, const float* grad,
     for (std::int64_t i; (i = next++) < shares.count;) {
       float* sums = labels ? label_sums.data() + i * label_count : nullptr;
       shares.ForEach(i, [&](std::int64_t channel, std::int64_t count) {
-        options.kernels->backward(call, grad, grad_stride, statistics, gradients, channel, count,
-                                  workspace.get(), sums);
+        options.kernels->backward(call, backward.grad, backward.grad_stride, backward.statistics,
+                                  gradients, channel, count, workspace.get(), sums);
       });
     }
   });

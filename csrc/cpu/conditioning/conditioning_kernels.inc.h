@@ -119,7 +119,7 @@ void Normalise(const Layer& layer, const float* mean, const float* variance, std
                std::int64_t count, Norm* norm) {
   for (std::int64_t u = 0; u < count; ++u) {
     norm->mean[u] = mean[u];
-    norm->inverse[u] = 1.0f / __builtin_sqrtf(variance[u] + layer.eps);
+    norm->inverse[u] = 1.0f / __builtin_sqrtf(variance[u] + static_cast<float>(layer.eps));
     norm->gain[u] = norm->inverse[u] * layer.norm_weight[channel + u];
     norm->shift[u] = layer.norm_bias[channel + u];
   }
@@ -429,7 +429,7 @@ void BackwardChunk(const Call& call, const float* grad, const std::int64_t (&gra
       }
     }
     if (!scaled) continue;
-    if (two) BackwardStatisticsOfTwo(chunk, norm, call.layer.eps, d);
+    if (two) BackwardStatisticsOfTwo(chunk, norm, static_cast<float>(call.layer.eps), d);
     BackwardNorm(call, chunk, norm, constant, slope, p, z, d);
     if (weights) AddWeightGradient(call, chunk, labels, d, sums.weight);
     if (label_sums != nullptr) {

@@ -141,17 +141,16 @@ T MeanSquaredError(const Matrix<T>& noise, const Matrix<T>& prediction, T* gradi
 }  // namespace
 
 template <typename T>
-Side Mmd(const Matrix<T>& x, const Matrix<T>& y, const Weights<T>& x_weights,
-         const Weights<T>& y_weights, const Options& options, T* value, T* x_gradient,
-         T* y_gradient) {
+Side Mmd(const MmdCall<T>& call, const Options& options) {
+  const Matrix<T>&x = call.x, &y = call.y;
   SideWeights<T> shares[2];
-  if (!ReadWeights(x_weights, x.count, options.unbiased, &shares[0])) return Side::kX;
-  if (!ReadWeights(y_weights, y.count, options.unbiased, &shares[1])) return Side::kY;
+  if (!ReadWeights(call.x_weights, x.count, call.unbiased, &shares[0])) return Side::kX;
+  if (!ReadWeights(call.y_weights, y.count, call.unbiased, &shares[1])) return Side::kY;
   const Pool<T> pool(x, y, options.isa);
-  const std::vector<T> scales = AsType<T>(options.scales);
+  const std::vector<T> scales = AsType<T>(call.kernel.scales);
   SideGradient<T> gradients[2];
-  gradients[0].high = x_gradient;
-  gradients[1].high = y_gradient;
+  gradients[0].high = call.x_gradient;
+  gradients[1].high = call.y_gradient;
   for (int side = 0; side < 2; ++side) {
     if (gradients[side].high == nullptr) continue;
     gradients[side].low = std::make_unique_for_overwrite<T[]>(
@@ -162,7 +161,7 @@ Side Mmd(const Matrix<T>& x, const Matrix<T>& y, const Weights<T>& x_weights,
   std::vector<Sums> sums(blocks.size());
   Rounds rounds(static_cast<std::int64_t>(blocks.size()));
   const double all = static_cast<double>(x.count + y.count);
-  const int passes = 1 + (x_gradient != nullptr) + (y_gradient != nullptr);
+  const int passes = 1 + (call.x_gradient != nullptr) + (call.y_gradient != nullptr);
   const double work = all * all / 2 * (static_cast<double>(pool.width) * passes + 20);
   Share(work, options.threads, [&](std::atomic<std::int64_t>& next) {
     Tile<T> tile(pool);
@@ -198,30 +197,34 @@ Side Mmd(const Matrix<T>& x, const Matrix<T>& y, const Weights<T>& x_weights,
   }
   const double total = within[0] / shares[0].pairs + within[1] / shares[1].pairs -
                        2.0 * between / (shares[0].sum * shares[1].sum);
-  *value = static_cast<T>(total / static_cast<double>(scales.size()));
+  *call.value = static_cast<T>(total / static_cast<double>(scales.size()));
   return Side::kNone;
 }
 
 template <typename T>
-void NoiseLosses(const Matrix<T>& noise, const Stack<T>& predictions, Isa isa, int threads,
-                 T* losses, T* gradients) {
+void NoiseLosses(const NoiseLossesCall<T>& call, const Options& options) {
+  const Matrix<T>& noise = call.noise;
   const double width = static_cast<double>(noise.width);
-  const Options options = {{1 / (width * width)}, false, isa, threads};
+  const Kernel kernel = {{1 / (width * width)}, nullptr};
   const Weights<T> ones = {nullptr, 0};
-  for (std::int64_t i = 0; i < predictions.count; ++i) {
-    T* const gradient = gradients == nullptr ? nullptr : gradients + i * noise.count * noise.width;
+  for (std::int64_t i = 0; i < call.predictions.count; ++i) {
+    const Matrix<T> prediction = call.predictions[i];
+    T* const gradient =
+        call.gradients == nullptr ? nullptr : call.gradients + i * noise.count * noise.width;
     if (i == 0) {
-      losses[i] = MeanSquaredError(noise, predictions[i], gradient);
+      call.losses[i] = MeanSquaredError(noise, prediction, gradient);
     } else {
-      Mmd<T>(noise, predictions[i], ones, ones, options, &losses[i], nullptr, gradient);
+      Mmd<T>({noise, prediction, ones, ones, kernel, false, &call.losses[i], nullptr, gradient},
+             options);
     }
   }
 }
 
 template <typename T>
-void KernelMatrix(const Matrix<T>& x, const Matrix<T>& y, const Options& options, T* kernel) {
+void KernelMatrix(const KernelMatrixCall<T>& call, const Options& options) {
+  const Matrix<T>&x = call.x, &y = call.y;
   const Pool<T> pool(x, y, options.isa);
-  const std::vector<T> scales = AsType<T>(options.scales);
+  const std::vector<T> scales = AsType<T>(call.kernel.scales);
   const std::vector<Block> blocks = BlocksOf(pool, true, false), others = BlocksOf(pool, false);
   const std::vector<T> ones(kTileColumns, T{1});
   const double work = static_cast<double>(x.count) * static_cast<double>(y.count) *
@@ -239,7 +242,7 @@ void KernelMatrix(const Matrix<T>& x, const Matrix<T>& y, const Options& options
                                  ignored);
         for (std::int64_t r = 0; r < block.count(); ++r) {
           std::copy_n(values + r * kTileColumns, other.count(),
-                      kernel + (block.begin + r) * y.count + other.begin);
+                      call.matrix + (block.begin + r) * y.count + other.begin);
         }
       }
     }
@@ -247,11 +250,11 @@ void KernelMatrix(const Matrix<T>& x, const Matrix<T>& y, const Options& options
 }
 
 template <typename T>
-void KernelMatrixBackward(const Matrix<T>& cotangent, const Matrix<T>& x, const Matrix<T>& y,
-                          const Options& options, T* x_gradient, T* y_gradient) {
+void KernelMatrixBackward(const KernelMatrixBackwardCall<T>& call, const Options& options) {
+  const Matrix<T>&cotangent = call.cotangent, &x = call.x, &y = call.y;
   const Pool<T> pool(x, y, options.isa);
-  const std::vector<T> scales = AsType<T>(options.scales);
-  T* const gradients[2] = {x_gradient, y_gradient};
+  const std::vector<T> scales = AsType<T>(call.kernel.scales);
+  T* const gradients[2] = {call.x_gradient, call.y_gradient};
   const std::vector<Block> blocks = BlocksOf(pool);
   const std::vector<T> ones(kTileColumns, T{1});
   const T factor = static_cast<T>(2.0 / static_cast<double>(scales.size()));
@@ -293,13 +296,11 @@ void KernelMatrixBackward(const Matrix<T>& cotangent, const Matrix<T>& x, const 
   });
 }
 
-#define DIFFMIC_INSTANTIATE(T)                                                                   \
-  template Side Mmd<T>(const Matrix<T>&, const Matrix<T>&, const Weights<T>&, const Weights<T>&, \
-                       const Options&, T*, T*, T*);                                              \
-  template void NoiseLosses<T>(const Matrix<T>&, const Stack<T>&, Isa, int, T*, T*);             \
-  template void KernelMatrix<T>(const Matrix<T>&, const Matrix<T>&, const Options&, T*);         \
-  template void KernelMatrixBackward<T>(const Matrix<T>&, const Matrix<T>&, const Matrix<T>&,    \
-                                        const Options&, T*, T*);
+#define DIFFMIC_INSTANTIATE(T)                                               \
+  template Side Mmd<T>(const MmdCall<T>&, const Options&);                   \
+  template void NoiseLosses<T>(const NoiseLossesCall<T>&, const Options&);   \
+  template void KernelMatrix<T>(const KernelMatrixCall<T>&, const Options&); \
+  template void KernelMatrixBackward<T>(const KernelMatrixBackwardCall<T>&, const Options&);
 DIFFMIC_INSTANTIATE(float)
 DIFFMIC_INSTANTIATE(double)
 #undef DIFFMIC_INSTANTIATE

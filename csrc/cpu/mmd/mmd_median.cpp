@@ -59,9 +59,9 @@ class DigitCount {
 }  // namespace
 
 template <typename T>
-double MedianSquaredDistance(const Matrix<T>& x, const Matrix<T>& y, Isa isa, int threads) {
+double MedianSquaredDistance(const Matrix<T>& x, const Matrix<T>& y, const Options& options) {
   using Bits = typename DigitCount<T>::Bits;
-  const Pool<T> pool(x, y, isa);
+  const Pool<T> pool(x, y, options.isa);
   const std::vector<Block> blocks = BlocksOf(pool);
   const std::int64_t count = x.count + y.count;
   const std::int64_t pairs = count * (count - 1) / 2;
@@ -75,7 +75,7 @@ double MedianSquaredDistance(const Matrix<T>& x, const Matrix<T>& y, Isa isa, in
     DigitCount<T> all(low, bits, prefix);
     std::mutex mutex;
     const double work = static_cast<double>(pairs) * static_cast<double>(pool.width + 4);
-    Share(work, threads, [&](std::atomic<std::int64_t>& next) {
+    Share(work, options.threads, [&](std::atomic<std::int64_t>& next) {
       Tile<T> tile(pool);
       DigitCount<T> own(low, bits, prefix);
       for (std::size_t i; (i = static_cast<std::size_t>(next++)) < blocks.size();) {
@@ -98,8 +98,7 @@ double MedianSquaredDistance(const Matrix<T>& x, const Matrix<T>& y, Isa isa, in
   return static_cast<double>(std::bit_cast<T>(prefix));
 }
 
-template double MedianSquaredDistance<float>(const Matrix<float>&, const Matrix<float>&, Isa, int);
-template double MedianSquaredDistance<double>(const Matrix<double>&, const Matrix<double>&, Isa,
-                                              int);
+template double MedianSquaredDistance(const Matrix<float>&, const Matrix<float>&, const Options&);
+template double MedianSquaredDistance(const Matrix<double>&, const Matrix<double>&, const Options&);
 
 }  // namespace diffmic::cpu::mmd

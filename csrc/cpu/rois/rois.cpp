@@ -382,17 +382,19 @@ void CutCropsOf(const Maps& images, const Pairs& origins, std::int64_t count, Si
 
 }  // namespace
 
-std::int64_t ChooseWindows(const Maps& saliency, SaliencyType type, Size window, std::int64_t count,
-                           std::int64_t* cells, int threads) {
+std::int64_t ChooseWindows(const ChooseCall& call, int threads) {
+  const auto& [saliency, type, window, count, cells] = call;
   if (saliency.batch == 0) return -1;
   switch (type) {
-    case SaliencyType::kFloat16:
+    case Type::kUInt8:
+      return -1;  // no saliency has this type
+    case Type::kFloat16:
       return ChooseWindowsOf<Half>(saliency, window, count, cells, threads);
-    case SaliencyType::kBFloat16:
+    case Type::kBFloat16:
       return ChooseWindowsOf<BFloat16>(saliency, window, count, cells, threads);
-    case SaliencyType::kFloat32:
+    case Type::kFloat32:
       return ChooseWindowsOf<float>(saliency, window, count, cells, threads);
-    case SaliencyType::kFloat64:
+    case Type::kFloat64:
       return ChooseWindowsOf<double>(saliency, window, count, cells, threads);
   }
   return -1;
@@ -410,25 +412,27 @@ void CellsToPixels(const std::int64_t* cells, std::int64_t count, Size grid, Siz
   }
 }
 
-void CutCrops(const Maps& images, PixelType type, const Pairs& origins, std::int64_t count,
-              Size size, std::int64_t copies, void* crops, int threads) {
+void CutCrops(const CutCall& call, int threads) {
+  const auto& [images, type, cut, crops] = call;
+  const auto& [origins, count, size, copies] = cut;
   if (images.batch == 0 || images.depth == 0 || count == 0) return;
+  if (size.height == 0 || size.width == 0) return;
   using Float16Minimum = HalfMinimum<0x7C00, 0x7E00>;
   using BFloat16Minimum = HalfMinimum<0x7F80, 0x7FC0>;
   switch (type) {
-    case PixelType::kUInt8:
+    case Type::kUInt8:
       return CutCropsOf<std::uint8_t, ByteMinimum>(images, origins, count, size, copies, crops,
                                                    threads);
-    case PixelType::kFloat16:
+    case Type::kFloat16:
       return CutCropsOf<std::uint16_t, Float16Minimum>(images, origins, count, size, copies, crops,
                                                        threads);
-    case PixelType::kBFloat16:
+    case Type::kBFloat16:
       return CutCropsOf<std::uint16_t, BFloat16Minimum>(images, origins, count, size, copies, crops,
                                                         threads);
-    case PixelType::kFloat32:
+    case Type::kFloat32:
       return CutCropsOf<float, FloatMinimum<float>>(images, origins, count, size, copies, crops,
                                                     threads);
-    case PixelType::kFloat64:
+    case Type::kFloat64:
       return CutCropsOf<double, FloatMinimum<double>>(images, origins, count, size, copies, crops,
                                                       threads);
   }

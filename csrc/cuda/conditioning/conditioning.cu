@@ -216,8 +216,8 @@ void Start(const Call& call, const Running& running, const Statistics& statistic
 
 }  // namespace
 
-void Forward(const Layer& layer, const Batch& batch, const Noising& noising, const Running& running,
-             float* statistics, float* out, cudaStream_t stream) {
+void Forward(const ForwardCall& forward, cudaStream_t stream) {
+  const auto& [layer, batch, noising, running, statistics, out] = forward;
   Running behind = running;  // each launch updates the running statistics of the previous one
   float* const variances = statistics + StatisticsStreams(batch) * layer.features;
   for (std::int64_t first = 0; first < batch.streams; first += kStreams) {

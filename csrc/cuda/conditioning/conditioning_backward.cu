@@ -386,9 +386,8 @@ std::int64_t LabelSums(std::int64_t features, std::int64_t streams, std::int64_t
          classes;
 }
 
-void Backward(const Layer& layer, const Batch& batch, const float* grad,
-              const std::int64_t (&grad_stride)[2], const float* statistics,
-              const Gradients& gradients, float* label_sums, cudaStream_t stream) {
+void Backward(const BackwardCall& backward, float* workspace, cudaStream_t stream) {
+  const auto& [layer, batch, grad, grad_stride, statistics, gradients] = backward;
   const float* const variances = statistics + StatisticsStreams(batch) * layer.features;
   const bool labels = gradients.y != nullptr || gradients.guidance != nullptr;
   const bool norms = gradients.norm_weight != nullptr || gradients.norm_bias != nullptr;
@@ -405,7 +404,7 @@ void Backward(const Layer& layer, const Batch& batch, const float* grad,
                     variances + first * stride,
                     stride,
                     gradients,
-                    labels ? label_sums : nullptr,
+                    labels ? workspace : nullptr,
                     scaled,
                     norms || (scaled && batch.training),
                     scaled && batch.training && batch.rows > call.tile_rows};
@@ -417,7 +416,7 @@ void Backward(const Layer& layer, const Batch& batch, const float* grad,
     const std::int64_t rows = call.batch.streams * batch.rows;
     const std::int64_t blocks = (rows * 2 * layer.classes + kSumsOfBlock - 1) / kSumsOfBlock;
     Launch(kOperation, LabelSumKernel,
-           {{static_cast<unsigned>(blocks), 1, 1}, {kThreads, 1, 1}, 0, stream}, label_sums,
+           {{static_cast<unsigned>(blocks), 1, 1}, {kThreads, 1, 1}, 0, stream}, workspace,
            static_cast<std::int64_t>(Slices(layer)), rows, layer.classes,
            Advance(gradients.y, label_offset), Advance(gradients.guidance, label_offset));
   }

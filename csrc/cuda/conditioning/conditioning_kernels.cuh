@@ -399,7 +399,7 @@ inline __device__ void WriteNorm(const Layer& layer, const Shared& shared, int s
                                  float mean, float variance) {
   const std::int64_t at = static_cast<std::int64_t>(blockIdx.x) * kSlice + unit;
   const bool there = at < layer.features;
-  const float inverse = there ? 1.0f / sqrtf(variance + layer.eps) : 0.0f;
+  const float inverse = there ? 1.0f / sqrtf(variance + static_cast<float>(layer.eps)) : 0.0f;
   float* to = shared.norms + stream * kNorms * kSlice + unit;
   to[kMean * kSlice] = there ? mean : 0.0f;
   to[kGain * kSlice] = there ? inverse * layer.norm_weight[at] : 0.0f;

@@ -362,40 +362,37 @@ void Run(const char* operation, const Matrix<T>& x, const Stack<T>& ys, const Re
 
 }  // namespace
 
-std::int64_t MmdScratch(std::int64_t n, std::int64_t m, std::int64_t width,
-                        std::int64_t element_bytes, bool gradients) {
+std::int64_t MmdWorkspace(std::int64_t n, std::int64_t m, std::int64_t width,
+                          std::int64_t element_bytes, bool gradients) {
   return element_bytes == 4 ? WorkspaceDoubles<float>(n + m, width, gradients)
                             : WorkspaceDoubles<double>(n + m, width, gradients);
 }
 
-std::int64_t NoiseLossesScratch(std::int64_t count, std::int64_t n, std::int64_t width,
-                                std::int64_t element_bytes, bool gradients) {
-  return count * MmdScratch(n, n, width, element_bytes, gradients);
+std::int64_t NoiseLossesWorkspace(std::int64_t count, std::int64_t n, std::int64_t width,
+                                  std::int64_t element_bytes, bool gradients) {
+  return count * MmdWorkspace(n, n, width, element_bytes, gradients);
 }
 
 template <typename T>
-void Mmd(const Matrix<T>& x, const Matrix<T>& y, const Weights<T>& x_weights,
-         const Weights<T>& y_weights, const Kernel& kernel, bool unbiased, T* value, T* x_gradient,
-         T* y_gradient, double* workspace, cudaStream_t stream) {
-  Run("mmd", x, {y, 1, 0},
-      {x_weights, y_weights, kernel, unbiased, false, value, x_gradient, y_gradient}, workspace,
-      stream);
+void Mmd(const MmdCall<T>& call, double* workspace, cudaStream_t stream) {
+  Run("mmd", call.x, {call.y, 1, 0},
+      {call.x_weights, call.y_weights, call.kernel, call.unbiased, false, call.value,
+       call.x_gradient, call.y_gradient},
+      workspace, stream);
 }
 
 template <typename T>
-void NoiseLosses(const Matrix<T>& noise, const Stack<T>& predictions, T* losses, T* gradients,
-                 double* workspace, cudaStream_t stream) {
-  const double width = static_cast<double>(noise.width);
+void NoiseLosses(const NoiseLossesCall<T>& call, double* workspace, cudaStream_t stream) {
+  const double width = static_cast<double>(call.noise.width);
   const Kernel kernel = {{1 / (width * width)}, nullptr};
   const Weights<T> ones = {nullptr, 0};
-  Run("noise_losses", noise, predictions,
-      {ones, ones, kernel, false, true, losses, nullptr, gradients}, workspace, stream);
+  Run("noise_losses", call.noise, call.predictions,
+      {ones, ones, kernel, false, true, call.losses, nullptr, call.gradients}, workspace, stream);
 }
 
-#define DIFFMIC_INSTANTIATE(T)                                                                   \
-  template void Mmd<T>(const Matrix<T>&, const Matrix<T>&, const Weights<T>&, const Weights<T>&, \
-                       const Kernel&, bool, T*, T*, T*, double*, cudaStream_t);                  \
-  template void NoiseLosses<T>(const Matrix<T>&, const Stack<T>&, T*, T*, double*, cudaStream_t);
+#define DIFFMIC_INSTANTIATE(T)                                    \
+  template void Mmd<T>(const MmdCall<T>&, double*, cudaStream_t); \
+  template void NoiseLosses<T>(const NoiseLossesCall<T>&, double*, cudaStream_t);
 DIFFMIC_INSTANTIATE(float)
 DIFFMIC_INSTANTIATE(double)
 #undef DIFFMIC_INSTANTIATE

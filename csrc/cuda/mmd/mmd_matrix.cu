@@ -139,19 +139,19 @@ struct BackwardPlan {
 }  // namespace
 
 template <typename T>
-void KernelMatrix(const Matrix<T>& x, const Matrix<T>& y, const Kernel& kernel, T* matrix,
-                  cudaStream_t stream) {
+void KernelMatrix(const KernelMatrixCall<T>& call, cudaStream_t stream) {
+  const Matrix<T>&x = call.x, &y = call.y;
   constexpr std::int64_t kMostBlocks = std::int64_t{1} << 20;
   const std::int64_t tiles = TilesOf(x.count) * TilesOf(y.count);
   Launch(kOperation,
          x.width <= kDepth<T> ? KernelMatrixKernel<true, T> : KernelMatrixKernel<false, T>,
          {dim3(static_cast<unsigned>(std::min(tiles, kMostBlocks))), dim3(kThreads),
           sizeof(TileMemory<T>), stream},
-         MatrixProblem<T>{Pool<T>(x, y), Scales<T>(kernel), matrix});
+         MatrixProblem<T>{Pool<T>(x, y), Scales<T>(call.kernel), call.matrix});
 }
 
-std::int64_t KernelMatrixScratch(std::int64_t n, std::int64_t m, std::int64_t width,
-                                 std::int64_t element_bytes) {
+std::int64_t KernelMatrixWorkspace(std::int64_t n, std::int64_t m, std::int64_t width,
+                                   std::int64_t element_bytes) {
   const BackwardPlan plan(n, m);
   const std::int64_t tiles = std::max(plan.x_tiles, plan.y_tiles);
   return (element_bytes == 4 ? PartialBytes<float>(plan.splits, tiles, n + m, width)
@@ -160,12 +160,12 @@ std::int64_t KernelMatrixScratch(std::int64_t n, std::int64_t m, std::int64_t wi
 }
 
 template <typename T>
-void KernelMatrixBackward(const Matrix<T>& cotangent, const Matrix<T>& x, const Matrix<T>& y,
-                          const Kernel& kernel, T* x_gradient, T* y_gradient, double* workspace,
+void KernelMatrixBackward(const KernelMatrixBackwardCall<T>& call, double* workspace,
                           cudaStream_t stream) {
+  const Matrix<T>&x = call.x, &y = call.y;
   const std::int64_t rows = x.count + y.count, width = x.width;
   const BackwardPlan plan(x.count, y.count);
-  const Gradients<T> gradients{{x_gradient, y_gradient},
+  const Gradients<T> gradients{{call.x_gradient, call.y_gradient},
                                {plan.SplitsOf(plan.y_tiles), plan.SplitsOf(plan.x_tiles)},
                                x.count,
                                rows,
@@ -175,20 +175,18 @@ void KernelMatrixBackward(const Matrix<T>& cotangent, const Matrix<T>& x, const 
          {dim3(static_cast<unsigned>(plan.x_tiles + plan.y_tiles), plan.splits), dim3(kThreads),
           sizeof(TileMemory<T>), stream},
          BackwardProblem<T>{Pool<T>(x, y),
-                            Scales<T>(kernel),
-                            cotangent.data,
-                            {cotangent.stride[0], cotangent.stride[1]},
+                            Scales<T>(call.kernel),
+                            call.cotangent.data,
+                            {call.cotangent.stride[0], call.cotangent.stride[1]},
                             gradients});
   if (plan.splits == 1) return;
   Launch(kOperation, AddSplitsKernel<T>,
          {dim3(AddSplitsBlocks(rows, width)), dim3(kThreads), 0, stream}, gradients);
 }
 
-#define DIFFMIC_INSTANTIATE(T)                                                                \
-  template void KernelMatrix<T>(const Matrix<T>&, const Matrix<T>&, const Kernel&, T*,        \
-                                cudaStream_t);                                                \
-  template void KernelMatrixBackward<T>(const Matrix<T>&, const Matrix<T>&, const Matrix<T>&, \
-                                        const Kernel&, T*, T*, double*, cudaStream_t);
+#define DIFFMIC_INSTANTIATE(T)                                             \
+  template void KernelMatrix<T>(const KernelMatrixCall<T>&, cudaStream_t); \
+  template void KernelMatrixBackward<T>(const KernelMatrixBackwardCall<T>&, double*, cudaStream_t);
 DIFFMIC_INSTANTIATE(float)
 DIFFMIC_INSTANTIATE(double)
 #undef DIFFMIC_INSTANTIATE

@@ -202,7 +202,7 @@ constexpr std::int64_t kFewTiles = 2;  // row tiles of one block, at most
 
 }  // namespace
 
-std::int64_t MedianScratch(std::int64_t n, std::int64_t m, std::int64_t element_bytes) {
+std::int64_t MedianWorkspace(std::int64_t n, std::int64_t m, std::int64_t element_bytes) {
   if (TilesOf(n + m) <= kFewTiles) return 0;
   const int passes = element_bytes == 4 ? kPasses<float> : kPasses<double>;
   return passes * static_cast<std::int64_t>(sizeof(PassState) / 8);

@@ -151,12 +151,11 @@ void LaunchBackward(const BackwardProblem& problem, cudaStream_t stream) {
 
 }  // namespace
 
-void CutCropsBackward(const Maps& images, Type type, const Cut& cut, const void* grad,
-                      const std::int64_t (&grad_stride)[5], std::int64_t channels,
-                      void* images_grad, std::uint64_t* workspace, cudaStream_t stream) {
-  BackwardProblem problem{images, LinesOf(images), cut, grad, {}, channels, images_grad, workspace};
-  std::copy(std::begin(grad_stride), std::end(grad_stride), problem.grad_stride);
-  Dispatch<false>(type, [&]<typename Format>() { LaunchBackward<Format>(problem, stream); });
+void CutCropsBackward(const CutBackwardCall& call, std::uint64_t* workspace, cudaStream_t stream) {
+  BackwardProblem problem{call.images, LinesOf(call.images), call.cut,         call.grad,
+                          {},          call.channels,        call.images_grad, workspace};
+  std::copy(std::begin(call.grad_stride), std::end(call.grad_stride), problem.grad_stride);
+  Dispatch<false>(call.type, [&]<typename Format>() { LaunchBackward<Format>(problem, stream); });
 }
 
 }  // namespace diffmic::cuda::rois

@@ -144,15 +144,16 @@ void LaunchCut(const CutProblem& problem, cudaStream_t stream) {
 
 }  // namespace
 
-std::int64_t CutScratch(Type type, Size image, const Cut& cut, bool backward) {
+std::int64_t CutWorkspace(Type type, Size image, const Cut& cut, bool backward) {
   std::int64_t parts = 0;
   Dispatch<true>(
       type, [&]<typename Format>() { parts = PartsOf(image, cut, sizeof(typename Format::Bits)); });
   return parts <= 1 ? 0 : 1 + (backward ? 3 : 1) * parts;
 }
 
-void CutCrops(const Maps& images, Type type, const Cut& cut, const std::int64_t* cells, void* crops,
-              std::uint64_t* workspace, cudaStream_t stream) {
+void CutCrops(const CutCall& call, const std::int64_t* cells, std::uint64_t* workspace,
+              cudaStream_t stream) {
+  const auto& [images, type, cut, crops] = call;
   if (cut.count == 0 || cut.size.height == 0 || cut.size.width == 0) return;
   const CutProblem problem{images, LinesOf(images), cut, cells, crops, workspace};
   Dispatch<true>(type, [&]<typename Format>() { LaunchCut<Format>(problem, stream); });

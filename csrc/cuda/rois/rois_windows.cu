@@ -224,16 +224,15 @@ void LaunchChoice(const Choice& choice, cudaStream_t stream) {
 
 }  // namespace
 
-std::int64_t ChooseScratch(std::int64_t batch, Size map, Size window) {
+std::int64_t ChooseWorkspace(std::int64_t batch, Size map, Size window) {
   if (ChoiceIsShared(map, window)) return 0;
   return ChoiceBlocks(batch, false) * ChoiceFloats(map, window);
 }
 
-void ChooseWindows(const Maps& saliency, Type type, Size window, std::int64_t count,
-                   std::int64_t* cells, const Continuation& next, float* workspace,
+void ChooseWindows(const ChooseCall& call, const Continuation& next, float* workspace,
                    cudaStream_t stream) {
-  const Choice choice{saliency, window, count, cells, next, workspace};
-  Dispatch<false>(type, [&]<typename Format>() { LaunchChoice<Format>(choice, stream); });
+  const Choice choice{call.saliency, call.window, call.count, call.cells, next, workspace};
+  Dispatch<false>(call.type, [&]<typename Format>() { LaunchChoice<Format>(choice, stream); });
 }
 
 }  // namespace diffmic::cuda::rois
