@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -203,7 +203,7 @@ def denoise(
                 sample_ids=sample_ids, trajectory=trajectory,
             )  # fmt: skip
     if progress is not None:
-        return _run(*call, progress=progress)
+        return _run(call, progress)
     states: Tensor = torch.ops.diffmic_fast.denoise.default(*call)
     return states
 
@@ -285,9 +285,8 @@ def _obstacle(backend: str, call: Call) -> str:
     return ""
 
 
-def _run(*fields: Any, progress: Callable[[int, int], None] | None = None) -> Tensor:
-    """Run the kernels of a backend, which is not the reference, on the fields of a `Call`."""
-    call = Call(*fields)
+def _run(call: Call, progress: Callable[[int, int], None] | None = None) -> Tensor:
+    """Run the kernels of a call's backend, which is not the reference."""
     steps = call.timesteps.shape[0]
     out = call.prior.new_empty(call.prior.shape)
     states = call.prior.new_empty((steps + 1, *call.prior.shape)) if call.trajectory else None
@@ -373,8 +372,7 @@ def _default_window(call: Call) -> int:
     return max(wanted // max(rows, 1), 1)
 
 
-def _fake(*fields: Any) -> Tensor:
-    call = Call(*fields)
+def _fake(call: Call) -> Tensor:
     shape = call.prior.shape
     states = (call.timesteps.shape[0] + 1, *shape) if call.trajectory else shape
     return call.prior.new_empty(states)
