@@ -21,7 +21,7 @@ class SamplingOptions:
     Attributes:
         sampler: a key of `diffusion.SAMPLERS`.
         steps: number of denoiser evaluations; None for the whole chain.
-        eta: in [0, 1], for the sampler "ddim"; 0 is deterministic after the first draw.
+        eta: in [0, 1], for samplers with `Sampler.takes_eta`; 0 is deterministic after the first draw.
         samples: S >= 1 chains per image.
         seed: 64-bit key of the noise.
         precision: of the chain, one of `ops.denoise.PRECISIONS`; see `DiffMIC.predict`.

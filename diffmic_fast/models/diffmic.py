@@ -194,7 +194,7 @@ class DiffMIC(nn.Module):
 
         Args:
             images: [B, 3, H, W] float32, finite.
-            sampler, steps, eta, samples, seed: As in `diffusion.SamplingOptions`.
+            sampler, steps, eta, samples, seed: As in `diffusion.sampling_options.SamplingOptions`.
             ids: [B] int64, key of each image's noise (default: a hash of its pixels).
             precision: Of the chain (see `ops.denoise`). With "bf16" the convolutions of guidance model and encoder are
                 in bfloat16 too if the device has such instructions (on a CPU AMX or those of AVX-512 or Arm:

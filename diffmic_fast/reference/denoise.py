@@ -1,4 +1,4 @@
-"""The reverse chain: from noise around the prior to the label vector (spec, section 6)."""
+"""The reverse chain: from noise around the prior to the label vector (docs/algorithm.md, "Sampling")."""
 
 from __future__ import annotations
 
