@@ -19,7 +19,8 @@ class SamplingConfig:
         sampler: a key of `diffusion.SAMPLERS`: "ddpm" (the whole chain), "ddpm_truncated" (the first `steps` table
             entries, the published test timesteps) or "ddim" (`steps` respaced over the whole chain).
         steps: denoiser evaluations per chain; None with "ddpm".
-        eta: for samplers with `Sampler.takes_eta`: 0 is deterministic after the first draw, 1 has the variance of "ddpm".
+        eta: for samplers with `Sampler.takes_eta`: 0 is deterministic after the first draw, 1 has the variance of
+            "ddpm".
         samples: chains per image.
         seed: of the noise.
         batch_size: images per batch.
