@@ -253,7 +253,7 @@ def _backend_of(call: Call) -> str:
     if call.precision not in PRECISIONS_OF[name]:
         having = ", ".join(each for each, some in PRECISIONS_OF.items() if call.precision in some)
         raise BackendError(
-            f"denoise: precision={call.precision!r} needs one of the backends {having}, and {served_by}"
+            f"denoise: precision={call.precision!r} needs a backend that has it ({having}), and {served_by}"
         )
     if call.instructions != "auto" and name != "cpu":
         raise BackendError(
