@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+
+
+@functools.cache
+def _letters(shape: str) -> list[str]:
+    return shape.split()
 
 
 class Arguments:
@@ -80,19 +87,21 @@ class Arguments:
             )
 
     def _bind(self, value: Tensor, shape: str) -> bool:
-        letters, sizes = shape.split(), value.shape
+        letters, sizes = _letters(shape), value.shape
         if len(letters) != len(sizes):
             return False
-        seen: dict[str, int] = {}
-        for letter, size in zip(letters, sizes, strict=True):
-            expected = self.sizes.get(letter, seen.get(letter))
-            if expected is None and letter.isdigit():
+        known = self.sizes
+        for letter, size in zip(letters, sizes):  # noqa: B905 (as long as each other)
+            if letter in known:
+                expected = known[letter]
+            elif letter.isdigit():
                 expected = int(letter)
-            elif expected is None:
-                expected = seen[letter] = size
+            else:
+                known = {**known, letter: size}
+                continue
             if expected != size:
                 return False
-        self.sizes.update(seen)
+        self.sizes = known
         return True
 
     def _describe(self, shape: str) -> str:

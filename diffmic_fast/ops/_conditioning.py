@@ -6,6 +6,7 @@ csrc/bindings/conditioning.cpp reads the records by name. Gradients of gradients
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -217,17 +218,17 @@ def gradients(
         wanted: whether each gradient is computed.
         grad: gradient of h.
     """
-    names = [name for name in Gradients._fields if wanted[name]]
     *parameters, _, _ = call.layer
+    flags = [wanted[name] for name in Gradients._fields]
     backward = ConditioningBackward(
         grad=grad, x=call.x, y_t=call.y_t, guidance=call.guidance, timesteps=call.timesteps,
         layer=Parameters(*parameters), statistics=statistics, training=call.training, eps=call.eps,
-        wanted=[name in names for name in Gradients._fields], backend=call.backend,
+        wanted=flags, backend=call.backend,
     )  # fmt: skip
     if torch.is_grad_enabled():
-        return _through_the_reference(backward, names)
-    found = _conditioning_backward(backward)
-    return {name: getattr(found, name) for name in names}
+        return _through_the_reference(backward, list(compress(Gradients._fields, flags)))
+    found = zip(Gradients._fields, _conditioning_backward(backward), flags, strict=True)
+    return {name: gradient for name, gradient, want in found if want}
 
 
 def _through_the_reference(

@@ -15,12 +15,12 @@ def detached(tensor: Tensor) -> Tensor:
 
 def compact(tensor: Tensor) -> Tensor:
     """The detached tensor, copied if it is not contiguous."""
-    return detached(tensor).contiguous()
+    return tensor.detach().resolve_neg().contiguous()  # not `detached`: a call costs as much
 
 
 def with_unit_rows(tensor: Tensor) -> Tensor:
     """The detached tensor, copied if the stride of its last dimension is not 1."""
-    tensor = detached(tensor)
+    tensor = tensor.detach().resolve_neg()
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 

@@ -8,6 +8,7 @@ transforms and `torch.compile` need that; what a call updates, it returns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
@@ -115,6 +116,15 @@ def _register_derivative(
     constants = [i for i in range(len(names)) if i not in tensors]
     saved = [names.index(name) for name in derivative.saves]
     saved_results = [results.index(name) for name in derivative.saved_results]
+    take_saved, take_results = _taker(saved), _taker(saved_results)
+    take_constants = _taker(constants)
+    # Where each argument and result lies in (saved tensors, saved results, constants, None).
+    kept = [*saved, *(-1 - i for i in saved_results), *constants]
+    absent = len(kept)
+    arguments_of = _taker([kept.index(i) if i in kept else absent for i in range(len(names))])
+    results_of = _taker(
+        [kept.index(-1 - i) if i in saved_results else absent for i in range(len(results))]
+    )
 
     class Derived(torch.autograd.Function):
         @staticmethod
@@ -123,10 +133,8 @@ def _register_derivative(
                 found = operator(*arguments)
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*found[derivative.outputs :] if results else ())
-            ctx.save_for_backward(
-                *[arguments[i] for i in saved], *[found[i] for i in saved_results]
-            )
-            ctx.constants = [arguments[i] for i in constants]
+            ctx.save_for_backward(*take_saved(arguments), *take_results(found))
+            ctx.constants = take_constants(arguments)
             return found
 
         @staticmethod
@@ -136,16 +144,11 @@ def _register_derivative(
                     break
             else:
                 return (None,) * len(names)
-            arguments, found = [None] * len(names), [None] * len(results)
-            for i, value in zip(constants, ctx.constants):  # noqa: B905
-                arguments[i] = value
-            kept = ctx.saved_tensors
-            for i, value in zip(saved, kept):  # noqa: B905
-                arguments[i] = value
-            for i, value in zip(saved_results, kept[len(saved) :]):  # noqa: B905
-                found[i] = value
-            wanted = dict(zip(names, ctx.needs_input_grad))  # noqa: B905
-            gradients = derivative.gradients(unpack(arguments), as_result(found), wanted, *grads)
+            values = (*ctx.saved_tensors, *ctx.constants, None)
+            wanted = dict(zip(names, ctx.needs_input_grad))  # noqa: B905 (as long as each other)
+            gradients = derivative.gradients(
+                unpack(arguments_of(values)), as_result(results_of(values)), wanted, *grads
+            )
             return tuple(map(gradients.get, names))
 
     def derived(*arguments: Any) -> Any:
@@ -184,6 +187,13 @@ def _packing(record: Any) -> tuple[Callable[..., tuple[Any, ...]], Callable[...,
         return record(*arguments[:i], inner(*arguments[i:end]), *arguments[end:])
 
     return pack, unpack
+
+
+def _taker(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """The function from a sequence to the tuple of its elements at some indices."""
+    if len(indices) > 1:
+        return itemgetter(*indices)  # one call into C
+    return lambda values: tuple(values[i] for i in indices)
 
 
 def _identity(value: Any) -> Any:
