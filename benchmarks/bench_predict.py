@@ -1,5 +1,6 @@
-"""`predict`: 32 images in the APTOS2019 setting, 224 px, ResNet-50 guidance, ResNet-18 encoder, F = 6144, C = 5, 60
-truncated steps; whole, and in its three parts.
+"""`predict` of 32 images in the APTOS2019 setting, whole and in its three parts.
+
+224 pixels, ResNet-50 guidance, ResNet-18 encoder, F = 6144, C = 5, 60 truncated steps.
 
 "Published way" is a re-implementation here of the published program's work: this package's modules in eager PyTorch,
 float32, contiguous layout, BatchNorm not folded, the chain by the reference. It runs the guidance model twice, then at

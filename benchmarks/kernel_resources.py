@@ -84,10 +84,12 @@ class Row:
 
     @property
     def key(self) -> tuple[int, str, str]:
+        """Identifies the row in another table."""
         return self.architecture, self.file, self.kernel
 
     @property
     def counts(self) -> dict[str, int]:
+        """The number of each required instruction."""
         pairs = (word.rsplit(":", 1) for word in self.instructions.split())
         return {name: int(count) for name, count in pairs}
 
@@ -192,6 +194,7 @@ def _weight(file: Path) -> int:
 
 
 def read_claims() -> list[Claim]:
+    """Read the committed claims."""
     entries: list[dict[str, Any]] = json.loads(CLAIMS.read_text(encoding="utf-8"))
     return [Claim(**entry) for entry in entries]
 

@@ -100,7 +100,7 @@ def visible_architectures(environment: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def dotted(architecture: str) -> str:
-    """ "8.0" of "80"."""
+    """Write "80" as "8.0"."""
     return f"{architecture[:-1]}.{architecture[-1]}"
 
 

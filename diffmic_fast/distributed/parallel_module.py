@@ -45,6 +45,7 @@ class ParallelModule:
             self._call = _replicated(self._call)
 
     def __call__(self, *args: Any) -> Any:
+        """Call the module."""
         return self._call(*args)
 
     def micro_batch(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:

@@ -140,11 +140,11 @@ def _are_few(images: Tensor) -> bool:
 
 @functools.cache
 def _compiled() -> Callable[[nn.Module, Tensor], Tensor]:
-    """Compiled layers, which take the weights as inputs and are never stale. Folding first gained nothing: BatchNorm
-    is fused with addition and activation anyway.
+    """Compile the layers, which take the weights as inputs and are never stale.
 
-    On request, because compiling takes long. AVX2, one thread, 8 images of 224 x 224, folded and compiled: ResNet-50
-    926 and 854 ms, after 44 s of compiling; ResNet-18 392 and 376 ms, after 34 s. The time is regained after 5,000 and
-    17,000 images, and later with more threads.
+    Folding first gained nothing: BatchNorm is fused with addition and activation anyway. On request, because compiling
+    takes long. AVX2, one thread, 8 images of 224 x 224, folded and compiled: ResNet-50 926 and 854 ms, after 44 s of
+    compiling; ResNet-18 392 and 376 ms, after 34 s. The time is regained after 5,000 and 17,000 images, and later with
+    more threads.
     """
     return torch.compile(lambda layers, images: layers(images))
