@@ -2,11 +2,11 @@
 // the arguments and the formulas are in include/conditioning_call.h.
 //
 // Work distribution. An output channel depends on no other one: a thread takes a few chunks of
-// kUnits channels at a time, with all branches and rows, and its vectors lie across channels. Sums
-// over rows belong to one thread, in the order of the rows, in double for statistics; sums over
-// channels (the gradients of labels) are kept for each share of the chunks, whose number depends on
-// F alone, and added up in order. So the bits do not depend on the number of threads, and in eval
-// mode the result is batch-invariant.
+// kChannels channels at a time, with all branches and rows, and its vectors lie across channels.
+// Sums over rows belong to one thread, in the order of the rows, in double for statistics; sums
+// over channels (the gradients of labels) are kept for each share of the chunks, whose number
+// depends on F alone, and added up in order. So the bits do not depend on the number of threads,
+// and in eval mode the result is batch-invariant.
 //
 // Kept for the backward pass: mean and variance, [2, S, F] floats, and the arguments. p, z and n
 // are computed again, 2 C multiply-adds per element.
@@ -18,8 +18,8 @@
 //     were used: 6 MB; some 110 operations per element, 65 MFLOP.
 // Both are bound by operations on one core, and by memory on many. The gradient of gamma has all of
 // its T + 1 rows, 25 MB of zeros that the caller writes: more than all the rest.
-// The workspace of a thread is 3 B kUnits floats, and 4 C kUnits for weights; it stays in L1 and L2
-// up to about B = 512.
+// The workspace of a thread is 3 B kChannels floats, and 4 C kChannels for weights; it stays in L1
+// and L2 up to about B = 512.
 #ifndef DIFFMIC_CPU_CONDITIONING_CONDITIONING_H_
 #define DIFFMIC_CPU_CONDITIONING_CONDITIONING_H_
 

@@ -5,9 +5,11 @@
 
 #include <cstdint>
 
-#include "cpu/conditioning/conditioning.h"
+#include "include/conditioning_call.h"
 
 namespace diffmic::cpu::conditioning {
+
+using namespace diffmic::conditioning;
 
 // Output channels of a chunk: 256 bytes of every row, enough for full memory bandwidth, and some 30
 // KB of workspace for 32 rows.

@@ -14,9 +14,10 @@
 #include "cpu/common/large_array.h"
 #include "cpu/common/parallel.h"
 #include "cpu/common/team.h"
-#include "cpu/denoise/denoise.h"
 #include "cpu/denoise/denoise_kernel_table.h"
+#include "cpu/denoise/denoise_options.h"
 #include "cpu/denoise/denoise_weights.h"
+#include "include/denoise_call.h"
 #include "include/philox.h"
 
 namespace diffmic::cpu {

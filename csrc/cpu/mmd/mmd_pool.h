@@ -10,10 +10,12 @@
 #include <vector>
 
 #include "cpu/common/cpu_capabilities.h"
-#include "cpu/mmd/mmd.h"
 #include "cpu/mmd/mmd_tiles.h"
+#include "include/mmd_call.h"
 
 namespace diffmic::cpu::mmd {
+
+using namespace diffmic::mmd;
 
 inline constexpr IsaEntry<Kernels> kTables[] = {
 #if defined(__x86_64__)
