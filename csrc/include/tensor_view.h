@@ -1,10 +1,9 @@
-// TensorView: the border of the extension. An array of any library that speaks DLPack (torch,
-// NumPy, CuPy, JAX, ...) comes in without a copy, and is checked here, in words, before a kernel
-// sees its pointer. Kernels take pointers, sizes and strides; nothing behind this file knows
-// Python.
+// TensorView: an array of any library with DLPack (torch, NumPy, CuPy, JAX, ...), imported without a
+// copy and validated before a kernel reads its pointer. Kernels take pointers, sizes and strides,
+// and no Python objects.
 //
-// A view keeps the producer's memory alive while it lives. Create and destroy it with the GIL held;
-// the pointers may be used without it.
+// A view keeps the producer's memory alive. Create and destroy it with the GIL held; the pointers
+// may be used without it.
 #ifndef DIFFMIC_TENSOR_VIEW_H_
 #define DIFFMIC_TENSOR_VIEW_H_
 

@@ -1,1 +1,1 @@
-"""The operations' public calls: arguments checked in words, then the backend that serves them."""
+"""The public operations: validation of arguments, backend dispatch, operator registration and gradients."""

@@ -1,4 +1,4 @@
-"""The reverse chain: from noise around the prior to the label vector (docs/algorithm.md, "Sampling")."""
+"""The reverse chain, from noise around the prior to the label vector (docs/algorithm.md, "Sampling")."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _NOISE_BLOCK = 64
 
 
 class DenoiserWeights(NamedTuple):
-    """Weights of the denoiser behind its image encoder.
+    """Weights of the denoiser without its image encoder.
 
     Attributes:
         conditioning: first conditional layer, 2C -> F.
         hidden: the two conditional layers F -> F.
         output_weight: [C, F].
         output_bias: [C].
-        eps: BatchNorm's, one for each of the three layers.
+        eps: of the three layers' BatchNorm.
     """
 
     conditioning: ConditionalLayer
@@ -36,21 +36,21 @@ class DenoiserWeights(NamedTuple):
 
 
 class StepTable(NamedTuple):
-    """A sampler, as the coefficients of its n steps.
+    """A sampler as the coefficients of its n steps (docs/algorithm.md, "Sampling").
 
-    Step i stands at timestep t with s = sqrt(alpha_bar_t) and q = sqrt(1 - alpha_bar_t), estimates
+    Step i, at timestep t with s = sqrt(alpha_bar_t) and q = sqrt(1 - alpha_bar_t), estimates
 
         y0 = (y - (1 - s) prior - q eps) / s
 
     and moves to  y0_weight * y0 + y_weight * y + prior_weight * prior + eps_weight * eps + sigma * z.
 
-    The table lies on the CPU; its numbers travel to a device as kernel arguments.
+    The table is on the CPU.
 
     Attributes:
-        timesteps: [n] int64, falling.
+        timesteps: [n] int64, decreasing.
         sqrt_alpha_bar, sqrt_one_minus_alpha_bar: [n] float32, s and q.
         y0_weight, y_weight, prior_weight, eps_weight, sigma: [n] float32.
-        start: the timestep that addresses the noise of the chain's beginning (T, one above every timestep).
+        start: the timestep that addresses the noise of the initial state: T, one above every timestep.
     """
 
     timesteps: Tensor
@@ -81,7 +81,7 @@ class StepTable(NamedTuple):
 def predict_noise(
     features: Tensor, y: Tensor, guidance: Tensor, weights: DenoiserWeights, timesteps: Tensor
 ) -> Tensor:
-    """eps of the denoiser in eval mode: [M, C] from features [M, F], y and guidance [M, C], timesteps [M] or [1]."""
+    """Return eps of the denoiser in evaluation mode, [M, C], from features [M, F], y and guidance [M, C], timesteps [M] or [1]."""
     h = conditioning(features, y, guidance, weights.conditioning, timesteps, eps=weights.eps[0])
     for layer, eps in zip(weights.hidden, weights.eps[1:], strict=True):
         h = conditional_linear(h, layer, timesteps, eps=eps)
@@ -89,7 +89,7 @@ def predict_noise(
 
 
 def estimate_y0(y: Tensor, prior: Tensor, eps: Tensor, s: Tensor, q: Tensor) -> Tensor:
-    """y0 = (y - (1 - s) prior - q eps) / s: the label that noise eps would have led to y."""
+    """Return y0 = (y - (1 - s) prior - q eps) / s, the label from which the noise eps leads to y."""
     return 1.0 / s * (y - (1.0 - s) * prior - eps * q)
 
 
@@ -106,23 +106,23 @@ def denoise(
     sample_ids: Tensor | None = None,
     trajectory: bool = False,
 ) -> Tensor:
-    """A whole reverse chain over M independent rows.
+    """Run a reverse chain over M independent rows.
 
     Args:
         features: [M, F] float32, image features after `norm`.
-        prior: [M, C] float32, mean of the chain's beginning.
-        guidance: [M, C] float32, what the denoiser is conditioned on.
-        weights: the denoiser in eval mode.
+        prior: [M, C] float32, mean of the initial state.
+        guidance: [M, C] float32, label distribution that conditions the denoiser.
+        weights: the denoiser in evaluation mode.
         steps: the sampler, n steps.
-        noise: [n, M, C] float32, in the order drawn: noise[0] makes the beginning, noise[i] is z of step i - 1; the
-            last step takes none. Without it, Philox noise of `seed`, `image_ids` and `sample_ids` at `steps.start`
-            and at each step's timestep.
-        seed: 64-bit key of the noise.
-        image_ids, sample_ids: [M] int64, the row's image and sample (default 0 … M-1, and 0).
-        trajectory: return every state instead of the last.
+        noise: [n, M, C] float32, in the order of use: noise[0] is added to the prior, noise[i] is z of step i - 1;
+            the last step uses none. None: Philox noise of `seed`, `image_ids` and `sample_ids` at `steps.start` and
+            at each step's timestep.
+        seed: 64-bit key of the Philox noise.
+        image_ids, sample_ids: [M] int64, image and sample of each row. None: 0 … M-1, and 0.
+        trajectory: return all states instead of the last one.
 
     Returns:
-        y_0 [M, C] float32, or with `trajectory` [n + 1, M, C] from the beginning to y_0.
+        y_0 [M, C] float32, or with `trajectory` all states [n + 1, M, C], y_0 last.
     """
     return chain(
         lambda y, timestep: predict_noise(features, y, guidance, weights, timestep),
@@ -147,7 +147,7 @@ def chain(
     sample_ids: Tensor | None = None,
     trajectory: bool = False,
 ) -> Tensor:
-    """The reverse chain of any denoiser.
+    """Run the reverse chain of any denoiser.
 
     Args:
         predict: eps [M, C] from the state [M, C] and the timestep [1].
