@@ -1,5 +1,5 @@
-// TensorView: an array of any library with DLPack (torch, NumPy, CuPy, JAX, ...), imported without a
-// copy and validated before a kernel reads its pointer. Kernels take pointers, sizes and strides,
+// TensorView: an array of any library with DLPack (torch, NumPy, CuPy, JAX, ...), imported without
+// a copy and validated before a kernel reads its pointer. Kernels take pointers, sizes and strides,
 // and no Python objects.
 //
 // A view keeps the producer's memory alive. Create and destroy it with the GIL held; the pointers

@@ -65,23 +65,20 @@ class StepTable(NamedTuple):
 
     def coefficients(self) -> Tensor:
         """[7, n], the columns from `sqrt_alpha_bar` to `sigma`."""
-        return torch.stack(
-            [
-                *(
-                    self.sqrt_alpha_bar,
-                    self.sqrt_one_minus_alpha_bar,
-                    self.y0_weight,
-                    self.y_weight,
-                ),
-                *(self.prior_weight, self.eps_weight, self.sigma),
-            ]
-        )
+        return torch.stack(self[1:-1])
 
 
 def predict_noise(
     features: Tensor, y: Tensor, guidance: Tensor, weights: DenoiserWeights, timesteps: Tensor
 ) -> Tensor:
-    """Return eps of the denoiser in evaluation mode, [M, C], from features [M, F], y and guidance [M, C], timesteps [M] or [1]."""
+    """Return eps [M, C] of the denoiser in evaluation mode.
+
+    Args:
+        features: [M, F] float32.
+        y, guidance: [M, C] float32.
+        weights: the denoiser.
+        timesteps: [M] or [1] int64.
+    """
     h = conditioning(features, y, guidance, weights.conditioning, timesteps, eps=weights.eps[0])
     for layer, eps in zip(weights.hidden, weights.eps[1:], strict=True):
         h = conditional_linear(h, layer, timesteps, eps=eps)
