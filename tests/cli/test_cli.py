@@ -172,7 +172,7 @@ def test_bad_input_is_one_line(work, tmp_path, capsys):
 def test_a_precision_without_a_backend_is_one_line(work, capsys):
     one_error(capsys, ["predict", str(work / "run"), str(work / "images/test/light"),
                        "--device", "cpu", "--precision", "fp8"],
-              "precision='fp8' needs one of the backends cuda, cuda-emulated", "served by")  # fmt: skip
+              "precision='fp8' needs a backend that has it (cuda, cuda-emulated)", "served by")  # fmt: skip
 
 
 @pytest.mark.parametrize("command", [["predict", "x", "y"], ["evaluate", "x"]])
