@@ -112,7 +112,7 @@ Noising ReadNoising(Arrays& arrays, py::handle record, std::int64_t rows, std::i
   noising.y_0 = y_0.data_as<float>();
   noising.y_0_stride[0] = y_0.stride(0);
   noising.y_0_stride[1] = y_0.stride(1);
-  constexpr char kTable[] = "sqrt_alpha_bar";
+  static constexpr char kTable[] = "sqrt_alpha_bar";  // views keep the names of their arrays
   noising.timesteps =
       arrays.Input(record.attr(kTable), kTable, {DType::kFloat32}).OfRank(1, "[T]").size(0);
   const auto table = [&](const char* name) {
@@ -204,7 +204,10 @@ BackwardCall ReadBackward(Arrays& arrays, py::handle record, py::handle gradient
 
 // The kernels of a GPU check these themselves.
 void CheckTimesteps(const Batch& batch, std::int64_t gamma_rows) {
-  const std::int64_t count = batch.timestep_stride == 0 ? 1 : batch.rows;
+  // Null for an empty array; one element for stride 0, which all rows share.
+  const std::int64_t count = batch.timesteps == nullptr   ? 0
+                             : batch.timestep_stride == 0 ? 1
+                                                          : batch.rows;
   for (std::int64_t i = 0; i < count; ++i) {
     const std::int64_t value = batch.timesteps[i * batch.timestep_stride];
     if (value < 0 || value >= gamma_rows) {

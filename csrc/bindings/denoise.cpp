@@ -59,7 +59,10 @@ DenoiseCall ReadCall(Arrays& arrays, const py::handle& record, py::handle out,
     ConditionalLayer& layer = weights.layers[i];
     layer = arrays.Layer(record.attr(kLayers[i]), kLayers[i], features,
                          i == 0 ? 2 * classes : features, eps[i]);
-    if (layer.weight_stride[1] != 1) arrays.Fail(kLayers[i], "must have rows of unit stride");
+    const bool one_column = i > 0 && features == 1;
+    if (!one_column && layer.weight_stride[1] != 1) {
+      arrays.Fail(kLayers[i], "must have a weight with rows of unit stride");
+    }
     if (layer.gamma_rows != weights.layers[0].gamma_rows) {
       arrays.Fail(kLayers[i], "must have a gamma of as many timesteps as the first layer");
     }
@@ -88,6 +91,7 @@ DenoiseCall ReadCall(Arrays& arrays, const py::handle& record, py::handle out,
     call.image_ids = ids("image_ids");
     call.sample_ids = ids("sample_ids");
   } else {
+    if (steps.count < 1) arrays.Fail("noise", "must have at least one step, for the initial state");
     call.noise =
         arrays.Contiguous<float>(record.attr("noise"), "noise", {steps.count, call.rows, classes});
   }

@@ -187,6 +187,7 @@ class ConditionalModel(nn.Module):
         args.tensor("guidance", guidance, "S rows C")
         args.tensor("noise", noise, "rows C")
         args.integer("t", t, "rows", "1")
+        args.within("timesteps", t, 0, len(schedule.sqrt_alpha_bar) - 1)
         branches = guidance.shape[0]
         with (
             repeated_statistics(self.encoder_x, branches),

@@ -182,6 +182,7 @@ def denoise(
         args.integer("image_ids", image_ids, "M")
     if sample_ids is not None:
         args.integer("sample_ids", sample_ids, "M")
+    _check_steps(steps, noise)
     _check_weights(args, weights, steps)
     _check_window(window, tolerance, precision)
     if autocast.active(features):
@@ -206,6 +207,15 @@ def denoise(
         return _run(call, progress)
     states: Tensor = torch.ops.diffmic_fast.denoise.default(*call)
     return states
+
+
+def _check_steps(steps: StepTable, noise: Tensor | None) -> None:
+    args = Arguments("denoise")
+    args.integer("steps.timesteps", steps.timesteps, "n")
+    for name, column in zip(StepTable._fields[1:-1], steps[1:-1], strict=True):
+        args.floating(f"steps.{name}", column, "n")
+    if noise is not None and args.sizes["n"] == 0:
+        raise ValueError("denoise: steps must have at least one step if noise is given, got none")
 
 
 def _check_weights(args: Arguments, weights: DenoiserWeights, steps: StepTable) -> None:

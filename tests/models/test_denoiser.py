@@ -211,6 +211,22 @@ def test_without_guidance():
     torch.testing.assert_close(model(x, y, t), model(x, y, t, torch.randn(2, 3)))
 
 
+@pytest.mark.parametrize("guidance", [False, True])
+def test_branches_reject_timesteps_outside_the_schedule(guidance):
+    model = ConditionalModel(3, timesteps=10, feature_dim=16, guidance=guidance).eval()
+    x, y_0, noise = torch.randn(2, 3, 40, 40), torch.eye(3)[:2], torch.randn(2, 3)
+    for t in (-1, 10, 11):
+        with pytest.raises(ValueError, match=r"timesteps must be in \[0, 9\]"):
+            model.forward_branches(
+                x,
+                y_0,
+                torch.tensor([0, t]),
+                torch.rand(2, 2, 3),
+                noise,
+                make_schedule("linear", 10),
+            )
+
+
 def test_functional_call_uses_the_given_weights():
     model = small_model().eval()
     x, y, t = torch.randn(2, 3, 40, 40), torch.randn(2, 3), torch.tensor([1])

@@ -263,6 +263,20 @@ def test_empty_batch(streams: int) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_empty_batch_of_expanded_timesteps(training: bool) -> None:
+    """A stride of 0 and no element: nothing may be read."""
+    case = Case(0, 3, 5, 3)
+    layer = ConditionalLayer(*(t.float() for t in (*case.parameters, *case.running)))
+    timesteps = torch.zeros(1, dtype=torch.int64).expand(8)[:0]
+    x, y = torch.zeros(0, 5), torch.zeros(0, 3)
+    if training:
+        with pytest.raises(ValueError, match="at least 2 rows"):
+            conditioning(x, y, y, layer, timesteps, training=True, backend="cpu")
+    else:
+        assert conditioning(x, y, y, layer, timesteps, backend="cpu").shape == (0, 5)
+
+
 # ---- autograd and the compiler ---------------------------------------------------------------
 
 

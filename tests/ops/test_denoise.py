@@ -9,7 +9,8 @@ from denoise_cases import weights_on
 
 from diffmic_fast.diffusion import make_schedule, make_steps
 from diffmic_fast.ops.denoise import denoise
-from diffmic_fast.reference.denoise import estimate_y0, predict_noise
+from diffmic_fast.reference.conditional_linear import ConditionalLayer
+from diffmic_fast.reference.denoise import DenoiserWeights, estimate_y0, predict_noise
 
 
 def test_recorded_noise_and_estimate(record, features, weights):
@@ -76,6 +77,34 @@ def test_empty_batch(features, weights, schedule):
     steps = make_steps(schedule, "ddim", 3)
     empty = torch.zeros(0, 5)
     assert denoise(features[:0], empty, empty, weights, steps).shape == (0, 5)
+
+
+def test_a_single_feature_of_any_strides(schedule):
+    """A column of one element has no stride to speak of."""
+
+    def layer(width):
+        weight = torch.randn(3, 7).t()[:1, :1] if width == 1 else torch.randn(1, width)
+        return ConditionalLayer(weight, *(torch.rand(*s) for s in [(1,), (101, 1), *[(1,)] * 4]))
+
+    weights = DenoiserWeights(
+        layer(6), (layer(1), layer(1)), torch.randn(7, 5).t()[:3, :1], torch.randn(3)
+    )
+    inputs = torch.randn(2, 1), torch.rand(2, 3), torch.rand(2, 3)
+    steps = make_steps(schedule, "ddim", 3)
+    found = denoise(*inputs, weights, steps, backend="cpu")
+    torch.testing.assert_close(found, denoise(*inputs, weights, steps, backend="reference"))
+
+
+def test_bad_steps_are_named(features, record, weights, schedule):
+    steps, prior = make_steps(schedule, "ddim", 3), record["y_hat"]
+    call = features, prior, prior, weights
+    with pytest.raises(ValueError, match=r"steps\.sigma must be \[n=3\], got \(2,\)"):
+        denoise(*call, steps._replace(sigma=steps.sigma[:2]))
+    with pytest.raises(TypeError, match=r"steps\.y_weight must be a floating-point tensor"):
+        denoise(*call, steps._replace(y_weight=torch.zeros(3, dtype=torch.int64)))
+    none = type(steps)(*(column[:0] for column in steps[:-1]), steps.start)
+    with pytest.raises(ValueError, match="at least one step if noise is given"):
+        denoise(*call, none, noise=torch.zeros(0, 8, 5))
 
 
 def test_bad_arguments_are_named(features, record, weights, schedule):
