@@ -65,13 +65,13 @@ void CheckDenoise(const std::string& set, Precision precision, std::int64_t rows
     samples.push_back(row % 3);
   }
   std::vector<float> coefficients;
-  for (const auto [low, high] : std::initializer_list<std::pair<float, float>>{{0.6f, 0.95f},
-                                                                               {0.3f, 0.7f},
-                                                                               {0.1f, 0.3f},
-                                                                               {0.4f, 0.7f},
-                                                                               {0.0f, 0.2f},
-                                                                               {0.0f, 0.1f},
-                                                                               {0.01f, 0.1f}}) {
+  for (const auto& [low, high] : std::initializer_list<std::pair<float, float>>{{0.6f, 0.95f},
+                                                                                {0.3f, 0.7f},
+                                                                                {0.1f, 0.3f},
+                                                                                {0.4f, 0.7f},
+                                                                                {0.0f, 0.2f},
+                                                                                {0.0f, 0.1f},
+                                                                                {0.01f, 0.1f}}) {
     const std::vector<float> column = Numbers(kSteps, low, high).copy();
     coefficients.insert(coefficients.end(), column.begin(), column.end());
   }
