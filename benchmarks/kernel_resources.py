@@ -118,7 +118,8 @@ def sources() -> list[Path]:
 def digest(file: Path) -> str:
     """Digest of a file, the headers of csrc that it includes and the options, without comments."""
     csrc = SOURCE / "csrc"
-    waiting = [(file.relative_to(csrc).as_posix(), file)]
+    name = file.relative_to(csrc).as_posix() if file.is_relative_to(csrc) else file.name
+    waiting = [(name, file)]
     texts: dict[str, str] = {}
     while waiting:
         known_as, path = waiting.pop()
