@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
-
-
-@functools.cache
-def _letters(shape: str) -> list[str]:
-    return shape.split()
 
 
 class Arguments:
@@ -87,7 +80,7 @@ class Arguments:
             )
 
     def _bind(self, value: Tensor, shape: str) -> bool:
-        letters, sizes = _letters(shape), value.shape
+        letters, sizes = shape.split(), value.shape
         if len(letters) != len(sizes):
             return False
         known = self.sizes
