@@ -83,18 +83,19 @@ class Arguments:
         letters, sizes = shape.split(), value.shape
         if len(letters) != len(sizes):
             return False
-        known = self.sizes
+        known, added = self.sizes, []
         for letter, size in zip(letters, sizes):  # noqa: B905 (as long as each other)
-            if letter in known:
-                expected = known[letter]
-            elif letter.isdigit():
+            expected = known.get(letter)
+            if expected is None and letter.isdigit():
                 expected = int(letter)
-            else:
-                known = {**known, letter: size}
+            elif expected is None:
+                known[letter] = size
+                added.append(letter)
                 continue
             if expected != size:
+                for name in added:
+                    del known[name]
                 return False
-        self.sizes = known
         return True
 
     def _describe(self, shape: str) -> str:
