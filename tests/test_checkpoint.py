@@ -7,26 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_runs import MODEL
 
 from diffmic_fast.checkpoint import load_model, read_checkpoint
 from diffmic_fast.models import DiffMIC, DiffMICConfig
-
-CONFIG = DiffMICConfig(
-    classes=3,
-    image_size=32,
-    timesteps=12,
-    feature_dim=32,
-    encoder="test_resnet",
-    guidance_trunk="test_resnet",
-    crops=2,
-    crop_size=16,
-)
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(3)
-    return DiffMIC(CONFIG).eval()
+    return DiffMIC(MODEL).eval()
 
 
 @pytest.fixture
@@ -44,7 +34,7 @@ def equal(a, b):
 
 
 def test_published_files_load_strictly(model, published):
-    loaded, names = load_model(published, config=CONFIG, ema=False)
+    loaded, names = load_model(published, config=MODEL, ema=False)
     assert names is None and not loaded.training
     assert equal(loaded.state_dict(), model.state_dict())
     file = read_checkpoint(published)
@@ -53,7 +43,7 @@ def test_published_files_load_strictly(model, published):
 
 
 def test_the_moving_average_is_loaded_by_default(model, published):
-    loaded, _ = load_model(published, config=CONFIG)
+    loaded, _ = load_model(published, config=MODEL)
     for name, parameter in loaded.denoiser.named_parameters():
         assert torch.equal(parameter, model.denoiser.get_parameter(name) + 1)
     for name, buffer in loaded.denoiser.named_buffers():
@@ -64,8 +54,8 @@ def test_the_guidance_file_is_beside_or_named(model, published, tmp_path):
     other = published.with_name("elsewhere.pth")
     published.with_name("aux_ckpt.pth").rename(other)
     with pytest.raises(ValueError, match=r"no aux_ckpt\.pth beside it.*--guidance"):
-        load_model(published, config=CONFIG)
-    loaded, _ = load_model(published, other, CONFIG)
+        load_model(published, config=MODEL)
+    loaded, _ = load_model(published, other, MODEL)
     assert equal(loaded.guidance.state_dict(), model.guidance.state_dict())
 
 
@@ -85,8 +75,8 @@ def test_sizes_of_a_published_file(tmp_path):
     ("key", "value"), [("classes", 4), ("feature_dim", 48), ("timesteps", 1000)]
 )
 def test_errors_about_sizes_name_both(published, key, value):
-    found = getattr(CONFIG, key)
-    other = DiffMICConfig(**{**vars(CONFIG), key: value})
+    found = getattr(MODEL, key)
+    other = DiffMICConfig(**{**vars(MODEL), key: value})
     with pytest.raises(ValueError, match=f"trained with {key} {found}, .* says {value}"):
         load_model(published, config=other)
 
@@ -97,11 +87,11 @@ def test_missing_and_unexpected_keys_are_listed(model, published):
     del parts[0]["module.lin2.lin.bias"]
     torch.save(parts, published)
     with pytest.raises(ValueError, match=r"1 missing \(lin2.lin.bias\), 1 unexpected \(extra"):
-        load_model(published, config=CONFIG)
+        load_model(published, config=MODEL)
 
 
 def test_another_encoder_is_an_error(published):
-    other = DiffMICConfig(**{**vars(CONFIG), "encoder": "test_byobnet"})
+    other = DiffMICConfig(**{**vars(MODEL), "encoder": "test_byobnet"})
     with pytest.raises(ValueError, match=r"does not fit the model.*same encoder"):
         load_model(published, config=other)
 

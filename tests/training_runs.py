@@ -14,6 +14,17 @@ from diffmic_fast.models import DiffMICConfig
 # Batch statistics and MMD over all processes, as of one process with the global batch.
 TOGETHER = {"sync_batch_norm": True, "gather_mmd": True}
 
+MODEL = DiffMICConfig(
+    classes=3,
+    image_size=32,
+    timesteps=12,
+    feature_dim=32,
+    encoder="test_resnet",
+    guidance_trunk="test_resnet",
+    crops=2,
+    crop_size=16,
+)
+
 
 def make_config(images: Path) -> RunConfig:
     """One epoch of guidance, two joint epochs; with 15 images, batches of 4, 4, 4 and 3."""
@@ -21,16 +32,7 @@ def make_config(images: Path) -> RunConfig:
         data=DataConfig(
             kind="folder", root=str(images), train_table="train", validation_table="test"
         ),
-        model=DiffMICConfig(
-            classes=3,
-            image_size=32,
-            timesteps=12,
-            feature_dim=32,
-            encoder="test_resnet",
-            guidance_trunk="test_resnet",
-            crops=2,
-            crop_size=16,
-        ),
+        model=dataclasses.replace(MODEL),
         training=TrainingConfig(
             batch_size=4,
             epochs=2,

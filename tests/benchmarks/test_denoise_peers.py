@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +13,7 @@ from denoise_cases import SCHEDULE, make_inputs, make_weights
 from diffmic_fast.diffusion import make_steps
 from diffmic_fast.reference.denoise import denoise
 
-SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[2])
+SOURCE = Path(__file__).parents[2]
 FEATURES, CLASSES, ROWS = 65, 3, 7
 
 
@@ -23,7 +22,7 @@ def peers() -> ModuleType:
     """The module, from its file: an installed package comes without the benchmarks."""
     path = SOURCE / "benchmarks" / "denoise_peers.py"
     if not path.exists():
-        pytest.skip("no source tree: set DIFFMIC_SOURCE")
+        pytest.skip("the benchmarks are not beside the tests")
     spec = importlib.util.spec_from_file_location("denoise_peers", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

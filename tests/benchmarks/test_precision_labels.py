@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from diffmic_fast.data.table import ArrayImage, ImageEntry, ImageTable
 from diffmic_fast.data.transforms import evaluation_transform
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 
-SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[2])
+SOURCE = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,7 @@ def precision_labels():
     """The script, from its file: an installed package has no benchmarks."""
     path = SOURCE / "benchmarks" / "precision_labels.py"
     if not path.exists():
-        pytest.skip("no source tree: set DIFFMIC_SOURCE")
+        pytest.skip("the benchmarks are not beside the tests")
     spec = importlib.util.spec_from_file_location("precision_labels", path)
     script = sys.modules["precision_labels"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

@@ -17,7 +17,7 @@ from PIL import Image
 from diffmic_fast.cli import main, make_parser
 from diffmic_fast.ops.denoise import PRECISIONS
 
-SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[2])
+SOURCE = Path(__file__).parents[2]
 
 CONFIG = """
 seed: 3
@@ -267,7 +267,9 @@ def test_info_without_torch_is_one_line_with_the_remedy():
     assert "pip install torch" in done.stderr and done.stderr.count("\n") == 1
 
 
-@pytest.mark.skipif(not (SOURCE / "README.md").is_file(), reason="no source tree: DIFFMIC_SOURCE")
+@pytest.mark.skipif(
+    not (SOURCE / "README.md").is_file(), reason="README.md is not beside the tests"
+)
 def test_the_first_training_command_of_the_readme_needs_no_data(tmp_path, monkeypatch):
     """In an empty folder, with a smaller model and fewer images."""
     monkeypatch.chdir(tmp_path)

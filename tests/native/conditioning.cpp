@@ -1,5 +1,5 @@
-// `conditioning`: both modes, whole and short chunks, every gradient alone and all together; and
-// its values against a scalar implementation in double, which also runs where there is no Python.
+// `conditioning` in training and evaluation mode, with full and partial chunks, each gradient
+// separately and all gradients; results are compared with a scalar implementation in double.
 #include "cpu/conditioning/conditioning.h"
 
 #include "support.h"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from diffmic_fast.config.run import RunConfig
 from diffmic_fast.models import DiffMIC
 from diffmic_fast.training.steps import Steps
 
-SOURCE = Path(os.environ.get("DIFFMIC_SOURCE") or Path(__file__).parents[2])
+SOURCE = Path(__file__).parents[2]
 
 
 @pytest.fixture
