@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field, Strict
 from pydantic.dataclasses import dataclass
 
 from diffmic_fast.config.fields import (
@@ -11,6 +12,7 @@ from diffmic_fast.config.fields import (
     AtLeastTwo,
     Count,
     Flag,
+    Fraction,
     Natural,
     NonNegative,
     OpenUnit,
@@ -49,10 +51,26 @@ class TrainingConfig:
         gradient_clip: largest gradient norm of a denoiser step; None for no clipping.
         guidance_learning_rate: of the guidance model.
         guidance_weight_decay: of the guidance model.
-        guidance_cosine: whether the guidance model's learning rate falls by a half-cosine over all epochs; otherwise
-            it is constant.
+        guidance_cosine: whether the guidance model's learning rate falls by a half-cosine over all epochs that train
+            it; otherwise it is constant.
+        guidance_warmup_epochs: epochs in which the guidance model's learning rate rises linearly from 0.
         ema_decay: of the moving average of the denoiser's weights; None for no average. It averages over about
             1 / (1 - ema_decay) steps: short runs need a smaller value than the published 0.9999.
+        encoder_epochs: epochs of the denoiser's image encoder alone, as a classifier with a linear layer of its own,
+            after those of the guidance model. Its rate is `encoder_learning_rate`, with the schedule of joint epochs.
+        feature_epochs: epochs of the denoiser's layers alone, after the joint ones, on features of the encoder and
+            label distributions of the guidance model, computed once for `feature_views` augmented views per image.
+        feature_views: augmented views per image of these epochs.
+        feature_batch_size: rows per step of these epochs.
+        joint_guidance: whether the guidance model is also trained in joint epochs, as published. Otherwise it is left
+            as its own epochs made it.
+        prior_dropout: share of the images of a denoiser step whose label distributions of the guidance model are
+            replaced by the uniform one, as prior mean and as condition, so that the denoiser has to look at the image.
+        label_smoothing: in the cross-entropies of guidance model and encoder, the share of the target that is spread
+            over the other classes.
+        ordinal: whether the classes are ordered grades: smoothing then spreads over the neighbouring classes only.
+        balance: images are drawn with probabilities proportional to (images of their class)^-balance, with
+            replacement. 0 is every image once per epoch, 1 all classes equally often.
         precision: "fp32", or "bf16" for forward passes under autocast to bfloat16; weights, optimizers, batch
             statistics and MMD stay in float32. "auto" is bf16 where the processor multiplies bfloat16 (AMX, AVX-512),
             otherwise fp32; the choice is recorded in config.yml and the checkpoint, and a resumed run keeps it.
@@ -83,6 +101,16 @@ class TrainingConfig:
     guidance_learning_rate: Positive = 2e-4
     guidance_weight_decay: NonNegative = 0.0
     guidance_cosine: Flag = False
+    guidance_warmup_epochs: NonNegative = 0.0
+    encoder_epochs: Natural = 0
+    feature_epochs: Natural = 0
+    feature_views: Count = 8
+    feature_batch_size: AtLeastTwo = 64
+    joint_guidance: Flag = True
+    prior_dropout: Annotated[float, Strict(), Field(ge=0, le=1)] = 0.0
+    label_smoothing: Fraction = 0.0
+    ordinal: Flag = False
+    balance: Annotated[float, Strict(), Field(ge=0, le=1)] = 0.0
     ema_decay: OpenUnit | None = 0.9999
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     validate_every: Count = 1
@@ -91,8 +119,10 @@ class TrainingConfig:
     tensorboard: Flag = True
 
     def __post_init__(self) -> None:
-        if self.epochs + self.guidance_epochs == 0:
-            raise ValueError("epochs and guidance_epochs must not both be 0")
+        if self.epochs + self.guidance_epochs + self.encoder_epochs + self.feature_epochs == 0:
+            raise ValueError(
+                "epochs, guidance_epochs, encoder_epochs and feature_epochs must not all be 0"
+            )
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate must be at most learning_rate {self.learning_rate}, got {self.min_learning_rate}"

@@ -15,6 +15,7 @@ from diffmic_fast.config.model import DiffMICConfig
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.diffusion.schedule import make_schedule
 from diffmic_fast.models.denoiser import ConditionalModel
+from diffmic_fast.models.encoders import ImageEncoder
 from diffmic_fast.models.execution import inference
 from diffmic_fast.models.guidance import DCG, GuidanceDetail
 from diffmic_fast.models.image_ids import image_ids
@@ -94,6 +95,8 @@ class DiffMIC(nn.Module):
         noise: Tensor | None = None,
         denoiser: Callable[..., Tensor] | None = None,
         gather: Callable[[Tensor], Tensor] | None = None,
+        prior: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> DiffMICLoss:
         """Training loss of the denoiser (docs/algorithm.md, "Training step").
 
@@ -112,11 +115,15 @@ class DiffMIC(nn.Module):
             denoiser: Called instead of `ConditionalModel.forward_branches`, with the same arguments, such as a
                 `DistributedDataParallel(BranchForward(model.denoiser))`.
             gather: Collects the [B * draws, C] rows of several processes that the two MMD terms compare.
+            prior: [3, B, C] float32, label distributions of the guidance model's three branches, which then does not
+                run. `images` may then be [B, channels], rows of `ImageEncoder.pooled`.
+            hidden: [B] bool, images whose label distributions are replaced by the uniform one.
 
         Raises:
             ValueError, TypeError: Images or labels do not fit; the message names them.
         """
-        images = self._check_images("DiffMIC.loss", images)
+        if prior is None or images.ndim != 2:
+            images = self._check_images("DiffMIC.loss", images)
         classes, last = self.config.classes, self.config.timesteps - 1
         args = Arguments("DiffMIC.loss")
         args.sizes.update(B=images.shape[0], C=classes)
@@ -137,8 +144,16 @@ class DiffMIC(nn.Module):
         args.within("timesteps", timesteps, 0, last)
         dtype = torch.promote_types(images.dtype, torch.float32)
         noise = args.floating("noise", noise.to(images.device), "rows C").to(dtype)
-        with torch.no_grad(), evaluation_mode(self.guidance):
-            prior = torch.stack(self.guidance(images)).to(dtype).softmax(dim=-1)
+        if prior is None:
+            with torch.no_grad(), evaluation_mode(self.guidance):
+                prior = torch.stack(self.guidance(images)).to(dtype).softmax(dim=-1)
+        else:
+            prior = args.floating("prior", prior, "3 B C").to(dtype)
+        if hidden is not None:
+            args.tensor("hidden", hidden, "B")
+            if hidden.dtype != torch.bool:
+                raise TypeError(f"DiffMIC.loss: hidden must be bool, got {hidden.dtype}")
+            prior = prior.masked_fill(hidden.to(images.device)[None, :, None], 1 / classes)
         prior = prior.repeat_interleave(draws, dim=1)
         y_0 = F.one_hot(labels.repeat_interleave(draws), classes).to(dtype)
         call = self.denoiser.forward_branches if denoiser is None else denoiser
@@ -164,6 +179,22 @@ class DiffMIC(nn.Module):
         images = self._check_images("DiffMIC.encode", images)
         with self._inference(SamplingOptions(precision=precision, compile=compile)):
             return self.denoiser.encode(images).float()
+
+    @torch.no_grad()
+    def pool(self, images: Tensor, *, precision: str = "fp32", compile: bool = False) -> Tensor:
+        """The image encoder's features before its linear layer, [B, channels] float32; see `guide`.
+
+        Raises:
+            TypeError: The encoder was replaced by one that has no such features.
+        """
+        images = self._check_images("DiffMIC.pool", images)
+        encoder = self.denoiser.encoder_x
+        if not isinstance(encoder, ImageEncoder):
+            raise TypeError(
+                f"DiffMIC.pool: the encoder must be an ImageEncoder, got {type(encoder).__name__}"
+            )
+        with self._inference(SamplingOptions(precision=precision, compile=compile)):
+            return encoder.pooled(images).float()
 
     @torch.no_grad()
     def predict(

@@ -82,7 +82,17 @@ class ImageEncoder(nn.Module):
         self.g = nn.Linear(channels, feature_dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Feature rows of a batch of images.
+        """Feature rows of a batch of images, or of rows that `pooled` returned.
+
+        Raises:
+            ValueError: `images` are neither [B, 3, H, W] nor [B, channels].
+        """
+        if images.ndim == 2 and images.shape[1] == self.g.in_features:
+            return self.g(images)
+        return self.g(self.pooled(images))
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Spatial means of the feature map: [B, 3, H, W] to [B, channels].
 
         Raises:
             ValueError: `images` are not [B, 3, H, W].
@@ -91,7 +101,7 @@ class ImageEncoder(nn.Module):
             raise ValueError(
                 f"ImageEncoder: images must be [B, 3, H, W], got {tuple(images.shape)}"
             )
-        return self.g(torch.flatten(_run(self.f, images, self.recompute), start_dim=1))
+        return torch.flatten(_run(self.f, images, self.recompute), start_dim=1)
 
 
 def make_trunk(name: str, weights: str | None = None) -> tuple[nn.Sequential, int]:

@@ -12,40 +12,51 @@ from typing import Any
 from diffmic_fast._optional import require
 from diffmic_fast.atomic_files import atomic_file
 from diffmic_fast.inference.metrics import NAMES
-from diffmic_fast.training.progress import Progress
+from diffmic_fast.training.progress import SUMS, Progress
 from diffmic_fast.training.steps import LOSSES
 
 COLUMNS = (
     "epoch", "phase", "step", "images", "learning_rate", "loss", "noise_loss", "mmd_global",
-    "mmd_local", "guidance_loss",
+    "mmd_local", "guidance_loss", "encoder_loss",
     *(f"validation_{name}" for name in NAMES),
     *(f"validation_guidance_{name}" for name in NAMES),
     "seconds", "images_per_second",
 )  # fmt: skip
+# The loss that each phase of a run minimises.
+MAIN_LOSS = {
+    "guidance": "guidance_loss",
+    "encoder": "encoder_loss",
+    "joint": "loss",
+    "features": "loss",
+}
 
 
-def epoch_row(progress: Progress, images: int, learning_rate: float | None) -> dict[str, Any]:
+def epoch_row(
+    progress: Progress, phase: str, images: int, learning_rate: float | None
+) -> dict[str, Any]:
     """The row of an epoch, without validation; with a learning rate if the denoiser was trained."""
-    joint = learning_rate is not None
+    keys = {MAIN_LOSS[phase]}
     row: dict[str, Any] = {
         "epoch": progress.epoch,
-        "phase": "joint" if joint else "guidance",
+        "phase": phase,
         "step": progress.step,
         "images": images,
-        "guidance_loss": progress.sums["guidance_loss"] / images,
         "seconds": progress.seconds,
         "images_per_second": images / progress.seconds,
     }
-    if joint:
+    if learning_rate is not None:
         row["learning_rate"] = learning_rate
-        row |= {key: progress.sums[key] / images for key in LOSSES}
-    return row
+        keys |= set(LOSSES)
+    if phase == "joint":
+        keys.add("guidance_loss")
+    return row | {key: progress.sums[key] / images for key in SUMS if key in keys}
 
 
 def summary(title: str, row: Mapping[str, Any]) -> str:
     """A row as a line of text."""
     parts = [title]
     for key, name in (("loss", "loss"), ("guidance_loss", "guidance loss"),
+                      ("encoder_loss", "encoder loss"),
                       ("validation_guidance_accuracy", "guidance accuracy"),
                       ("validation_accuracy", "accuracy")):  # fmt: skip
         if key in row:

@@ -15,11 +15,12 @@ class MicroBatch:
     """What one forward and backward pass takes.
 
     Attributes:
-        images: of this process.
+        images: of this process; in feature steps their features.
         labels: of this process.
         counts: number of images of every process, in this micro-batch.
         total: number of images of all processes, in the whole batch.
         last: whether it is the last of the step.
+        prior: [3, B, C], the guidance model's label distributions; None where it is run.
     """
 
     images: Tensor
@@ -27,6 +28,7 @@ class MicroBatch:
     counts: list[int]
     total: int
     last: bool
+    prior: Tensor | None = None
 
     @property
     def share(self) -> float:

@@ -40,6 +40,13 @@ class MovingAverage:
         for name, value in self.values.items():
             local_shard(value).copy_(local_shard(shard_like(values[name], value)))
 
+    @torch.no_grad()
+    def reset(self, prefix: str) -> None:
+        """Restart the averages of the parameters whose names begin with `prefix` at their present values."""
+        for name, parameter in self._module.named_parameters():
+            if name.startswith(prefix) and name in self.values:
+                local_shard(self.values[name]).copy_(local_shard(parameter))
+
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """A block in which the module has the averages as its parameters."""

@@ -22,13 +22,16 @@ def denoiser_optimizer(denoiser: ConditionalModel, config: TrainingConfig) -> Ad
     return Adam(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
-def set_denoiser_rate(optimizer: Adam, rate: float, config: TrainingConfig) -> None:
-    """Set the rate of `denoiser_optimizer`; that of the encoder keeps its proportion to it."""
-    rest, *encoder = optimizer.param_groups
+def set_denoiser_rate(
+    optimizer: Adam, rate: float, config: TrainingConfig, *, encoder: float | None = None
+) -> None:
+    """Set the rate of `denoiser_optimizer`; that of the encoder's group, if None, keeps its proportion to it."""
+    rest, *others = optimizer.param_groups
     rest["lr"] = rate
-    for group in encoder:
+    for group in others:
         assert config.encoder_learning_rate is not None
-        group["lr"] = rate * (config.encoder_learning_rate / config.learning_rate)
+        proportion = config.encoder_learning_rate / config.learning_rate
+        group["lr"] = rate * proportion if encoder is None else encoder
 
 
 def guidance_optimizer(guidance: nn.Module, config: TrainingConfig) -> Adam:

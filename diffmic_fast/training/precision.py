@@ -17,6 +17,7 @@ from diffmic_fast.config.run import RunConfig
 from diffmic_fast.cpu_capabilities import bfloat16_instructions
 from diffmic_fast.distributed.processes import Processes
 from diffmic_fast.models.execution import bfloat16_obstacle
+from diffmic_fast.training.depthwise import depthwise_conv2d, has_fast_backward
 
 
 def resolve_precision(
@@ -50,15 +51,17 @@ def resolve_precision(
 @contextlib.contextmanager
 def bfloat16_passes(device: torch.device) -> Iterator[None]:
     """A block of forward passes under autocast to bfloat16."""
-    with torch.autocast(device.type, torch.bfloat16), _UnitStrides():
+    with torch.autocast(device.type, torch.bfloat16), _Convolutions():
         yield
 
 
-class _UnitStrides(TorchFunctionMode):
-    """On CPUs, runs convolutions whose input and output are single pixels with stride 1, which gives the same numbers.
+class _Convolutions(TorchFunctionMode):
+    """On CPUs, replaces convolutions whose bfloat16 backward pass by oneDNN is wrong or slow.
 
-    With a larger stride oneDNN's bfloat16 weight gradient is wrong and differs from call to call (torch 2.14, AVX-512:
-    3 x 3, stride 2, padding 1, as in a ResNet's last stage for patches of 16 pixels).
+    - Input and output are single pixels: stride 1, which gives the same numbers. With a larger stride the weight
+      gradient is wrong and differs from call to call (torch 2.14, AVX-512: 3 x 3, stride 2, padding 1, as in a
+      ResNet's last stage for patches of 16 pixels).
+    - Depthwise convolutions with a stride or a wide kernel: `training.depthwise`.
     """
 
     def __torch_function__(
@@ -68,11 +71,13 @@ class _UnitStrides(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Replace the stride in calls of `conv2d`; other functions are called unchanged."""
+        """Replace calls of `conv2d`; other functions are called unchanged."""
         if func is F.conv2d and not kwargs and len(args) == 7:  # as nn.Conv2d calls it
-            images, weight, bias, _, padding, dilation, groups = args
+            images, weight, bias, stride, padding, dilation, groups = args
             if _is_one_pixel(images, weight, padding, dilation):
                 args = (images, weight, bias, (1, 1), padding, dilation, groups)
+            elif has_fast_backward(images, weight, bias, stride, padding, dilation, groups):
+                return depthwise_conv2d(images, weight, stride, padding)
         return func(*args, **(kwargs or {}))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffmic_fast.training.steps import LOSSES
 
-SUMS = (*LOSSES, "guidance_loss")
+SUMS = (*LOSSES, "guidance_loss", "encoder_loss")
 
 
 def _zeros() -> dict[str, float]:

@@ -37,6 +37,8 @@ def check_resume(checkpoint: Checkpoint, config: RunConfig, world_size: int = 1)
                 "training.batch_size such that a step has as many images"
             )
         stored = {**stored, "training": {**stored["training"], "batch_size": size}}
+    # A run of an older version lacks the options that have come since, and had their defaults.
+    stored = RunConfig.from_dict(stored).to_dict()
     changed = _differences(stored, config.to_dict())
     if changed:
         raise ValueError(

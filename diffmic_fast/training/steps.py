@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -19,7 +20,8 @@ from diffmic_fast.distributed.sync_batch_norm import synchronize_statistics
 from diffmic_fast.models import BranchForward, DiffMIC, ImageEncoder, Trunk
 from diffmic_fast.models.loss import antithetic_timesteps
 from diffmic_fast.training.deferred_gradients import DeferredGradients
-from diffmic_fast.training.learning_rates import half_cosine, warmup_cosine
+from diffmic_fast.training.encoder_classifier import EncoderClassifier
+from diffmic_fast.training.learning_rates import warmup_cosine
 from diffmic_fast.training.micro_batches import MicroBatch, check_batch, split_batch
 from diffmic_fast.training.moving_average import MovingAverage
 from diffmic_fast.training.optimizers import (
@@ -28,7 +30,9 @@ from diffmic_fast.training.optimizers import (
     guidance_optimizer,
     set_denoiser_rate,
 )
+from diffmic_fast.training.phases import guidance_epochs
 from diffmic_fast.training.precision import bfloat16_passes
+from diffmic_fast.training.targets import soft_labels
 
 LOSSES = ("loss", "noise_loss", "mmd_global", "mmd_local")
 
@@ -43,6 +47,7 @@ class Steps:
         optimizer: of the denoiser.
         guidance_optimizer: of the guidance model.
         average: moving average of the denoiser's weights, or None.
+        encoder: the denoiser's image encoder as a classifier, if it has epochs of its own.
         noise: CPU generator of timesteps and noise.
     """
 
@@ -52,7 +57,8 @@ class Steps:
         """Prepare a model, on its device, for training in place; `seed` is that of timesteps and noise.
 
         Raises:
-            ValueError: precision "auto", or `recompute` with a network that does not support it.
+            ValueError: precision "auto", `recompute` or `encoder_epochs` with a network that does not support it, or
+                several processes with epochs of a single one.
         """
         if config.precision == "auto":
             raise ValueError(
@@ -61,6 +67,11 @@ class Steps:
         self.model, self.config = model, config
         self.processes = current() if processes is None else processes
         several = self.processes.world_size > 1
+        if several and (config.encoder_epochs or config.feature_epochs):
+            raise ValueError(
+                "Steps: encoder_epochs and feature_epochs are for a single process, got "
+                f"{self.processes.world_size} processes; train jointly (epochs) with several"
+            )
         if several and config.sync_batch_norm:
             synchronize_statistics(model)
         branches = BranchForward(model.denoiser)
@@ -71,6 +82,9 @@ class Steps:
         self.optimizer = denoiser_optimizer(model.denoiser, config)
         self.guidance_optimizer = guidance_optimizer(model.guidance, config)
         self.average = MovingAverage(model.denoiser, config.ema_decay) if config.ema_decay else None
+        self.encoder: EncoderClassifier | None = None
+        if config.encoder_epochs:
+            self.encoder = EncoderClassifier(model.denoiser.encoder_x, model.config.classes)
         self.noise = torch.Generator().manual_seed(seed)
         if config.recompute:
             self._recompute_activations()
@@ -100,20 +114,44 @@ class Steps:
         Raises:
             ValueError: a loss or the gradient is not finite; weights are unchanged.
         """
+        rate = self._denoiser_rate(epoch, self.config.epochs)
+        set_denoiser_rate(self.optimizer, rate, self.config)
+        return self._update_denoiser(self._begin(self.model, images, labels))
+
+    def feature_step(
+        self, features: Tensor, prior: Tensor, labels: Tensor, epoch: float
+    ) -> dict[str, float]:
+        """As `denoiser_step`, on rows of `ImageEncoder.pooled` and the guidance model's label distributions.
+
+        Args:
+            features: [B, channels].
+            prior: [3, B, C], of the fused, global and local branches.
+            labels: [B] int64.
+            epoch: fractional epoch of these steps' own.
+        """
+        rate = self._denoiser_rate(epoch, self.config.feature_epochs)
+        # Of the encoder only its last layer takes part, which nothing has trained before.
+        set_denoiser_rate(self.optimizer, rate, self.config, encoder=rate)
+        (part,) = self._begin(self.model, features, labels, parts=1)
+        return self._update_denoiser([dataclasses.replace(part, prior=prior)])
+
+    def _denoiser_rate(self, epoch: float, epochs: int) -> float:
         c = self.config
-        rate = warmup_cosine(
+        return warmup_cosine(
             epoch,
             rate=c.learning_rate,
             minimum=c.min_learning_rate,
             warmup=c.warmup_epochs,
-            epochs=c.epochs,
+            epochs=epochs,
         )
-        set_denoiser_rate(self.optimizer, rate, c)
+
+    def _update_denoiser(self, parts: list[MicroBatch]) -> dict[str, float]:
+        """Forward and backward passes of a batch, and one step of the optimizer; returns LOSSES."""
         totals = dict.fromkeys(LOSSES, 0.0)
-        for part in self._begin(self.model, images, labels):
+        for part in parts:
             deferred = DeferredGradients(self._deferrable)
             with self._denoiser.micro_batch(last=part.last):
-                with self._autocast(images):
+                with self._autocast(part.images):
                     loss, values = self._losses(part, deferred)
                 for key, value in zip(LOSSES, values, strict=True):
                     totals[key] += value
@@ -122,16 +160,19 @@ class Steps:
                     raise ValueError(f"the denoiser's loss is not finite ({described})")
                 torch.autograd.backward(loss)
             deferred.accumulate()
-        limit = math.inf if c.gradient_clip is None else c.gradient_clip
-        parameters = self.model.denoiser.parameters()
-        norm = float(full(nn.utils.clip_grad_norm_(parameters, limit)))
-        if not math.isfinite(norm):
-            raise ValueError(f"the norm of the denoiser's gradient is {norm}")
+        self._clip(self.model.denoiser, "denoiser")
         self.optimizer.step()
         if self.average is not None:
             self.average.update()
         self._end(self.model.denoiser)
         return totals
+
+    def _clip(self, module: nn.Module, name: str) -> None:
+        """Clip the gradient of a module, named `name` in errors."""
+        limit = math.inf if self.config.gradient_clip is None else self.config.gradient_clip
+        norm = float(full(nn.utils.clip_grad_norm_(module.parameters(), limit)))
+        if not math.isfinite(norm):
+            raise ValueError(f"the norm of the {name}'s gradient is {norm}")
 
     def guidance_step(self, images: Tensor, labels: Tensor, progress: float) -> float:
         """One step of the guidance model; errors as `denoiser_step`.
@@ -139,14 +180,19 @@ class Steps:
         Args:
             images: [B, 3, H, W].
             labels: [B] int64.
-            progress: 0 to 1, the finished part of the run, which decides the learning rate.
+            progress: 0 to 1, the finished part of the epochs that train this model, which decides the learning rate.
 
         Returns:
             The cross-entropy over the whole batch.
         """
-        rate = self.config.guidance_learning_rate
-        if self.config.guidance_cosine:
-            rate = half_cosine(progress, rate, 0.0)
+        c = self.config
+        rate = warmup_cosine(
+            progress,
+            rate=c.guidance_learning_rate,
+            minimum=0.0 if c.guidance_cosine else c.guidance_learning_rate,
+            warmup=c.guidance_warmup_epochs / max(guidance_epochs(c), 1),
+            epochs=1.0,
+        )
         for group in self.guidance_optimizer.param_groups:
             group["lr"] = rate
         total = 0.0
@@ -154,8 +200,7 @@ class Steps:
             with self._guidance.micro_batch(last=part.last):
                 with self._autocast(images):
                     fused = self._guidance(part.images)[0]
-                fused = fused.to(torch.promote_types(fused.dtype, torch.float32))
-                loss = nn.functional.cross_entropy(fused, part.labels)
+                loss = self._cross_entropy(fused, part.labels)
                 value = float(self.processes.all_reduce(part.share * loss.detach()))
                 if not math.isfinite(value):
                     raise ValueError(f"the guidance model's loss is {value}")
@@ -165,6 +210,54 @@ class Steps:
         self.guidance_optimizer.step()
         self._end(self.model.guidance)
         return total
+
+    def encoder_step(self, images: Tensor, labels: Tensor, epoch: float) -> float:
+        """One step of the denoiser's image encoder as a classifier; errors as `denoiser_step`.
+
+        Args:
+            images: [B, 3, H, W].
+            labels: [B] int64.
+            epoch: fractional epoch of the encoder's own, which decides the learning rate.
+
+        Returns:
+            The cross-entropy over the whole batch.
+        """
+        c = self.config
+        rate = warmup_cosine(
+            epoch,
+            rate=c.learning_rate if c.encoder_learning_rate is None else c.encoder_learning_rate,
+            minimum=0.0,
+            warmup=c.warmup_epochs,
+            epochs=c.encoder_epochs,
+        )
+        encoder = self.encoder
+        assert encoder is not None
+        for group in encoder.optimizer.param_groups:
+            group["lr"] = rate
+        total = 0.0
+        for part in self._begin(encoder, images, labels):
+            with self._autocast(images):
+                logits = encoder(part.images)
+            loss = part.share * self._cross_entropy(logits, part.labels)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise ValueError(f"the encoder's loss is {value}")
+            torch.autograd.backward(loss)
+            total += value
+        self._clip(encoder, "encoder")
+        encoder.optimizer.step()
+        if self.average is not None:
+            self.average.reset("encoder_x.")
+        return total
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy with the configured targets, in float32 at least."""
+        c = self.config
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if not c.label_smoothing:
+            return nn.functional.cross_entropy(logits, labels)
+        targets = soft_labels(labels, logits.shape[1], c.label_smoothing, ordinal=c.ordinal)
+        return nn.functional.cross_entropy(logits, targets.to(logits.dtype))
 
     def state(self) -> dict[str, Any]:
         """Collective: state dicts for a checkpoint; sharded ones are gathered on rank 0, which writes them."""
@@ -176,6 +269,8 @@ class Steps:
             "guidance": model.guidance.state_dict(),
             "guidance_optimizer": self.guidance_optimizer.state_dict(),
         }
+        if self.encoder is not None:
+            state["encoder"] = self.encoder.state()
         return gather_state(state, self.processes) if is_sharded(model.denoiser) else state
 
     def load_state(self, state: dict[str, Any], what: str) -> None:
@@ -190,6 +285,8 @@ class Steps:
             load_state(module, values, f"{what}, {name}")
         self.optimizer.load_state_dict(state["optimizer"])
         self.guidance_optimizer.load_state_dict(state["guidance_optimizer"])
+        if self.encoder is not None:
+            self.encoder.load(state["encoder"], f"{what}, encoder")
         for optimizer in (self.optimizer, self.guidance_optimizer):
             for parameter, moments in optimizer.state.items():
                 for key, value in moments.items():
@@ -198,13 +295,19 @@ class Steps:
         if self.average is not None:
             self.average.load(state["average"])
 
-    def _begin(self, module: nn.Module, images: Tensor, labels: Tensor) -> list[MicroBatch]:
+    def _begin(
+        self, module: nn.Module, images: Tensor, labels: Tensor, parts: int | None = None
+    ) -> list[MicroBatch]:
         """Check a batch, set the module to training mode and free all gradients; returns the micro-batches."""
         check_batch(images, labels, self.model.config.classes, self.processes)
         module.train()
-        for optimizer in (self.optimizer, self.guidance_optimizer):
+        for optimizer in self._optimizers():
             optimizer.zero_grad(set_to_none=True)
-        return split_batch(images, labels, self.config.accumulation, self.processes)
+        return split_batch(images, labels, parts or self.config.accumulation, self.processes)
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        others = [] if self.encoder is None else [self.encoder.optimizer]
+        return [self.optimizer, self.guidance_optimizer, *others]
 
     def _end(self, module: nn.Module) -> None:
         self._denoiser.reshard()
@@ -230,6 +333,11 @@ class Steps:
         noise = torch.randn(sum(counts), config.classes, generator=self.noise)
         start = sum(counts[: processes.rank])
         own = slice(start, start + counts[processes.rank])
+        hidden = None
+        if self.config.prior_dropout:
+            drawn = torch.rand(sum(part.counts), generator=self.noise) < self.config.prior_dropout
+            first = sum(part.counts[: processes.rank])
+            hidden = drawn[first : first + part.counts[processes.rank]]
         gather = self.config.gather_mmd and processes.world_size > 1
         losses = self.model.loss(
             part.images,
@@ -238,6 +346,8 @@ class Steps:
             timesteps=timesteps[own],
             noise=noise[own],
             denoiser=denoiser,
+            prior=part.prior,
+            hidden=hidden,
             gather=functools.partial(processes.gather_rows, counts=counts) if gather else None,
         )
         share = part.share

@@ -6,7 +6,8 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,17 @@ from diffmic_fast.inference.evaluate import Evaluation
 from diffmic_fast.models import DiffMIC
 from diffmic_fast.training.batches import epoch_batches
 from diffmic_fast.training.datasets import digest, make_dataset
+from diffmic_fast.training.feature_rows import FeatureRows, feature_rows
 from diffmic_fast.training.interruption import Interrupted, Interruption, ignore_in_worker
-from diffmic_fast.training.log import epoch_row, summary
+from diffmic_fast.training.log import MAIN_LOSS, epoch_row, summary
+from diffmic_fast.training.phases import Phase, guidance_epochs, phase_at, phases
 from diffmic_fast.training.precision import resolve_precision
 from diffmic_fast.training.progress import Progress
 from diffmic_fast.training.random_states import random_states, restore_random_states
 from diffmic_fast.training.resume import check_resume
 from diffmic_fast.training.run_folder import RunFolder
 from diffmic_fast.training.steps import Steps
+from diffmic_fast.training.targets import class_weights
 from diffmic_fast.training.validation import log_columns, validate
 
 
@@ -116,6 +120,11 @@ class Trainer:
         # A resumed run has its weights in the checkpoint: pretrained ones may be missing.
         self.model = DiffMIC(config.model, pretrained=saved is None).to(self.device)
         self.steps = Steps(self.model, config.training, config.seed, self.processes)
+        self._rows: FeatureRows | None = None
+        self._weights: Tensor | None = None
+        if config.training.balance:
+            labels = torch.tensor([entry.label for entry in train.entries])
+            self._weights = class_weights(labels, config.training.balance)
         self.progress = Progress()
         self.last_evaluation: Evaluation | None = None
         self.quiet = quiet or not self.processes.is_rank_zero
@@ -125,8 +134,8 @@ class Trainer:
 
     @property
     def epochs(self) -> int:
-        """Number of epochs, those of the guidance model alone included."""
-        return self.config.training.guidance_epochs + self.config.training.epochs
+        """Number of epochs, of all phases."""
+        return sum(phase.epochs for phase in phases(self.config.training))
 
     @property
     def best(self) -> float | None:
@@ -150,13 +159,16 @@ class Trainer:
     def save(self) -> None:
         """Collective: write the checkpoint and the guidance file beside it."""
         state = self.steps.state()
-        joint = max(self.progress.epoch - self.config.training.guidance_epochs, 0)
+        training = self.config.training
+        joint = next(phase for phase in phases(training) if phase.name == "joint")
+        finished = min(max(self.progress.epoch - joint.first, 0), joint.epochs)
         extras = {
             "format": 1,
             "config": self.config.to_dict(),
             "classes": list(self.classes),
             "guidance": state["guidance"],
             "guidance_optimizer": state["guidance_optimizer"],
+            **({"encoder": state["encoder"]} if "encoder" in state else {}),
             "progress": self.progress.to_dict(self.processes.world_size),
             "random": random_states({"noise": self.steps.noise}),
             "data_digest": self.data_digest,
@@ -166,7 +178,7 @@ class Trainer:
                 self.path,
                 state["denoiser"],
                 state["optimizer"],
-                joint,
+                finished,
                 self.progress.step,
                 state["average"],
                 extras,
@@ -175,7 +187,8 @@ class Trainer:
 
     def _restore(self, saved: Checkpoint) -> None:
         extras = saved.extras
-        state = {key: extras[key] for key in ("guidance", "guidance_optimizer")}
+        names = ("guidance", "guidance_optimizer", "encoder")
+        state: dict[str, Any] = {name: extras[name] for name in names if name in extras}
         state |= {"denoiser": saved.denoiser, "optimizer": saved.optimizer, "average": saved.ema}
         self.steps.load_state(state, f"{saved.path}")
         self.progress = Progress.from_dict(extras["progress"], saved.step)
@@ -218,12 +231,12 @@ class Trainer:
 
     def _run_epoch(self) -> None:
         """Train (from `progress.position` on), validate, log and save one epoch."""
-        joint = self.progress.epoch >= self.config.training.guidance_epochs
-        title = f"epoch {self.progress.epoch + 1}/{self.epochs} {'joint' if joint else 'guidance'}"
-        self._train_epoch(title, joint)
-        rate = self.steps.optimizer.param_groups[0]["lr"] if joint else None
-        row = epoch_row(self.progress, len(self.dataset), rate)
-        self._validate(joint)
+        phase = phase_at(self.config.training, self.progress.epoch)
+        title = f"epoch {self.progress.epoch + 1}/{self.epochs} {phase.name}"
+        self._train_epoch(title, phase)
+        rate = self.steps.optimizer.param_groups[0]["lr"] if phase.trains_denoiser else None
+        row = epoch_row(self.progress, phase.name, len(self.dataset), rate)
+        self._validate(phase)
         if self.last_evaluation is not None:
             row |= log_columns(self.last_evaluation)
         self._print(summary(title, row))
@@ -236,36 +249,70 @@ class Trainer:
         if best:
             self.folder.keep_best()
 
-    def _train_epoch(self, title: str, joint: bool) -> None:
+    def _train_epoch(self, title: str, phase: Phase) -> None:
         progress, world_size = self.progress, self.processes.world_size
+        features = phase.name == "features"
+        training = self.config.training
         batches = epoch_batches(
             len(self.dataset),
-            self.config.training.batch_size * world_size,
+            training.feature_batch_size if features else training.batch_size * world_size,
             self.config.seed,
             progress.epoch,
             least=2 * world_size,
+            weights=self._weights,
         )
         seen = sum(map(len, batches[: progress.position]))
+        rest = batches[progress.position :]
+        rows = self._feature_rows() if features else None
         began = time.perf_counter() - progress.seconds
         self.dataset.set_epoch(progress.epoch)
         self._check_interruption()
+        step = partial(self._step, phase)
+        if rows is None:
+            loaded: Iterable[Any] = ((images, labels) for images, labels, _ in self._loader(rest))
+        else:
+            loaded, step = rows.batches(rest, self.steps.noise), partial(self._feature_step, phase)
         with self._bar(title, len(self.dataset), seen) as bar:
-            for images, labels, _ in self._loader(batches[progress.position :]):
+            for batch in loaded:
                 count = len(batches[progress.position])
                 moment = progress.epoch + progress.position / len(batches)
                 try:
-                    self._step(images, labels, moment, joint, count)
+                    losses = step(moment, *(tensor.to(self.device) for tensor in batch))
                 except ValueError as error:
                     raise self._error(str(error), len(batches)) from error
+                for key, value in losses.items():
+                    progress.sums[key] += value * count
                 progress.position += 1
                 progress.seconds = time.perf_counter() - began
                 seen += count
-                mean = progress.sums["loss" if joint else "guidance_loss"] / seen
+                mean = progress.sums[MAIN_LOSS[phase.name]] / seen
                 bar.set_postfix(loss=f"{mean:.4g}", refresh=False)
                 bar.update(count)
                 if self.on_step is not None:
                     self.on_step(progress.epoch, progress.position)
                 self._check_interruption()
+
+    def _feature_rows(self) -> FeatureRows:
+        """The rows of the epochs on features, computed once; a resumed run computes the same ones."""
+        if self._rows is None:
+            training = self.config.training
+
+            def on_batch(images: int) -> None:
+                bar.update(images)
+                self._check_interruption()
+
+            with self._bar("features", training.feature_views * len(self.dataset)) as bar:
+                self._rows = feature_rows(
+                    self.model,
+                    self.dataset,
+                    self._loader,
+                    views=training.feature_views,
+                    first_epoch=self.epochs,  # augmentations that no epoch has
+                    batch_size=training.batch_size,
+                    precision=training.precision,
+                    on_batch=on_batch,
+                )
+        return self._rows
 
     def _loader(self, batches: list[list[int]]) -> DataLoader[Any]:
         """This process's shard of each batch."""
@@ -287,25 +334,37 @@ class Trainer:
         if signum is not None:
             raise Interrupted(signum)
 
-    def _step(self, images: Tensor, labels: Tensor, epoch: float, joint: bool, count: int) -> None:
-        """A step on this process's images of a batch of `count`, at a fractional epoch."""
-        images = images.to(self.device, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
+    def _step(self, phase: Phase, epoch: float, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """A step on this process's images of a batch, at a fractional epoch of the run; returns its losses."""
+        training = self.config.training
         losses: dict[str, float] = {}
-        if joint:
-            joint_epoch = epoch - self.config.training.guidance_epochs
-            losses = self.steps.denoiser_step(images, labels, joint_epoch)
+        if phase.name == "encoder":
+            return {"encoder_loss": self.steps.encoder_step(images, labels, epoch - phase.first)}
+        if phase.name == "joint":
+            losses = self.steps.denoiser_step(images, labels, epoch - phase.first)
             self.progress.step += 1
-        losses["guidance_loss"] = self.steps.guidance_step(images, labels, epoch / self.epochs)
-        for key, value in losses.items():
-            self.progress.sums[key] += value * count
+        if phase.name == "guidance" or training.joint_guidance:
+            # The encoder's epochs lie between those of the guidance model.
+            skipped = training.encoder_epochs if phase.name == "joint" else 0
+            progress = (epoch - skipped) / guidance_epochs(training)
+            losses["guidance_loss"] = self.steps.guidance_step(images, labels, progress)
+        return losses
 
-    def _validate(self, joint: bool) -> None:
+    def _feature_step(
+        self, phase: Phase, epoch: float, features: Tensor, prior: Tensor, labels: Tensor
+    ) -> dict[str, float]:
+        """A step of the denoiser's layers on cached features; returns its losses."""
+        self.progress.step += 1
+        return self.steps.feature_step(features, prior, labels, epoch - phase.first)
+
+    def _validate(self, phase: Phase) -> None:
         """Set `last_evaluation` if this epoch is to be validated."""
         self.last_evaluation = None
         t, epoch = self.config.training, self.progress.epoch + 1
-        number = epoch - t.guidance_epochs if joint else epoch
+        number = epoch - phase.first
         if self.validation is None or (number % t.validate_every and epoch != self.epochs):
+            return
+        if phase.name == "encoder":  # neither the guidance model nor the diffusion has changed
             return
 
         def on_batch(images: int) -> None:
@@ -316,7 +375,12 @@ class Trainer:
 
         with self._bar("validation", len(self.validation)) as bar:
             self.last_evaluation = validate(
-                self.steps, self.validation, self.config, self.device, joint, on_batch
+                self.steps,
+                self.validation,
+                self.config,
+                self.device,
+                phase.trains_denoiser,
+                on_batch,
             )
 
     def _is_best(self) -> bool:
