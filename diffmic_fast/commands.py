@@ -26,6 +26,7 @@ from diffmic_fast.inference.figures import draw_confusion, save_figure
 from diffmic_fast.inference.output import check_suffix, save, to_csv
 from diffmic_fast.inference.pictures import Pictures
 from diffmic_fast.inference.predict import Predictions, collect_files, predict_files
+from diffmic_fast.training.allocator import keep_freed_memory
 from diffmic_fast.training.datasets import make_dataset
 from diffmic_fast.training.trainer import Trainer
 
@@ -39,6 +40,7 @@ def _train(args: argparse.Namespace) -> int:
     config = _config(args, resume)
     if config.data.has_split("validation"):
         require("sklearn", extra="train", purpose="train: validation")
+    keep_freed_memory()
     with process_group(args.device) as device:
         trainer = Trainer(config, args.out, device=device, resume=resume, quiet=args.quiet)
         path = trainer.fit()
