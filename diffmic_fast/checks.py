@@ -27,17 +27,18 @@ class Arguments:
     def floating(self, name: str, value: object, *shapes: str) -> Tensor:
         """Require a floating-point tensor of one of the shapes, on the device and of the dtype of those before it."""
         tensor = self.tensor(name, value, *shapes)
-        if not tensor.is_floating_point():
+        dtype = tensor.dtype
+        if dtype == self._dtype:
+            return tensor
+        if not dtype.is_floating_point:
             raise TypeError(
-                f"{self.operation}: {name} must be a floating-point tensor, got {tensor.dtype}"
+                f"{self.operation}: {name} must be a floating-point tensor, got {dtype}"
             )
-        if self._dtype not in (None, tensor.dtype) and not torch.is_autocast_enabled(
-            tensor.device.type
-        ):
+        if self._dtype is not None and not torch.is_autocast_enabled(tensor.device.type):
             raise TypeError(
-                f"{self.operation}: {name} must be {self._dtype} as the arguments before it, got {tensor.dtype}"
+                f"{self.operation}: {name} must be {self._dtype} as the arguments before it, got {dtype}"
             )
-        self._dtype = tensor.dtype
+        self._dtype = dtype
         return tensor
 
     def integer(self, name: str, value: object, *shapes: str) -> Tensor:
@@ -73,7 +74,8 @@ class Arguments:
         """Require every element to be in [low, high]. Not checked while `torch.compile` traces."""
         if value.numel() == 0 or torch.compiler.is_compiling():
             return
-        least, most = (int(bound) for bound in value.aminmax())
+        bounds = value.aminmax()
+        least, most = int(bounds.min), int(bounds.max)
         if least < low or most > high:
             raise ValueError(
                 f"{self.operation}: {name} must be in [{low}, {high}], got {least} … {most}"

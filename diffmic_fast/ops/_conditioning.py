@@ -5,14 +5,14 @@ csrc/bindings/conditioning.cpp reads the records by name. Gradients of gradients
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Set
 from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffmic_fast.ops._layout import compact, detached, with_unit_rows
+from diffmic_fast.ops._layout import compact, detached, empty_like, with_unit_rows, zeros_like
 from diffmic_fast.ops._operators import kernels_of, register
 from diffmic_fast.reference import conditioning as reference
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
@@ -140,8 +140,8 @@ def allocate(call: Conditioning) -> Outputs:
     branches = call.y_t.shape[0] if call.training and call.y_t.ndim == 3 else 1
     updated = features if call.training else 0
     return Outputs(
-        h=call.x.new_empty((*call.y_t.shape[:-1], features)),
-        statistics=call.x.new_empty((2, branches, features)),
+        h=call.x.new_empty(*call.y_t.shape[:-1], features),
+        statistics=call.x.new_empty(2, branches, features),
         updated_mean=call.x.new_empty(updated),
         updated_var=call.x.new_empty(updated),
     )
@@ -171,9 +171,7 @@ def _allocate_gradients(call: ConditioningBackward) -> list[Tensor | None]:
     arguments = (call.x, call.y_t, call.guidance, *call.layer)
     # Of gamma's gradient the kernels write only the rows of a timestep, by adding to them.
     return [
-        (tensor.new_zeros if tensor is call.layer.gamma else tensor.new_empty)(tensor.shape)
-        if wanted
-        else None
+        (zeros_like if tensor is call.layer.gamma else empty_like)(tensor) if wanted else None
         for tensor, wanted in zip(arguments, call.wanted, strict=True)
     ]
 
@@ -208,18 +206,18 @@ _conditioning_backward = register(
 
 
 def gradients(
-    call: Conditioning, statistics: Tensor, wanted: Mapping[str, bool], grad: Tensor
+    call: Conditioning, statistics: Tensor, wanted: Set[str], grad: Tensor
 ) -> dict[str, Tensor | None]:
     """The gradients of `h` in the arguments, by the names of `Gradients`.
 
     Args:
         call: the forward pass; its running statistics are not read.
         statistics: those of its outputs.
-        wanted: whether each gradient is computed.
+        wanted: names of those that are computed.
         grad: gradient of h.
     """
     *parameters, _, _ = call.layer
-    flags = [wanted[name] for name in Gradients._fields]
+    flags = tuple(map(wanted.__contains__, Gradients._fields))
     backward = ConditioningBackward(
         grad=grad, x=call.x, y_t=call.y_t, guidance=call.guidance, timesteps=call.timesteps,
         layer=Parameters(*parameters), statistics=statistics, training=call.training, eps=call.eps,
@@ -227,8 +225,8 @@ def gradients(
     )  # fmt: skip
     if torch.is_grad_enabled():
         return _through_the_reference(backward, list(compress(Gradients._fields, flags)))
-    found = zip(Gradients._fields, _conditioning_backward(backward), flags, strict=True)
-    return {name: gradient for name, gradient, want in found if want}
+    found = zip(Gradients._fields, _conditioning_backward(backward), strict=True)
+    return dict(compress(found, flags))
 
 
 def _through_the_reference(

@@ -8,6 +8,7 @@ transforms and `torch.compile` need that; what a call updates, it returns.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import compress
 from operator import itemgetter
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar, get_type_hints
@@ -44,8 +45,8 @@ class Derivative(NamedTuple):
     Attributes:
         gradients: `gradients(call, result, wanted, *grads)`, the gradients of the arguments by name; a missing name
             means none. `call` and `result` are the records of the forward pass, with None in place of tensors that
-            were not saved; `wanted` says of each argument whether its gradient is asked for; `grads` are those of the
-            outputs, None where an output was not used (not all of them).
+            were not saved; `wanted` is the set of the arguments, by name, whose gradients are asked for; `grads` are
+            those of the outputs, None where an output was not used (not all of them).
         saves: names of the tensors among the arguments that are saved for the backward pass.
         saved_results: names of the results that are saved.
         outputs: how many of the results are differentiable, from the first on.
@@ -88,13 +89,20 @@ def register(
         f"diffmic_fast::{name}", lambda *arguments: fake(unpack(arguments)), lib=_library
     )
     operator = getattr(torch.ops.diffmic_fast, name).default
-    as_result: Any = _identity if result is Tensor else lambda found: result(*found)
+    as_result: Any = _identity if result is Tensor else result._make  # type: ignore[attr-defined]
+    differentiable = operator
     if derivative is not None:
         results = [] if result is Tensor else [name for name, _ in _schema(result)]
-        _register_derivative(name, schema, results, operator, unpack, as_result, derivative)
+        differentiable = _register_derivative(
+            name, schema, results, operator, unpack, as_result, derivative
+        )
 
     def run(arguments: Call) -> Result:
-        found: Result = as_result(operator(*pack(arguments)))
+        # A tracer records the operator. Otherwise the first thing that the dispatcher calls is the function registered
+        # for autograd, and the way there converts every argument to C++ and back.
+        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        call = operator if tracing else differentiable
+        found: Result = as_result(call(*pack(arguments)))
         return found
 
     return run
@@ -108,7 +116,7 @@ def _register_derivative(
     unpack: Callable[[Sequence[Any]], Any],
     as_result: Callable[[Any], Any],
     derivative: Derivative,
-) -> None:
+) -> Callable[..., Any]:
     # As torch.library.register_autograd, which searches the whole schema for default values in every call: 75 us a
     # call of `conditioning`.
     names = [name for name, _ in schema]
@@ -145,7 +153,7 @@ def _register_derivative(
             else:
                 return (None,) * len(names)
             values = (*ctx.saved_tensors, *ctx.constants, None)
-            wanted = dict(zip(names, ctx.needs_input_grad))  # noqa: B905 (as long as each other)
+            wanted = set(compress(names, ctx.needs_input_grad))
             gradients = derivative.gradients(
                 unpack(arguments_of(values)), as_result(results_of(values)), wanted, *grads
             )
@@ -160,6 +168,7 @@ def _register_derivative(
             return operator(*arguments)
 
     _library.impl(name, derived, "Autograd")
+    return derived
 
 
 def _schema(record: type) -> Iterator[tuple[str, str]]:
@@ -193,7 +202,10 @@ def _taker(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]
     """The function from a sequence to the tuple of its elements at some indices."""
     if len(indices) > 1:
         return itemgetter(*indices)  # one call into C
-    return lambda values: tuple(values[i] for i in indices)
+    if not indices:
+        return lambda values: ()
+    (i,) = indices
+    return lambda values: (values[i],)
 
 
 def _identity(value: Any) -> Any:

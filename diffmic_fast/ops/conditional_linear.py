@@ -7,7 +7,7 @@ gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -313,7 +313,7 @@ def _norm_backward(call: NormBackward) -> NormGradients:
 
 
 def _gradients(
-    call: Norm, outputs: Outputs, wanted: dict[str, bool], grad: Tensor, *_: Any
+    call: Norm, outputs: Outputs, wanted: Set[str], grad: Tensor, *_: Any
 ) -> dict[str, Tensor | None]:
     backward = NormBackward(
         grad=grad, product=call.product, timesteps=call.timesteps, parameters=call.parameters,
@@ -324,7 +324,7 @@ def _gradients(
     return {
         name: gradient.to(argument.dtype)
         for name, gradient, argument in zip(arguments._fields, of(backward), arguments, strict=True)
-        if wanted[name]
+        if name in wanted
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def conditioning(
 
 
 def _gradients(
-    call: Conditioning, outputs: Outputs, wanted: dict[str, bool], grad: Tensor, *_: Any
+    call: Conditioning, outputs: Outputs, wanted: Set[str], grad: Tensor, *_: Any
 ) -> dict[str, Tensor | None]:
     return gradients(call, outputs.statistics, wanted, grad)
 

@@ -10,7 +10,7 @@ NaN instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch.autograd import Function
 from diffmic_fast.checks import Arguments
 from diffmic_fast.ops._autocast import in_float32
 from diffmic_fast.ops._backend import resolve
-from diffmic_fast.ops._layout import READABLE, readable
+from diffmic_fast.ops._layout import READABLE, empty_like, of_dtype, readable
 from diffmic_fast.ops._operators import Derivative, kernels_of, register
 from diffmic_fast.reference import mmd as reference
 from diffmic_fast.reference.mmd import Bandwidth, Estimator
@@ -273,12 +273,14 @@ def _sizes(x: Tensor, y: Tensor) -> tuple[int, int, int, int]:
 
 
 def _memory(rows: Tensor, wanted: bool) -> Tensor | None:
-    return rows.new_empty(rows.shape) if wanted else None
+    return empty_like(rows) if wanted else None
 
 
 def _output(gradient: Tensor | None, rows: Tensor) -> Tensor:
     """A gradient as the operators return it, in the dtype of the argument."""
-    return rows.new_empty((0, rows.shape[1])) if gradient is None else gradient.to(rows.dtype)
+    if gradient is None:
+        return rows.new_empty(0, rows.shape[1])
+    return of_dtype(gradient, rows.dtype)
 
 
 def _forward(call: Mmd) -> Value:
@@ -294,7 +296,9 @@ def _forward(call: Mmd) -> Value:
         x, y, _weights_of(call.x_weights, x), _weights_of(call.y_weights, y), call.scales, call.median, call.unbiased,
         value, x_gradient, y_gradient, *workspace, launch,
     )  # fmt: skip
-    return Value(value.to(call.x.dtype), _output(x_gradient, call.x), _output(y_gradient, call.y))
+    return Value(
+        of_dtype(value, call.x.dtype), _output(x_gradient, call.x), _output(y_gradient, call.y)
+    )
 
 
 def _fake_forward(call: Mmd) -> Value:
@@ -326,7 +330,7 @@ def _matrix(call: KernelMatrix) -> Tensor:
     matrix = x.new_empty((x.shape[0], y.shape[0]))
     kernels, launch = kernels_of(call.backend, x)
     kernels.mmd_kernel_matrix(x, y, call.scales, call.median, matrix, launch)
-    return matrix.to(call.x.dtype)
+    return of_dtype(matrix, call.x.dtype)
 
 
 def _matrix_backward(call: KernelMatrixBackward) -> Gradients:
@@ -364,34 +368,36 @@ def _once(gradient: Tensor, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _gradients(
-    call: Mmd, result: Value, wanted: dict[str, bool], grad: Tensor, *_: Any
+    call: Mmd, result: Value, wanted: Set[str], grad: Tensor, *_: Any
 ) -> dict[str, Tensor]:
     found = {}
-    for name in ("x", "y"):
-        if wanted[name]:
-            if not getattr(call, f"{name}_gradient"):
+    for name, computed, gradient in (
+        ("x", call.x_gradient, result.x_gradient),
+        ("y", call.y_gradient, result.y_gradient),
+    ):
+        if name in wanted:
+            if not computed:
                 raise RuntimeError(
                     f"mmd: the gradient of {name} was not requested when the value was computed: compute the value "
                     "with rows that require gradients"
                 )
-            gradient = grad * getattr(result, f"{name}_gradient")
-            found[name] = _once(gradient, grad, call.x, call.y)
+            found[name] = _once(grad * gradient, grad, call.x, call.y)
     return found
 
 
 def _matrix_gradients(
-    call: KernelMatrix, _: None, wanted: dict[str, bool], grad: Tensor
+    call: KernelMatrix, _: None, wanted: Set[str], grad: Tensor
 ) -> dict[str, Tensor]:
     found = _kernel_matrix_backward(
         KernelMatrixBackward(
             grad=grad.detach(), x=call.x.detach(), y=call.y.detach(), scales=call.scales, median=call.median,
-            x_gradient=wanted["x"], y_gradient=wanted["y"], backend=call.backend,
+            x_gradient="x" in wanted, y_gradient="y" in wanted, backend=call.backend,
         )
     )  # fmt: skip
     return {
         name: _once(gradient, grad, call.x, call.y)
         for name, gradient in found._asdict().items()
-        if wanted[name]
+        if name in wanted
     }
 
 

@@ -6,6 +6,7 @@ values, and the backward pass is a multiplication by one number per prediction.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from diffmic_fast.checks import Arguments
 from diffmic_fast.ops._autocast import in_float32
 from diffmic_fast.ops._backend import choose
-from diffmic_fast.ops._layout import READABLE, readable
+from diffmic_fast.ops._layout import READABLE, empty_like, of_dtype, readable
 from diffmic_fast.ops._operators import Derivative, kernels_of, register
 from diffmic_fast.reference import noise_losses as reference
 
@@ -76,8 +77,8 @@ class Losses(NamedTuple):
 
 def _forward(call: NoiseLosses) -> Losses:
     noise, predictions = readable(call.noise), readable(call.predictions)
-    losses = predictions.new_empty(len(predictions))
-    gradients = predictions.new_empty(predictions.shape) if call.gradients else None
+    losses = predictions.new_empty(predictions.shape[0])
+    gradients = empty_like(predictions) if call.gradients else None
     kernels, launch = kernels_of(call.backend, predictions)
     workspace: tuple[Tensor, ...] = ()
     if call.backend != "cpu":
@@ -87,8 +88,10 @@ def _forward(call: NoiseLosses) -> Losses:
         workspace = (predictions.new_empty(size, dtype=torch.float64),)
     kernels.noise_losses(noise, predictions, losses, gradients, *workspace, launch)
     dtype = call.predictions.dtype
-    empty = call.predictions.new_empty(0)
-    return Losses(losses.to(dtype), empty if gradients is None else gradients.to(dtype))
+    return Losses(
+        of_dtype(losses, dtype),
+        call.predictions.new_empty(0) if gradients is None else of_dtype(gradients, dtype),
+    )
 
 
 def _fake_forward(call: NoiseLosses) -> Losses:
@@ -98,9 +101,9 @@ def _fake_forward(call: NoiseLosses) -> Losses:
 
 
 def _gradients(
-    call: NoiseLosses, result: Losses, wanted: dict[str, bool], grad: Tensor, *_: Any
+    call: NoiseLosses, result: Losses, wanted: Set[str], grad: Tensor, *_: Any
 ) -> dict[str, Tensor]:
-    if not wanted["predictions"]:
+    if "predictions" not in wanted:
         return {}
     if torch.is_grad_enabled():  # for second derivatives
         predictions = call.predictions.view_as(call.predictions)
@@ -112,7 +115,7 @@ def _gradients(
             "noise_losses: the gradient was not requested when the losses were computed: compute them with predictions "
             "that require gradients"
         )
-    return {"predictions": grad[:, None, None] * result.gradients}
+    return {"predictions": grad.view(-1, 1, 1) * result.gradients}
 
 
 _noise_losses = register(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any, NamedTuple
 
 import torch
@@ -196,14 +197,14 @@ def _fake_forward(call: NoisedCall) -> NoisedOutputs:
 
 
 def _gradients(
-    call: NoisedCall, outputs: NoisedOutputs, wanted: dict[str, bool], grad: Tensor | None, y_grad: Tensor | None,
+    call: NoisedCall, outputs: NoisedOutputs, wanted: Set[str], grad: Tensor | None, y_grad: Tensor | None,
     *_: Any,
 ) -> dict[str, Tensor | None]:  # fmt: skip
-    through_labels = wanted["y_0"] or wanted["guidance"] or wanted["noise"]
+    through_labels = "y_0" in wanted or "guidance" in wanted or "noise" in wanted
     found: dict[str, Tensor | None] = {}
     if grad is not None:
-        flags = {**wanted, "y_t": through_labels}
-        found = gradients(call.conditioning(outputs.y_t), outputs.statistics, flags, grad)
+        through = wanted | {"y_t"} if through_labels else wanted
+        found = gradients(call.conditioning(outputs.y_t), outputs.statistics, through, grad)
         of_labels = found.pop("y_t", None)
         if of_labels is not None:
             y_grad = of_labels if y_grad is None else y_grad + of_labels
@@ -212,12 +213,12 @@ def _gradients(
     a = call.sqrt_alpha_bar[call.timesteps][:, None]
     d = call.sqrt_one_minus_alpha_bar[call.timesteps][:, None]
     of_branches = y_grad.sum(dim=0) if y_grad.ndim == 3 else y_grad
-    if wanted["y_0"]:
+    if "y_0" in wanted:
         found["y_0"] = a * of_branches
-    if wanted["guidance"]:
+    if "guidance" in wanted:
         share, direct = (1.0 - a) * y_grad, found.get("guidance")
         found["guidance"] = share if direct is None else direct + share
-    if wanted["noise"]:
+    if "noise" in wanted:
         found["noise"] = d * of_branches
     return found
 

@@ -6,7 +6,7 @@ image instead: its cells and origins are -1, and its crops NaN (0 for uint8), as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from types import ModuleType
 from typing import Any, NamedTuple, cast
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffmic_fast.checks import Arguments
 from diffmic_fast.ops._backend import resolve
-from diffmic_fast.ops._layout import READABLE, detached
+from diffmic_fast.ops._layout import READABLE, detached, empty_like
 from diffmic_fast.ops._operators import Derivative, kernels_of, register
 from diffmic_fast.ops._torch_internals import transforming
 from diffmic_fast.reference import rois as reference
@@ -304,7 +304,7 @@ def _cut_backward(call: CutBackward) -> Tensor:
     backend = resolve("rois", call.backend, images.device)
     if backend in ("reference", "cpu"):
         return reference.cut_crops_backward(grad, images, origins, cast(Channels, channels))
-    images_grad = torch.empty_like(images, memory_format=torch.contiguous_format)
+    images_grad = empty_like(images)
     kernels, launch = kernels_of(backend, images)
     workspace = _cut_workspace(kernels, images, grad, channels, backward=True).zero_()
     kernels.cut_crops_backward(
@@ -345,12 +345,12 @@ def _allocate(call: ChooseAndCut) -> Crops:
     return Crops(_allocate_crops(call, origins), cells, origins)
 
 
-def _cut_gradients(call: Cut, _: Any, wanted: dict[str, bool], grad: Tensor) -> dict[str, Tensor]:
+def _cut_gradients(call: Cut, _: Any, wanted: Set[str], grad: Tensor) -> dict[str, Tensor]:
     return {"images": _cut_crops_backward(CutBackward(grad, *call))}
 
 
 def _rois_gradients(
-    call: ChooseAndCut, outputs: Crops, wanted: dict[str, bool], grad: Tensor, *_: Any
+    call: ChooseAndCut, outputs: Crops, wanted: Set[str], grad: Tensor, *_: Any
 ) -> dict[str, Tensor]:
     backward = CutBackward(
         grad=grad, images=call.images, origins=outputs.origins, size=call.size, channels=call.channels,
@@ -379,7 +379,7 @@ _cut_crops_backward = register(
     CutBackward,
     Tensor,
     _cut_backward,
-    lambda call: torch.empty_like(call.images, memory_format=torch.contiguous_format),
+    lambda call: empty_like(call.images),
     Derivative(_no_second_derivatives, saves=[]),
 )
 # One operator for both steps: a second pass through the dispatcher and into the extension would cost as much as the

@@ -382,6 +382,17 @@ def test_opcheck(backend: str) -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_a_trace_records_the_operator(differentiable: bool) -> None:
+    x, y = (rows(6, 3, seed=i).requires_grad_(differentiable) for i in range(2))
+    traced = torch.jit.trace(lambda *pair: mmd(*pair, backend="cpu"), (x, y), check_trace=False)
+    assert [n.kind() for n in traced.graph.nodes()].count("diffmic_fast::mmd") == 1
+    others = rows(6, 3, seed=2), rows(6, 3, seed=3)
+    torch.testing.assert_close(traced(*others), mmd(*others, backend="cpu"))
+
+
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("bandwidth", [None, "median"])
 def test_compiles_as_one_graph(bandwidth: Any, backend: str) -> None:
