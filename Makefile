@@ -12,7 +12,8 @@
 #                  RUN="pytest --benchmark-only benchmarks"
 #
 # Each creates .venv from $(PYTHON) and installs the package into it, editable. PYTEST_ARGS is passed
-# to pytest, DIFFMIC_CUDA and TORCH_CUDA_ARCH_LIST to setup.py.
+# to pytest, DIFFMIC_CUDA and TORCH_CUDA_ARCH_LIST to setup.py. demo and bench compile the CUDA kernels
+# only for a GPU that is visible, unless a target that compiles them in any case was made before.
 
 PYTHON ?= python3
 VENV := .venv
@@ -73,8 +74,14 @@ $(VENV)/.venv:
 	$(PIP) install --upgrade "setuptools>=77" "pybind11>=2.13" "cmake>=3.24" ninja
 	touch $@
 
+# Without a GPU nothing here runs the CUDA kernels, and they take long to compile. All targets share one
+# extension: kernels that were compiled for the tests stay.
+$(VENV)/.all: DIFFMIC_CUDA ?= $(if $(wildcard $(VENV)/.test $(VENV)/.dev),auto,visible)
+
 # Built in this environment, not in an isolated one, whose paths change: only what has changed is
 # compiled. The names are extras of pyproject.toml.
 $(VENV)/.all $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.venv $(COMPILED)
-	$(PIP) install --no-build-isolation --editable ".[$*]"
+	DIFFMIC_CUDA=$(DIFFMIC_CUDA) $(PIP) install --no-build-isolation --editable ".[$*]"
+	@$(BIN)/python -c 'import json; built = json.load(open("diffmic_fast/_build.json")); \
+	  built["cuda"] or print("diffmic_fast: built without CUDA:", built["cuda_reason"])'
 	touch $@

@@ -1,7 +1,8 @@
 """Builds the extension diffmic_fast._C with CMake and Ninja, and records what was built.
 
 Environment variables:
-    DIFFMIC_CUDA: "auto" (default) compiles CUDA where nvcc is found, "on" fails without nvcc, "off".
+    DIFFMIC_CUDA: "auto" (default) compiles CUDA where nvcc is found, "visible" only where nvidia-smi also
+        lists a GPU or TORCH_CUDA_ARCH_LIST is set, "on" fails without nvcc, "off".
     TORCH_CUDA_ARCH_LIST: CUDA targets as PyTorch reads them, "8.0;9.0+PTX" or "Hopper"; "All" for a
         wheel that runs on every supported GPU. Default: the compute capabilities of the visible GPUs;
         without a GPU 8.0+PTX, whose machine code runs on 8.x and whose PTX later GPUs compile.

@@ -32,7 +32,7 @@ class ConfigurationError(Exception):
 
 
 class CudaUnavailable(Exception):
-    """CUDA cannot be compiled here; DIFFMIC_CUDA=auto builds without it."""
+    """CUDA cannot or need not be compiled here; only DIFFMIC_CUDA=on makes that an error."""
 
 
 @dataclass(frozen=True)
@@ -221,14 +221,17 @@ def make_plan(environment: Mapping[str, str]) -> Plan:
         ConfigurationError: the environment asks for what is not possible.
     """
     wanted = environment.get("DIFFMIC_CUDA") or "auto"
-    if wanted not in ("auto", "on", "off"):
-        raise ConfigurationError(f"DIFFMIC_CUDA must be auto, on or off, got {wanted!r}")
+    if wanted not in ("auto", "visible", "on", "off"):
+        raise ConfigurationError(f"DIFFMIC_CUDA must be auto, visible, on or off, got {wanted!r}")
     compiler = find_compiler(environment)
     try:
         if wanted == "off":
             raise CudaUnavailable("DIFFMIC_CUDA=off")
         if compiler is None:
             raise CudaUnavailable(NO_COMPILER)
+        asked = wanted != "visible" or environment.get("TORCH_CUDA_ARCH_LIST")
+        if not asked and not visible_architectures(environment):
+            raise CudaUnavailable("DIFFMIC_CUDA=visible, and nvidia-smi lists no GPU")
         return Plan(compiler, *plan_cuda(environment, compiler), "")
     except CudaUnavailable as reason:
         if wanted != "on":

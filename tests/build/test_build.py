@@ -140,6 +140,20 @@ def test_cuda_follows_nvcc(programs: Programs) -> None:
     assert (plan.nvcc, plan.cuda_reason) == (None, "DIFFMIC_CUDA=off")
 
 
+def test_cuda_for_visible_gpus_alone(programs: Programs) -> None:
+    path = programs(cxx="exit 0", nvcc=GOOD_NVCC)
+    environment = {"PATH": path, "DIFFMIC_CUDA": "visible"}
+    expected = "DIFFMIC_CUDA=visible, and nvidia-smi lists no GPU"
+    assert plans.make_plan(environment) == plans.Plan(f"{path}/c++", None, (), expected)
+    plan = plans.make_plan({**environment, "TORCH_CUDA_ARCH_LIST": "9.0"})
+    assert (plan.nvcc, plan.architectures) == (f"{path}/nvcc", ("90",))
+    programs(nvidia_smi="echo 'NVIDIA-SMI has failed'; exit 9")
+    assert plans.make_plan(environment).cuda_reason == expected
+    programs(nvidia_smi="echo 9.0")
+    plan = plans.make_plan(environment)
+    assert (plan.nvcc, plan.architectures) == (f"{path}/nvcc", ("90",))
+
+
 def test_nvcc_is_found_by_cuda_home(programs: Programs, tmp_path: Path) -> None:
     path = programs(cxx="exit 0", nvcc=GOOD_NVCC)
     (tmp_path / "toolkit" / "bin").mkdir(parents=True)
@@ -169,7 +183,9 @@ def test_an_nvcc_that_rejects_the_compiler(programs: Programs) -> None:
 
 def test_invalid_variables_raise(programs: Programs) -> None:
     path = programs(cxx="exit 0")
-    with pytest.raises(plans.ConfigurationError, match="must be auto, on or off, got 'yes'"):
+    with pytest.raises(
+        plans.ConfigurationError, match="must be auto, visible, on or off, got 'yes'"
+    ):
         plans.make_plan({"PATH": path, "DIFFMIC_CUDA": "yes"})
     with pytest.raises(plans.ConfigurationError, match="CXX=nowhere/c"):
         plans.make_plan({"PATH": path, "CXX": "nowhere/c++"})
