@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffmic_fast.calibration import Calibration
 from diffmic_fast.checks import Arguments, check_finite
 from diffmic_fast.config.model import DiffMICConfig
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
@@ -35,7 +36,11 @@ class DiffMIC(nn.Module):
         denoiser: `ConditionalModel`.
         guidance: `DCG`.
         schedule: Tables of the noise schedule, on the CPU.
+        calibration: Fitted on validation images for these weights, or None. Not a part of the state dict; training
+            makes it stale.
     """
+
+    calibration: Calibration | None
 
     def __init__(self, config: DiffMICConfig, *, pretrained: bool = True) -> None:
         """Build the model.
@@ -49,6 +54,7 @@ class DiffMIC(nn.Module):
         """
         super().__init__()
         self.config = config
+        self.calibration = None
         self.schedule = make_schedule(
             config.schedule, config.timesteps, config.beta_start, config.beta_end
         )
@@ -214,6 +220,7 @@ class DiffMIC(nn.Module):
         boxes: bool = False,
         guidance: GuidanceDetail | None = None,
         features: Tensor | None = None,
+        probability: str | None = None,
     ) -> Prediction:
         """Classify images, in evaluation mode whatever the model's own.
 
@@ -236,14 +243,19 @@ class DiffMIC(nn.Module):
                 tens of thousands of images.
             trajectory, saliency, boxes: Whether to return them.
             guidance, features: Results of `guide` and `encode` for these images; computed if None.
+            probability: "published" for the mean softmax of y_0, "calibrated" for the probabilities of `calibration`.
+                None for the latter where `calibration` was fitted for this sampler, steps, eta and samples, otherwise
+                the former; `Prediction.calibrated` tells which.
 
         Raises:
             ValueError, TypeError: An argument does not fit, or images are not finite; the message names it.
+            ValueError: Calibrated probabilities are asked for and there is no calibration for them.
             BackendError: A precision other than "fp32" is not available here; the message says why.
             FloatingPointError: The model's result for an image is not finite.
         """
         images = self._check_images("DiffMIC.predict", images)
         options = SamplingOptions(sampler, steps, eta, samples, seed, precision, compile)
+        calibration = self._calibration(options, probability)
         args = Arguments("DiffMIC.predict")
         args.sizes["B"] = images.shape[0]  # len() would specialise a traced size
         if ids is None:
@@ -257,17 +269,37 @@ class DiffMIC(nn.Module):
         with self._inference(options):
             detail = self.guidance.detail(images) if guidance is None else guidance
             branches = torch.stack(detail.logits, dim=1).float().softmax(dim=-1)
-            x = self.denoiser.encode(images) if features is None else features
-            states = self._sample(
-                x.float(), branches[:, 0], ids.to(images.device), options, trajectory
-            )
+            x = (self.denoiser.encode(images) if features is None else features).float()
+            states = self._sample(x, branches[:, 0], ids.to(images.device), options, trajectory)
         result = Prediction.from_states(states, branches, samples, trajectory=trajectory)
+        if calibration is not None:
+            result = result.calibrate(calibration)
         check_finite("the model's result", result.samples, FloatingPointError)
         size = torch.tensor([0, 0, self.config.crop_size, self.config.crop_size])
         return result._replace(
             saliency=detail.saliency if saliency else None,
             boxes=detail.origins.repeat(1, 1, 2) + size.to(images.device) if boxes else None,
+            features=x,
         )
+
+    def calibration_obstacle(self, options: SamplingOptions) -> str | None:
+        """Why `predict` has no calibrated probabilities for these options; None if it has."""
+        if self.calibration is None:
+            return "the model has no calibration"
+        return self.calibration.mismatch(options)
+
+    def _calibration(self, options: SamplingOptions, probability: str | None) -> Calibration | None:
+        """The calibration that a call of `predict` uses."""
+        if probability not in (None, "published", "calibrated"):
+            raise ValueError(
+                f"DiffMIC.predict: probability must be None, 'published' or 'calibrated', got {probability!r}"
+            )
+        if probability == "published":
+            return None
+        obstacle = self.calibration_obstacle(options)
+        if obstacle is not None and probability == "calibrated":
+            raise ValueError(f"DiffMIC.predict: probabilities are not calibrated: {obstacle}")
+        return None if obstacle is not None else self.calibration
 
     def _sample(
         self,

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffmic_fast.calibration import Calibration
 
 
 class Prediction(NamedTuple):
     """What `DiffMIC.predict` returns for B images.
 
     Attributes:
-        probabilities: [B, C] float32, softmax of y_0, mean over the samples.
+        probabilities: [B, C] float32. Published: softmax of y_0, mean over the samples. Calibrated:
+            `Calibration.probabilities`.
         label: [B] int64, argmax of `probabilities`.
-        spread: [B, C], standard deviation of the probabilities over the samples (0 for one sample).
+        spread: [B, C], standard deviation of the samples' own probabilities (0 for one sample), which are the softmax
+            of y_0, or calibrated by the same scaling.
         samples: [B, S, C], y_0 of every sample.
-        guidance: [B, 3, C], probabilities of the guidance's fused, global and local branches.
+        guidance: [B, 3, C], probabilities of the guidance's fused, global and local branches, never calibrated.
         trajectory: [B, S, n + 1, C], the states of each chain from the initial one to y_0, or None.
         saliency: [B, C, h, w], or None.
         boxes: [B, K, 4] int64 patches in pixels (top, left, bottom, right; the last two exclusive), or None.
+        calibrated: Whether the probabilities are.
+        features: [B, F] float32 of the image encoder.
     """
 
     probabilities: Tensor
@@ -29,6 +36,8 @@ class Prediction(NamedTuple):
     trajectory: Tensor | None = None
     saliency: Tensor | None = None
     boxes: Tensor | None = None
+    calibrated: bool = False
+    features: Tensor | None = None
 
     @classmethod
     def from_states(
@@ -53,4 +62,16 @@ class Prediction(NamedTuple):
             samples=y_0,
             guidance=guidance,
             trajectory=states.permute(1, 2, 0, 3) if trajectory else None,
+        )
+
+    def calibrate(self, calibration: Calibration) -> Prediction:
+        """The prediction with calibrated probabilities, label and spread."""
+        fused = self.guidance[:, 0]
+        probabilities = calibration.probabilities(self.samples, fused)
+        each = calibration.sample_probabilities(self.samples, fused)
+        return self._replace(
+            probabilities=probabilities,
+            label=probabilities.argmax(dim=-1),
+            spread=each.std(dim=1, correction=0),
+            calibrated=True,
         )
