@@ -2,13 +2,14 @@
 
 A checkpoint is the published list, [denoiser state dict, optimizer state, epoch, step, moving average by name], the
 last entry only where there is an average; programs of this family take the average from the end of the list. All else
-that an exact resume needs (the guidance model, its optimizer, position, random states, configuration, class names) is
-in the optimizer's state under a key of its own, which optimizers ignore. The published guidance file, [state dict,
-optimizer state], is written beside it.
+that an exact resume needs (the guidance model, its optimizer, position, random states, configuration, class names), and
+the calibration, is in the optimizer's state under a key of its own, which optimizers ignore. The published guidance
+file, [state dict, optimizer state], is written beside it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmic_fast.atomic_files import atomic_file
+from diffmic_fast.calibration import Calibration
 from diffmic_fast.config.run import RunConfig
 from diffmic_fast.models import DiffMIC, DiffMICConfig
 
@@ -29,6 +31,8 @@ BEST_NAME = "ckpt_best.pth"
 GUIDANCE_BEST_NAME = "aux_ckpt_best.pth"
 
 _EXTRAS = "diffmic_fast"
+_CALIBRATION = "calibration"
+_DIGESTED = 1024  # elements of each tensor
 _ZIP = b"PK\x03\x04"
 _LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6
 
@@ -44,7 +48,7 @@ class Checkpoint:
         epoch: finished joint epochs.
         step: finished steps of the denoiser.
         ema: moving average of the denoiser's parameters, by name.
-        extras: what else an exact resume needs.
+        extras: what else an exact resume needs, and the calibration.
     """
 
     path: Path
@@ -78,6 +82,17 @@ class Checkpoint:
         names = self.extras.get("classes")
         return tuple(names) if names else None
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """The calibration in the file, or None; raises ValueError if it is damaged or of another class count."""
+        state = self.extras.get(_CALIBRATION)
+        if state is None:
+            return None
+        try:
+            return Calibration.from_state(state, self.sizes.get("classes"))
+        except ValueError as error:
+            raise ValueError(f"checkpoint: {self.path}: {error}") from error
+
 
 def save_checkpoint(checkpoint: Checkpoint) -> None:
     """Write a checkpoint to its path, and the published guidance file beside it."""
@@ -94,6 +109,36 @@ def save_checkpoint(checkpoint: Checkpoint) -> None:
     # The denoiser's file last: a resume reads it alone.
     atomic_save(guidance, checkpoint.path.parent / GUIDANCE_NAME)
     atomic_save(parts, checkpoint.path)
+
+
+def add_calibration(path: str | Path, calibration: Calibration) -> None:
+    """Write a calibration into an existing checkpoint file, atomically; all else in the file is unchanged.
+
+    Raises:
+        ValueError: the file is not a checkpoint in the published format, a list with the optimizer's state.
+    """
+    parts = _load(path, mmap=False)
+    if not isinstance(parts, list) or len(parts) < 2 or not isinstance(parts[1], dict):
+        raise ValueError(
+            f"checkpoint: {path} must hold a list [state dict, optimizer state, epoch, step, ...] to take a "
+            f"calibration, got {type(parts).__name__}"
+        )
+    extras = {**parts[1].get(_EXTRAS, {}), _CALIBRATION: calibration.to_state()}
+    parts[1] = {**parts[1], _EXTRAS: extras}
+    atomic_save(parts, path)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the names, shapes and first 1024 elements of every tensor of the state dict, in hexadecimal.
+
+    It tells the weights of a training step, or their moving average, from any others at little cost.
+    """
+    hashed = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        first = tensor.detach().reshape(-1)[:_DIGESTED].cpu().contiguous()
+        hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        hashed.update(first.view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def atomic_save(value: Any, path: str | Path) -> None:
@@ -277,10 +322,11 @@ def load_model(
         ema: load the moving average of the weights if the file has one.
 
     Returns:
-        The model, and the class names, None if the file has none.
+        The model, with the calibration in the file if it was fitted for the loaded weights, and the class names, None
+        if the file has none. A calibration for other weights is left out with a UserWarning.
 
     Raises:
-        ValueError: a file that is not a checkpoint or has other sizes than `config`.
+        ValueError: a file that is not a checkpoint or has other sizes than `config`, or a damaged calibration.
     """
     file = read_checkpoint(checkpoint, mmap=True)
     if config is None:
@@ -297,7 +343,7 @@ def load_model(
     load_state(model.denoiser, file.denoiser, f"{checkpoint}")
     if ema and file.ema:
         apply_average(model.denoiser, file.ema, f"{checkpoint}")
-    if file.extras and file.step == 0:
+    if "progress" in file.extras and file.step == 0:
         warnings.warn(
             f"checkpoint: {checkpoint} was written before the denoiser's first step; its diffusion is untrained (the "
             "guidance model may be trained)",
@@ -305,7 +351,22 @@ def load_model(
             stacklevel=2,
         )
     load_state(model.guidance, *_guidance_state(file, guidance))
+    model.calibration = _fitting_calibration(file, model)
     return model.eval(), file.class_names
+
+
+def _fitting_calibration(file: Checkpoint, model: DiffMIC) -> Calibration | None:
+    """The calibration in the file, if it was fitted for these weights."""
+    calibration = file.calibration
+    if calibration is None or calibration.weights == weights_digest(model):
+        return calibration
+    warnings.warn(
+        f"checkpoint: the calibration of {file.path} is left out: it was fitted for other weights than those loaded "
+        "(their moving average or not, or another guidance file)",
+        UserWarning,
+        stacklevel=3,
+    )
+    return None
 
 
 def _guidance_state(file: Checkpoint, guidance: str | Path | None) -> tuple[dict[str, Tensor], str]:

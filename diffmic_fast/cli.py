@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, predict, info, demo.
+"""The command line: train, calibrate, evaluate, predict, info, demo.
 
 Exit status: 0 success; 1 failure (training stopped, no image was readable); 2 invalid command,
 configuration, file or installation; 3 predictions were written, but some images were unreadable;
@@ -37,6 +37,17 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     train.add_argument("--quiet", action="store_true", help="no progress")
 
+    calibrate = commands.add_parser(
+        "calibrate", help="fit probabilities to labelled images and write them into the checkpoint"
+    )
+    _add_model_options(calibrate)
+    calibrate.add_argument(
+        "--split", default="validation", choices=("train", "validation", "test"),
+        help="the images of the configuration's data to fit to; they must not have trained the model "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    calibrate.add_argument("--sampler", metavar="NAME[:STEPS[:ETA]]", help="default: config's")
+
     evaluate = commands.add_parser(
         "evaluate", help="measure the guidance model alone and the diffusion on labelled images"
     )
@@ -57,6 +68,15 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_argument("--out", help="FILE.csv or FILE.json (default: CSV to standard output)")
     predict.add_argument("--sampler", metavar="NAME[:STEPS[:ETA]]", help="default: config's")
     predict.add_argument(
+        "--probability", choices=("published", "calibrated"),
+        help="published: the softmax of y_0 (default: calibrated where the checkpoint has a calibration for these "
+        "options)",
+    )  # fmt: skip
+    predict.add_argument(
+        "--coverage", type=_share, default=0.9,
+        help="share of images whose class is to be in their prediction set (default: %(default)s)",
+    )  # fmt: skip
+    predict.add_argument(
         "--figure", metavar="PNG", help="draw saliency, patches and trajectories of the first 16"
     )
     predict.add_argument("--images-out", metavar="DIR", help="draw this picture for every image")
@@ -67,11 +87,11 @@ def make_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train and use a small model on synthetic images")
     demo.add_argument("--out", default="diffmic-fast-demo", help="folder (default: %(default)s)")
 
-    for command in (train, evaluate, predict):
+    for command in (train, calibrate, evaluate, predict):
         _add_config_options(command)
-    for command in (train, evaluate, predict, demo):
+    for command in (train, calibrate, evaluate, predict, demo):
         _add_compute_options(command)
-    for command in (train, evaluate, predict, info, demo):
+    for command in (train, calibrate, evaluate, predict, info, demo):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -119,6 +139,16 @@ def _positive(text: str) -> int:
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return value
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < 1.0:
+        raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, got {text!r}")
     return value
 
 

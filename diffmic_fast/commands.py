@@ -13,14 +13,23 @@ from pathlib import Path
 
 from diffmic_fast import demo
 from diffmic_fast._optional import require
-from diffmic_fast.checkpoint import NAME, load_model, read_checkpoint
+from diffmic_fast.checkpoint import (
+    NAME,
+    Checkpoint,
+    add_calibration,
+    load_model,
+    read_checkpoint,
+)
 from diffmic_fast.cli import EXIT_FAILED, EXIT_UNREADABLE
 from diffmic_fast.config.run import RunConfig, read_config
 from diffmic_fast.config.yaml_reader import with_overrides
+from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.data.sources import open_source
+from diffmic_fast.data.table import ImageTable
 from diffmic_fast.devices import choose_device
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.distributed.processes import current, process_group
+from diffmic_fast.inference.calibrate import calibrate
 from diffmic_fast.inference.evaluate import evaluate
 from diffmic_fast.inference.figures import draw_confusion, save_figure
 from diffmic_fast.inference.output import check_suffix, save, to_csv
@@ -28,6 +37,13 @@ from diffmic_fast.inference.pictures import Pictures
 from diffmic_fast.inference.predict import Predictions, collect_files, predict_files
 from diffmic_fast.training.allocator import keep_freed_memory
 from diffmic_fast.training.datasets import make_dataset
+from diffmic_fast.inference.predict import (
+    Predictions,
+    ProbabilityOptions,
+    collect_files,
+    predict_files,
+)
+from diffmic_fast.training.datasets import digest, make_dataset
 from diffmic_fast.training.trainer import Trainer
 
 
@@ -53,6 +69,63 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _calibrate(args: argparse.Namespace) -> int:
+    path = _checkpoint(args.checkpoint)
+    config = _config(args, path)
+    file = read_checkpoint(path, mmap=True)
+    model, names = load_model(path, args.guidance, config, ema=args.ema)
+    table = open_source(config.data, args.split)
+    _check_classes("calibrate", table, names)
+    if digest(table) == file.extras.get("data_digest"):
+        raise ValueError(
+            "calibrate: the images must not have trained the model, got its training images; use others (--split, or "
+            "--set data.…)"
+        )
+    options = _sampling(args, config)
+    if args.sampler:
+        options = options.with_sampler(args.sampler)
+    has_detector = model.calibration is not None and model.calibration.novelty is not None
+    with process_group(args.device) as device:
+        calibration = calibrate(
+            model,
+            make_dataset(config, table, train=False),
+            None if has_detector else _training_images(config, file),
+            options,
+            batch_size=args.batch_size or config.sampling.batch_size,
+            workers=args.workers,
+            device=choose_device(device),
+        )
+        if current().is_rank_zero:
+            add_calibration(path, calibration)
+            print(f"{path}: {calibration.summary}")
+    return 0
+
+
+def _training_images(config: RunConfig, file: Checkpoint) -> ImageDataset | None:
+    """The images that trained the model, if the configuration still leads to them."""
+    try:
+        table = open_source(config.data, "train")
+    except (ValueError, OSError) as error:
+        print(f"no detector of unlike images: no training images: {error}", file=sys.stderr)
+        return None
+    if digest(table) != file.extras.get("data_digest"):
+        print(
+            "no detector of unlike images: the training images of the configuration are not those of the checkpoint",
+            file=sys.stderr,
+        )
+        return None
+    return make_dataset(config, table, train=False)
+
+
+def _check_classes(command: str, table: ImageTable, names: tuple[str, ...] | None) -> None:
+    """Raise ValueError unless the images have the classes of the model, where those are known."""
+    if names is not None and tuple(names) != table.classes:
+        raise ValueError(
+            f"{command}: the classes of the images must be those of the model, {', '.join(names)}, got "
+            f"{', '.join(table.classes)}"
+        )
+
+
 def _evaluate(args: argparse.Namespace) -> int:
     for module in ("sklearn", "rich"):
         require(module, extra="evaluate", purpose="evaluate")
@@ -63,11 +136,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     config = _config(args, path)
     model, names = load_model(path, args.guidance, config, ema=args.ema)
     table = open_source(config.data, args.split)
-    if names is not None and tuple(names) != table.classes:
-        raise ValueError(
-            f"evaluate: the classes of the images must be those of the model, {', '.join(names)}, got "
-            f"{', '.join(table.classes)}"
-        )
+    _check_classes("evaluate", table, names)
     options = _sampling(args, config)
     methods = [options.with_sampler(text) for text in args.sampler or []] or [options]
     with process_group(args.device) as device:
@@ -122,6 +191,7 @@ def _predict(args: argparse.Namespace) -> int:
             workers=args.workers,
             device=choose_device(device),
             on_batch=pictures.add if pictures.wanted else None,
+            probabilities=ProbabilityOptions(args.probability, args.coverage),
         )
         first = current().is_rank_zero
     if first:
@@ -140,6 +210,8 @@ def _write(predictions: Predictions, out: str | None) -> None:
     if not predictions.rows:
         print(f"error: none of the {len(failed)} files could be read", file=sys.stderr)
         return
+    if predictions.obstacle is not None:
+        print(f"probabilities are not calibrated: {predictions.obstacle}", file=sys.stderr)
     if out:
         save(predictions, out)
     else:
@@ -158,6 +230,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
+    "calibrate": _calibrate,
     "evaluate": _evaluate,
     "predict": _predict,
     "demo": _demo,

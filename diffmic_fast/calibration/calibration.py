@@ -69,6 +69,16 @@ class Calibration:
         """C."""
         return len(self.diffusion.bias)
 
+    @property
+    def summary(self) -> str:
+        """One line about the fit."""
+        detector = "" if self.novelty is not None else "; no detector of unlike images"
+        return (
+            f"{self.diffusion.kind} scaling, fitted on {self.images} validation images; negative log-likelihood "
+            f"{self.losses['published']:.4f} published, {self.losses[self.diffusion.kind]:.4f} calibrated "
+            f"(guidance {self.guidance_losses['published']:.4f}, {self.guidance_losses['temperature']:.4f}){detector}"
+        )
+
     def mismatch(self, options: SamplingOptions) -> str | None:
         """Why the calibration does not apply to probabilities sampled in this way; None if it does."""
         differing = [

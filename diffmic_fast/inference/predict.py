@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from diffmic_fast.calibration import Confidence, confidence
+from diffmic_fast.calibration.conformal import check_coverage
 from diffmic_fast.config.data import AugmentationConfig
 from diffmic_fast.data.decode import UnreadableImageError, load_image
 from diffmic_fast.data.files import IMAGE_SUFFIXES, list_images
@@ -20,13 +25,39 @@ from diffmic_fast.models import DiffMIC, Prediction
 
 
 @dataclass(frozen=True)
+class ProbabilityOptions:
+    """Which probabilities `predict_files` gives, and the coverage of their prediction sets.
+
+    Attributes:
+        probability: as in `DiffMIC.predict`: None, "published" or "calibrated".
+        coverage: share of images whose class is to be in their prediction set, in (0, 1).
+
+    Raises:
+        ValueError: from the constructor: `coverage` is out of range.
+    """
+
+    probability: str | None = None
+    coverage: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_coverage(self.coverage)
+
+
+@dataclass(frozen=True)
 class Row:
     """The prediction for one file.
 
     Attributes:
         file: its path.
         label, name: number and name of the predicted class.
-        probabilities, spread: for each class, mean and standard deviation over the samples.
+        probabilities: for each class.
+        spread: for each class, the standard deviation over the samples.
+        calibrated: whether the probabilities are.
+        guidance_name: name of the class that the guidance model alone predicts.
+        guidance_probability: the guidance model's probability of that class, calibrated if `calibrated`.
+        interval_width, p_value, agreement: as in `Confidence`; None where they are not defined (a single sample).
+        prediction_set: names of the classes in the conformal set, or None without a calibration.
+        novelty, flagged: as in `Confidence`, or None without a novelty detector.
     """
 
     file: str
@@ -34,6 +65,15 @@ class Row:
     name: str
     probabilities: tuple[float, ...]
     spread: tuple[float, ...]
+    calibrated: bool
+    guidance_name: str
+    guidance_probability: float
+    interval_width: float | None
+    p_value: float | None
+    agreement: float
+    prediction_set: tuple[str, ...] | None
+    novelty: float | None
+    flagged: bool | None
 
 
 @dataclass(frozen=True)
@@ -44,11 +84,15 @@ class Predictions:
         classes: names of the classes.
         rows: of the readable files, in the order given.
         unreadable: (file, reason) of the others, in the order given.
+        coverage: of the prediction sets.
+        obstacle: why the probabilities are not calibrated, or None if they are.
     """
 
     classes: tuple[str, ...]
     rows: tuple[Row, ...]
     unreadable: tuple[tuple[str, str], ...]
+    coverage: float = 0.9
+    obstacle: str | None = None
 
 
 def collect_files(inputs: Sequence[str | Path]) -> list[Path]:
@@ -104,6 +148,7 @@ def predict_files(
     workers: int = 0,
     device: torch.device | str = "cpu",
     on_batch: Callable[[list[Path], Tensor, Prediction], None] | None = None,
+    probabilities: ProbabilityOptions | None = None,
 ) -> Predictions:
     """Classify image files.
 
@@ -121,16 +166,24 @@ def predict_files(
         device: where the model runs.
         on_batch: called after each batch of this process with the readable files, their images [B, 3, H, W] and the
             prediction, which then has trajectory, saliency and boxes.
+        probabilities: which to give (default: calibrated where the model's calibration is for these options).
 
     Raises:
-        ValueError: the number of class names is not the model's, or the sampler does not fit its schedule.
+        ValueError: the number of class names is not the model's, the sampler does not fit its schedule, or calibrated
+            probabilities are asked for and there is no calibration for these options.
     """
+    wanted = probabilities or ProbabilityOptions()
     options.check(model.config.timesteps)
     if len(classes) != model.config.classes:
         raise ValueError(
             f"predict: there must be {model.config.classes} class names, one for each class of the model, got "
             f"{len(classes)}"
         )
+    obstacle = model.calibration_obstacle(options)
+    if wanted.probability == "published":
+        obstacle = "published probabilities were asked for"
+    elif wanted.probability == "calibrated" and obstacle is not None:
+        raise ValueError(f"predict: probabilities are not calibrated: {obstacle}")
     model.to(device).eval()
     processes = current()
     loader = DataLoader(
@@ -150,9 +203,15 @@ def predict_files(
             continue
         images = torch.stack([image for _, image, _ in batch if image is not None]).to(device)
         prediction = model.predict(
-            images, trajectory=explain, saliency=explain, boxes=explain, **asdict(options)
+            images,
+            trajectory=explain,
+            saliency=explain,
+            boxes=explain,
+            probability=wanted.probability,
+            **asdict(options),
         )
-        rows += _rows(paths, classes, prediction)
+        sure = confidence(prediction, model.calibration, images=images, coverage=wanted.coverage)
+        rows += _rows(paths, classes, prediction, sure, model)
         if on_batch is not None:
             on_batch(paths, images, prediction)
     found = processes.all_gather((rows, unreadable))
@@ -160,14 +219,56 @@ def predict_files(
         tuple(classes),
         tuple(row for theirs, _ in found for row in theirs),
         tuple(failed for _, theirs in found for failed in theirs),
+        wanted.coverage,
+        obstacle,
     )
 
 
-def _rows(files: Sequence[Path], classes: Sequence[str], prediction: Prediction) -> list[Row]:
-    columns = (prediction.label, prediction.probabilities, prediction.spread)
+def _rows(
+    files: Sequence[Path],
+    classes: Sequence[str],
+    prediction: Prediction,
+    sure: Confidence,
+    model: DiffMIC,
+) -> list[Row]:
+    guidance = prediction.guidance[:, 0]
+    if prediction.calibrated and model.calibration is not None:
+        guidance = model.calibration.guidance_probabilities(guidance)
+    best = guidance.max(dim=1)
+    columns = (
+        prediction.label.tolist(),
+        prediction.probabilities.tolist(),
+        prediction.spread.tolist(),
+        best.indices.tolist(),
+        best.values.tolist(),
+        *(_column(values, len(files)) for values in sure),
+    )
     return [
-        Row(str(path), label, classes[label], tuple(probabilities), tuple(spread))
-        for path, label, probabilities, spread in zip(
-            files, *(column.tolist() for column in columns), strict=True
+        Row(
+            str(path),
+            label,
+            classes[label],
+            tuple(probabilities),
+            tuple(spread),
+            prediction.calibrated,
+            classes[guided],
+            guidance_probability,
+            _defined(width),
+            _defined(p_value),
+            agreement,
+            None if members is None else tuple(compress(classes, members)),
+            novelty,
+            flagged,
         )
-    ]
+        for path, label, probabilities, spread, guided, guidance_probability, width, p_value,
+            agreement, members, novelty, flagged in zip(files, *columns, strict=True)
+    ]  # fmt: skip
+
+
+def _column(values: Tensor | None, count: int) -> list[Any]:
+    """A field of `Confidence` by image; None for each where there is none."""
+    return [None] * count if values is None else values.tolist()
+
+
+def _defined(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -26,6 +26,7 @@ from diffmic_fast.distributed.processes import current
 from diffmic_fast.inference.evaluate import Evaluation
 from diffmic_fast.models import DiffMIC
 from diffmic_fast.training.batches import epoch_batches
+from diffmic_fast.training.calibration import calibrate_run
 from diffmic_fast.training.datasets import digest, make_dataset
 from diffmic_fast.training.feature_rows import FeatureRows, feature_rows
 from diffmic_fast.training.interruption import Interrupted, Interruption, ignore_in_worker
@@ -52,7 +53,8 @@ class Trainer:
     Trainer with the same arguments, and rank 0 prints and writes.
 
     The folder gets config.yml, ckpt.pth with aux_ckpt.pth (published format), ckpt_best.pth if there are validation
-    images, log.csv and tensorboard/.
+    images, log.csv and tensorboard/. After the last epoch a calibration is fitted on the validation images and written
+    into both checkpoints.
 
     Attributes:
         config: of the run, with a precision other than "auto".
@@ -203,7 +205,8 @@ class Trainer:
         """Train to the end and return the checkpoint's path.
 
         Raises:
-            Interrupted: Ctrl-C or SIGTERM; the present step is finished and a checkpoint written before.
+            Interrupted: Ctrl-C or SIGTERM; the present step is finished and a checkpoint written before. A resumed run
+                fits a calibration that an interruption has left out.
             TrainingError: a loss or gradient is not finite.
         """
         if self.progress.is_best and self.progress.position == 0:
@@ -227,7 +230,31 @@ class Trainer:
                     f"interrupted in epoch {self.progress.epoch + 1} of {self.epochs}, after {self.progress.position} "
                     f"steps of it; saved {self.path}",
                 ) from None
+            self._calibrate()
         return self.path
+
+    def _calibrate(self) -> None:
+        """Collective: write a calibration into the finished run's checkpoints, where it is missing."""
+
+        def on_batch(images: int) -> None:
+            if self.processes.world_size == 1:
+                self._check_interruption()
+
+        try:
+            calibrate_run(
+                self.folder.folder,
+                self.config,
+                self.dataset.table,
+                self.validation,
+                device=self.device,
+                on_batch=on_batch,
+                say=self._print,
+            )
+        except Interrupted as interrupted:
+            raise Interrupted(
+                interrupted.signum,
+                f"interrupted in the calibration after the last epoch; saved {self.path}",
+            ) from None
 
     def _run_epoch(self) -> None:
         """Train (from `progress.position` on), validate, log and save one epoch."""
