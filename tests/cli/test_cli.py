@@ -99,6 +99,61 @@ def test_predict_prints_csv_alone_to_standard_output(work, capsys):
     assert lines[0].startswith("file,label,class,probability_dark") and len(lines) == 3
 
 
+@pytest.fixture(scope="module")
+def clinic(work):
+    """Folders of other images: 2 x 15, darker than those that trained the model."""
+    rng = np.random.default_rng(7)
+    for name, level in (("dark", 50), ("light", 170)):
+        folder = work / "clinic" / name
+        folder.mkdir(parents=True)
+        for i in range(15):
+            pixels = rng.integers(level - 40, level + 40, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return work / "clinic"
+
+
+def test_a_clinic_calibrates_on_its_own_images(work, clinic, tmp_path, capsys):
+    path = tmp_path / "ckpt.pth"
+    path.write_bytes((work / "run" / "ckpt.pth").read_bytes())
+    image = str(clinic / "dark" / "0.png")
+    assert main(["predict", str(path), image]) == 0
+    printed = capsys.readouterr()
+    assert "probabilities are not calibrated: the model has no calibration" in printed.err
+    assert next(csv.DictReader(printed.out.splitlines()))["calibrated"] == "no"
+
+    data = ["--set", f"data.root={clinic}", "--set", "data.train_table=null",
+            "--set", "data.test_table=null"]  # fmt: skip
+    assert main(["calibrate", str(path), "--split", "train", *data]) == 0
+    printed = capsys.readouterr()
+    assert "temperature scaling, fitted on 30 validation images" in printed.out
+    assert "no detector of unlike images: " in printed.err
+    assert main(["predict", str(path), image, "--coverage", "0.95"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    row = next(csv.DictReader(printed.out.splitlines()))
+    assert row["calibrated"] == "yes" and row["class"] in row["prediction_set"].split("|")
+
+    assert main(["predict", str(path), image, "--probability", "published"]) == 0
+    assert "published probabilities were asked for" in capsys.readouterr().err
+    assert main(["predict", str(path), image, "--samples", "3"]) == 0
+    assert "was fitted for samples 2, got 3" in capsys.readouterr().err
+    one_error(capsys, ["predict", str(path), image, "--samples", "3", "--probability", "calibrated"],
+              "not calibrated", "samples 2, got 3")  # fmt: skip
+
+
+def test_calibrate_rejects_training_images_and_few(work, clinic, capsys):
+    run = str(work / "run")
+    one_error(capsys, ["calibrate", run, "--split", "test"], "at least 20 validation images, got 4")
+    one_error(capsys, ["calibrate", run, "--split", "train"], "must not have trained the model")
+    one_error(capsys, ["calibrate", run], "validation")
+    one_error(
+        capsys,
+        ["calibrate", run, "--split", "train", "--set", "data.kind=synthetic_fundus",
+         "--set", "data.train_table=null", "--set", "data.test_table=null"],
+        "classes", "dark, light",
+    )  # fmt: skip
+
+
 def test_predict_without_a_readable_image_fails_and_writes_nothing(work, tmp_path, capsys):
     (tmp_path / "x.png").write_text("no image")
     out = tmp_path / "p.json"
@@ -209,7 +264,8 @@ def test_debug_shows_the_traceback(work):
 
 
 def test_usage_errors_exit_with_2(capsys):
-    for argv in ([], ["fly"], ["train"], ["predict", "x"], ["evaluate", "x", "--samples", "0"]):
+    for argv in ([], ["fly"], ["train"], ["predict", "x"], ["predict", "x", "y", "--coverage", "1"],
+                 ["evaluate", "x", "--samples", "0"]):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             main(argv)
         assert stop.value.code == 2
