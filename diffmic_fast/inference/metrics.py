@@ -1,4 +1,4 @@
-"""Measures of a classification, by scikit-learn but for the calibration error."""
+"""Measures of a classification, by scikit-learn but for calibration error, log-likelihood and Brier score."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ TITLES = {
     "ece": "calibration error",
 }
 NAMES = tuple(TITLES)
+# Predictions are float32: a probability of 0 is one that float32 rounds to 0.
+SMALLEST_PROBABILITY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Metrics:
         balanced_accuracy: recall, averaged over the classes that occur among the labels.
         auc_ovo: area under the ROC curve, one-vs-one, macro average (Hand and Till 2001).
         ece: `expected_calibration_error`.
+        nll: `negative_log_likelihood`.
+        brier: `brier_score`.
         confusion: [C, C], rows true classes, columns predicted ones.
         count: N.
         notes: the reason for each measure that is NaN, by its name.
@@ -47,6 +51,8 @@ class Metrics:
     balanced_accuracy: float
     auc_ovo: float
     ece: float
+    nll: float
+    brier: float
     confusion: NDArray[np.int64]
     count: int
     notes: dict[str, str] = field(default_factory=dict)
@@ -82,6 +88,34 @@ def expected_calibration_error(
     return float(np.abs(gap).sum() / len(labels))
 
 
+def negative_log_likelihood(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    """Mean negative natural logarithm of the probability of the true class.
+
+    Probabilities are clipped at the smallest normal float32, 1.2e-38, so one image adds at most 87.3 / N
+    (`sklearn.metrics.log_loss` clips at the machine epsilon).
+
+    Args:
+        probabilities: [N, C].
+        labels: [N].
+    """
+    of_truth = probabilities[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(of_truth, SMALLEST_PROBABILITY)).mean())
+
+
+def brier_score(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    """Mean over the images of the squared distance to the one-hot label, summed over the classes (Brier 1950).
+
+    In [0, 2], for two classes too: `sklearn.metrics.brier_score_loss(..., scale_by_half=False)`, of which releases
+    before 1.7 have the binary form only.
+
+    Args:
+        probabilities: [N, C].
+        labels: [N].
+    """
+    one_hot = np.eye(probabilities.shape[1])[labels]
+    return float(((probabilities - one_hot) ** 2).sum(axis=1).mean())
+
+
 def compute_metrics(probabilities: Any, labels: Any) -> Metrics:
     """Compute all measures.
 
@@ -95,7 +129,7 @@ def compute_metrics(probabilities: Any, labels: Any) -> Metrics:
     require("sklearn", extra="evaluate", purpose="measuring predictions")
     from sklearn import metrics as sk
 
-    p, y = _check(probabilities, labels)
+    p, y = check_predictions(probabilities, labels)
     classes = np.arange(p.shape[1])
     predicted = p.argmax(axis=1)
     notes: dict[str, str] = {}
@@ -114,7 +148,7 @@ def compute_metrics(probabilities: Any, labels: Any) -> Metrics:
         auc = math.nan
         notes["auc_ovo"] = f"no image of class {', '.join(map(str, missing))}"
     else:
-        rows = p / p.sum(axis=1, keepdims=True)  # rows in float32 sum to 1 only up to rounding
+        rows = normalised(p)
         score = rows[:, 1] if len(classes) == 2 else rows
         auc = float(sk.roc_auc_score(y, score, multi_class="ovo", average="macro", labels=classes))
     return Metrics(
@@ -124,14 +158,31 @@ def compute_metrics(probabilities: Any, labels: Any) -> Metrics:
         balanced_accuracy=balanced,
         auc_ovo=auc,
         ece=expected_calibration_error(p, y),
+        nll=negative_log_likelihood(p, y),
+        brier=brier_score(p, y),
         confusion=sk.confusion_matrix(y, predicted, labels=classes).astype(np.int64),
         count=len(y),
         notes=notes,
     )
 
 
-def _check(probabilities: Any, labels: Any) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The arguments of `compute_metrics` as arrays."""
+def normalised(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Rows divided by their sums: float32 probabilities sum to 1 only up to rounding, which scikit-learn rejects."""
+    rows: NDArray[np.float64] = probabilities / probabilities.sum(axis=1, keepdims=True)
+    return rows
+
+
+def check_predictions(
+    probabilities: Any, labels: Any
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Validate the arguments of `compute_metrics`.
+
+    Returns:
+        Probabilities [N, C] float64 and labels [N] int64.
+
+    Raises:
+        ValueError: see `compute_metrics`.
+    """
     p = np.asarray(probabilities, dtype=np.float64)
     y = np.asarray(labels)
     if p.ndim != 2 or p.shape[1] < 2:

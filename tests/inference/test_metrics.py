@@ -5,8 +5,14 @@ import math
 
 import numpy as np
 import pytest
+import sklearn.metrics as sk
 
-from diffmic_fast.inference.metrics import compute_metrics, expected_calibration_error
+from diffmic_fast.inference.metrics import (
+    brier_score,
+    compute_metrics,
+    expected_calibration_error,
+    negative_log_likelihood,
+)
 
 
 def one_hot(predicted, classes=3, sure=0.8):
@@ -27,6 +33,8 @@ def test_measures_of_three_classes():
     expected = sum((i - j) ** 2 * 2 * n / 6 for i in range(3) for j, n in enumerate([2, 3, 1]))
     assert m.kappa == pytest.approx(1 - 5 / expected)
     assert m.ece == pytest.approx(0.8 - 4 / 6)
+    assert m.nll == pytest.approx(-(4 * math.log(0.8) + 2 * math.log(0.1)) / 6)
+    assert m.brier == pytest.approx((4 * (0.04 + 2 * 0.01) + 2 * (0.64 + 0.81 + 0.01)) / 6)
     assert m.notes == {}
 
 
@@ -36,6 +44,28 @@ def test_calibration_error_bins():
     # Bins of width 1/15: 0.55 and 0.57 are in (8/15, 9/15], 0.95 and 1.0 in the last one.
     by_hand = (abs(0.55 + 0.57 - 1) + abs(1.95 - 1)) / 4
     assert expected_calibration_error(p, labels) == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_log_likelihood_and_brier_score_match_scikit_learn(classes):
+    rng = np.random.default_rng(classes)
+    p = rng.dirichlet(np.full(classes, 0.5), 129)
+    labels = rng.integers(0, classes, 129)
+    every = np.arange(classes)
+    assert negative_log_likelihood(p, labels) == pytest.approx(
+        sk.log_loss(labels, p, labels=every), rel=1e-9
+    )
+    assert brier_score(p, labels) == pytest.approx(
+        sk.brier_score_loss(labels, p, labels=every, scale_by_half=False), rel=1e-9
+    )
+
+
+def test_a_probability_of_zero_is_clipped():
+    p = np.array([[1.0, 0.0], [0.0, 1.0]])
+    assert negative_log_likelihood(p, np.array([0, 1])) == 0.0
+    smallest = 2.0**-126
+    assert negative_log_likelihood(p, np.array([1, 1])) == pytest.approx(-math.log(smallest) / 2)
+    assert brier_score(p, np.array([1, 1])) == 1.0
 
 
 def test_auc_of_a_perfect_and_of_a_binary_classifier():
