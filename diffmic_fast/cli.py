@@ -57,7 +57,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--sampler", action="append", metavar="NAME[:STEPS[:ETA]]",
         help="ddpm, ddpm_truncated:60, ddim:20; repeatable (default: the configuration's)",
     )  # fmt: skip
+    evaluate.add_argument(
+        "--bootstrap", type=_not_negative, default=1000, metavar="N",
+        help="resamples of the images for 95 %% intervals; 0 for none (default: %(default)s)",
+    )  # fmt: skip
     evaluate.add_argument("--json", metavar="FILE", help="write the results as JSON")
+    evaluate.add_argument(
+        "--predictions", metavar="FILE.csv",
+        help="write a row for each image by the first sampler: classes, probabilities, confidence",
+    )  # fmt: skip
     evaluate.add_argument(
         "--confusion", metavar="PNG", help="draw the confusion matrix of the first sampler"
     )
@@ -149,6 +157,16 @@ def _share(text: str) -> float:
         value = 0.0
     if not 0.0 < value < 1.0:
         raise argparse.ArgumentTypeError(f"must be a number between 0 and 1, got {text!r}")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
     return value
 
 

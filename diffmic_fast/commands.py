@@ -131,7 +131,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         require(module, extra="evaluate", purpose="evaluate")
     if args.confusion:
         require("matplotlib", extra="figures", purpose="evaluate: --confusion")
-    _make_parents(args.json, args.confusion)
+    if args.predictions and not args.predictions.lower().endswith(".csv"):
+        raise ValueError(f"evaluate: --predictions must end in .csv, got {args.predictions!r}")
+    _make_parents(args.json, args.predictions, args.confusion)
     path = _checkpoint(args.checkpoint)
     config = _config(args, path)
     model, names = load_model(path, args.guidance, config, ema=args.ema)
@@ -147,6 +149,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             batch_size=args.batch_size or config.sampling.batch_size,
             workers=args.workers,
             device=choose_device(device),
+            resamples=args.bootstrap,
         )
         first = current().is_rank_zero
     if not first:
@@ -154,8 +157,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     evaluation.print()
     if args.json:
         evaluation.save(args.json)
+    if args.predictions:
+        evaluation.save_predictions(args.predictions)
     if args.confusion:
-        result = evaluation.results[1]
+        result = evaluation.primary
         confusion = result.metrics.confusion
         save_figure(draw_confusion(confusion, table.classes, result.method), args.confusion)
     return 0

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,98 +14,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from diffmic_fast._optional import require
-from diffmic_fast.atomic_files import atomic_file
+from diffmic_fast.calibration import Calibration, Confidence, confidence, prediction_sets
 from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.distributed.processes import current
-from diffmic_fast.inference.metrics import ECE_BINS, NAMES, TITLES, Metrics, compute_metrics
-from diffmic_fast.models import DiffMIC
+from diffmic_fast.inference.bootstrap import RESAMPLES
+from diffmic_fast.inference.evaluation import Evaluation
+from diffmic_fast.inference.report import SET_COVERAGE, Uncertainty
+from diffmic_fast.inference.results import CALIBRATED, GUIDANCE, Output, Result, make_results
+from diffmic_fast.models import DiffMIC, Prediction
+from diffmic_fast.models.image_ids import image_ids
 
-GUIDANCE = "guidance alone"
+__all__ = ["CALIBRATED", "GUIDANCE", "Evaluation", "Result", "evaluate"]
 
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class Result:
-    """Results of one method.
+class _Batch(NamedTuple):
+    """A batch of images.
 
     Attributes:
-        method: `GUIDANCE` or `SamplingOptions.method`.
-        metrics: against the labels.
-        seconds_per_image: time of the model alone.
-        probabilities: [N, C].
+        labels, ids: [B]; the ids do not depend on batch or order.
+        outputs: one for each method.
     """
 
-    method: str
-    metrics: Metrics
-    seconds_per_image: float
-    probabilities: NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Results of all methods on the same N images.
-
-    Attributes:
-        classes: names of the C classes.
-        labels: [N].
-        results: one for each method, the guidance model alone first.
-        samples, seed: of all samplers.
-        notes: remarks for the JSON file.
-    """
-
-    classes: tuple[str, ...]
     labels: NDArray[np.int64]
-    results: tuple[Result, ...]
-    samples: int
-    seed: int
-    notes: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Numbers, text, lists and dicts for JSON; without the probabilities."""
-        return {
-            "images": len(self.labels),
-            "classes": list(self.classes),
-            "samples": self.samples,
-            "seed": self.seed,
-            "calibration_bins": ECE_BINS,
-            "notes": self.notes,
-            "results": [
-                {"method": r.method, "seconds_per_image": r.seconds_per_image} | r.metrics.to_dict()
-                for r in self.results
-            ],
-        }
-
-    def save(self, path: str | Path) -> None:
-        """Write the results as JSON; an interrupted write leaves no file."""
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-        with atomic_file(path) as file:
-            file.write((text + "\n").encode())
-
-    def print(self, file: Any = None) -> None:
-        """Print a table of methods and measures to `file` (default: standard output)."""
-        require("rich", extra="evaluate", purpose="printing an evaluation")
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=f"{len(self.labels)} images, {len(self.classes)} classes")
-        table.add_column("method", no_wrap=True)
-        for name in NAMES:
-            table.add_column(TITLES[name], justify="right")
-        table.add_column("ms / image", justify="right")
-        for r in self.results:
-            cells = [f"{getattr(r.metrics, name):.4f}" for name in NAMES]
-            cells = ["-" if cell == "nan" else cell for cell in cells]
-            table.add_row(r.method, *cells, f"{1000 * r.seconds_per_image:.2f}")
-        console = Console(file=file)
-        if not console.is_terminal:  # rich would assume 80 columns and fold the cells
-            console = Console(file=file, width=140)
-        console.print(table)
-        reasons = {f"{TITLES[k]}: {v}" for r in self.results for k, v in r.metrics.notes.items()}
-        for reason in sorted(reasons):
-            console.print(f"- = not defined, {reason}", markup=False)
+    ids: NDArray[np.int64]
+    outputs: list[Output]
 
 
 def evaluate(
@@ -119,8 +52,12 @@ def evaluate(
     workers: int = 0,
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], None] | None = None,
+    resamples: int = RESAMPLES,
 ) -> Evaluation:
     """Classify every image with the guidance model alone and with each sampler.
+
+    Probabilities are the published ones, and beside them the calibrated ones where `DiffMIC.calibration` applies to the
+    method; the chains run once for both.
 
     The noise of an image is addressed by its pixels, the seed and the sample number, so results depend neither on the
     batch size nor on the order of the images. Guidance and encoder run once per image for all samplers. Times are of
@@ -138,50 +75,73 @@ def evaluate(
         workers: processes that load images; 0 loads them in this one.
         device: where the model runs.
         on_batch: called with the number of images after each batch. May raise to stop the evaluation.
+        resamples: of the bootstrap, 0 for none.
 
     Raises:
-        ValueError: the classes of the images and of the model differ in number, or a sampler does not fit.
+        ValueError: the classes of the images and of the model differ in number, a sampler does not fit, or `resamples`
+            is negative.
     """
+    options = _check(model, dataset, methods, resamples)
+    device = torch.device(device)
+    model.eval()
+    # A module that is on the device is not asked to move: that would shard weights that are gathered for this call.
+    if next(model.parameters()).device != torch.empty(0, device=device).device:
+        model.to(device)
+    loader = DataLoader(
+        Subset(dataset, current().shard(range(len(dataset)))),
+        batch_size,
+        num_workers=workers,
+        generator=torch.Generator().manual_seed(0),  # else creating the loader draws from torch's
+    )
+    batches: list[_Batch] = []
+    for images, labels, _ in loader:
+        images = images.to(device)
+        if not batches:
+            _warm_up(model, images, options, sample=bool(methods))
+        outputs = _classify(model, images, methods, options)
+        ids = image_ids(images).cpu().numpy()
+        batches.append(_Batch(np.asarray(labels, dtype=np.int64), ids, outputs))
+        if on_batch is not None:
+            on_batch(len(images))
+    every = [batch for theirs in current().all_gather(batches) for batch in theirs]
+    truth = np.concatenate([batch.labels for batch in every])
+    keys = np.concatenate([batch.ids for batch in every])
+    parts = zip(*(batch.outputs for batch in every), strict=True)
+    return Evaluation(
+        dataset.table.classes,
+        truth,
+        make_results([Output.concatenate(same) for same in parts], truth, keys, resamples),
+        options.samples,
+        options.seed,
+        names=tuple(entry.name for entry in dataset.table.entries),
+        bootstrap=resamples,
+        not_calibrated=_not_calibrated(model, methods),
+    )
+
+
+def _check(
+    model: DiffMIC, dataset: ImageDataset, methods: Sequence[SamplingOptions], resamples: int
+) -> SamplingOptions:
+    """Raise a ValueError unless the arguments of `evaluate` fit; return what all methods have in common."""
     classes = dataset.table.classes
     if len(classes) != model.config.classes:
         raise ValueError(
             f"evaluate: the images must have the {model.config.classes} classes of the model, got {len(classes)} "
             f"({', '.join(classes)})"
         )
+    if resamples < 0:
+        raise ValueError(f"evaluate: resamples must be at least 0, got {resamples}")
     for method in methods:
         method.check(model.config.timesteps)
-    options = _shared_options(methods)
-    device = torch.device(device)
-    model.eval()
-    # A module that is on the device is not asked to move: that would shard weights that are gathered for this call.
-    if next(model.parameters()).device != torch.empty(0, device=device).device:
-        model.to(device)
-    processes = current()
-    loader = DataLoader(
-        Subset(dataset, processes.shard(range(len(dataset)))),
-        batch_size,
-        num_workers=workers,
-        generator=torch.Generator().manual_seed(0),  # else creating the loader draws from torch's
-    )
-    labels: list[NDArray[np.int64]] = []
-    batches: list[list[_Timed]] = []
-    for images, batch_labels, _ in loader:
-        images = images.to(device)
-        if not batches:
-            _warm_up(model, images, options, sample=bool(methods))
-        batches.append(_classify(model, images, methods, options))
-        labels.append(np.asarray(batch_labels, dtype=np.int64))
-        if on_batch is not None:
-            on_batch(len(images))
-    found = processes.all_gather((labels, batches))
-    truth = np.concatenate([batch for theirs, _ in found for batch in theirs])
-    every = [batch for _, theirs in found for batch in theirs]
-    results = []
-    for i, name in enumerate([GUIDANCE, *(m.method for m in methods)]):
-        probabilities = np.concatenate([batch[i][0] for batch in every])
-        seconds = sum(batch[i][1] for batch in every) / len(truth)
-        results.append(Result(name, compute_metrics(probabilities, truth), seconds, probabilities))
-    return Evaluation(classes, truth, tuple(results), options.samples, options.seed)
+    return _shared_options(methods)
+
+
+def _not_calibrated(model: DiffMIC, methods: Sequence[SamplingOptions]) -> tuple[str, ...]:
+    """Why there are no calibrated probabilities: of the model, or of some of the methods."""
+    if model.calibration is None:
+        return ("the model has no calibration",)
+    obstacles = [(method.method, model.calibration_obstacle(method)) for method in methods]
+    return tuple(f"{method}: {reason}" for method, reason in obstacles if reason is not None)
 
 
 def _shared_options(methods: Sequence[SamplingOptions]) -> SamplingOptions:
@@ -203,29 +163,77 @@ def _warm_up(model: DiffMIC, images: Tensor, options: SamplingOptions, sample: b
         model.predict(few, **asdict(replace(options, sampler="ddim", steps=1, samples=1)))
 
 
-_Timed = tuple[NDArray[np.float64], float]
-
-
 def _classify(
     model: DiffMIC, images: Tensor, methods: Sequence[SamplingOptions], options: SamplingOptions
-) -> list[_Timed]:
-    """Probabilities [B, C] and seconds of the guidance model alone and of each method."""
+) -> list[Output]:
+    """The guidance model alone and each method, then those of them that can be calibrated."""
     networks: dict[str, Any] = {"precision": options.precision, "compile": options.compile}
     guidance, guiding = _time(images.device, partial(model.guide, images, **networks))
-    found = [(_to_numpy(guidance.logits.fused.float().softmax(dim=1)), guiding)]
+    fused = guidance.logits.fused.float().softmax(dim=1)
+    outputs = [Output(GUIDANCE, _to_numpy(fused), guiding)]
+    calibrated = []
+    if model.calibration is not None:
+        calibrated.append(_calibrated_guidance(model.calibration, fused, guiding))
     if methods:
         features, encoding = _time(images.device, partial(model.encode, images, **networks))
+    given: dict[str, Any] = {"guidance": guidance, "probability": "published"}
+    novelty = None
     for method in methods:
-        predict = partial(
-            model.predict, images, guidance=guidance, features=features, **asdict(method)
-        )
+        predict = partial(model.predict, images, features=features, **given, **asdict(method))
         prediction, sampling = _time(images.device, predict)
-        found.append((_to_numpy(prediction.probabilities), guiding + encoding + sampling))
-    return found
+        seconds = guiding + encoding + sampling
+        if novelty is None:  # of the image, not of the sampler
+            novelty = confidence(prediction, model.calibration, images=images)
+        describe = partial(_sampled, model.calibration, seconds=seconds, novelty=novelty)
+        outputs.append(describe(prediction, method.method))
+        if model.calibration is not None and model.calibration.mismatch(method) is None:
+            adjusted = prediction.calibrate(model.calibration)
+            calibrated.append(describe(adjusted, method.method + CALIBRATED))
+    return [*outputs, *calibrated]
 
 
-def _to_numpy(probabilities: Tensor) -> NDArray[np.float64]:
-    return probabilities.double().cpu().numpy()
+def _sampled(
+    calibration: Calibration | None,
+    prediction: Prediction,
+    method: str,
+    *,
+    seconds: float,
+    novelty: Confidence,
+) -> Output:
+    """A sampler's output, with the novelty that another prediction of the same images has."""
+    found = confidence(prediction, calibration, coverage=SET_COVERAGE)
+    found = found._replace(novelty=novelty.novelty, flagged=novelty.flagged)
+    return Output(
+        method,
+        _to_numpy(prediction.probabilities),
+        seconds,
+        prediction.calibrated,
+        Uncertainty(
+            width=_to_numpy(found.width),
+            p_value=_to_numpy(found.p_value),
+            agreement=_to_numpy(found.agreement),
+            prediction_set=_flags(found.prediction_set),
+            novelty=None if found.novelty is None else _to_numpy(found.novelty),
+            flagged=_flags(found.flagged),
+        ),
+    )
+
+
+def _calibrated_guidance(calibration: Calibration, fused: Tensor, seconds: float) -> Output:
+    """The guidance alone with calibrated probabilities and their prediction sets."""
+    probabilities = calibration.guidance_probabilities(fused)
+    scores = calibration.guidance_scores.to(fused.device)
+    sets = _flags(prediction_sets(probabilities, scores, SET_COVERAGE))
+    own = Uncertainty(prediction_set=sets)
+    return Output(GUIDANCE + CALIBRATED, _to_numpy(probabilities), seconds, True, own)
+
+
+def _to_numpy(values: Tensor) -> NDArray[np.float64]:
+    return values.double().cpu().numpy()
+
+
+def _flags(values: Tensor | None) -> NDArray[np.bool_] | None:
+    return None if values is None else values.cpu().numpy()
 
 
 def _time(device: torch.device, call: Callable[[], _T]) -> tuple[_T, float]:

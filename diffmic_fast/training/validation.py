@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -43,7 +44,7 @@ def validate(
         average.applied() if average else contextlib.nullcontext(),
         gathered(steps.model.denoiser, steps.model.guidance),
     ):
-        return evaluate(
+        evaluation = evaluate(
             steps.model,
             dataset,
             [SamplingOptions.from_config(sampling)] if joint else [],
@@ -51,7 +52,11 @@ def validate(
             workers=config.data.workers,
             device=device,
             on_batch=on_batch,
+            resamples=0,
         )
+    # A calibration is of the weights before this training.
+    published = tuple(result for result in evaluation.results if not result.calibrated)
+    return replace(evaluation, results=published)
 
 
 def log_columns(evaluation: Evaluation) -> dict[str, float]:

@@ -57,8 +57,8 @@ def test_train_writes_checkpoint_and_log(work):
 def test_evaluate_prints_a_table_and_writes_files(work, tmp_path, capsys):
     status = main(
         ["evaluate", str(work / "run"), "--sampler", "ddpm", "--sampler", "ddpm_truncated:4",
-         "--samples", "1", "--json", str(tmp_path / "e.json"),
-         "--confusion", str(tmp_path / "c.png")]
+         "--samples", "1", "--json", str(tmp_path / "e.json"), "--bootstrap", "20",
+         "--predictions", str(tmp_path / "new" / "p.csv"), "--confusion", str(tmp_path / "c.png")]
     )  # fmt: skip
     assert status == 0
     out = capsys.readouterr().out
@@ -66,6 +66,9 @@ def test_evaluate_prints_a_table_and_writes_files(work, tmp_path, capsys):
     value = json.loads((tmp_path / "e.json").read_text())
     assert [r["method"] for r in value["results"]] == ["guidance alone", "ddpm", "ddpm_truncated 4"]
     assert value["classes"] == ["dark", "light"]
+    assert value["bootstrap"]["resamples"] == 20 and "20 bootstrap resamples" in out
+    with open(tmp_path / "new" / "p.csv", newline="") as file:
+        assert [r["truth"] for r in csv.DictReader(file)] == ["dark", "dark", "light", "light"]
     with Image.open(tmp_path / "c.png") as picture:
         assert picture.format == "PNG"
 
@@ -208,6 +211,7 @@ def test_bad_input_is_one_line(work, tmp_path, capsys):
     one_error(capsys, ["predict", run, str(tmp_path / "empty")], "there is no image file in")
     one_error(capsys, ["predict", run, str(tmp_path / "gone")], "no folder", str(tmp_path / "gone"))
     one_error(capsys, ["predict", run, "x.png", "--out", "p.xls"], ".csv or .json")
+    one_error(capsys, ["evaluate", run, "--predictions", "p.json"], "must end in .csv", "p.json")
     one_error(
         capsys,
         ["evaluate", run, "--set", f"data.root={work / 'images'}", "--set", "data.train_table=null",
@@ -270,6 +274,9 @@ def test_usage_errors_exit_with_2(capsys):
             main(argv)
         assert stop.value.code == 2
     assert "must be a positive whole number" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["evaluate", "x", "--bootstrap", "-1"])
+    assert "must be a whole number of at least 0, got '-1'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
