@@ -115,6 +115,7 @@ def evaluate(
         options.seed,
         names=tuple(entry.name for entry in dataset.table.entries),
         bootstrap=resamples,
+        calibration=None if model.calibration is None else model.calibration.summary,
         not_calibrated=_not_calibrated(model, methods),
     )
 

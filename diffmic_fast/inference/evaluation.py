@@ -38,6 +38,7 @@ class Evaluation:
         samples, seed: of all samplers.
         names: of the N images, as in their table.
         bootstrap: number of resamples, 0 for none.
+        calibration: `Calibration.summary` of the model's, or None.
         not_calibrated: reasons why methods have no calibrated probabilities.
         notes: remarks for the JSON file.
     """
@@ -49,6 +50,7 @@ class Evaluation:
     seed: int
     names: tuple[str, ...] = ()
     bootstrap: int = 0
+    calibration: str | None = None
     not_calibrated: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
@@ -70,6 +72,7 @@ class Evaluation:
             "calibration_bins": ECE_BINS,
             "bootstrap": {"resamples": self.bootstrap, "level": LEVEL} if self.bootstrap else None,
             "set_coverage": SET_COVERAGE,
+            "calibration": self.calibration,
             "not_calibrated": list(self.not_calibrated),
             "notes": self.notes,
             "results": [self._result_dict(r) for r in self.results],

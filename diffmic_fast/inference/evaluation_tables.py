@@ -44,6 +44,8 @@ def print_evaluation(evaluation: Evaluation, file: Any = None) -> None:
         console.print(_comparisons(results))
     if any(r.report.sets for r in results):
         console.print(_sets(evaluation))
+    if evaluation.calibration is not None:
+        console.print(f"calibration: {evaluation.calibration}", markup=False)
     for reason in evaluation.not_calibrated:
         console.print(f"not calibrated: {reason}", markup=False)
 

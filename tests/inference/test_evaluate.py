@@ -118,6 +118,7 @@ def test_published_and_calibrated_probabilities_side_by_side(model, dataset):
     assert [r.calibrated for r in result.results] == [False, False, False, True, True]
     for a, b in zip(before.results, result.results[:3], strict=True):
         np.testing.assert_array_equal(a.probabilities, b.probabilities)
+    assert before.calibration is None and "fitted on 60" in result.calibration
     (reason,) = result.not_calibrated
     assert reason.startswith("ddpm_truncated 5: the calibration was fitted for sampler ddim")
     images = stack(dataset)

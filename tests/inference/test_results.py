@@ -68,9 +68,10 @@ def outputs(labels, calibrated=True):
 def evaluation(resamples=50, calibrated=True):
     labels, ids = labels_and_ids()
     results = make_results(outputs(labels, calibrated), labels, ids, resamples)
+    summary = "fitted on 30 validation images" if calibrated else None
     reasons = () if calibrated else ("there were no validation images",)
     names = tuple(f"{i}.png" for i in range(IMAGES))
-    return Evaluation(CLASSES, labels, results, 8, 0, names, resamples, reasons)
+    return Evaluation(CLASSES, labels, results, 8, 0, names, resamples, summary, reasons)
 
 
 def test_every_method_is_compared_with_the_guidance_of_the_same_kind():
@@ -147,6 +148,7 @@ def test_json_holds_everything_and_no_nan(tmp_path):
     found.save(tmp_path / "e.json")
     value = json.loads((tmp_path / "e.json").read_text(), parse_constant=pytest.fail)
     assert value["bootstrap"] == {"resamples": 50, "level": 0.95}
+    assert value["calibration"] == "fitted on 30 validation images"
     assert value["not_calibrated"] == [] and value["set_coverage"] == 0.9
     guidance, sampler, _, calibrated = value["results"]
     assert sampler["method"] == LONGEST and not sampler["calibrated"]
@@ -227,6 +229,7 @@ def test_the_tables_fit_140_columns():
         assert text.count(f"│ {method} ") == text.count(f"│ {method}{CALIBRATED} ") == tables
     assert "95 % intervals of 50 bootstrap resamples" in text
     assert "prediction sets for a coverage of 90%" in text
+    assert "calibration: fitted on 30 validation images" in text
 
 
 def test_a_difference_and_an_interval_are_printed_on_one_line():
@@ -242,7 +245,7 @@ def test_a_difference_and_an_interval_are_printed_on_one_line():
 def test_an_uncalibrated_evaluation_says_why():
     text = printed(evaluation(0, calibrated=False))
     assert "not calibrated: there were no validation images" in text
-    assert "bootstrap" not in text
+    assert "bootstrap" not in text and "calibration: fitted" not in text
     assert evaluation(0, calibrated=False).primary.method == LONGEST
 
 
