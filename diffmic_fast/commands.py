@@ -34,15 +34,13 @@ from diffmic_fast.inference.evaluate import evaluate
 from diffmic_fast.inference.figures import draw_confusion, save_figure
 from diffmic_fast.inference.output import check_suffix, save, to_csv
 from diffmic_fast.inference.pictures import Pictures
-from diffmic_fast.inference.predict import Predictions, collect_files, predict_files
-from diffmic_fast.training.allocator import keep_freed_memory
-from diffmic_fast.training.datasets import make_dataset
 from diffmic_fast.inference.predict import (
     Predictions,
     ProbabilityOptions,
     collect_files,
     predict_files,
 )
+from diffmic_fast.training.allocator import keep_freed_memory
 from diffmic_fast.training.datasets import digest, make_dataset
 from diffmic_fast.training.trainer import Trainer
 
