@@ -111,6 +111,10 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
         "--no-ema", dest="ema", action="store_false", help="use the weights, not their average"
     )
     command.add_argument("--samples", type=_positive, help="chains per image (default: config's)")
+    command.add_argument(
+        "--views", type=int, choices=(1, 2, 4),
+        help="mirror images per image whose guidance and features are averaged (default: config's)",
+    )  # fmt: skip
     command.add_argument("--seed", type=int, help="seed of the noise (default: config's)")
     command.add_argument(
         "--precision", choices=("fp32", "bf16", "fp8", "int8"), default="fp32",

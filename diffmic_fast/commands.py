@@ -267,6 +267,7 @@ def _sampling(args: argparse.Namespace, config: RunConfig) -> SamplingOptions:
     return replace(
         options,
         samples=args.samples or options.samples,
+        views=args.views or options.views,
         seed=options.seed if args.seed is None else args.seed,
         precision=args.precision,
         compile=args.compile,

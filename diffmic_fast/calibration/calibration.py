@@ -26,7 +26,7 @@ from diffmic_fast.diffusion.sampling_options import SamplingOptions
 
 FORMAT = 1
 # What the distribution of y_0 depends on.
-_SAMPLING = ("sampler", "steps", "eta", "samples")
+_SAMPLING = ("sampler", "steps", "eta", "samples", "views")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Calibration:
     another number of samples change the distribution of y_0.
 
     Attributes:
-        sampler, steps, eta, samples: As in `SamplingOptions`.
+        sampler, steps, eta, samples, views: As in `SamplingOptions`.
         images: Number of validation images.
         diffusion: Scaling of the mean of y_0, and of the guidance's logarithms of probabilities.
         guidance: Temperature of the logarithms of probabilities of the guidance's fused branch.
@@ -63,6 +63,7 @@ class Calibration:
     guidance_losses: dict[str, float] = field(default_factory=dict)
     novelty: NoveltyDetector | None = None
     weights: str = ""
+    views: int = 1
 
     @property
     def classes(self) -> int:
@@ -158,6 +159,7 @@ def _read(state: Mapping[str, Any], classes: int | None) -> Calibration:
         {str(key): float(value) for key, value in state["guidance_losses"].items()},
         None if state["novelty"] is None else _detector(state["novelty"]),
         str(state["weights"]),
+        options.views,
     )
 
 
@@ -215,6 +217,7 @@ def fit_calibration(
         guidance_losses,
         novelty,
         weights,
+        options.views,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 from pydantic.dataclasses import dataclass
@@ -22,6 +22,8 @@ class SamplingConfig:
         eta: for samplers with `Sampler.takes_eta`: 0 is deterministic after the first draw, 1 has the variance of
             "ddpm".
         samples: chains per image.
+        views: mirror images of each image whose guidance and features are averaged, 1, 2 (horizontal) or 4 (also
+            vertical). The model should have been trained with such flips.
         seed: of the noise.
         batch_size: images per batch.
 
@@ -33,5 +35,6 @@ class SamplingConfig:
     steps: Integer | None = 60
     eta: Annotated[float, Strict(), Field(ge=0, le=1)] = 0.0
     samples: Count = 1
+    views: Literal[1, 2, 4] = 1
     seed: Integer = 0
     batch_size: Count = 32

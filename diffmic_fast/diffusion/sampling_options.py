@@ -13,6 +13,9 @@ from diffmic_fast.reference.denoise import StepTable
 if TYPE_CHECKING:
     from diffmic_fast.config.run import SamplingConfig
 
+# Numbers of mirror images that `SamplingOptions.views` may be.
+VIEWS = (1, 2, 4)
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -26,6 +29,8 @@ class SamplingOptions:
         seed: 64-bit key of the noise.
         precision: of the chain, one of `ops.denoise.PRECISIONS`; see `DiffMIC.predict`.
         compile: run the convolutions through `torch.compile`.
+        views: mirror images of each image over which the guidance model's logits and the encoder's features are
+            averaged: 1 the image alone, 2 with its horizontal mirror image, 4 also with the vertical ones of both.
 
     Raises:
         TypeError: from the constructor: a number is not a whole number, or `compile` is not a bool.
@@ -39,9 +44,10 @@ class SamplingOptions:
     seed: int = 0
     precision: str = "fp32"
     compile: bool = False
+    views: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("samples", "seed", "steps"):
+        for name in ("samples", "seed", "steps", "views"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 if name == "steps" and value is None:
@@ -51,6 +57,8 @@ class SamplingOptions:
             raise TypeError(f"compile must be True or False, got {self.compile!r}")
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, got {self.samples}")
+        if self.views not in VIEWS:
+            raise ValueError(f"views must be 1, 2 or 4, got {self.views}")
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed must have at most 64 bits, got {self.seed}")
         if self.precision not in PRECISIONS:
@@ -62,7 +70,14 @@ class SamplingOptions:
     @classmethod
     def from_config(cls, config: SamplingConfig) -> SamplingOptions:
         """The options of a configuration's section `sampling`."""
-        return cls(config.sampler, config.steps, config.eta, config.samples, config.seed)
+        return cls(
+            config.sampler,
+            config.steps,
+            config.eta,
+            config.samples,
+            config.seed,
+            views=config.views,
+        )
 
     def with_sampler(self, text: str) -> SamplingOptions:
         """These options with a sampler given as on the command line.

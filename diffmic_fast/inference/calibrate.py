@@ -123,10 +123,12 @@ class _Passes:
 
     def encode(self, dataset: ImageDataset, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Collective: features and pixel statistics of these images, in their order."""
-        precision, compile = self.options.precision, self.options.compile
+        options = self.options
 
         def call(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-            features = self.model.encode(images, precision=precision, compile=compile)
+            features = self.model.encode(
+                images, precision=options.precision, compile=options.compile, views=options.views
+            )
             return features, image_statistics(images)
 
         features, statistics = self._run(dataset, indices, call)

@@ -70,7 +70,7 @@ def evaluate(
     Args:
         model: moved to `device` and set to evaluation mode.
         dataset: images and labels.
-        methods: samplers, with the same `samples`, `seed`, `precision` and `compile`. May be empty.
+        methods: samplers, with the same `samples`, `seed`, `precision`, `compile` and `views`. May be empty.
         batch_size: images at a time.
         workers: processes that load images; 0 loads them in this one.
         device: where the model runs.
@@ -150,7 +150,7 @@ def _shared_options(methods: Sequence[SamplingOptions]) -> SamplingOptions:
     shared = {replace(m, sampler="ddpm", steps=None, eta=0.0) for m in methods}
     if len(shared) > 1:
         raise ValueError(
-            "evaluate: all methods must have the same samples, seed, precision and compile, got "
+            "evaluate: all methods must have the same samples, seed, precision, compile and views, got "
             f"{', '.join(map(repr, methods))}"
         )
     return shared.pop() if shared else SamplingOptions()
@@ -168,12 +168,16 @@ def _classify(
     model: DiffMIC, images: Tensor, methods: Sequence[SamplingOptions], options: SamplingOptions
 ) -> list[Output]:
     """The guidance model alone and each method, then those of them that can be calibrated."""
-    networks: dict[str, Any] = {"precision": options.precision, "compile": options.compile}
+    networks: dict[str, Any] = {
+        "precision": options.precision,
+        "compile": options.compile,
+        "views": options.views,
+    }
     guidance, guiding = _time(images.device, partial(model.guide, images, **networks))
     fused = guidance.logits.fused.float().softmax(dim=1)
     outputs = [Output(GUIDANCE, _to_numpy(fused), guiding)]
     calibrated = []
-    if model.calibration is not None:
+    if model.calibration is not None and model.calibration.views == options.views:
         calibrated.append(_calibrated_guidance(model.calibration, fused, guiding))
     if methods:
         features, encoding = _time(images.device, partial(model.encode, images, **networks))

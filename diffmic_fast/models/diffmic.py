@@ -18,7 +18,7 @@ from diffmic_fast.diffusion.schedule import make_schedule
 from diffmic_fast.models.denoiser import ConditionalModel
 from diffmic_fast.models.encoders import ImageEncoder
 from diffmic_fast.models.execution import inference
-from diffmic_fast.models.guidance import DCG, GuidanceDetail
+from diffmic_fast.models.guidance import DCG, Guidance, GuidanceDetail
 from diffmic_fast.models.image_ids import image_ids
 from diffmic_fast.models.loss import DiffMICLoss, antithetic_timesteps, denoising_loss
 from diffmic_fast.models.modes import evaluation_mode
@@ -168,23 +168,30 @@ class DiffMIC(nn.Module):
 
     @torch.no_grad()
     def guide(
-        self, images: Tensor, *, precision: str = "fp32", compile: bool = False
+        self, images: Tensor, *, precision: str = "fp32", compile: bool = False, views: int = 1
     ) -> GuidanceDetail:
         """The guidance model's part of `predict`, for several predictions of the same images.
 
         Args:
-            images, precision, compile: As in `predict`.
+            images, precision, compile, views: As in `predict`.
+
+        Returns:
+            Logits averaged over the views, and saliency and patches of the images themselves.
         """
         images = self._check_images("DiffMIC.guide", images)
-        with self._inference(SamplingOptions(precision=precision, compile=compile)):
-            return self.guidance.detail(images)
+        options = SamplingOptions(precision=precision, compile=compile, views=views)
+        with self._inference(options):
+            return self._guide(images, views)
 
     @torch.no_grad()
-    def encode(self, images: Tensor, *, precision: str = "fp32", compile: bool = False) -> Tensor:
-        """The image encoder's part of `predict`: features [B, F] float32; see `guide`."""
+    def encode(
+        self, images: Tensor, *, precision: str = "fp32", compile: bool = False, views: int = 1
+    ) -> Tensor:
+        """The image encoder's part of `predict`: features [B, F] float32, averaged over the views; see `guide`."""
         images = self._check_images("DiffMIC.encode", images)
-        with self._inference(SamplingOptions(precision=precision, compile=compile)):
-            return self.denoiser.encode(images).float()
+        options = SamplingOptions(precision=precision, compile=compile, views=views)
+        with self._inference(options):
+            return self._encode(images, views).float()
 
     @torch.no_grad()
     def pool(self, images: Tensor, *, precision: str = "fp32", compile: bool = False) -> Tensor:
@@ -215,6 +222,7 @@ class DiffMIC(nn.Module):
         ids: Tensor | None = None,
         precision: str = "fp32",
         compile: bool = False,
+        views: int = 1,
         trajectory: bool = False,
         saliency: bool = False,
         boxes: bool = False,
@@ -232,7 +240,7 @@ class DiffMIC(nn.Module):
 
         Args:
             images: [B, 3, H, W] float32, finite.
-            sampler, steps, eta, samples, seed: As in `diffusion.sampling_options.SamplingOptions`.
+            sampler, steps, eta, samples, seed, views: As in `diffusion.sampling_options.SamplingOptions`.
             ids: [B] int64, key of each image's noise (default: a hash of its pixels).
             precision: Of the chain (see `ops.denoise`). With "bf16" the convolutions of guidance model and encoder are
                 in bfloat16 too if the device has such instructions (on a CPU AMX or those of AVX-512 or Arm:
@@ -244,8 +252,8 @@ class DiffMIC(nn.Module):
             trajectory, saliency, boxes: Whether to return them.
             guidance, features: Results of `guide` and `encode` for these images; computed if None.
             probability: "published" for the mean softmax of y_0, "calibrated" for the probabilities of `calibration`.
-                None for the latter where `calibration` was fitted for this sampler, steps, eta and samples, otherwise
-                the former; `Prediction.calibrated` tells which.
+                None for the latter where `calibration` was fitted for this sampler, steps, eta, samples and views,
+                otherwise the former; `Prediction.calibrated` tells which.
 
         Raises:
             ValueError, TypeError: An argument does not fit, or images are not finite; the message names it.
@@ -254,7 +262,7 @@ class DiffMIC(nn.Module):
             FloatingPointError: The model's result for an image is not finite.
         """
         images = self._check_images("DiffMIC.predict", images)
-        options = SamplingOptions(sampler, steps, eta, samples, seed, precision, compile)
+        options = SamplingOptions(sampler, steps, eta, samples, seed, precision, compile, views)
         calibration = self._calibration(options, probability)
         args = Arguments("DiffMIC.predict")
         args.sizes["B"] = images.shape[0]  # len() would specialise a traced size
@@ -267,9 +275,9 @@ class DiffMIC(nn.Module):
         if features is not None:
             args.floating("features", features, "B F")
         with self._inference(options):
-            detail = self.guidance.detail(images) if guidance is None else guidance
+            detail = self._guide(images, views) if guidance is None else guidance
             branches = torch.stack(detail.logits, dim=1).float().softmax(dim=-1)
-            x = (self.denoiser.encode(images) if features is None else features).float()
+            x = (self._encode(images, views) if features is None else features).float()
             states = self._sample(x, branches[:, 0], ids.to(images.device), options, trajectory)
         result = Prediction.from_states(states, branches, samples, trajectory=trajectory)
         if calibration is not None:
@@ -300,6 +308,17 @@ class DiffMIC(nn.Module):
         if obstacle is not None and probability == "calibrated":
             raise ValueError(f"DiffMIC.predict: probabilities are not calibrated: {obstacle}")
         return None if obstacle is not None else self.calibration
+
+    def _guide(self, images: Tensor, views: int) -> GuidanceDetail:
+        detail, *others = (self.guidance.detail(view) for view in _mirrored(images, views))
+        if not others:
+            return detail
+        logits = torch.stack([torch.stack(each.logits) for each in (detail, *others)])
+        return detail._replace(logits=Guidance(*logits.float().mean(dim=0).unbind()))
+
+    def _encode(self, images: Tensor, views: int) -> Tensor:
+        first, *others = (self.denoiser.encode(view) for view in _mirrored(images, views))
+        return torch.stack([first, *others]).float().mean(dim=0) if others else first
 
     def _sample(
         self,
@@ -370,6 +389,14 @@ class DiffMIC(nn.Module):
             raise ValueError(f"{operation}: images must not be empty, got {tuple(images.shape)}")
         check_finite(f"{operation}: the argument images", images, ValueError)
         return images
+
+
+def _mirrored(images: Tensor, views: int) -> Iterator[Tensor]:
+    """Images [B, 3, H, W] and, for 2 or 4 views, their mirror images."""
+    flips = ((), (3,), (2,), (2, 3))
+    for axes in flips[:views]:
+        flipped = images.flip(axes) if axes else images
+        yield flipped.contiguous(memory_format=torch.channels_last) if axes else flipped
 
 
 def _repeat(rows: Tensor, times: int) -> Tensor:

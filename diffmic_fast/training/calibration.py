@@ -81,7 +81,8 @@ def _obstacle(config: RunConfig, validation: ImageDataset | None) -> str:
         return "there are no validation images"
     if len(validation) < MIN_IMAGES:
         return f"there must be at least {MIN_IMAGES} validation images, got {len(validation)}"
-    return "" if config.training.epochs else "the denoiser was not trained"
+    trained = config.training.epochs or config.training.feature_epochs
+    return "" if trained else "the denoiser was not trained"
 
 
 def _uncalibrated(folder: Path) -> list[list[str]]:
