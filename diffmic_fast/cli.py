@@ -46,6 +46,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="the images of the configuration's data to fit to; they must not have trained the model "
         "(default: %(default)s)",
     )  # fmt: skip
+    calibrate.add_argument(
+        "--images", metavar="DIR", help="fit to these images instead: a folder for each class"
+    )
     calibrate.add_argument("--sampler", metavar="NAME[:STEPS[:ETA]]", help="default: config's")
 
     evaluate = commands.add_parser(

@@ -21,6 +21,7 @@ from diffmic_fast.checkpoint import (
     read_checkpoint,
 )
 from diffmic_fast.cli import EXIT_FAILED, EXIT_UNREADABLE
+from diffmic_fast.config.data import DataConfig
 from diffmic_fast.config.run import RunConfig, read_config
 from diffmic_fast.config.yaml_reader import with_overrides
 from diffmic_fast.data.dataset import ImageDataset
@@ -72,12 +73,15 @@ def _calibrate(args: argparse.Namespace) -> int:
     config = _config(args, path)
     file = read_checkpoint(path, mmap=True)
     model, names = load_model(path, args.guidance, config, ema=args.ema)
-    table = open_source(config.data, args.split)
+    if args.images:
+        table = open_source(_folder(config, args.images, names), "train")
+    else:
+        table = open_source(config.data, args.split)
     _check_classes("calibrate", table, names)
     if digest(table) == file.extras.get("data_digest"):
         raise ValueError(
-            "calibrate: the images must not have trained the model, got its training images; use others (--split, or "
-            "--set data.…)"
+            "calibrate: the images must not have trained the model, got its training images; use others (--split, "
+            "--images or --set)"
         )
     options = _sampling(args, config)
     if args.sampler:
@@ -97,6 +101,16 @@ def _calibrate(args: argparse.Namespace) -> int:
             add_calibration(path, calibration)
             print(f"{path}: {calibration.summary}")
     return 0
+
+
+def _folder(config: RunConfig, folder: str, names: tuple[str, ...] | None) -> DataConfig:
+    """A data section for labelled images in a folder, with the preprocessing of a configuration."""
+    return DataConfig(
+        kind="folder",
+        root=folder,
+        class_names=names or config.data.class_names,
+        augmentation=config.data.augmentation,
+    )
 
 
 def _training_images(config: RunConfig, file: Checkpoint) -> ImageDataset | None:
