@@ -13,7 +13,7 @@ import torch
 from training_fixtures import CLASSES, write_images
 from training_runs import make_config
 
-from diffmic_fast.calibration import Calibration, confidence
+from diffmic_fast.calibration import Calibration, Scaling, confidence
 from diffmic_fast.checkpoint import (
     add_calibration,
     atomic_save,
@@ -179,7 +179,9 @@ def test_a_compiled_and_an_exported_model_are_calibrated(datasets):
     configuration = make_config(Path("unused")).model
     model = DiffMIC(configuration).eval()
     options = SamplingOptions("ddpm")
-    model.calibration = calibrate(model, *datasets, options)
+    vector = Scaling("vector", 3.0, 0.5, torch.tensor([0.5, 0.0, -0.5]))
+    calibration = calibrate(model, *datasets, options)
+    model.calibration = dataclasses.replace(calibration, diffusion=vector)
     images = batch(datasets, 4)
     expected = model(images)
     assert not torch.equal(expected, model.predict(images, probability="published").probabilities)
@@ -187,6 +189,9 @@ def test_a_compiled_and_an_exported_model_are_calibrated(datasets):
         model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
     )
     torch.testing.assert_close(program.module()(images), expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(images)
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_without_training_images_the_earlier_ones_are_kept(model, datasets):
