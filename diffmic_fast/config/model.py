@@ -34,6 +34,8 @@ class DiffMICConfig:
         crop_size: side of a patch in pixels, at most `image_size`.
         percent_t: share of the saliency map's pixels that the global branch averages, in (0, 1].
         crop_channels: channels of the image that a patch shows.
+        crop_foreground: choose patches where the image has contrast, not in its background (`models.guidance`). The
+            published program chooses both.
         mmd_weight: weight of the two MMD terms in the training loss.
     """
 
@@ -52,4 +54,5 @@ class DiffMICConfig:
     crop_size: Count = 32
     percent_t: Annotated[float, Strict(), Field(gt=0, le=1)] = 1.0
     crop_channels: Channels = "first"
+    crop_foreground: bool = False
     mmd_weight: Number = 0.5

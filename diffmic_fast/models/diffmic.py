@@ -72,6 +72,7 @@ class DiffMIC(nn.Module):
             crop_size=config.crop_size,
             percent_t=config.percent_t,
             crop_channels=config.crop_channels,
+            crop_foreground=config.crop_foreground,
             trunk_weights=config.guidance_weights if pretrained else None,
         )
         # Convolutions are fastest in this layout, on CPUs (up to four times) as on GPUs.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmic_fast.models._torch_internals import register_namedtuple
@@ -13,6 +15,9 @@ from diffmic_fast.ops.rois import rois
 from diffmic_fast.reference.rois import Channels
 
 _ATTENTION_WIDTH = 128
+_BLOCKS_PER_CELL = 4
+_FLAT = 0.05
+_EXTREME = 0.1
 
 
 class Guidance(NamedTuple):
@@ -53,6 +58,31 @@ class GuidanceDetail(NamedTuple):
     attention: Tensor
 
 
+def foreground(images: Tensor, size: Sequence[int]) -> Tensor:
+    """Cells of a grid over the image that are not background, such as the black around a fundus image.
+
+    A cell is divided into 4 x 4 blocks. A block is background if the standard deviation of its grey values is less than
+    5 % of the whole image's and their mean is within 10 % of the range from the darkest or the lightest. A cell is
+    background if half of its blocks are, or more.
+
+    Args:
+        images: [B, 3, H, W].
+        size: (h, w) of the grid.
+
+    Returns:
+        [B, h, w] bool.
+    """
+    grey = images.float().mean(dim=1, keepdim=True)
+    blocks = [_BLOCKS_PER_CELL * cells for cells in size]
+    mean = F.adaptive_avg_pool2d(grey, blocks)
+    variance = F.adaptive_avg_pool2d(grey.square(), blocks) - mean.square()
+    whole = grey.var(dim=(2, 3), correction=0, keepdim=True)
+    low, high = grey.amin(dim=(2, 3), keepdim=True), grey.amax(dim=(2, 3), keepdim=True)
+    from_end = torch.minimum(mean - low, high - mean)
+    background = (variance <= _FLAT**2 * whole) & (from_end <= _EXTREME * (high - low))
+    return F.avg_pool2d(background.float(), _BLOCKS_PER_CELL)[:, 0] < 0.5
+
+
 class SaliencyHead(nn.Module):
     """Class saliency of a feature map: a 1 x 1 convolution without bias."""
 
@@ -85,6 +115,7 @@ class DCG(nn.Module):
         crop_size: int = 32,
         percent_t: float = 1.0,
         crop_channels: Channels = "first",
+        crop_foreground: bool = False,
         trunk_weights: str | None = None,
     ) -> None:
         """Build the guidance model.
@@ -96,6 +127,8 @@ class DCG(nn.Module):
             crop_size: Side of a patch in pixels.
             percent_t: Share of the saliency map, in (0, 1], whose largest responses are averaged to a global logit.
             crop_channels: "first" cuts channel 0 and repeats it (as published), "all" cuts every channel.
+            crop_foreground: Choose patches where the image has contrast (`foreground`). The published program also
+                chooses black corners.
             trunk_weights: As in `make_trunk`, for both trunks.
 
         Raises:
@@ -115,6 +148,7 @@ class DCG(nn.Module):
         self.crop_size = crop_size
         self.percent_t = percent_t
         self.crop_channels: Channels = crop_channels
+        self.crop_foreground = crop_foreground
         global_trunk, local_trunk = Trunk(trunk, trunk_weights), Trunk(trunk, trunk_weights)
         width = local_trunk.channels
         self.ds_net: nn.Module = global_trunk
@@ -143,7 +177,12 @@ class DCG(nn.Module):
         saliency = self.left_postprocess_net(self.ds_net(images))
         global_ = self.aggregate(saliency)
         size = (self.crop_size, self.crop_size)
-        patches = rois(saliency.detach(), images, size, self.crops, self.crop_channels)
+        responses = saliency.detach()
+        if self.crop_foreground:
+            # The least response of a class is 0 after the normalisation in `rois`.
+            least = responses.amin(dim=(2, 3), keepdim=True)
+            responses = responses.where(foreground(images, responses.shape[2:])[:, None], least)
+        patches = rois(responses, images, size, self.crops, self.crop_channels)
         _, attention, local = self.classify_patches(patches.crops)
         logits = Guidance((global_ + local) / 2, global_, local)
         return GuidanceDetail(
