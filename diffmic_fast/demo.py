@@ -72,7 +72,7 @@ def run_demo(
     if not quiet:
         evaluation.print()
     evaluation.save(paths["measures"])
-    shown = evaluation.results[1]
+    shown = evaluation.primary
     figure = draw_confusion(shown.metrics.confusion, evaluation.classes, shown.method)
     save_figure(figure, paths["confusions"])
     _predict(model, config, classes or evaluation.classes, paths, chosen)
@@ -84,17 +84,25 @@ def run_demo(
 
 
 def _draw_images(preset: str, folder: Path) -> tuple[RunConfig, str]:
-    """Draw training and test images; returns the preset with these folders as its data, and a sentence about them."""
+    """Draw the images; returns the preset with these folders as its data, and a sentence about them."""
     data = read_config(preset).data
-    train, test = data.synthetic_per_class, data.synthetic_test_per_class
-    for split, count, first in (("train", train, 0), ("test", test, train)):
+    counts = {
+        "train": data.synthetic_per_class,
+        "validation": data.synthetic_validation_per_class,
+        "test": data.synthetic_test_per_class,
+    }
+    counts = {split: count for split, count in counts.items() if count}
+    first = 0
+    for split, count in counts.items():
         write_dataset(
             folder / split, count, data.synthetic_size, data.synthetic_seed, first_index=first
         )
-    drawn = {"kind": "folder", "root": str(folder), "train_table": "train", "test_table": "test",
-             "synthetic_per_class": 0, "synthetic_test_per_class": 0}  # fmt: skip
-    text = f"drew {train} training and {test} test images of each grade in {folder}"
-    return read_config(preset, [{"data": drawn}]), text
+        first += count
+    drawn: dict[str, object] = {"kind": "folder", "root": str(folder), "synthetic_per_class": 0,
+             "synthetic_validation_per_class": 0, "synthetic_test_per_class": 0}  # fmt: skip
+    drawn |= {f"{split}_table": split for split in counts}
+    text = ", ".join(f"{count} {split}" for split, count in counts.items())
+    return read_config(preset, [{"data": drawn}]), f"drew {text} images of each grade in {folder}"
 
 
 def _evaluate(model: DiffMIC, config: RunConfig, device: torch.device) -> Evaluation:

@@ -73,7 +73,7 @@ def foreground(images: Tensor, size: Sequence[int]) -> Tensor:
         [B, h, w] bool.
     """
     grey = images.float().mean(dim=1, keepdim=True)
-    blocks = [_BLOCKS_PER_CELL * cells for cells in size]
+    blocks = (_BLOCKS_PER_CELL * size[0], _BLOCKS_PER_CELL * size[1])
     mean = F.adaptive_avg_pool2d(grey, blocks)
     variance = F.adaptive_avg_pool2d(grey.square(), blocks) - mean.square()
     whole = grey.var(dim=(2, 3), correction=0, keepdim=True)

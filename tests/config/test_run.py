@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 
-from diffmic_fast.config.run import RunConfig, presets, read_config
+from diffmic_fast.config.run import RunConfig, TrainingConfig, presets, read_config
 
 
 def test_presets_load_and_round_trip(tmp_path):
-    assert set(presets()) == {"pmg2000", "aptos2019", "ham10000", "chest_xray_small", "demo"}
+    assert set(presets()) == {
+        "pmg2000", "aptos2019", "ham10000", "aptos2019_small", "isic2018_small", "chest_xray_small", "demo",
+    }  # fmt: skip
     for name in presets():
         config = read_config(name)
         config.save(tmp_path / "config.yml")
@@ -30,6 +32,24 @@ def test_published_settings():
     assert read_config("pmg2000").model.classes == 4
     chest = read_config("chest_xray_small")
     assert chest.data.train_folds == (1, 2, 3) and chest.data.test_folds == (0,)
+
+
+# What the published method does not have, with the value that leaves it out.
+EXTENSIONS = {
+    "draws": 1, "encoder_epochs": 0, "feature_epochs": 0, "joint_guidance": True, "prior_dropout": 0.0,
+    "label_smoothing": 0.0, "ordinal": False, "balance": 0.0, "guidance_warmup_epochs": 0.0,
+    "guidance_cosine": False, "encoder_learning_rate": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["pmg2000", "aptos2019", "ham10000"])
+def test_published_presets_leave_the_extensions_out(name):
+    config = read_config(name)
+    for key, value in EXTENSIONS.items():
+        assert getattr(config.training, key) == value, key
+        assert getattr(TrainingConfig(), key) == value, key
+    assert not config.model.crop_foreground and config.model.crop_channels == "first"
+    assert (config.sampling.views, config.sampling.samples) == (1, 1)
 
 
 def test_overrides_are_parsed_as_yaml():
