@@ -18,6 +18,7 @@ _ATTENTION_WIDTH = 128
 _BLOCKS_PER_CELL = 4
 _FLAT = 0.05
 _EXTREME = 0.1
+_BACKGROUND_SHARE = 0.25
 
 
 class Guidance(NamedTuple):
@@ -63,7 +64,7 @@ def foreground(images: Tensor, size: Sequence[int]) -> Tensor:
 
     A cell is divided into 4 x 4 blocks. A block is background if the standard deviation of its grey values is less than
     5 % of the whole image's and their mean is within 10 % of the range from the darkest or the lightest. A cell is
-    background if half of its blocks are, or more.
+    background if a quarter of its blocks are, or more.
 
     Args:
         images: [B, 3, H, W].
@@ -80,7 +81,7 @@ def foreground(images: Tensor, size: Sequence[int]) -> Tensor:
     low, high = grey.amin(dim=(2, 3), keepdim=True), grey.amax(dim=(2, 3), keepdim=True)
     from_end = torch.minimum(mean - low, high - mean)
     background = (variance <= _FLAT**2 * whole) & (from_end <= _EXTREME * (high - low))
-    return F.avg_pool2d(background.float(), _BLOCKS_PER_CELL)[:, 0] < 0.5
+    return F.avg_pool2d(background.float(), _BLOCKS_PER_CELL)[:, 0] < _BACKGROUND_SHARE
 
 
 class SaliencyHead(nn.Module):
