@@ -139,9 +139,10 @@ def choose_kind(
 ) -> tuple[str, dict[str, float]]:
     """Choose the kind of scaling by cross-validated negative log-likelihood.
 
-    A richer kind replaces a simpler one only if it is better by more than one standard error of the paired difference.
-    Fewer than 100 images are scaled by a temperature alone; a bias per class is considered if every fold can have an
-    image of every class.
+    A richer kind replaces a simpler one only if it is better by more than one standard error of the paired difference,
+    and if neither accuracy nor macro F1 of its labels is lower: likelihood favours frequent classes. Fewer than 100
+    images are scaled by a temperature alone; a bias per class is considered if every fold can have an image of every
+    class.
 
     Args:
         scores: [N, C].
@@ -163,19 +164,31 @@ def choose_kind(
         candidates = candidates[:1]
     elif int(counts.min()) < FOLDS:
         candidates = [kind for kind in candidates if kind != "vector"]
-    losses = {
-        kind: negative_log_likelihood(
-            cross_fitted_logits(kind, scores, labels, None if kind == "temperature" else prior),
-            labels,
-        )
+    logits = {
+        kind: cross_fitted_logits(kind, scores, labels, None if kind == "temperature" else prior)
         for kind in candidates
     }
+    losses = {kind: negative_log_likelihood(each, labels) for kind, each in logits.items()}
     chosen = candidates[0]
     for kind in candidates[1:]:
         gain = losses[chosen] - losses[kind]
-        if float(gain.mean()) > float(gain.std()) / math.sqrt(len(labels)):
+        likelier = float(gain.mean()) > float(gain.std()) / math.sqrt(len(labels))
+        before, after = (_accuracy_and_f1(logits[name], labels) for name in (chosen, kind))
+        if likelier and after[0] >= before[0] and after[1] >= before[1]:
             chosen = kind
     return chosen, {kind: float(loss.mean()) for kind, loss in losses.items()}
+
+
+def _accuracy_and_f1(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Accuracy, and F1 averaged over the classes that occur among labels or predictions."""
+    classes = logits.shape[1]
+    predicted = logits.argmax(dim=1)
+    right = torch.bincount(labels[predicted == labels], minlength=classes).double()
+    either = torch.bincount(labels, minlength=classes) + torch.bincount(
+        predicted, minlength=classes
+    )
+    f1 = 2 * right[either > 0] / either[either > 0]
+    return float(right.sum()) / len(labels), float(f1.mean())
 
 
 def check_count(count: int) -> None:

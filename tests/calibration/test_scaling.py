@@ -140,6 +140,18 @@ def test_the_simplest_kind_that_suffices_is_chosen() -> None:
     assert choose_kind(scores, drawn(2.0 * scores + prior + bias), prior)[0] == "vector"
 
 
+def test_a_likelihood_that_gives_up_a_rare_class_is_not_chosen() -> None:
+    """With weak scores and a quarter of one class, biases answer the frequent class nearly always."""
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.rand(600, generator=generator) < 0.25).long()
+    signal = 0.4 * torch.stack([1.0 - labels, labels.double()], dim=1)
+    scores = signal + torch.randn(600, 2, generator=generator).double()
+    prior = torch.zeros(600, 2, dtype=torch.float64)
+    kind, losses = choose_kind(scores, labels, prior)
+    assert losses["vector"] < 0.9 * losses["temperature"]
+    assert kind == "temperature"
+
+
 def test_few_images_and_absent_classes_limit_the_kinds() -> None:
     scores, prior = scores_of(300, 4), scores_of(300, 4, 1)
     labels = drawn(scores + prior)
