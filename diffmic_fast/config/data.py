@@ -33,11 +33,13 @@ def check_class_names(names: Sequence[str]) -> tuple[str, ...]:
     """
     if len(names) < 2:
         raise ValueError(f"class names: at least two are needed, got {list(names)}")
+    seen: set[str] = set()
     for i, name in enumerate(names):
         if not name.strip():
             raise ValueError(f"class names: name {i} is empty")
-        if name in names[:i]:
+        if name in seen:
             raise ValueError(f"class names: {name!r} is there twice")
+        seen.add(name)
     return tuple(names)
 
 

@@ -5,12 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
+NO_IMAGE = "a file without the suffix of an image"
 
 
-def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
-    """List the image files of a folder, sorted by path.
+class FolderContent(NamedTuple):
+    """The files of a folder.
+
+    Attributes:
+        images: the image files, sorted by path.
+        skipped: everything else, as (path, reason), sorted; a folder that was not searched counts once.
+    """
+
+    images: list[Path]
+    skipped: list[tuple[Path, str]]
+
+
+def scan_folder(folder: str | Path, recursive: bool = False) -> FolderContent:
+    """List the image files of a folder and what was skipped.
 
     Files are chosen by `IMAGE_SUFFIXES` in either case. Hidden files and folders are skipped, and links to folders are
     not followed, since they could lead in a circle.
@@ -20,23 +34,47 @@ def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
         recursive: look in the folders inside it too.
 
     Raises:
-        ValueError: `folder` is not a folder or has no image.
+        ValueError: `folder` is not a folder.
         OSError: a folder cannot be read.
     """
     if not os.path.isdir(folder):
         raise ValueError(f"data: {folder} is not a folder")
-    found = []
+    images, skipped = [], []
     for root, folders, names in os.walk(folder, onerror=_raise):
+        for name in folders:
+            if name.startswith("."):
+                skipped.append((Path(root, name), "a hidden folder"))
+            elif not recursive:
+                skipped.append((Path(root, name), "a folder"))
+            elif os.path.islink(os.path.join(root, name)):
+                skipped.append((Path(root, name), "a link to a folder"))
         folders[:] = [name for name in folders if recursive and not name.startswith(".")]
-        found += [
-            Path(root, name)
-            for name in names
-            if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
-        ]
+        for name in names:
+            if name.startswith("."):
+                skipped.append((Path(root, name), "a hidden file"))
+            elif name.lower().endswith(IMAGE_SUFFIXES):
+                images.append(Path(root, name))
+            else:
+                skipped.append((Path(root, name), NO_IMAGE))
+    return FolderContent(sorted(images), sorted(skipped))
+
+
+def list_images(folder: str | Path, recursive: bool = False) -> list[Path]:
+    """List the image files of a folder, sorted by path (`scan_folder`).
+
+    Args:
+        folder: where to look.
+        recursive: look in the folders inside it too.
+
+    Raises:
+        ValueError: `folder` is not a folder or has no image.
+        OSError: a folder cannot be read.
+    """
+    found = scan_folder(folder, recursive).images
     if not found:
         hint = "" if recursive else " (folders inside it were not searched)"
         raise ValueError(f"data: there is no image file in {folder}{hint}")
-    return sorted(found)
+    return found
 
 
 def _raise(error: OSError) -> None:

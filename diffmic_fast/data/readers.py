@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from diffmic_fast.data.files import find_file, list_images
+from diffmic_fast.data.files import IMAGE_SUFFIXES, NO_IMAGE, find_file, scan_folder
+from diffmic_fast.data.labels import INTEGER, check_derived_names, shown
 from diffmic_fast.data.pickles import load_plain_pickle
-from diffmic_fast.data.rows import INTEGER, TableBuilder, csv_rows
-from diffmic_fast.data.table import ArrayImage, ImageEntry, ImageTable
+from diffmic_fast.data.rows import TableBuilder, csv_rows
+from diffmic_fast.data.table import ArrayImage, ImageEntry, ImageTable, Skipped
 
 HAM10000_CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
 APTOS2019_CLASSES = ("no_dr", "mild", "moderate", "severe", "proliferative")
@@ -44,17 +45,39 @@ def read_folder(root: str | Path, classes: Sequence[str] | None = None) -> Image
             "test_table"
         )
     names = tuple(classes if classes is not None else folders)
-    unknown = [folder for folder in folders if folder not in names]
+    numbers = {name: number for number, name in enumerate(names)}
+    unknown = [folder for folder in folders if folder not in numbers]
     if unknown:
         raise ValueError(
-            f"data: the folders in {root} must be classes ({', '.join(names)}), got {unknown[0]}"
+            f"data: the folders in {root} must be classes ({shown(names)}), got {unknown[0]}"
         )
-    entries = [
-        ImageEntry(str(path.relative_to(root)), names.index(folder), path)
-        for folder in folders
-        for path in list_images(root / folder, recursive=True)
-    ]
-    return ImageTable(names, tuple(entries))
+    entries, skipped = [], _beside_class_folders(root)
+    for folder in folders:
+        content = scan_folder(root / folder, recursive=True)
+        if not content.images:
+            raise ValueError(f"data: there is no image file in {root / folder}")
+        entries += [
+            ImageEntry(str(path.relative_to(root)), numbers[folder], path)
+            for path in content.images
+        ]
+        skipped += [Skipped(str(path), reason) for path, reason in content.skipped]
+    if classes is None:
+        check_derived_names({name: str(root / name) for name in folders}, len(entries))
+    return ImageTable(names, tuple(entries), tuple(skipped))
+
+
+def _beside_class_folders(root: Path) -> list[Skipped]:
+    """What a folder of class folders has beside these."""
+    skipped = []
+    for path in sorted(root.iterdir()):
+        if path.name.startswith("."):
+            skipped.append(Skipped(str(path), f"a hidden {'folder' if path.is_dir() else 'file'}"))
+        elif not path.is_dir():
+            is_image = path.name.lower().endswith(IMAGE_SUFFIXES)
+            skipped.append(
+                Skipped(str(path), "an image outside the class folders" if is_image else NO_IMAGE)
+            )
+    return skipped
 
 
 def read_csv(
@@ -64,16 +87,18 @@ def read_csv(
     *,
     num_classes: int | None = None,
     columns: tuple[str, str, str] = ("file", "label", "fold"),
+    positions: bool = True,
 ) -> ImageTable:
     """Read a CSV file with a file, a label and possibly a fold in each row.
 
-    Labels are class names, or numbers from 0 if every one of them is a whole number.
+    Labels are class names, or numbers from 0 if every one of them is a whole number (`labels.number_labels`).
 
     Args:
         table: the CSV file (`rows.csv_rows`).
         root: folder that file names are relative to (default: that of `table`).
         classes, num_classes: as in `rows.TableBuilder.build`.
         columns: names of the columns of file, label and fold; the last may be absent.
+        positions: as in `rows.TableBuilder.build`.
 
     Raises:
         ValueError: a row is invalid, by file and line, or image files are missing.
@@ -82,17 +107,16 @@ def read_csv(
     root = table.parent if root is None else Path(root)
     file_column, label_column, fold_column = columns
     builder = TableBuilder(table)
-    for where, row in csv_rows(table, (file_column, label_column)):
+    for where, row in csv_rows(table, (file_column, label_column), builder.skipped):
         fold = row.get(fold_column)
         if fold is not None and not INTEGER.fullmatch(fold):
             raise ValueError(f"{table}, {where}: fold must be a whole number, got {fold!r}")
         name = row[file_column]
         if not name:
             raise ValueError(f"{table}, {where}: the file name is empty")
-        builder.add(
-            where, name, row[label_column], root / name, None if fold is None else int(fold)
-        )
-    return builder.build(classes, num_classes)
+        number = None if fold is None else int(fold)
+        builder.add(where, name, row[label_column], root / name, fold=number)
+    return builder.build(classes, num_classes, positions=positions)
 
 
 def read_ham10000(
@@ -157,7 +181,7 @@ def _read_published(
     """Read a CSV file whose first column names the image, without its suffix."""
     table = Path(table)
     builder = TableBuilder(table)
-    for where, row in csv_rows(table, columns):
+    for where, row in csv_rows(table, columns, builder.skipped):
         name = row[columns[0]]
         builder.add(where, name, label(f"{table}, {where}", row), find_file(folders, name + suffix))
     return builder.build(classes)
@@ -176,13 +200,14 @@ def read_pickle(
     classes: Sequence[str] | None = None,
     *,
     num_classes: int | None = None,
+    positions: bool = True,
 ) -> ImageTable:
     """Read the published program's list of images, without running code (`pickles.load_plain_pickle`).
 
     Args:
         path: a pickled list of {"img_root": path, "label": number}, or of (path, number).
         root: folder that relative paths start from.
-        classes, num_classes: as in `rows.TableBuilder.build`.
+        classes, num_classes, positions: as in `rows.TableBuilder.build`.
 
     Raises:
         ValueError: the pickle holds something else, or image files are missing.
@@ -195,7 +220,7 @@ def read_pickle(
     for number, item in enumerate(content):
         name, label = _pickled_pair(f"{path}, item {number}", item)
         builder.add(f"item {number}", name, label, Path(root) / name)
-    return builder.build(classes, num_classes)
+    return builder.build(classes, num_classes, positions=positions)
 
 
 def _pickled_pair(where: str, item: Any) -> tuple[str, int | str]:
@@ -215,7 +240,14 @@ def _pickled_pair(where: str, item: Any) -> tuple[str, int | str]:
         raise ValueError(f"{where}: must be a dict or a pair (path, label), got {item!r:.80}")
     if not isinstance(name, str) or isinstance(label, bool) or not isinstance(label, (int, str)):
         raise ValueError(f"{where}: must be a path and a label, got {name!r:.60} and {label!r:.60}")
-    return name, label
+    if isinstance(label, int) and not 0 <= label < 2**63:
+        raise ValueError(f"{where}: label must be a number from 0, got {_number_text(label)}")
+    return name, label.strip() if isinstance(label, str) else label
+
+
+def _number_text(number: int) -> str:
+    # Python refuses to print numbers of thousands of digits.
+    return str(number) if number.bit_length() <= 64 else f"one of {number.bit_length()} bits"
 
 
 def read_medmnist(path: str | Path, split: str, classes: Sequence[str] | None = None) -> ImageTable:
@@ -253,13 +285,31 @@ def read_medmnist(path: str | Path, split: str, classes: Sequence[str] | None = 
             f"{path}: {prefix}_labels must be one whole number for each image, got {labels.dtype} {labels.shape} for "
             f"{len(images)} images"
         )
-    if classes is None:
-        top = max(int(part.max(initial=0)) for part in every)
-        classes = tuple(str(i) for i in range(max(top + 1, 2)))
+    names = tuple(classes) if classes is not None else _medmnist_classes(path, every)
+    wrong = np.flatnonzero((labels.reshape(-1) < 0) | (labels.reshape(-1) >= len(names)))
+    if len(wrong):
+        raise ValueError(
+            f"{path}: {prefix}_labels must be numbers from 0 to {len(names) - 1}, got "
+            f"{labels.reshape(-1)[wrong[0]]} at {wrong[0]}"
+        )
     return ImageTable(
-        tuple(classes),
+        names,
         tuple(
             ImageEntry(f"{split}/{i}", int(label), ArrayImage(images, i))
             for i, label in enumerate(labels.reshape(-1))
         ),
     )
+
+
+def _medmnist_classes(path: Path, labels: Sequence[np.ndarray]) -> tuple[str, ...]:
+    """The numbers up to the largest label of all splits."""
+    if any(part.dtype.kind not in "iu" for part in labels):
+        raise ValueError(f"{path}: labels must be whole numbers in every split")
+    different = set().union(*(np.unique(part).tolist() for part in labels))
+    count = max(max(different, default=0) + 1, 2)
+    if count > max(10, 2 * len(different)):
+        raise ValueError(
+            f"{path}: labels must be classes counted from 0, got {count - 1}, which makes {count} classes, and "
+            f"{len(different)} different labels; name the classes in data.class_names"
+        )
+    return tuple(map(str, range(count)))

@@ -4,42 +4,63 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from diffmic_fast.data.table import ImageEntry, ImageTable
+from diffmic_fast.data.labels import LabelledRow, number_labels
+from diffmic_fast.data.table import ImageEntry, ImageTable, Skipped
 
-INTEGER = re.compile(r"[+-]?\d+")
 _SHOWN = 3
 
 
 class _Row(NamedTuple):
     where: str
     name: str
-    label: str
+    label: str | int
     file: Path
     fold: int | None
+    group: str | None
 
 
 class TableBuilder:
-    """Collects the images that one file lists; errors name the file and the row."""
+    """Collects the images that one file lists; errors name the file and the row.
+
+    Attributes:
+        path: The file.
+        skipped: Rows that list no image.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.skipped: list[Skipped] = []
         self._rows: dict[str, _Row] = {}
 
     def add(
-        self, where: str, name: str, label: object, file: Path, fold: int | None = None
+        self,
+        where: str,
+        name: str,
+        label: str | int,
+        file: Path,
+        *,
+        fold: int | None = None,
+        group: str | None = None,
     ) -> None:
-        """Add an image whose class has the name or number `label`; errors call its row `where`.
+        """Add an image.
+
+        Args:
+            where: The row, as errors name it.
+            name: The name of the image.
+            label: The name of its class, or a number (`labels.number_labels`).
+            file: Where it is.
+            fold: Its fold of a cross-validation.
+            group: Its group, such as a patient.
 
         Raises:
-            ValueError: the name was added before.
+            ValueError: The name was added before.
         """
         first = self._rows.setdefault(
-            os.path.normpath(name), row := _Row(where, name, str(label), file, fold)
+            os.path.normpath(name), row := _Row(where, name, label, file, fold, group)
         )
         if first is not row:
             raise ValueError(
@@ -47,78 +68,74 @@ class TableBuilder:
             )
 
     def build(
-        self, classes: Sequence[str] | None = None, num_classes: int | None = None
+        self,
+        classes: Sequence[str] | None = None,
+        num_classes: int | None = None,
+        *,
+        positions: bool = True,
     ) -> ImageTable:
         """The table of all images.
 
         Args:
-            classes: names of the classes in the order of their numbers. By default "0", "1", ... if every label is a
+            classes: Names of the classes in the order of their numbers. By default "0", "1", ... if every label is a
                 whole number, else the sorted labels.
-            num_classes: number of classes, for numbers without names.
+            num_classes: Number of classes, for numbers without names.
+            positions: Whether numbers may be positions in `classes` (`labels.number_labels`).
 
         Raises:
-            ValueError: there are no images, a label is not a class, or image files are missing.
+            ValueError: There are no images, a label is not a class, or image files are missing.
         """
         rows = list(self._rows.values())
         if not rows:
             raise ValueError(f"{self.path}: lists no images")
-        numeric = all(INTEGER.fullmatch(row.label) for row in rows)
-        if classes is not None:
-            names = tuple(classes)
-        elif numeric:
-            top = max(int(row.label) for row in rows)
-            names = tuple(str(i) for i in range(num_classes or max(top + 1, 2)))
-        else:
-            names = tuple(sorted({row.label for row in rows}))
-        labels = [self._number(row, names, numeric) for row in rows]
-        missing = [str(row.file) for row in rows if not row.file.is_file()]
+        names, labels = number_labels(
+            [LabelledRow(f"{self.path}, {row.where}", row.label) for row in rows],
+            classes,
+            num_classes=num_classes,
+            positions=positions,
+        )
+        missing = [str(row.file) for row in rows if not os.path.isfile(row.file)]
         if missing:
             raise ValueError(
                 f"{self.path}: {len(missing)} of {len(rows)} image files are missing: "
                 f"{', '.join(missing[:_SHOWN])}{', …' if len(missing) > _SHOWN else ''}"
             )
-        entries = zip(rows, labels, strict=True)
-        return ImageTable(
-            names, tuple(ImageEntry(row.name, label, row.file, row.fold) for row, label in entries)
+        entries = tuple(
+            ImageEntry(row.name, label, row.file, row.fold, row.group)
+            for row, label in zip(rows, labels, strict=True)
         )
-
-    def _number(self, row: _Row, names: tuple[str, ...], numeric: bool) -> int:
-        """Number of a row's class, given by name or, if all labels are numbers, by number."""
-        if row.label in names:
-            return names.index(row.label)
-        if numeric and 0 <= int(row.label) < len(names):
-            return int(row.label)
-        known = f"a number from 0 to {len(names) - 1}" if numeric else f"one of {', '.join(names)}"
-        raise ValueError(f"{self.path}, {row.where}: label must be {known}, got {row.label!r}")
+        return ImageTable(names, entries, tuple(self.skipped))
 
 
-def csv_rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+def csv_rows(
+    table: Path, columns: Sequence[str], skipped: list[Skipped] | None = None
+) -> Iterator[tuple[str, dict[str, str]]]:
     """Read a CSV file in UTF-8, comma separated, with a header.
 
     Args:
-        table: the file.
-        columns: columns that the header must have.
+        table: The file.
+        columns: Columns that the header must have.
+        skipped: Receives the rows whose cells are all blank. Empty lines are no rows.
 
     Yields:
         ("line N", cells by column without surrounding blanks) for each row that is not blank.
 
     Raises:
-        ValueError: the file is missing or not such a CSV, or a row has another number of cells than the header.
+        ValueError: The file is missing or not such a CSV, a column is in the header or in `columns` twice, or a row has
+            another number of cells than the header.
     """
+    reader = None
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
+            reader = csv.reader(file, strict=True)
             header = [cell.strip() for cell in next(reader, [])]
-            missing = [column for column in columns if column not in header]
-            if missing:
-                raise ValueError(
-                    f"{table}: column {missing[0]!r} is missing; the header must have {', '.join(columns)}, got "
-                    f"{', '.join(header) or 'nothing'}"
-                )
+            _check_header(table, header, columns)
             for cells in reader:
-                if not any(cell.strip() for cell in cells):
-                    continue
                 where = f"line {reader.line_num}"
+                if not any(cell.strip() for cell in cells):
+                    if cells and skipped is not None:
+                        skipped.append(Skipped(f"{table}, {where}", "a row without content"))
+                    continue
                 if len(cells) != len(header):
                     raise ValueError(
                         f"{table}, {where}: must have {len(header)} cells as the header, got {len(cells)}"
@@ -127,4 +144,24 @@ def csv_rows(table: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[st
     except FileNotFoundError:
         raise ValueError(f"data: there is no file {table}") from None
     except (UnicodeDecodeError, IsADirectoryError, csv.Error) as error:
-        raise ValueError(f"{table}: must be a CSV file in UTF-8: {error}") from error
+        where = f", line {reader.line_num}" if reader is not None and reader.line_num else ""
+        raise ValueError(f"{table}{where}: must be a CSV file in UTF-8: {error}") from error
+
+
+def _check_header(table: Path, header: list[str], columns: Sequence[str]) -> None:
+    missing = [column for column in columns if column not in header]
+    if missing:
+        raise ValueError(
+            f"{table}: column {missing[0]!r} is missing; the header must have {', '.join(columns)}, got "
+            f"{', '.join(header) or 'nothing'}"
+        )
+    seen: set[str] = set()
+    for column in header:
+        if column and column in seen:
+            raise ValueError(
+                f"{table}, line 1: every column must be given once, got {column!r} twice"
+            )
+        seen.add(column)
+    repeated = next((column for column in columns if columns.count(column) > 1), None)
+    if repeated is not None:
+        raise ValueError(f"{table}: columns must be different ones, got {repeated!r} twice")

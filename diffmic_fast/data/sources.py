@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from diffmic_fast.config.data import SPLITS, DataConfig
+from diffmic_fast.data.labels import shown
 from diffmic_fast.data.readers import (
     read_aptos2019,
     read_csv,
@@ -83,14 +85,18 @@ def _table_path(config: DataConfig, table: str | None) -> Path:
 def _read(config: DataConfig, table: str | None, classes: Sequence[str] | None) -> ImageTable:
     """Read one table of a kind that has files."""
     root, count = Path(config.root), config.num_classes
+    # Names that are the labels of the training table have no order of their own.
+    positions = config.class_names is not None
     if config.kind == "folder":
         return _checked(config, read_folder(root / table if table else root, classes))
     path = _table_path(config, table)
     if config.kind == "csv":
         columns = (config.file_column, config.label_column, config.fold_column)
-        result = read_csv(path, root, classes, num_classes=count, columns=columns)
+        result = read_csv(
+            path, root, classes, num_classes=count, columns=columns, positions=positions
+        )
     elif config.kind == "pkl":
-        result = read_pickle(path, root, classes, num_classes=count)
+        result = read_pickle(path, root, classes, num_classes=count, positions=positions)
     else:
         reader = read_ham10000 if config.kind == "ham10000" else read_aptos2019
         folders = [root / folder for folder in config.image_folders] or [root]
@@ -108,18 +114,19 @@ def _checked(config: DataConfig, table: ImageTable) -> ImageTable:
     if config.num_classes not in (None, len(table.classes)):
         raise ValueError(
             f"data: num_classes is {config.num_classes}, but there are {len(table.classes)} classes: "
-            f"{', '.join(table.classes)}"
+            f"{shown(table.classes)}"
         )
     return table
 
 
 def _disjoint(table: ImageTable, train: ImageTable, split: str) -> ImageTable:
     """The table of a split, if it has no image of the training."""
-    seen = {entry.source.resolve() for entry in train.entries if isinstance(entry.source, Path)}
+    folders: dict[Path, str] = {}
+    seen = {_real_path(e.source, folders) for e in train.entries if isinstance(e.source, Path)}
     shared = [
         entry.name
         for entry in table.entries
-        if isinstance(entry.source, Path) and entry.source.resolve() in seen
+        if isinstance(entry.source, Path) and _real_path(entry.source, folders) in seen
     ]
     if shared:
         raise ValueError(
@@ -127,6 +134,16 @@ def _disjoint(table: ImageTable, train: ImageTable, split: str) -> ImageTable:
             "results on them would say nothing"
         )
     return table
+
+
+def _real_path(path: Path, folders: dict[Path, str]) -> str:
+    """The path without links; `folders` caches the paths of the folders, which images share."""
+    if path.name in ("", "..") or os.path.islink(path):
+        return os.path.realpath(path)
+    parent = path.parent
+    if parent not in folders:
+        folders[parent] = os.path.realpath(parent)
+    return os.path.join(folders[parent], path.name)
 
 
 def _synthetic(config: DataConfig, split: str) -> ImageTable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,12 +42,26 @@ class ImageEntry:
         label: number of its class.
         source: where its pixels are.
         fold: fold of a cross-validation, or None.
+        group: group whose images no random split separates, such as a patient, or None.
     """
 
     name: str
     label: int
     source: ImageSource
     fold: int | None = None
+    group: str | None = None
+
+
+class Skipped(NamedTuple):
+    """A file or row that was not taken as an image.
+
+    Attributes:
+        name: the path, or the file and row.
+        reason: why it was not taken.
+    """
+
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,7 @@ class ImageTable:
     Attributes:
         classes: names of the C classes, in the order of their numbers.
         entries: the N images.
+        skipped: what was found where the images are, and is none; the same for all splits of a table.
 
     Raises:
         ValueError: from the constructor: there are no entries, a class name is empty or repeated, or a label is not in
@@ -64,6 +80,7 @@ class ImageTable:
 
     classes: tuple[str, ...]
     entries: tuple[ImageEntry, ...]
+    skipped: tuple[Skipped, ...] = ()
 
     def __post_init__(self) -> None:
         check_class_names(self.classes)
