@@ -129,6 +129,8 @@ class DataConfig:
         validation_fraction: fraction of the training images that validate.
         test_fraction: fraction of the training images that test.
         split_seed: seed of the random fractions; not of the training.
+        duplicates: "report" prints images with identical bytes, within and across splits, before training; "error"
+            makes them an error.
         augmentation: what happens to images on their way to the model.
         cache: keep decoded, cropped and resized images in memory (3 bytes per pixel), so that files are decoded once
             and not in every epoch.
@@ -166,6 +168,7 @@ class DataConfig:
     validation_fraction: Fraction = 0.0
     test_fraction: Fraction = 0.0
     split_seed: Natural = 0
+    duplicates: Literal["report", "error"] = "report"
 
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
     cache: Flag = True

@@ -9,8 +9,8 @@ from diffmic_fast.checkpoint import Checkpoint, check_sizes
 from diffmic_fast.config.run import RunConfig
 
 # Keys that change neither the weights nor the rows of the log: a resumed run may set them anew.
-_FREE = ("data.workers", "data.cache", "data.root", "training.checkpoint_every",
-         "training.tensorboard")  # fmt: skip
+_FREE = ("data.workers", "data.cache", "data.root", "data.duplicates",
+         "training.checkpoint_every", "training.tensorboard")  # fmt: skip
 
 
 def check_resume(checkpoint: Checkpoint, config: RunConfig, world_size: int = 1) -> None:

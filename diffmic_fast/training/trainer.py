@@ -20,6 +20,7 @@ from tqdm import tqdm
 from diffmic_fast.checkpoint import Checkpoint, read_checkpoint
 from diffmic_fast.config.run import RunConfig
 from diffmic_fast.data.sources import open_source
+from diffmic_fast.data.summary import report_images
 from diffmic_fast.data.table import ImageTable
 from diffmic_fast.devices import choose_device
 from diffmic_fast.distributed.processes import current
@@ -91,8 +92,8 @@ class Trainer:
             on_step: called after every step with (epoch, step of the epoch).
 
         Raises:
-            ValueError: a configuration that does not fit the data, a folder that already holds a run, a checkpoint
-                that cannot be resumed.
+            ValueError: a configuration that does not fit the data, duplicates where config.data.duplicates is "error",
+                a folder that already holds a run, a checkpoint that cannot be resumed.
         """
         self.processes = current()
         self.device = choose_device(device)
@@ -105,12 +106,21 @@ class Trainer:
         if saved is not None:
             check_resume(saved, config, self.processes.world_size)
 
+        self.quiet = quiet or not self.processes.is_rank_zero
+        given = train is not None
         if train is None:
             train = open_source(config.data, "train")
             if validation is None and config.data.has_split("validation"):
                 validation = open_source(config.data, "validation")
         self.classes, self.data_digest = train.classes, digest(train)
         self._check_images(train, saved)
+        report_images(
+            config.data,
+            {"train": train} | ({} if validation is None else {"validation": validation}),
+            config.model.image_size,
+            with_test=not given,
+            say=None if self.quiet else self._print,
+        )
         self.dataset = make_dataset(config, train, train=True)
         self.validation = (
             None if validation is None else make_dataset(config, validation, train=False)
@@ -129,7 +139,6 @@ class Trainer:
             self._weights = class_weights(labels, config.training.balance)
         self.progress = Progress()
         self.last_evaluation: Evaluation | None = None
-        self.quiet = quiet or not self.processes.is_rank_zero
         self.folder.folder.mkdir(parents=True, exist_ok=True)
         if saved is not None:
             self._restore(saved)

@@ -207,7 +207,7 @@ def test_one_column_cannot_be_file_and_label(folder):
 
 def test_an_error_in_a_label_comes_before_missing_images(tmp_path):
     (tmp_path / "t.csv").write_text("file,label\nno.png,a\nno2.png,1.5\n")
-    with pytest.raises(ValueError, match="line 3: .* decimal number"):
+    with pytest.raises(ValueError, match=r"line 3: .* decimal number"):
         read_csv(tmp_path / "t.csv")
 
 
@@ -237,7 +237,9 @@ def test_pickled_numbers_need_number_classes_in_the_training_list(folder):
 
 def test_medmnist_labels_are_class_numbers(tmp_path):
     file = tmp_path / "m.npz"
-    images = {f"{split}_images": np.zeros((3, 4, 4), np.uint8) for split in ("train", "val", "test")}
+    images = {
+        f"{split}_images": np.zeros((3, 4, 4), np.uint8) for split in ("train", "val", "test")
+    }
 
     def write_labels(train):
         labels = {"val_labels": np.array([0, 1, 2]), "test_labels": np.array([0, 1, 2])}

@@ -284,7 +284,11 @@ def test_bf16_tensorboard_and_printed_lines(config, tmp_path, capsys):
     trainer = Trainer(dataclasses.replace(config, training=training), tmp_path)
     trainer.fit()
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3 and lines[1].startswith("epoch 2/2 joint, loss ")
+    assert lines[0] == "images of 3 classes:" and "duplicates: none" in lines[-4]
+    lines = lines[-3:]
+    assert lines[0].startswith("epoch 1/2 guidance, ") and lines[1].startswith(
+        "epoch 2/2 joint, loss "
+    )
     assert lines[1].endswith("images/s")
     assert lines[2].startswith("probabilities are not calibrated: ")
     assert trainer.model.denoiser.lin4.weight.dtype == torch.float32
