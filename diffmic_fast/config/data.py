@@ -107,18 +107,22 @@ class DataConfig:
     Attributes:
         kind: "folder" (a folder per class), "csv" (columns file, label and optionally fold), "ham10000" (ISIC 2018
             task 3 ground truth), "aptos2019" (train.csv), "pkl" (the published program's lists), "medmnist" (.npz) or
-            "synthetic_fundus".
+            "synthetic_fundus". Kind "ham10000" reads HAM10000_metadata.csv (lesion_id, image_id, dx) too.
         root: folder that other paths are relative to; itself relative to the working directory.
         table: one table with all images: a CSV, .pkl or .npz file, or, for kind "folder", the folder that holds the
             class folders (default: root).
         train_table: table of the training images, instead of `table`.
         validation_table: table of the validation images.
         test_table: table of the test images.
-        image_folders: folders with the images of "ham10000" and "aptos2019", searched in this order (default: root).
-        image_suffix: ending of image names for these two (default: .jpg and .png as published).
+        image_folders: folders with the images of "csv", "ham10000" and "aptos2019", searched in this order (default:
+            root).
+        image_suffix: ending that is appended to the image names of these three (default: none, and .jpg and .png as
+            published).
         file_column: column of the file names, kind "csv".
         label_column: column of the labels, kind "csv".
         fold_column: column of the fold numbers, kind "csv".
+        group_column: column of groups, such as patients, whose images no random fraction separates; kinds "csv" and
+            "ham10000". HAM10000_metadata.csv has the groups lesion_id by default.
         class_names: classes in the order of their numbers. Default: sorted folder or label names; the published order
             for ham10000 and aptos2019; "0", "1", ... for number labels. Separate split tables all take the classes of
             the training table.
@@ -158,6 +162,7 @@ class DataConfig:
     file_column: str = "file"
     label_column: str = "label"
     fold_column: str = "fold"
+    group_column: str | None = None
 
     class_names: Annotated[tuple[Name, ...], AfterValidator(check_class_names)] | None = None
     num_classes: Annotated[int, Strict(), Field(ge=2, le=2**31 - 1)] | None = None
@@ -196,6 +201,8 @@ class DataConfig:
             )
         if tables and self.train_table is None:
             raise ValueError(f"{tables[0]} is given, so train_table must be given too")
+        if self.group_column is not None and self.kind not in ("csv", "ham10000"):
+            raise ValueError(f"group_column needs kind csv or ham10000, got kind {self.kind}")
         self._check_folds()
         for split in ("validation", "test"):
             ways = [f"{split}_{way}" for way in ("table", "folds", "fraction")]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from diffmic_fast.data.files import IMAGE_SUFFIXES, NO_IMAGE, find_file, scan_folder
 from diffmic_fast.data.labels import INTEGER, check_derived_names, shown
 from diffmic_fast.data.pickles import load_plain_pickle
-from diffmic_fast.data.rows import TableBuilder, csv_rows
+from diffmic_fast.data.rows import TableBuilder, csv_header, csv_rows
 from diffmic_fast.data.table import ArrayImage, ImageEntry, ImageTable, Skipped
 
 HAM10000_CLASSES = ("MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC")
@@ -80,14 +80,31 @@ def _beside_class_folders(root: Path) -> list[Skipped]:
     return skipped
 
 
+class CsvColumns(NamedTuple):
+    """Names of the columns of a CSV file. That of folds may be absent from the file.
+
+    Attributes:
+        file: Of the image files.
+        label: Of the labels.
+        fold: Of the folds.
+        group: Of the groups, or None.
+    """
+
+    file: str = "file"
+    label: str = "label"
+    fold: str = "fold"
+    group: str | None = None
+
+
 def read_csv(
     table: str | Path,
-    root: str | Path | None = None,
+    root: str | Path | Sequence[str | Path] | None = None,
     classes: Sequence[str] | None = None,
     *,
     num_classes: int | None = None,
-    columns: tuple[str, str, str] = ("file", "label", "fold"),
+    columns: CsvColumns | tuple[str, str, str] = ("file", "label", "fold"),
     positions: bool = True,
+    suffix: str = "",
 ) -> ImageTable:
     """Read a CSV file with a file, a label and possibly a fold in each row.
 
@@ -95,44 +112,67 @@ def read_csv(
 
     Args:
         table: the CSV file (`rows.csv_rows`).
-        root: folder that file names are relative to (default: that of `table`).
+        root: folder that file names are relative to (default: that of `table`), or several, searched in this order.
         classes, num_classes: as in `rows.TableBuilder.build`.
-        columns: names of the columns of file, label and fold; the last may be absent.
+        columns: names of the columns.
         positions: as in `rows.TableBuilder.build`.
+        suffix: appended to the file names.
 
     Raises:
         ValueError: a row is invalid, by file and line, or image files are missing.
     """
     table = Path(table)
-    root = table.parent if root is None else Path(root)
-    file_column, label_column, fold_column = columns
+    roots = [table.parent] if root is None else [root] if isinstance(root, (str, Path)) else root
+    columns = CsvColumns(*columns)
+    needed = [columns.file, columns.label, *([columns.group] if columns.group else [])]
     builder = TableBuilder(table)
-    for where, row in csv_rows(table, (file_column, label_column), builder.skipped):
-        fold = row.get(fold_column)
+    for where, row in csv_rows(table, needed, builder.skipped):
+        fold = row.get(columns.fold)
         if fold is not None and not INTEGER.fullmatch(fold):
             raise ValueError(f"{table}, {where}: fold must be a whole number, got {fold!r}")
-        name = row[file_column]
+        name = row[columns.file]
         if not name:
             raise ValueError(f"{table}, {where}: the file name is empty")
         number = None if fold is None else int(fold)
-        builder.add(where, name, row[label_column], root / name, fold=number)
+        builder.add(
+            where,
+            name,
+            row[columns.label],
+            find_file(roots, name + suffix) if len(roots) > 1 else Path(roots[0]) / (name + suffix),
+            fold=number,
+            group=_group(f"{table}, {where}", row, columns.group),
+        )
     return builder.build(classes, num_classes, positions=positions)
 
 
+def _group(where: str, row: Mapping[str, str], column: str | None) -> str | None:
+    if column is None:
+        return None
+    if not row[column]:
+        raise ValueError(f"{where}: the group ({column}) is empty")
+    return row[column]
+
+
 def read_ham10000(
-    table: str | Path, folders: Sequence[str | Path], *, suffix: str = ".jpg"
+    table: str | Path,
+    folders: Sequence[str | Path],
+    *,
+    suffix: str = ".jpg",
+    group_column: str | None = None,
 ) -> ImageTable:
-    """Read the ground truth of HAM10000 as published for ISIC 2018 (task 3): a one-hot row for each image.
+    """Read HAM10000: its metadata, or its ground truth as published for ISIC 2018 (task 3), one-hot.
 
     Args:
-        table: CSV file with the columns image, MEL, NV, BCC, AKIEC, BKL, DF, VASC.
+        table: CSV file with the columns image, MEL, NV, BCC, AKIEC, BKL, DF, VASC, or HAM10000_metadata.csv with the
+            columns lesion_id, image_id, dx.
+        group_column: column of the groups (default: lesion_id of the metadata, none of the ground truth).
         folders, suffix: folders of the images, searched in this order, and the suffix of their files.
 
     Raises:
-        ValueError: the header is another, a row is not one-hot, or image files are missing.
+        ValueError: the header is another, a row is not one-hot or has another dx, or image files are missing.
     """
 
-    def label(where: str, row: Mapping[str, str]) -> str:
+    def one_hot(where: str, row: Mapping[str, str]) -> str:
         hot = [name for name in HAM10000_CLASSES if _is_number(row[name], 1.0)]
         cold = [name for name in HAM10000_CLASSES if _is_number(row[name], 0.0)]
         if len(hot) != 1 or len(cold) != len(HAM10000_CLASSES) - 1:
@@ -142,8 +182,20 @@ def read_ham10000(
             )
         return hot[0]
 
-    columns = ("image", *HAM10000_CLASSES)
-    return _read_published(table, folders, suffix, columns, HAM10000_CLASSES, label)
+    def diagnosis(where: str, row: Mapping[str, str]) -> str:
+        name = row["dx"].upper()
+        if name not in HAM10000_CLASSES:
+            raise ValueError(
+                f"{where}: dx must be one of {', '.join(HAM10000_CLASSES).lower()}, got {row['dx']!r}"
+            )
+        return name
+
+    if "dx" in csv_header(Path(table)):
+        columns: tuple[str, ...] = ("image_id", "dx")
+        label, group_column = diagnosis, group_column or "lesion_id"
+    else:
+        columns, label = ("image", *HAM10000_CLASSES), one_hot
+    return _read_published(table, folders, suffix, columns, HAM10000_CLASSES, label, group_column)
 
 
 def read_aptos2019(
@@ -177,13 +229,16 @@ def _read_published(
     columns: tuple[str, ...],
     classes: tuple[str, ...],
     label: Callable[[str, Mapping[str, str]], str],
+    group_column: str | None = None,
 ) -> ImageTable:
-    """Read a CSV file whose first column names the image, without its suffix."""
+    """Read a CSV file; the first of `columns` names the image, without its suffix."""
     table = Path(table)
     builder = TableBuilder(table)
-    for where, row in csv_rows(table, columns, builder.skipped):
-        name = row[columns[0]]
-        builder.add(where, name, label(f"{table}, {where}", row), find_file(folders, name + suffix))
+    needed = [*columns, *([group_column] if group_column else [])]
+    for where, row in csv_rows(table, needed, builder.skipped):
+        name, place = row[columns[0]], f"{table}, {where}"
+        file = find_file(folders, name + suffix)
+        builder.add(where, name, label(place, row), file, group=_group(place, row, group_column))
     return builder.build(classes)
 
 

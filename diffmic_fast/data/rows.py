@@ -148,6 +148,15 @@ def csv_rows(
         raise ValueError(f"{table}{where}: must be a CSV file in UTF-8: {error}") from error
 
 
+def csv_header(table: Path) -> list[str]:
+    """The columns of a CSV file, or none where `csv_rows` would raise."""
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            return [cell.strip() for cell in next(csv.reader(file), [])]
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return []
+
+
 def _check_header(table: Path, header: list[str], columns: Sequence[str]) -> None:
     missing = [column for column in columns if column not in header]
     if missing:

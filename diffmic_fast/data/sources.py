@@ -9,6 +9,7 @@ from pathlib import Path
 from diffmic_fast.config.data import SPLITS, DataConfig
 from diffmic_fast.data.labels import shown
 from diffmic_fast.data.readers import (
+    CsvColumns,
     read_aptos2019,
     read_csv,
     read_folder,
@@ -91,17 +92,27 @@ def _read(config: DataConfig, table: str | None, classes: Sequence[str] | None) 
         return _checked(config, read_folder(root / table if table else root, classes))
     path = _table_path(config, table)
     if config.kind == "csv":
-        columns = (config.file_column, config.label_column, config.fold_column)
+        columns = CsvColumns(
+            config.file_column, config.label_column, config.fold_column, config.group_column
+        )
         result = read_csv(
-            path, root, classes, num_classes=count, columns=columns, positions=positions
+            path,
+            [root / folder for folder in config.image_folders] or root,
+            classes,
+            num_classes=count,
+            columns=columns,
+            positions=positions,
+            suffix=config.image_suffix or "",
         )
     elif config.kind == "pkl":
         result = read_pickle(path, root, classes, num_classes=count, positions=positions)
     else:
-        reader = read_ham10000 if config.kind == "ham10000" else read_aptos2019
         folders = [root / folder for folder in config.image_folders] or [root]
-        suffix = config.image_suffix or (".jpg" if config.kind == "ham10000" else ".png")
-        result = reader(path, folders, suffix=suffix)
+        if config.kind == "ham10000":
+            suffix = config.image_suffix or ".jpg"
+            result = read_ham10000(path, folders, suffix=suffix, group_column=config.group_column)
+        else:
+            result = read_aptos2019(path, folders, suffix=config.image_suffix or ".png")
         if classes is not None and tuple(classes) != result.classes:
             raise ValueError(
                 f"data: class_names must be {', '.join(result.classes)} for kind {config.kind}, got "

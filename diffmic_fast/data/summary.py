@@ -92,11 +92,26 @@ def summary_lines(tables: Mapping[str, ImageTable], image_size: int) -> list[str
         if empty:
             lines.append(f"no {split} image of {_first(empty, 'class', 'classes')}")
     lines.append(f"image size: {image_size} x {image_size} pixels{_file_sizes(train)}")
+    lines += _group_lines(tables)
     skipped: dict[str, list[str]] = {}
     for name, reason in dict.fromkeys(s for table in tables.values() for s in table.skipped):
         skipped.setdefault(reason, []).append(name)
     lines += [f"skipped, {reason}: {len(n)} ({_list(n)})" for reason, n in skipped.items()]
     return lines
+
+
+def _group_lines(tables: Mapping[str, ImageTable]) -> list[str]:
+    """The number of groups, and those with images in more than one split, where images have groups."""
+    splits: dict[str, set[str]] = {}
+    for split, table in tables.items():
+        for entry in table.entries:
+            if entry.group is not None:
+                splits.setdefault(entry.group, set()).add(split)
+    if not splits:
+        return []
+    shared = [group for group, members in splits.items() if len(members) > 1]
+    named = f" ({_list(shared)})" if shared else ""
+    return [f"groups: {len(splits)}, {len(shared)} of them in more than one split{named}"]
 
 
 def _first(names: list[str], one: str, many: str) -> str:

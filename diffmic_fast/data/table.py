@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffmic_fast.config.data import check_class_names
+from diffmic_fast.data.group_split import choose_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +138,8 @@ class ImageTable:
         """Split off a random share of every class.
 
         Of a class of n images, n * fraction are taken, rounded, but at least 1 and at most n - 1; none if n is 1. The
-        choice depends on the seed and on the names of the images, not on the order of the table.
+        choice depends on the seed and on the names of the images, not on the order of the table. Groups stay whole
+        (`group_split.choose_groups`): they are taken where the share of every class is approximated best.
 
         Args:
             fraction: the share, in (0, 1).
@@ -147,11 +149,19 @@ class ImageTable:
             (rest, share), both in the order of the table.
 
         Raises:
-            ValueError: `fraction` is out of range, or no class has two images.
+            ValueError: `fraction` is out of range, no class has two images, or two groups where there are groups.
         """
         if not 0.0 < fraction < 1.0:
             raise ValueError(f"split by fraction: fraction must be in (0, 1), got {fraction}")
         labels = self.labels
+        groups = [entry.group for entry in self.entries if entry.group is not None]
+        if groups:
+            if len(groups) < len(self):
+                raise ValueError("split by fraction: every image must have a group, or none")
+            taken = choose_groups(labels, groups, fraction, seed)
+            if not taken.any() or taken.all():
+                raise ValueError("split by fraction: every class has fewer than two groups")
+            return self.select(np.flatnonzero(~taken)), self.select(np.flatnonzero(taken))
         taken = np.zeros(len(self), dtype=bool)
         for label in range(len(self.classes)):
             members = np.flatnonzero(labels == label).tolist()
