@@ -123,6 +123,7 @@ def read_csv(
     """
     table = Path(table)
     roots = [table.parent] if root is None else [root] if isinstance(root, (str, Path)) else root
+    base = Path(roots[0])
     columns = CsvColumns(*columns)
     needed = [columns.file, columns.label, *([columns.group] if columns.group else [])]
     builder = TableBuilder(table)
@@ -138,7 +139,7 @@ def read_csv(
             where,
             name,
             row[columns.label],
-            find_file(roots, name + suffix) if len(roots) > 1 else Path(roots[0]) / (name + suffix),
+            find_file(roots, name + suffix) if len(roots) > 1 else base / (name + suffix),
             fold=number,
             group=_group(f"{table}, {where}", row, columns.group),
         )
