@@ -24,6 +24,7 @@ from diffmic_fast.cli import EXIT_FAILED, EXIT_UNREADABLE
 from diffmic_fast.config.data import DataConfig
 from diffmic_fast.config.run import RunConfig, read_config
 from diffmic_fast.config.yaml_reader import with_overrides
+from diffmic_fast.data.bit_depth import warn_of_unused_bits
 from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.data.table import ImageTable
@@ -213,6 +214,7 @@ def _predict(args: argparse.Namespace) -> int:
         first = current().is_rank_zero
     if first:
         _write(predictions, args.out)
+        warn_of_unused_bits(files, config.data.augmentation.bit_depth)
         pictures.finish()
     if not predictions.rows:
         return EXIT_FAILED

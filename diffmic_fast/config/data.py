@@ -53,8 +53,9 @@ class AugmentationConfig:
     Attributes:
         centre_square: crop the largest centred square before resizing. False resizes the whole image to a square,
             which changes its aspect ratio.
-        bit_depth: bits in use of 16-bit gray images (12 for most radiography and CT). Pixels are divided by
-            2**bit_depth - 1; an image with a larger pixel is rejected, never clipped. No effect on 8-bit images.
+        bit_depth: bits in use of 16-bit images, gray or colour, whose file declares no other depth (12 for most
+            radiography and CT). Pixels are divided by 2**bit_depth - 1; an image with a larger pixel is rejected, never
+            clipped. No effect on 8-bit images.
         mean: subtracted from pixels in [0, 1], by channel.
         std: divided into the result, by channel.
         horizontal_flip: with probability 1/2.

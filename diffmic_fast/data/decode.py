@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import os
+import stat
 import threading
 import warnings
 from collections.abc import Iterator
@@ -11,8 +14,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
+from diffmic_fast.data.dicom import decode_dicom, is_dicom
+from diffmic_fast.data.samples import (
+    Decoded,
+    Opener,
+    decode_samples,
+    grey_transparency,
+    is_white_zero,
+    needs_samples,
+)
 from diffmic_fast.data.synthetic_fundus import generate
 from diffmic_fast.data.table import ArrayImage, ImageSource, SyntheticImage
+from diffmic_fast.data.tiff import as_black_is_zero, is_tiff
+
+_HEAD = 132  # bytes that tell the format of a file: DICOM's follow a preamble of 128
 
 
 class UnreadableImageError(ValueError):
@@ -39,21 +54,23 @@ def load_image(source: ImageSource | str, *, bit_depth: int = 16) -> np.ndarray:
 
     What happens to a file depends on its pixels:
 
-    - 16-bit grey (PNG, TIFF): scaled linearly from [0, 2**bit_depth - 1] to [0, 255] and rounded. A larger value makes
-      the file unreadable; nothing is clipped.
-    - 16-bit RGB, and 16-bit with transparency (PNG): the upper 8 bits of each channel, as Pillow reads them.
+    - 16-bit grey, grey with alpha and colour (PNG, TIFF, PPM): scaled linearly from [0, 2**b - 1] to [0, 255] and
+      rounded. b is the depth that the file declares, else `bit_depth`. A larger sample makes the file unreadable;
+      nothing is clipped.
+    - WhiteIsZero (TIFF): inverted.
     - 8-bit grey, bilevel, palette and CMYK: converted to RGB.
     - Transparent: composited over black.
     - Several frames: the first one.
-    - Floating point, or integers of which some are negative or above `bit_depth` bits: unreadable, since their range is
-      not known.
+    - DICOM: as in `dicom.decode_dicom`; needs pydicom.
+    - Floating point, signed or 32-bit integers of which some are negative or above 2**b - 1 or all are at most a
+      quarter of that: unreadable, since their range is not known.
 
     The orientation in the EXIF data is applied.
 
     Args:
         source: a file, `ArrayImage` or `SyntheticImage`.
-        bit_depth: bits in use in 16-bit grey files (`AugmentationConfig.bit_depth`), for example 12 for much of
-            radiography.
+        bit_depth: bits in use in 16-bit files that do not declare it (`AugmentationConfig.bit_depth`), for example 12
+            for much of radiography.
 
     Returns:
         [H, W, 3] uint8, RGB.
@@ -61,52 +78,121 @@ def load_image(source: ImageSource | str, *, bit_depth: int = 16) -> np.ndarray:
     Raises:
         UnreadableImageError: the file is missing, truncated, damaged, not an image, or unreadable as above.
     """
+    return decode(source, bit_depth=bit_depth).pixels
+
+
+def decode(source: ImageSource | str, *, bit_depth: int = 16) -> Decoded:
+    """`load_image`, with the largest sample of images whose range is that of `bit_depth`."""
     if isinstance(source, ArrayImage):
         pixels = source.images[source.index]
-        return np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else pixels
+        return Decoded(np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else pixels)
     if isinstance(source, SyntheticImage):
-        return generate(source.grade, source.seed, source.size, source.index)
+        return Decoded(generate(source.grade, source.seed, source.size, source.index))
+    with _unreadable_files_named(source):
+        if is_dicom(_head(source)):
+            return decode_dicom(source, bit_depth)
+        return _decode_with_pillow(source, bit_depth)
+
+
+def uses_bit_depth(source: Path | str) -> bool:
+    """Whether the range of an image file may be that of the setting `bit_depth`, by its header.
+
+    Raises:
+        UnreadableImageError: the header cannot be read.
+    """
+    with _unreadable_files_named(source):
+        if is_dicom(_head(source)):
+            return True
+        with _opener(source)[0]() as image:
+            return needs_samples(image)
+
+
+@contextmanager
+def _unreadable_files_named(source: Path | str) -> Iterator[None]:
+    """Raise every error as an `UnreadableImageError` of the file."""
     try:
         with _truncated_files_rejected(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged EXIF data, transparency of palettes
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as image:
-                image.load()
-                return _to_rgb(ImageOps.exif_transpose(image), bit_depth)
+            yield
     except FileNotFoundError:
         raise UnreadableImageError(source, "there is no such file") from None
     except IsADirectoryError:
-        raise UnreadableImageError(source, "it is a folder") from None
-    except Image.UnidentifiedImageError:
-        reason = "the file is empty" if Path(source).stat().st_size == 0 else "it is not an image"
+        reason = (
+            "it is a link to a folder, which is not followed"
+            if Path(source).is_symlink()
+            else "it is a folder"
+        )
         raise UnreadableImageError(source, reason) from None
+    except Image.UnidentifiedImageError:
+        raise UnreadableImageError(source, _why_unidentified(source)) from None
     except Exception as error:
-        # Pillow's decoders raise many types on damaged files: OSError, SyntaxError, IndexError, struct.error ...
+        # Decoders raise many types on damaged files: OSError, SyntaxError, IndexError, struct.error ...
         text = str(error) or type(error).__name__
         raise UnreadableImageError(source, text.replace(str(source), "it")) from error
 
 
-def _to_rgb(image: Image.Image, bit_depth: int) -> np.ndarray:
-    if image.mode.startswith("I"):
-        return _grey_to_rgb(np.asarray(image), bit_depth)
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, whose range is not known")
+def _head(source: Path | str) -> bytes:
+    """The first bytes of a regular file. Others, such as named pipes, could block for ever."""
+    if not stat.S_ISREG(mode := os.stat(source).st_mode) and not stat.S_ISDIR(mode):
+        raise ValueError("it is not a regular file")
+    with open(source, "rb") as file:
+        return file.read(_HEAD)
+
+
+def _why_unidentified(source: Path | str) -> str:
+    head = _head(source)
+    if not head:
+        return "the file is empty"
+    if is_tiff(head):
+        return "it is a TIFF file that is damaged or has a kind of pixels that is not supported"
+    return "it is not an image"
+
+
+def _opener(source: Path | str) -> tuple[Opener, bool]:
+    """A function that opens an image file with Pillow, and whether its pixels have to be inverted."""
+    try:
+        with Image.open(source) as image:
+            return (lambda: Image.open(source)), is_white_zero(image)
+    except Image.UnidentifiedImageError:
+        changed = as_black_is_zero(Path(source).read_bytes()) if is_tiff(_head(source)) else None
+        if changed is None:
+            raise
+        return (lambda: Image.open(io.BytesIO(changed))), True
+
+
+def _decode_with_pillow(source: Path | str, bit_depth: int) -> Decoded:
+    open_image, inverted = _opener(source)
+    with open_image() as image:
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers, whose range is not known")
+        deep = needs_samples(image)
+    if deep:
+        decoded = decode_samples(open_image, bit_depth, white_is_zero=inverted)
+        if decoded is not None:
+            return decoded
+    with open_image() as image:
+        transparent = grey_transparency(image)
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        if transparent is not None:
+            upright.info["transparency"] = transparent
+        return Decoded(_to_rgb(upright, inverted))
+
+
+def _to_rgb(image: Image.Image, inverted: bool) -> np.ndarray:
+    """[H, W, 3] uint8 of an image with samples of at most 8 bits."""
+    if inverted:
+        if image.mode not in ("1", "L"):
+            raise ValueError(
+                "its pixels are WhiteIsZero (PhotometricInterpretation 0) and not plain gray"
+            )
+        return np.array(ImageOps.invert(image.convert("L")).convert("RGB"))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.new("RGBA", rgba.size, (0, 0, 0, 255))
         image.alpha_composite(rgba)
     return np.array(image.convert("RGB"))
-
-
-def _grey_to_rgb(pixels: np.ndarray, bit_depth: int) -> np.ndarray:
-    top = 2**bit_depth - 1
-    low, high = int(pixels.min()), int(pixels.max())
-    if low < 0 or high > top:
-        raise ValueError(
-            f"its grey values must be in [0, {top}] (the setting bit_depth is {bit_depth}), got {low} … {high}"
-        )
-    grey = ((pixels.astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
-    return np.repeat(grey[:, :, None], 3, axis=2)
 
 
 _lock = threading.Lock()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffmic_fast.data.files import IMAGE_SUFFIXES, NO_IMAGE, find_file, scan_folder
+from diffmic_fast.data.files import NO_IMAGE, find_file, is_image, scan_folder
 from diffmic_fast.data.labels import INTEGER, check_derived_names, shown
 from diffmic_fast.data.pickles import load_plain_pickle
 from diffmic_fast.data.rows import TableBuilder, csv_header, csv_rows
@@ -73,10 +73,8 @@ def _beside_class_folders(root: Path) -> list[Skipped]:
         if path.name.startswith("."):
             skipped.append(Skipped(str(path), f"a hidden {'folder' if path.is_dir() else 'file'}"))
         elif not path.is_dir():
-            is_image = path.name.lower().endswith(IMAGE_SUFFIXES)
-            skipped.append(
-                Skipped(str(path), "an image outside the class folders" if is_image else NO_IMAGE)
-            )
+            reason = "an image outside the class folders" if is_image(path) else NO_IMAGE
+            skipped.append(Skipped(str(path), reason))
     return skipped
 
 

@@ -19,7 +19,7 @@ class ImageTransform:
 
     Attributes:
         size: side of the image in pixels.
-        bit_depth: of 16-bit grey files (`decode.load_image`).
+        bit_depth: of 16-bit files (`decode.load_image`).
     """
 
     def __init__(self, size: int, config: AugmentationConfig, *, augment: bool) -> None:

@@ -17,7 +17,7 @@ from diffmic_fast.calibration import Confidence, confidence
 from diffmic_fast.calibration.conformal import check_coverage
 from diffmic_fast.config.data import AugmentationConfig
 from diffmic_fast.data.decode import UnreadableImageError, load_image
-from diffmic_fast.data.files import IMAGE_SUFFIXES, list_images
+from diffmic_fast.data.files import IMAGE_SUFFIXES, scan_folder
 from diffmic_fast.data.transforms import evaluation_transform
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.distributed.processes import current
@@ -96,11 +96,12 @@ class Predictions:
 
 
 def collect_files(inputs: Sequence[str | Path]) -> list[Path]:
-    """List image files, each once.
+    """List the files to classify, each once.
 
     Args:
-        inputs: files, taken as they are, and folders, replaced by the image files at any depth, sorted. A missing file
-            stays in the list if its name has the suffix of an image; `predict_files` reports it as unreadable.
+        inputs: files, taken as they are, and folders, replaced by the files at any depth, sorted: images and, so that
+            `predict_files` reports them as unreadable, all others of `files.scan_folder`. A missing file stays in the
+            list if its name has the suffix of an image, and is reported too.
 
     Raises:
         ValueError: another path does not exist, a folder has no image, or `inputs` is empty.
@@ -108,7 +109,10 @@ def collect_files(inputs: Sequence[str | Path]) -> list[Path]:
     files: dict[Path, None] = {}
     for entry in map(Path, inputs):
         if entry.is_dir():
-            files.update(dict.fromkeys(list_images(entry, recursive=True)))
+            found = scan_folder(entry, recursive=True)
+            if not found.images:
+                raise ValueError(f"data: there is no image file in {entry}")
+            files.update(dict.fromkeys(sorted((*found.images, *found.others))))
         elif entry.suffix.lower() in IMAGE_SUFFIXES or entry.exists():
             files[entry] = None
         else:

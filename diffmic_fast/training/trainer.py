@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from diffmic_fast.checkpoint import Checkpoint, read_checkpoint
 from diffmic_fast.config.run import RunConfig
+from diffmic_fast.data.bit_depth import warn_of_unused_bits
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.data.summary import report_images
 from diffmic_fast.data.table import ImageTable
@@ -121,6 +122,9 @@ class Trainer:
             with_test=not given,
             say=None if self.quiet else self._print,
         )
+        if self.processes.is_rank_zero:
+            sources = [entry.source for entry in train.entries]
+            warn_of_unused_bits(sources, config.data.augmentation.bit_depth)
         self.dataset = make_dataset(config, train, train=True)
         self.validation = (
             None if validation is None else make_dataset(config, validation, train=False)

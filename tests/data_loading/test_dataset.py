@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
-
 import numpy as np
 import pytest
 import torch
@@ -92,32 +89,6 @@ def test_every_augmentation_can_be_switched_on(table, setting):
     assert torch.equal(images(none), plain)
     one = ImageDataset(table, training_transform(32, AugmentationConfig(**(off | setting))))
     assert not torch.equal(images(one), plain)
-
-
-def write_png16(path, pixels, colour_type):
-    """A PNG of 16 bits per channel from [H, W, channels], which Pillow can only write in grey."""
-
-    def chunk(kind, data):
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    height, width = pixels.shape[:2]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
-
-
-def test_16_bit_rgb_gives_the_upper_8_bits(tmp_path):
-    path = tmp_path / "x.png"
-    write_png16(path, np.array([[[0xFFFF, 0x12FF, 0x0100], [0, 0x00FF, 0x8000]]]), 2)
-    for bit_depth in (12, 16):
-        pixels = load_image(path, bit_depth=bit_depth)
-        assert pixels.tolist() == [[[255, 0x12, 1], [0, 0, 0x80]]]
 
 
 def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path):
