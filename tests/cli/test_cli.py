@@ -96,6 +96,20 @@ def test_predict_skips_an_unreadable_image_and_exits_with_3(work, tmp_path, caps
     assert picture.is_file() and len(list((tmp_path / "each").iterdir())) == 2
 
 
+def test_predict_reports_other_files_and_unused_bits_once(work, tmp_path, capsys):
+    dark = np.arange(1024, dtype=np.uint16).reshape(32, 32)
+    for i in range(2):
+        Image.fromarray(dark + i).save(tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("text")
+    (tmp_path / "Thumbs.db").write_text("text")
+    assert main(["predict", str(work / "run"), str(tmp_path)]) == 3
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 3
+    assert captured.err.count(f"unreadable: {tmp_path / 'notes.txt'}: it is not an image") == 1
+    assert "Thumbs.db" not in captured.err
+    assert captured.err.count("data.augmentation.bit_depth=11") == 1
+
+
 def test_predict_prints_csv_alone_to_standard_output(work, capsys):
     assert main(["predict", str(work / "run"), str(work / "images/test/light")]) == 0
     lines = capsys.readouterr().out.splitlines()
