@@ -277,7 +277,7 @@ def test_what_was_skipped_is_kept_with_the_reason(folder):
     write(folder / "all" / "a" / "1.png")
     write(folder / "all" / "b" / "2.png")
     write(folder / "all" / "stray.png")
-    for name in ("a/scan.dcm", "a/deep/notes.txt", "b/.hidden.png", "b/.git/x.png", "labels.csv"):
+    for name in ("a/scan.xyz", "a/deep/notes.txt", "b/.hidden.png", "b/.git/x.png", "labels.csv"):
         path = folder / "all" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"no image")
@@ -285,12 +285,12 @@ def test_what_was_skipped_is_kept_with_the_reason(folder):
     table = read_folder(folder / "all")
     skipped = {path.removeprefix(f"{folder}/all/"): reason for path, reason in table.skipped}
     assert skipped == {
-        "a/scan.dcm": "a file without the suffix of an image",
-        "a/deep/notes.txt": "a file without the suffix of an image",
+        "a/scan.xyz": "not an image",
+        "a/deep/notes.txt": "not an image",
         "b/.hidden.png": "a hidden file",
         "b/.git": "a hidden folder",
         "b/link": "a link to a folder",
-        "labels.csv": "a file without the suffix of an image",
+        "labels.csv": "not an image",
         "stray.png": "an image outside the class folders",
     }
     assert len(table) == 2

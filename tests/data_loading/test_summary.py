@@ -83,7 +83,7 @@ def images(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (7 + i, 9), dtype=np.uint8)).save(path)
     (tmp_path / "test" / "b" / "6.png").write_bytes((tmp_path / "train/a/4.png").read_bytes())
-    (tmp_path / "train" / "b" / "scan.dcm").write_bytes(b"DICM")
+    (tmp_path / "train" / "b" / "scan.xyz").write_bytes(b"DICM")
     return tmp_path
 
 
@@ -113,7 +113,7 @@ def test_the_summary_of_a_training_run(images):
         "no test image of 2 classes: a, none",
         "image size: 32 x 32 pixels, from files with widths 9 to 9 and heights 7 to 10 (headers of 4 of 4 training "
         "images)",
-        f"skipped, a file without the suffix of an image: 1 ({images}/train/b/scan.dcm)",
+        f"skipped, not an image: 1 ({images}/train/b/scan.xyz)",
         "duplicates: 1 of 6 images have the bytes of another one; of 1 groups, 1 are across splits and 1 have "
         "different labels: train a/4.png (a) = test b/6.png (b)",
     ]
