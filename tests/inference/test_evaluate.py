@@ -209,6 +209,6 @@ def test_methods_must_fit_the_model_and_each_other(model, dataset):
     for name, value in (("samples", 2), ("seed", 1), ("precision", "bf16"), ("compile", True)):
         other = replace(METHODS[1], **{name: value})
         with pytest.raises(
-            ValueError, match="must have the same samples, seed, precision and compile"
+            ValueError, match="must have the same samples, seed, precision, compile and views"
         ):
             evaluate(model, dataset, [METHODS[0], other])
