@@ -27,6 +27,7 @@ from diffmic_fast.config.yaml_reader import with_overrides
 from diffmic_fast.data.bit_depth import warn_of_unused_bits
 from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.data.sources import open_source
+from diffmic_fast.data.summary import skipped_lines
 from diffmic_fast.data.table import ImageTable
 from diffmic_fast.devices import choose_device
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
@@ -89,6 +90,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         options = options.with_sampler(args.sampler)
     has_detector = model.calibration is not None and model.calibration.novelty is not None
     with process_group(args.device) as device:
+        _report(config, table)
         calibration = calibrate(
             model,
             make_dataset(config, table, train=False),
@@ -130,6 +132,15 @@ def _training_images(config: RunConfig, file: Checkpoint) -> ImageDataset | None
     return make_dataset(config, table, train=False)
 
 
+def _report(config: RunConfig, table: ImageTable) -> None:
+    """Print to standard error what was skipped, and warn of unused bits; on rank 0."""
+    if current().is_rank_zero:
+        for line in skipped_lines([table]):
+            print(line, file=sys.stderr)
+        sources = [entry.source for entry in table.entries]
+        warn_of_unused_bits(sources, config.data.augmentation.bit_depth)
+
+
 def _check_classes(command: str, table: ImageTable, names: tuple[str, ...] | None) -> None:
     """Raise ValueError unless the images have the classes of the model, where those are known."""
     if names is not None and tuple(names) != table.classes:
@@ -155,6 +166,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     options = _sampling(args, config)
     methods = [options.with_sampler(text) for text in args.sampler or []] or [options]
     with process_group(args.device) as device:
+        _report(config, table)
         evaluation = evaluate(
             model,
             make_dataset(config, table, train=False),

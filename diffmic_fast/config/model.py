@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, Strict
 
-from diffmic_fast.config.fields import AtLeastTwo, Count, Number, OpenUnit, one_of
+from diffmic_fast.config.fields import AtLeastTwo, Count, Flag, Number, OpenUnit, one_of
 from diffmic_fast.diffusion.schedule import SCHEDULES
 from diffmic_fast.reference.rois import Channels
 
@@ -54,5 +54,5 @@ class DiffMICConfig:
     crop_size: Count = 32
     percent_t: Annotated[float, Strict(), Field(gt=0, le=1)] = 1.0
     crop_channels: Channels = "first"
-    crop_foreground: bool = False
+    crop_foreground: Flag = False
     mmd_weight: Number = 0.5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from PIL import Image
@@ -92,12 +92,15 @@ def summary_lines(tables: Mapping[str, ImageTable], image_size: int) -> list[str
         if empty:
             lines.append(f"no {split} image of {_first(empty, 'class', 'classes')}")
     lines.append(f"image size: {image_size} x {image_size} pixels{_file_sizes(train)}")
-    lines += _group_lines(tables)
+    return lines + _group_lines(tables) + skipped_lines(tables.values())
+
+
+def skipped_lines(tables: Iterable[ImageTable]) -> list[str]:
+    """A line for each reason why files or rows were skipped, with their number and the first few names."""
     skipped: dict[str, list[str]] = {}
-    for name, reason in dict.fromkeys(s for table in tables.values() for s in table.skipped):
+    for name, reason in dict.fromkeys(s for table in tables for s in table.skipped):
         skipped.setdefault(reason, []).append(name)
-    lines += [f"skipped, {reason}: {len(n)} ({_list(n)})" for reason, n in skipped.items()]
-    return lines
+    return [f"skipped, {reason}: {len(n)} ({_list(n)})" for reason, n in skipped.items()]
 
 
 def _group_lines(tables: Mapping[str, ImageTable]) -> list[str]:

@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
     """Make glibc reuse the memory of freed tensors instead of returning it to the system; for the whole process.
 
     By default every tensor above 32 MiB is mapped anew, and the system clears each of its pages at the first access. A
-    training step of tf_efficientnet_lite0 (32 images of 224 pixels, bfloat16, Zen 4, two cores) takes 0.67 s instead of
-    0.82 s. The process keeps the memory of its largest step.
+    training step of tf_efficientnet_lite0 (32 images of 224 pixels, bfloat16, Zen 4, two cores) takes 0.71 s instead of
+    0.86 s. The process keeps the memory of its largest step.
 
     Returns:
         Whether the C library is glibc; with another one nothing is changed.

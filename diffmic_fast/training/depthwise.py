@@ -10,7 +10,7 @@ time in them. Both are equal to calls that are fast:
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,8 @@ def has_fast_backward(
     return (
         images.device.type == "cpu"
         and images.ndim == 4
+        # As autocast, which leaves float64 alone.
+        and {images.dtype, weight.dtype} <= {torch.float32, torch.bfloat16}
         and bias is None
         and groups == channels == images.shape[1] > 1
         and each == 1
@@ -59,20 +61,23 @@ def depthwise_conv2d(
     Returns:
         [B, C, h, w] bfloat16. Gradients have the dtypes of the arguments; products are of bfloat16 numbers.
     """
-    result: Tensor = _DepthwiseConv2d.apply(images, weight, stride, padding)
+    result: Tensor = _DepthwiseConv2d.apply(images, weight, _Geometry(stride, padding))
     return result
+
+
+class _Geometry(NamedTuple):
+    stride: tuple[int, int]
+    padding: tuple[int, int]
 
 
 class _DepthwiseConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, images: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]
-    ) -> Tensor:
+    def forward(ctx: Any, images: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
         ctx.dtypes = images.dtype, weight.dtype
         images, weight = images.bfloat16(), weight.bfloat16()
         ctx.save_for_backward(images, weight)
-        ctx.stride, ctx.padding = stride, padding
-        return F.conv2d(images, weight, None, stride, padding, 1, weight.shape[0])
+        ctx.geometry = geometry
+        return F.conv2d(images, weight, None, *geometry, 1, weight.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -81,21 +86,16 @@ class _DepthwiseConv2d(torch.autograd.Function):
         grad = grad.bfloat16().contiguous(memory_format=torch.channels_last)
         of_images = of_weight = None
         if ctx.needs_input_grad[0]:
-            of_images = _image_gradient(grad, images, weight, ctx.stride, ctx.padding)
+            of_images = _image_gradient(grad, images, weight, ctx.geometry)
             of_images = of_images.to(ctx.dtypes[0])
         if ctx.needs_input_grad[1]:
-            of_weight = _weight_gradient(grad, images, weight, ctx.stride, ctx.padding)
+            of_weight = _weight_gradient(grad, images, weight, ctx.geometry)
             of_weight = of_weight.to(ctx.dtypes[1])
-        return of_images, of_weight, None, None
+        return of_images, of_weight, None
 
 
-def _image_gradient(
-    grad: Tensor,
-    images: Tensor,
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-) -> Tensor:
+def _image_gradient(grad: Tensor, images: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
+    stride, padding = geometry
     if max(stride) > 1:
         sides = [
             size + 2 * pad - kernel + 1
@@ -104,19 +104,14 @@ def _image_gradient(
         spaced = _zeros(*grad.shape[:2], *sides)
         spaced[:, :, :: stride[0], :: stride[1]] = grad
         grad = spaced
-    return _gradient(grad, images, weight, (1, 1), padding, of_images=True)
+    return _gradient(grad, images, weight, _Geometry((1, 1), padding), of_images=True)
 
 
-def _weight_gradient(
-    grad: Tensor,
-    images: Tensor,
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-) -> Tensor:
+def _weight_gradient(grad: Tensor, images: Tensor, weight: Tensor, geometry: _Geometry) -> Tensor:
+    stride, padding = geometry
     kernel = weight.shape[2:]
     if max(kernel) <= _BLOCK:
-        return _gradient(grad, images, weight, stride, padding, of_images=False)
+        return _gradient(grad, images, weight, geometry, of_images=False)
     rows, columns = padding
     padded = F.pad(images, (columns, columns, rows, rows))
     block = weight[:, :, :_BLOCK, :_BLOCK].contiguous()
@@ -129,19 +124,13 @@ def _weight_gradient(
             shifted = padded[:, :, i : i + seen[0], j : j + seen[1]]
             shifted = shifted.contiguous(memory_format=torch.channels_last)
             result[:, :, i : i + _BLOCK, j : j + _BLOCK] = _gradient(
-                grad, shifted, block, stride, (0, 0), of_images=False
+                grad, shifted, block, _Geometry(stride, (0, 0)), of_images=False
             )
     return result
 
 
 def _gradient(
-    grad: Tensor,
-    images: Tensor,
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    *,
-    of_images: bool,
+    grad: Tensor, images: Tensor, weight: Tensor, geometry: _Geometry, *, of_images: bool
 ) -> Tensor:
     """One of the two gradients of a depthwise convolution, by PyTorch."""
     gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
@@ -149,8 +138,7 @@ def _gradient(
         images,
         weight,
         None,
-        stride,
-        padding,
+        *geometry,
         (1, 1),
         False,
         (0, 0),
