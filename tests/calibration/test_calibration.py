@@ -82,6 +82,9 @@ def test_other_sampling_does_not_fit(calibration: Calibration) -> None:
     assert (
         calibration.mismatch(SamplingOptions("ddim", 20, 0.5, 6, seed=9, precision="bf16")) is None
     )
+    assert "views 1, got 2" in str(
+        calibration.mismatch(SamplingOptions("ddim", 20, 0.5, 6, views=2))
+    )
     reason = calibration.mismatch(SamplingOptions("ddim", 10, 0.5, 8))
     assert reason == "the calibration was fitted for steps 20, got 10; samples 6, got 8"
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,27 @@ def test_train_writes_checkpoint_and_log(work):
     assert (work / "run" / "ckpt.pth").is_file()
     with open(work / "run" / "log.csv", newline="") as file:
         assert [r["epoch"] for r in csv.DictReader(file)] == ["0", "1"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "calibrate"])
+def test_skipped_files_and_unused_bits_are_reported(work, tmp_path, capsys, command):
+    """Of 12-bit images in 16-bit files, with the setting of 16."""
+    images = tmp_path / "images"
+    rng = np.random.default_rng(0)
+    for name in ("dark", "light"):
+        (images / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = rng.integers(0, 4096, (32, 32), dtype=np.uint16)
+            Image.fromarray(pixels).save(images / name / f"{i}.png")
+    (images / "dark" / "notes.txt").write_text("text")
+    run = tmp_path / "run"
+    shutil.copytree(work / "run", run)
+    changes = ["data.train_table=null", "data.test_table=null", f"data.root={images}"]
+    argv = [command, str(run), "--split", "train", *(f"--set={change}" for change in changes)]
+    assert main(argv) == 0
+    err = capsys.readouterr().err
+    assert f"skipped, not an image: 1 ({images}/dark/notes.txt)" in err
+    assert "data.augmentation.bit_depth=12" in err
 
 
 def test_evaluate_prints_a_table_and_writes_files(work, tmp_path, capsys):

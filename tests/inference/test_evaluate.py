@@ -81,6 +81,21 @@ def test_guidance_and_samplers_side_by_side(model, dataset):
     assert all(r.seconds_per_image > 0 for r in result.results)
 
 
+def test_views_hold_for_guidance_and_samplers(model, dataset):
+    method = SamplingOptions("ddim", 3, views=2)
+    calibrate(model, replace(method, views=1))  # not for these views
+    found = evaluate(model, dataset, [method])
+    assert [r.method for r in found.results] == [GUIDANCE, "ddim 3"]
+    assert "views 1, got 2" in str(found.not_calibrated)
+    images = stack(dataset)
+    guide = model.guide(images, views=2)
+    assert not torch.equal(guide.logits.fused, model.guide(images).logits.fused)
+    expected = (guide.logits.fused.softmax(dim=1), model.predict(
+        images, sampler="ddim", steps=3, views=2, probability="published").probabilities)  # fmt: skip
+    for result, probabilities in zip(found.results, expected, strict=True):
+        np.testing.assert_allclose(result.probabilities, probabilities.numpy(), atol=1e-5)
+
+
 def test_results_do_not_depend_on_the_batch_size(model, dataset):
     one, three = (evaluate(model, dataset, METHODS, batch_size=b) for b in (1, 4))
     for a, b in zip(one.results, three.results, strict=True):

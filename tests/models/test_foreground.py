@@ -36,6 +36,16 @@ def test_even_areas_of_middle_grey_are_foreground():
     assert bool(foreground(images, (4, 4)).all())
 
 
+@pytest.mark.parametrize(("blocks", "expected"), [(0, True), (3, True), (4, False), (16, False)])
+def test_a_cell_with_a_quarter_of_background_is_background(blocks, expected):
+    """A cell of 4 x 4 blocks beside one without background."""
+    images = 1.0 + 0.3 * torch.randn(1, 3, 64, 128, generator=torch.Generator().manual_seed(0))
+    for i in range(blocks):
+        row, column = 16 * (i // 4), 16 * (i % 4)
+        images[:, :, row : row + 16, column : column + 16] = -2.0
+    assert foreground(images, (1, 2)).tolist() == [[[expected, True]]]
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (2, 7)])
 def test_grids_of_any_size(size):
     images = torch.randn(2, 3, 45, 70, generator=torch.Generator().manual_seed(0))

@@ -55,5 +55,8 @@ def test_other_numbers_are_rejected(model):
     for views in (0, 3, 8, True):
         with pytest.raises((ValueError, TypeError), match="views must be"):
             model.predict(IMAGES, views=views)
+    for call in (model.guide, model.encode):
+        with pytest.raises(ValueError, match="views must be 1, 2 or 4, got 3"):
+            call(IMAGES, views=3)
     with pytest.raises(ValueError, match="views must be 1, 2 or 4, got 3"):
         SamplingOptions(views=3)
