@@ -77,6 +77,10 @@ def make_parser() -> argparse.ArgumentParser:
     _add_model_options(predict)
     predict.add_argument("inputs", nargs="+", help="image files and folders")
     predict.add_argument("--out", help="FILE.csv or FILE.json (default: CSV to standard output)")
+    predict.add_argument(
+        "--resume", action="store_true",
+        help="keep the rows that --out has from an interrupted run, and go on with the other files",
+    )  # fmt: skip
     predict.add_argument("--sampler", metavar="NAME[:STEPS[:ETA]]", help="default: config's")
     predict.add_argument(
         "--probability", choices=("published", "calibrated"),

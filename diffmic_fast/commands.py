@@ -35,14 +35,10 @@ from diffmic_fast.distributed.processes import current, process_group
 from diffmic_fast.inference.calibrate import calibrate
 from diffmic_fast.inference.evaluate import evaluate
 from diffmic_fast.inference.figures import draw_confusion, save_figure
-from diffmic_fast.inference.output import check_suffix, save, to_csv
+from diffmic_fast.inference.output import check_suffix
 from diffmic_fast.inference.pictures import Pictures
-from diffmic_fast.inference.predict import (
-    Predictions,
-    ProbabilityOptions,
-    collect_files,
-    predict_files,
-)
+from diffmic_fast.inference.predict import FilePredictor, ProbabilityOptions, collect_files
+from diffmic_fast.inference.prediction_run import predict_to
 from diffmic_fast.training.allocator import keep_freed_memory
 from diffmic_fast.training.datasets import digest, make_dataset
 from diffmic_fast.training.trainer import Trainer
@@ -194,6 +190,12 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _predict(args: argparse.Namespace) -> int:
     if args.figure or args.images_out:
         require("matplotlib", extra="figures", purpose="predict: --figure or --images-out")
+    if args.resume and not args.out:
+        raise ValueError("predict: --resume continues a file; name it with --out")
+    if args.resume and args.figure:
+        raise ValueError(
+            "predict: --figure draws the first images of a run; leave it out, or --resume"
+        )
     _make_parents(args.out, args.figure)
     if args.out:
         check_suffix(args.out)
@@ -211,45 +213,30 @@ def _predict(args: argparse.Namespace) -> int:
             raise ValueError(
                 "predict: --figure and --images-out are for a single process; leave them out, or torchrun"
             )
-        predictions = predict_files(
+        predictor = FilePredictor(
             model,
-            files,
             classes,
             config.data.augmentation,
             options,
+            probabilities=ProbabilityOptions(args.probability, args.coverage),
+            device=choose_device(device),
+        )
+        written, failed = predict_to(
+            predictor,
+            files,
+            args.out,
+            resume=args.resume,
             batch_size=args.batch_size or config.sampling.batch_size,
             workers=args.workers,
-            device=choose_device(device),
-            on_batch=pictures.add if pictures.wanted else None,
-            probabilities=ProbabilityOptions(args.probability, args.coverage),
+            pictures=pictures,
         )
         first = current().is_rank_zero
     if first:
-        _write(predictions, args.out)
         warn_of_unused_bits(files, config.data.augmentation.bit_depth)
         pictures.finish()
-    if not predictions.rows:
+    if not written:
         return EXIT_FAILED
-    return EXIT_UNREADABLE if predictions.unreadable else 0
-
-
-def _write(predictions: Predictions, out: str | None) -> None:
-    """Write the rows to the file `out` or to standard output, and unreadable files to standard error."""
-    failed = predictions.unreadable
-    for file, reason in failed:
-        print(f"unreadable: {file}: {reason}", file=sys.stderr)
-    if not predictions.rows:
-        print(f"error: none of the {len(failed)} files could be read", file=sys.stderr)
-        return
-    if predictions.obstacle is not None:
-        print(f"probabilities are not calibrated: {predictions.obstacle}", file=sys.stderr)
-    if out:
-        save(predictions, out)
-    else:
-        sys.stdout.write(to_csv(predictions))
-    if failed:
-        count = f"{len(failed)} of {len(failed) + len(predictions.rows)}"
-        print(f"{count} files were unreadable and left out", file=sys.stderr)
+    return EXIT_UNREADABLE if failed else 0
 
 
 def _demo(args: argparse.Namespace) -> int:

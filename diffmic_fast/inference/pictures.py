@@ -47,6 +47,10 @@ class Pictures:
         """Whether there is anything to draw."""
         return bool(self.sheet or self.folder)
 
+    def skip(self, count: int) -> None:
+        """Number the next picture of `folder` as if `count` images had been added."""
+        self._count += count
+
     def add(self, files: list[Path], images: Tensor, prediction: Prediction) -> None:
         """Take a batch; the `on_batch` of `predict_files`."""
         names, truths = [path.name for path in files], [self.truth.get(path) for path in files]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffmic_fast.calibration import Confidence, confidence
 from diffmic_fast.calibration.conformal import check_coverage
+from diffmic_fast.checkpoint import weights_digest
 from diffmic_fast.config.data import AugmentationConfig
 from diffmic_fast.data.decode import UnreadableImageError, load_image
 from diffmic_fast.data.files import IMAGE_SUFFIXES, scan_folder
@@ -77,22 +80,54 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Heading:
+    """What all rows of a prediction share.
+
+    Attributes:
+        classes: names of the classes.
+        coverage: of the prediction sets.
+        obstacle: why the probabilities are not calibrated, or None if they are.
+        digest: of the weights, the calibration, the preprocessing and the options, 16 hexadecimal digits. Rows with the
+            same digest were made in the same way.
+    """
+
+    classes: tuple[str, ...]
+    coverage: float = 0.9
+    obstacle: str | None = None
+    digest: str = ""
+
+
+@dataclass(frozen=True)
 class Predictions:
     """Predictions for a list of files.
 
     Attributes:
-        classes: names of the classes.
+        heading: what the rows share.
         rows: of the readable files, in the order given.
         unreadable: (file, reason) of the others, in the order given.
-        coverage: of the prediction sets.
-        obstacle: why the probabilities are not calibrated, or None if they are.
     """
 
-    classes: tuple[str, ...]
+    heading: Heading
     rows: tuple[Row, ...]
     unreadable: tuple[tuple[str, str], ...]
-    coverage: float = 0.9
-    obstacle: str | None = None
+
+
+class PredictedBatch(NamedTuple):
+    """Predictions for some consecutive files.
+
+    Attributes:
+        rows: of the readable files, in the order given; with several processes those of all of them.
+        unreadable: (file, reason) of the others, likewise.
+        paths: this process's readable files.
+        images: [B, 3, H, W], their pixels, or None if there are none.
+        prediction: for them, or None.
+    """
+
+    rows: list[Row]
+    unreadable: list[tuple[str, str]]
+    paths: list[Path]
+    images: Tensor | None
+    prediction: Prediction | None
 
 
 def collect_files(inputs: Sequence[str | Path]) -> list[Path]:
@@ -141,6 +176,135 @@ class _Files(Dataset[tuple[Path, "Tensor | None", str]]):
         return path, self.transform(pixels), ""
 
 
+class FilePredictor:
+    """Classifies image files batch by batch.
+
+    The noise of an image is addressed by its pixels and the seed, so a row does not depend on the other files.
+
+    Attributes:
+        model: on its device, in evaluation mode.
+        heading: what the rows share.
+        device: where the model runs.
+    """
+
+    def __init__(
+        self,
+        model: DiffMIC,
+        classes: Sequence[str],
+        augmentation: AugmentationConfig,
+        options: SamplingOptions,
+        *,
+        probabilities: ProbabilityOptions | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Prepare a model.
+
+        Args:
+            model: moved to `device` and set to evaluation mode.
+            classes: names of the model's classes.
+            augmentation: the preprocessing that the model was trained with.
+            options: how labels are sampled.
+            probabilities: which to give (default: calibrated where the model's calibration is for these options).
+            device: where the model runs.
+
+        Raises:
+            ValueError: the number of class names is not the model's, the sampler does not fit its schedule, or
+                calibrated probabilities are asked for and there is no calibration for these options.
+        """
+        wanted = self._wanted = probabilities or ProbabilityOptions()
+        options.check(model.config.timesteps)
+        if len(classes) != model.config.classes:
+            raise ValueError(
+                f"predict: there must be {model.config.classes} class names, one for each class of the model, got "
+                f"{len(classes)}"
+            )
+        obstacle = model.calibration_obstacle(options)
+        if wanted.probability == "published":
+            obstacle = "published probabilities were asked for"
+        elif wanted.probability == "calibrated" and obstacle is not None:
+            raise ValueError(f"predict: probabilities are not calibrated: {obstacle}")
+        self.model, self.device = model.to(device).eval(), device
+        self._augmentation, self._options = augmentation, options
+        self.heading = Heading(tuple(classes), wanted.coverage, obstacle, self._digest(classes))
+
+    def _digest(self, classes: Sequence[str]) -> str:
+        model = self.model
+        calibration = None if model.calibration is None else model.calibration.to_state()
+        settings = [
+            weights_digest(model),
+            _plain(calibration),
+            asdict(model.config),
+            asdict(self._augmentation),
+            asdict(self._options),
+            asdict(self._wanted),
+            list(classes),
+        ]
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+    def batches(
+        self,
+        files: Sequence[Path],
+        *,
+        batch_size: int = 32,
+        workers: int = 0,
+        explain: bool = False,
+    ) -> Iterator[PredictedBatch]:
+        """Classify files; memory does not grow with their number.
+
+        Collective: each process of a `torch.distributed` group takes a contiguous part of every batch.
+
+        Args:
+            files: image files, the same on all processes.
+            batch_size: images at a time and process.
+            workers: processes that decode files; 0 decodes them in this one.
+            explain: whether the predictions have trajectory, saliency and boxes.
+        """
+        processes = current()
+        size = batch_size * processes.world_size
+        loader = DataLoader(
+            _Files(files, self.model.config.image_size, self._augmentation),
+            batch_sampler=[
+                list(processes.shard(range(i, min(i + size, len(files)))))
+                for i in range(0, len(files), size)
+            ],
+            num_workers=workers,
+            collate_fn=list,
+            generator=torch.Generator().manual_seed(
+                0
+            ),  # else creating the loader draws from torch's
+        )
+        for batch in loader:
+            own = self._predict(batch, explain)
+            found = processes.all_gather((own.rows, own.unreadable))
+            yield own._replace(
+                rows=[row for rows, _ in found for row in rows],
+                unreadable=[failed for _, unreadable in found for failed in unreadable],
+            )
+
+    def _predict(
+        self, batch: list[tuple[Path, Tensor | None, str]], explain: bool
+    ) -> PredictedBatch:
+        """Classify decoded files."""
+        unreadable = [(str(path), reason) for path, image, reason in batch if image is None]
+        paths = [path for path, image, _ in batch if image is not None]
+        if not paths:
+            return PredictedBatch([], unreadable, [], None, None)
+        images = torch.stack([image for _, image, _ in batch if image is not None]).to(self.device)
+        model = self.model
+        prediction = model.predict(
+            images,
+            trajectory=explain,
+            saliency=explain,
+            boxes=explain,
+            probability=self._wanted.probability,
+            **asdict(self._options),
+        )
+        coverage = self.heading.coverage
+        sure = confidence(prediction, model.calibration, images=images, coverage=coverage)
+        rows = _rows(paths, self.heading.classes, prediction, sure, model)
+        return PredictedBatch(rows, unreadable, paths, images, prediction)
+
+
 def predict_files(
     model: DiffMIC,
     files: Sequence[Path],
@@ -154,10 +318,7 @@ def predict_files(
     on_batch: Callable[[list[Path], Tensor, Prediction], None] | None = None,
     probabilities: ProbabilityOptions | None = None,
 ) -> Predictions:
-    """Classify image files.
-
-    The noise of an image is addressed by its pixels and the seed, so a row does not depend on the other files. The
-    processes of a `torch.distributed` group take a contiguous shard of the files each; all return the whole result.
+    """Classify image files; all rows at once, where `FilePredictor` gives them batch by batch.
 
     Args:
         model: moved to `device` and set to evaluation mode.
@@ -173,59 +334,30 @@ def predict_files(
         probabilities: which to give (default: calibrated where the model's calibration is for these options).
 
     Raises:
-        ValueError: the number of class names is not the model's, the sampler does not fit its schedule, or calibrated
-            probabilities are asked for and there is no calibration for these options.
+        ValueError: as in `FilePredictor`.
     """
-    wanted = probabilities or ProbabilityOptions()
-    options.check(model.config.timesteps)
-    if len(classes) != model.config.classes:
-        raise ValueError(
-            f"predict: there must be {model.config.classes} class names, one for each class of the model, got "
-            f"{len(classes)}"
-        )
-    obstacle = model.calibration_obstacle(options)
-    if wanted.probability == "published":
-        obstacle = "published probabilities were asked for"
-    elif wanted.probability == "calibrated" and obstacle is not None:
-        raise ValueError(f"predict: probabilities are not calibrated: {obstacle}")
-    model.to(device).eval()
-    processes = current()
-    loader = DataLoader(
-        _Files(processes.shard(files), model.config.image_size, augmentation),
-        batch_size,
-        num_workers=workers,
-        collate_fn=list,
-        generator=torch.Generator().manual_seed(0),  # else creating the loader draws from torch's
+    predictor = FilePredictor(
+        model, classes, augmentation, options, probabilities=probabilities, device=device
     )
-    explain = on_batch is not None
     rows: list[Row] = []
     unreadable: list[tuple[str, str]] = []
-    for batch in loader:
-        unreadable += [(str(path), reason) for path, image, reason in batch if image is None]
-        paths = [path for path, image, _ in batch if image is not None]
-        if not paths:
-            continue
-        images = torch.stack([image for _, image, _ in batch if image is not None]).to(device)
-        prediction = model.predict(
-            images,
-            trajectory=explain,
-            saliency=explain,
-            boxes=explain,
-            probability=wanted.probability,
-            **asdict(options),
-        )
-        sure = confidence(prediction, model.calibration, images=images, coverage=wanted.coverage)
-        rows += _rows(paths, classes, prediction, sure, model)
-        if on_batch is not None:
-            on_batch(paths, images, prediction)
-    found = processes.all_gather((rows, unreadable))
-    return Predictions(
-        tuple(classes),
-        tuple(row for theirs, _ in found for row in theirs),
-        tuple(failed for _, theirs in found for failed in theirs),
-        wanted.coverage,
-        obstacle,
-    )
+    explain = on_batch is not None
+    for batch in predictor.batches(files, batch_size=batch_size, workers=workers, explain=explain):
+        rows += batch.rows
+        unreadable += batch.unreadable
+        if on_batch is not None and batch.images is not None and batch.prediction is not None:
+            on_batch(batch.paths, batch.images, batch.prediction)
+    return Predictions(predictor.heading, tuple(rows), tuple(unreadable))
+
+
+def _plain(value: Any) -> Any:
+    """Nested values as JSON has them, tensors as digests of their bytes."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous().numpy().tobytes()
+        return [str(value.dtype), list(value.shape), hashlib.sha256(content).hexdigest()]
+    return value
 
 
 def _rows(

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from diffmic_fast.cli import main, make_parser
+from diffmic_fast.inference.predict import FilePredictor
 from diffmic_fast.ops.denoise import PRECISIONS
 
 SOURCE = Path(__file__).parents[2]
@@ -116,6 +117,66 @@ def test_predict_skips_an_unreadable_image_and_exits_with_3(work, tmp_path, caps
     assert [r["file"] for r in rows] == [str(folder / "a.png"), str(folder / "c.png")]
     assert {r["class"] for r in rows} <= {"dark", "light"}
     assert picture.is_file() and len(list((tmp_path / "each").iterdir())) == 2
+
+
+def test_predict_goes_on_with_an_interrupted_run(work, tmp_path, capsys):
+    """Rows are kept, the incomplete one is made again, and a file that has become readable gets one."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, name in enumerate(("dark/0", "dark/1", "light/0", "light/1")):
+        shutil.copy(work / "images/test" / f"{name}.png", folder / f"{i}.png")
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:300])
+    out, whole = tmp_path / "p.csv", tmp_path / "whole.csv"
+    command = ["predict", str(work / "run"), str(folder), "--batch-size", "1"]
+    assert main([*command, "--out", str(out)]) == 3
+    shutil.copy(work / "images/test/light/0.png", folder / "2.png")
+    rows = out.read_bytes()
+    out.write_bytes(rows[:-5])  # within the row of 3.png
+    capsys.readouterr()
+    assert main([*command, "--out", str(out), "--resume"]) == 0
+    assert "2 rows were in" in capsys.readouterr().err
+    assert main([*command, "--out", str(whole)]) == 0
+    assert out.read_bytes() == whole.read_bytes()
+    assert main([*command, "--out", str(out), "--resume"]) == 0
+    assert "4 rows were in" in capsys.readouterr().err
+    assert out.read_bytes() == whole.read_bytes()
+
+    one_error(capsys, [*command, "--resume"], "--resume continues a file", "--out")
+    resume = ["--out", str(out), "--resume"]
+    one_error(capsys, [*command, *resume, "--seed", "9"], "of another model or other options")
+    one_error(capsys, [*command, *resume, "--figure", "f.png"], "--figure")
+    one_error(capsys, ["predict", str(work / "run"), str(folder / "0.png"), *resume],
+              "3 files that are not among those given", str(folder / "1.png"))  # fmt: skip
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_predict_writes_rows_while_it_runs(work, tmp_path, monkeypatch):
+    out = tmp_path / "p.json"
+    files = [str(work / "images/test/dark" / f"{i}.png") for i in (0, 1)]
+    seen = []
+    batches = FilePredictor.batches
+
+    def observed(self, *args, **options):
+        for batch in batches(self, *args, **options):
+            seen.append(out.read_text().count('"file"') if out.exists() else 0)
+            yield batch
+
+    monkeypatch.setattr(FilePredictor, "batches", observed)
+    assert main(["predict", str(work / "run"), *files, "--batch-size", "1", "--out", str(out)]) == 0
+    assert seen == [0, 1]
+    assert [r["file"] for r in json.loads(out.read_text())["predictions"]] == files
+
+
+def test_pictures_of_a_continued_run_keep_their_numbers(work, tmp_path):
+    out, pictures = tmp_path / "p.csv", tmp_path / "each"
+    files = [str(work / "images/test/dark" / f"{i}.png") for i in (0, 1)]
+    command = ["predict", str(work / "run"), *files, "--out", str(out), "--images-out"]
+    assert main([*command, str(pictures)]) == 0
+    names = sorted(path.name for path in pictures.iterdir())
+    out.write_text("".join(out.read_text().splitlines(keepends=True)[:2]))
+    (pictures / names[1]).unlink()
+    assert main([*command, str(pictures), "--resume"]) == 0
+    assert sorted(path.name for path in pictures.iterdir()) == names
 
 
 def test_predict_reports_other_files_and_unused_bits_once(work, tmp_path, capsys):

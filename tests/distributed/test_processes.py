@@ -197,7 +197,16 @@ def test_torchrun(shared_config: RunConfig, images: Path, tmp_path: Path) -> Non
     assert again.returncode != 0 and "already holds a run" in again.stderr
     done = run("predict", "run", images / "test", "--out", "found.csv")
     assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "found.csv").read_text().splitlines()) == 7
+    lines = (tmp_path / "found.csv").read_text().splitlines(keepends=True)
+    assert len(lines) == 7
+    (tmp_path / "found.csv").write_text("".join(lines[:4]))
+    done = run("predict", "run", images / "test", "--out", "found.csv", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("3 rows were in found.csv, 3 were added") == 1
+    names = [line.split(",")[0] for line in (tmp_path / "found.csv").read_text().splitlines()]
+    assert names == [line.split(",")[0] for line in lines]
+    done = run("predict", "run", images / "test", "--out", "found.csv", "--resume", "--seed", "9")
+    assert done.returncode != 0 and "other options" in done.stderr
     done = run("predict", "run", images / "test", "--figure", "found.png")
     assert done.returncode != 0 and "are for a single process" in done.stderr
 

@@ -298,7 +298,7 @@ def test_rows_of_files_have_the_confidence(model, many, configuration, tmp_path)
     result = predict_files(
         model, files, CLASSES, augmentation, OPTIONS, probabilities=ProbabilityOptions(coverage=0.8)
     )
-    assert result.obstacle is None and result.coverage == 0.8
+    assert result.heading.obstacle is None and result.heading.coverage == 0.8
     for row in result.rows:
         assert row.calibrated and row.prediction_set is not None and row.name in row.prediction_set
         assert row.novelty is not None and row.flagged == (row.novelty <= 0.05)
@@ -327,7 +327,7 @@ def test_rows_that_are_not_calibrated_say_so(model, many, configuration, tmp_pat
     model.calibration = None
     single = dataclasses.replace(OPTIONS, samples=1)
     result = predict_files(model, files, CLASSES, augmentation, single)
-    assert result.obstacle == "the model has no calibration"
+    assert result.heading.obstacle == "the model has no calibration"
     save(result, tmp_path / "p.csv")
     save(result, tmp_path / "p.json")
     with open(tmp_path / "p.csv", newline="") as file:
@@ -347,7 +347,7 @@ def test_published_probabilities_of_files(model, many, configuration):
     augmentation = configuration.data.augmentation
     published = ProbabilityOptions("published")
     result = predict_files(model, files, CLASSES, augmentation, OPTIONS, probabilities=published)
-    assert result.obstacle == "published probabilities were asked for"
+    assert result.heading.obstacle == "published probabilities were asked for"
     assert not any(row.calibrated for row in result.rows)
     # The detector needs no calibrated probabilities.
     assert all(row.novelty is not None for row in result.rows)
