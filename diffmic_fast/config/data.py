@@ -136,6 +136,8 @@ class DataConfig:
         split_seed: seed of the random fractions; not of the training.
         duplicates: "report" prints images with identical bytes, within and across splits, before training; "error"
             makes them an error.
+        scan: before training, "quick" finds truncated and other unreadable images by their headers and ends; "full"
+            decodes every image.
         augmentation: what happens to images on their way to the model.
         cache: keep decoded, cropped and resized images in memory (3 bytes per pixel), so that files are decoded once
             and not in every epoch.
@@ -175,6 +177,7 @@ class DataConfig:
     test_fraction: Fraction = 0.0
     split_seed: Natural = 0
     duplicates: Literal["report", "error"] = "report"
+    scan: Literal["quick", "full"] = "quick"
 
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
     cache: Flag = True

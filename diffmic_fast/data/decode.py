@@ -8,7 +8,7 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -111,9 +111,7 @@ def uses_bit_depth(source: Path | str) -> bool:
 def _unreadable_files_named(source: Path | str) -> Iterator[None]:
     """Raise every error as an `UnreadableImageError` of the file."""
     try:
-        with _truncated_files_rejected(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged EXIF data, transparency of palettes
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with strict_pillow():
             yield
     except FileNotFoundError:
         raise UnreadableImageError(source, "there is no such file") from None
@@ -197,19 +195,26 @@ def _to_rgb(image: Image.Image, inverted: bool) -> np.ndarray:
 
 _lock = threading.Lock()
 _users = 0
-_saved = False
+_settings = ExitStack()
 
 
 @contextmanager
-def _truncated_files_rejected() -> Iterator[None]:
-    """Make Pillow raise on truncated files, even if other code has told it to pad them with grey.
+def strict_pillow() -> Iterator[None]:
+    """A block in which Pillow raises on truncated files and decompression bombs, and warns of nothing.
 
-    Pillow's switch is global, and threads decode side by side: the first one sets it, the last one restores it.
+    Other code may have told Pillow to pad truncated files with grey. That switch and the filters of warnings are
+    global, and threads decode side by side: the first one sets them, the last one restores them.
     """
-    global _users, _saved
+    global _users
     with _lock:
         if _users == 0:
-            _saved, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+            _settings.callback(
+                setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", ImageFile.LOAD_TRUNCATED_IMAGES
+            )
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
+            _settings.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # damaged EXIF data, transparency of palettes
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
         _users += 1
     try:
         yield
@@ -217,4 +222,4 @@ def _truncated_files_rejected() -> Iterator[None]:
         with _lock:
             _users -= 1
             if _users == 0:
-                ImageFile.LOAD_TRUNCATED_IMAGES = _saved
+                _settings.close()

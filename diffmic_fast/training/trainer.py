@@ -6,7 +6,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from diffmic_fast.checkpoint import Checkpoint, read_checkpoint
 from diffmic_fast.config.run import RunConfig
 from diffmic_fast.data.bit_depth import warn_of_unused_bits
+from diffmic_fast.data.scan import describe, find_unreadable
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.data.summary import report_images
 from diffmic_fast.data.table import ImageTable
@@ -93,8 +94,9 @@ class Trainer:
             on_step: called after every step with (epoch, step of the epoch).
 
         Raises:
-            ValueError: a configuration that does not fit the data, duplicates where config.data.duplicates is "error",
-                a folder that already holds a run, a checkpoint that cannot be resumed.
+            ValueError: a configuration that does not fit the data, unreadable images, duplicates where
+                config.data.duplicates is "error", a folder that already holds a run, a checkpoint that cannot be
+                resumed.
         """
         self.processes = current()
         self.device = choose_device(device)
@@ -122,6 +124,7 @@ class Trainer:
             with_test=not given,
             say=None if self.quiet else self._print,
         )
+        self._scan([train] if validation is None else [train, validation])
         if self.processes.is_rank_zero:
             sources = [entry.source for entry in train.entries]
             warn_of_unused_bits(sources, config.data.augmentation.bit_depth)
@@ -168,6 +171,18 @@ class Trainer:
                 f"resume: the training images are not those {saved.path} was trained with (their names, labels or "
                 f"order differ; {len(table)} images now); restore them, or start anew in another folder"
             )
+
+    def _scan(self, tables: Sequence[ImageTable]) -> None:
+        """Collective: raise ValueError, with all names, if images cannot be read."""
+        reason = ""
+        if self.processes.is_rank_zero:
+            data = self.config.data
+            sources = [entry.source for table in tables for entry in table.entries]
+            unreadable = find_unreadable(
+                sources, bit_depth=data.augmentation.bit_depth, extent=data.scan
+            )
+            reason = f"data: {describe(unreadable)}" if unreadable else ""
+        self.processes.raise_together(reason)
 
     # -- checkpoints ---------------------------------------------------------------------------
 

@@ -56,6 +56,29 @@ def test_train_writes_checkpoint_and_log(work):
         assert [r["epoch"] for r in csv.DictReader(file)] == ["0", "1"]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_train_names_all_unreadable_images_before_it_starts(work, tmp_path, capsys, workers):
+    """Of training and validation; also those that only decoding finds, with data.scan=full."""
+    images = tmp_path / "images"
+    shutil.copytree(work / "images", images)
+    for name in ("train/dark/1.png", "test/light/0.png"):
+        (images / name).write_bytes((images / name).read_bytes()[:-200])
+    inside = images / "train/light/3.png"
+    content = bytearray(inside.read_bytes())
+    content[300:340] = bytes(40)
+    inside.write_bytes(content)
+    changes = [f"data.root={images}", "data.validation_table=test", f"data.workers={workers}"]
+    argv = ["train", "--config", str(work / "c.yml"), "--out", str(tmp_path / "run")]
+    argv += [f"--set={change}" for change in changes]
+    for scan, count in (("quick", 2), ("full", 3)):
+        assert main([*argv, f"--set=data.scan={scan}"]) == 2
+        err = capsys.readouterr().err
+        assert f"error: data: {count} images cannot be read" in err
+        assert str(images / "train/dark/1.png") in err and str(images / "test/light/0.png") in err
+        assert (str(inside) in err) == (scan == "full")
+        assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("command", ["evaluate", "calibrate"])
 def test_skipped_files_and_unused_bits_are_reported(work, tmp_path, capsys, command):
     """Of 12-bit images in 16-bit files, with the setting of 16."""
