@@ -56,6 +56,7 @@ class TrainingConfig:
         guidance_warmup_epochs: epochs in which the guidance model's learning rate rises linearly from 0.
         ema_decay: of the moving average of the denoiser's weights; None for no average. It averages over about
             1 / (1 - ema_decay) steps: short runs need a smaller value than the published 0.9999.
+        guidance_gradient_clip: largest gradient norm of a step of the guidance model; None for no clipping.
         encoder_epochs: epochs of the denoiser's image encoder alone, as a classifier with a linear layer of its own,
             after those of the guidance model. Its rate is `encoder_learning_rate`, with the schedule of joint epochs.
         feature_epochs: epochs of the denoiser's layers alone, after the joint ones, on features of the encoder and
@@ -66,6 +67,13 @@ class TrainingConfig:
             as its own epochs made it.
         prior_dropout: share of the images of a denoiser step whose label distributions of the guidance model are
             replaced by the uniform one, as prior mean and as condition, so that the denoiser has to look at the image.
+        classifier_ema_decay: of moving averages, of weights and running statistics, of the guidance model in
+            `guidance_epochs` and of the encoder in `encoder_epochs`; they replace what they average at the end of these
+            epochs. None for no average.
+        classifier_dropout: dropout of the features before the last layers of guidance model and encoder classifier, in
+            all their epochs.
+        classifier_head_factor: learning rate of the layers after the trunks of these two, as a multiple of
+            `guidance_learning_rate` and `encoder_learning_rate`.
         label_smoothing: in the cross-entropies of guidance model and encoder, the share of the target that is spread
             over the other classes.
         ordinal: whether the classes are ordered grades: smoothing then spreads over the neighbouring classes only.
@@ -102,12 +110,16 @@ class TrainingConfig:
     guidance_weight_decay: NonNegative = 0.0
     guidance_cosine: Flag = False
     guidance_warmup_epochs: NonNegative = 0.0
+    guidance_gradient_clip: Positive | None = None
     encoder_epochs: Natural = 0
     feature_epochs: Natural = 0
     feature_views: Count = 8
     feature_batch_size: AtLeastTwo = 64
     joint_guidance: Flag = True
     prior_dropout: Annotated[float, Strict(), Field(ge=0, le=1)] = 0.0
+    classifier_ema_decay: OpenUnit | None = None
+    classifier_dropout: Fraction = 0.0
+    classifier_head_factor: Positive = 1.0
     label_smoothing: Fraction = 0.0
     ordinal: Flag = False
     balance: Annotated[float, Strict(), Field(ge=0, le=1)] = 0.0
@@ -122,6 +134,10 @@ class TrainingConfig:
         if self.epochs + self.guidance_epochs + self.encoder_epochs + self.feature_epochs == 0:
             raise ValueError(
                 "epochs, guidance_epochs, encoder_epochs and feature_epochs must not all be 0"
+            )
+        if self.classifier_ema_decay is not None and self.joint_guidance and self.epochs:
+            raise ValueError(
+                "classifier_ema_decay averages epochs of the guidance model's own; joint_guidance must be false"
             )
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(

@@ -105,6 +105,8 @@ class DCG(nn.Module):
         dn_resnet: Trunk over the patches.
         mil_attn_V, mil_attn_U, mil_attn_w: Gated attention over the patches.
         classifier_linear: Attended patch features to logits.
+        dropout: Probability, in training, that a channel of the image's feature map and an attended feature of the
+            patches is set to 0. The published model has none.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class DCG(nn.Module):
             raise ValueError(f"DCG: percent_t must be in (0, 1], got {percent_t}")
         if crop_channels not in ("first", "all"):
             raise ValueError(f"DCG: crop_channels must be 'first' or 'all', got {crop_channels!r}")
+        self.dropout = 0.0
         self.crops = crops
         self.crop_size = crop_size
         self.percent_t = percent_t
@@ -175,7 +178,8 @@ class DCG(nn.Module):
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"DCG: images must be [B, 3, H, W], got {tuple(images.shape)}")
-        saliency = self.left_postprocess_net(self.ds_net(images))
+        features = F.dropout2d(self.ds_net(images), self.dropout, self.training)
+        saliency = self.left_postprocess_net(features)
         global_ = self.aggregate(saliency)
         size = (self.crop_size, self.crop_size)
         responses = saliency.detach()
@@ -213,4 +217,5 @@ class DCG(nn.Module):
         gate = torch.sigmoid(self.mil_attn_U(h)) * torch.tanh(self.mil_attn_V(h))
         attention = torch.softmax(self.mil_attn_w(gate)[..., 0], dim=1)
         z = (attention[..., None] * h).sum(dim=1)
-        return z, attention, self.classifier_linear(z)
+        dropped = F.dropout(z, self.dropout, self.training)
+        return z, attention, self.classifier_linear(dropped)

@@ -1,4 +1,4 @@
-"""The exponential moving average of the denoiser's weights."""
+"""Exponential moving averages of weights."""
 
 from __future__ import annotations
 
@@ -15,30 +15,44 @@ from diffmic_fast.distributed.fsdp import local_shard, shard_like
 class MovingAverage:
     """Exponential moving average of a module's trainable parameters, by name, sharded as they are.
 
-    average <- decay * average + (1 - decay) * parameter, from the initial parameters. Buffers (running statistics)
-    are not averaged. `torch.optim.swa_utils.AveragedModel` has the same arithmetic; it would copy the whole module and
-    rename the entries of published checkpoints.
+    average <- decay * average + (1 - decay) * parameter, from the initial values.
+    `torch.optim.swa_utils.AveragedModel` has the same arithmetic; it would copy the whole module and rename the entries
+    of published checkpoints.
 
     Attributes:
-        values: the averages by parameter name.
+        values: the averages by the names of the parameters and buffers.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, decay: float, *, buffers: bool = False) -> None:
+        """Begin at the present values.
+
+        Args:
+            module: what is averaged.
+            decay: of the average, in (0, 1).
+            buffers: also average floating-point buffers (running statistics).
+        """
+        self._module, self._with_buffers = module, buffers
         self.values = {
-            name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad
+            name: tensor.detach().clone()
+            for name, tensor in self._tensors().items()
+            if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
         }
-        self._module = module
         self._average = get_ema_multi_avg_fn(decay)
 
     def update(self) -> None:
-        """Average in the present parameters."""
-        self._average(_shards(self.values.values()), _shards(self._parameters()), 0)
+        """Average in the present values."""
+        self._average(_shards(self.values.values()), _shards(self._present()), 0)
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Set the averages from tensors that are not sharded, by name."""
         for name, value in self.values.items():
             local_shard(value).copy_(local_shard(shard_like(values[name], value)))
+
+    @torch.no_grad()
+    def assign(self) -> None:
+        """Set the module to the averages."""
+        _copy(_shards(self._present()), _shards(self.values.values()))
 
     @torch.no_grad()
     def reset(self, prefix: str) -> None:
@@ -49,18 +63,24 @@ class MovingAverage:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """A block in which the module has the averages as its parameters."""
-        parameters = _shards(self._parameters())
-        kept = [parameter.clone() for parameter in parameters]
-        _copy(parameters, _shards(self.values.values()))
+        """A block in which the module has the averages as its values."""
+        present = _shards(self._present())
+        kept = [tensor.clone() for tensor in present]
+        _copy(present, _shards(self.values.values()))
         try:
             yield
         finally:
-            _copy(parameters, kept)
+            _copy(present, kept)
 
-    def _parameters(self) -> list[Tensor]:
-        parameters = dict(self._module.named_parameters())
-        return [parameters[name] for name in self.values]
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = dict(self._module.named_parameters())
+        if self._with_buffers:
+            tensors |= {k: b for k, b in self._module.named_buffers() if b.is_floating_point()}
+        return tensors
+
+    def _present(self) -> list[Tensor]:
+        tensors = self._tensors()
+        return [tensors[name] for name in self.values]
 
 
 def _shards(tensors: Iterable[Tensor]) -> list[Tensor]:

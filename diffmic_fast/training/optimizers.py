@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.optim import Adam
 
 from diffmic_fast.config.training import TrainingConfig
 from diffmic_fast.models.denoiser import ConditionalModel
+from diffmic_fast.models.guidance import DCG
 
 # fused=True: one pass over each tensor, several times as fast on a CPU as the loop over them.
 
@@ -34,15 +37,46 @@ def set_denoiser_rate(
         group["lr"] = rate * proportion if encoder is None else encoder
 
 
-def guidance_optimizer(guidance: nn.Module, config: TrainingConfig) -> Adam:
-    """Adam with AMSGrad."""
+def guidance_optimizer(guidance: DCG, config: TrainingConfig) -> Adam:
+    """Adam with AMSGrad and one parameter group, as published, or a second one for the rate of the last layers."""
+    trunks = [*guidance.ds_net.parameters(), *guidance.dn_resnet.parameters()]
+    in_trunks = set(map(id, trunks))
+    head = [p for p in guidance.parameters() if id(p) not in in_trunks]
     return Adam(
-        guidance.parameters(),
+        _groups(list(guidance.parameters()), trunks, head, config),
         lr=config.guidance_learning_rate,
         weight_decay=config.guidance_weight_decay,
         amsgrad=True,
         fused=True,
     )
+
+
+def encoder_optimizer(trunk: nn.Module, head: nn.Module, config: TrainingConfig) -> Adam:
+    """Adam for the encoder as a classifier, with a second parameter group where the last layer has its own rate."""
+    both = [*trunk.parameters(), *head.parameters()]
+    return Adam(
+        _groups(both, list(trunk.parameters()), list(head.parameters()), config), fused=True
+    )
+
+
+def _groups(
+    every: list[nn.Parameter],
+    trunk: list[nn.Parameter],
+    head: list[nn.Parameter],
+    config: TrainingConfig,
+) -> list[dict[str, Any]]:
+    """One parameter group, or those of trunk and head where they have different rates."""
+    if config.classifier_head_factor == 1.0:
+        return [{"params": every}]
+    return [{"params": trunk}, {"params": head}]
+
+
+def set_classifier_rate(optimizer: Adam, rate: float, config: TrainingConfig) -> None:
+    """Set the rate of `guidance_optimizer` or `encoder_optimizer`."""
+    trunk, *head = optimizer.param_groups
+    trunk["lr"] = rate
+    for group in head:
+        group["lr"] = config.classifier_head_factor * rate
 
 
 def deferrable_weights(denoiser: ConditionalModel) -> list[Tensor]:

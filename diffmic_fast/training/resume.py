@@ -9,7 +9,7 @@ from diffmic_fast.checkpoint import Checkpoint, check_sizes
 from diffmic_fast.config.run import RunConfig
 
 # Keys that change neither the weights nor the rows of the log: a resumed run may set them anew.
-_FREE = ("data.workers", "data.cache", "data.root", "data.duplicates",
+_FREE = ("data.workers", "data.cache", "data.root", "data.duplicates", "data.scan",
          "training.checkpoint_every", "training.tensorboard")  # fmt: skip
 
 

@@ -28,9 +28,10 @@ from diffmic_fast.training.optimizers import (
     deferrable_weights,
     denoiser_optimizer,
     guidance_optimizer,
+    set_classifier_rate,
     set_denoiser_rate,
 )
-from diffmic_fast.training.phases import guidance_epochs
+from diffmic_fast.training.phases import Phase, guidance_epochs
 from diffmic_fast.training.precision import bfloat16_passes
 from diffmic_fast.training.targets import soft_labels
 
@@ -47,6 +48,7 @@ class Steps:
         optimizer: of the denoiser.
         guidance_optimizer: of the guidance model.
         average: moving average of the denoiser's weights, or None.
+        guidance_average: moving average of the guidance model until `finish_guidance`, or None.
         encoder: the denoiser's image encoder as a classifier, if it has epochs of its own.
         noise: CPU generator of timesteps and noise.
     """
@@ -84,7 +86,13 @@ class Steps:
         self.average = MovingAverage(model.denoiser, config.ema_decay) if config.ema_decay else None
         self.encoder: EncoderClassifier | None = None
         if config.encoder_epochs:
-            self.encoder = EncoderClassifier(model.denoiser.encoder_x, model.config.classes)
+            self.encoder = EncoderClassifier(model.denoiser.encoder_x, model.config.classes, config)
+        self.guidance_average: MovingAverage | None = None
+        if config.classifier_ema_decay is not None and config.guidance_epochs:
+            self.guidance_average = MovingAverage(
+                model.guidance, config.classifier_ema_decay, buffers=True
+            )
+        model.guidance.dropout = config.classifier_dropout
         self.noise = torch.Generator().manual_seed(seed)
         if config.recompute:
             self._recompute_activations()
@@ -160,17 +168,17 @@ class Steps:
                     raise ValueError(f"the denoiser's loss is not finite ({described})")
                 torch.autograd.backward(loss)
             deferred.accumulate()
-        self._clip(self.model.denoiser, "denoiser")
+        self._clip(self.model.denoiser, "denoiser", self.config.gradient_clip)
         self.optimizer.step()
         if self.average is not None:
             self.average.update()
         self._end(self.model.denoiser)
         return totals
 
-    def _clip(self, module: nn.Module, name: str) -> None:
-        """Clip the gradient of a module, named `name` in errors."""
-        limit = math.inf if self.config.gradient_clip is None else self.config.gradient_clip
-        norm = float(full(nn.utils.clip_grad_norm_(module.parameters(), limit)))
+    def _clip(self, module: nn.Module, name: str, limit: float | None) -> None:
+        """Clip the gradient of a module, named `name` in errors, to a norm, if one is given."""
+        largest = math.inf if limit is None else limit
+        norm = float(full(nn.utils.clip_grad_norm_(module.parameters(), largest)))
         if not math.isfinite(norm):
             raise ValueError(f"the norm of the {name}'s gradient is {norm}")
 
@@ -193,8 +201,7 @@ class Steps:
             warmup=c.guidance_warmup_epochs / max(guidance_epochs(c), 1),
             epochs=1.0,
         )
-        for group in self.guidance_optimizer.param_groups:
-            group["lr"] = rate
+        set_classifier_rate(self.guidance_optimizer, rate, c)
         total = 0.0
         for part in self._begin(self.model.guidance, images, labels):
             with self._guidance.micro_batch(last=part.last):
@@ -207,9 +214,23 @@ class Steps:
                 # ParallelModule averages the gradients of the processes, and the batch's is their sum.
                 torch.autograd.backward(part.share * self.processes.world_size * loss)
             total += value
+        if c.guidance_gradient_clip is not None:
+            self._clip(self.model.guidance, "guidance model", c.guidance_gradient_clip)
         self.guidance_optimizer.step()
         self._end(self.model.guidance)
+        if self.guidance_average is not None:
+            self.guidance_average.update()
         return total
+
+    def finish(self, phase: Phase) -> None:
+        """Replace what a phase of a classifier's own has trained by its moving average, if there is one."""
+        if phase.name == "guidance" and self.guidance_average is not None:
+            self.guidance_average.assign()
+            self.guidance_average = None
+        if phase.name == "encoder" and self.encoder is not None:
+            self.encoder.finish()
+            if self.average is not None:
+                self.average.reset("encoder_x.")
 
     def encoder_step(self, images: Tensor, labels: Tensor, epoch: float) -> float:
         """One step of the denoiser's image encoder as a classifier; errors as `denoiser_step`.
@@ -232,8 +253,7 @@ class Steps:
         )
         encoder = self.encoder
         assert encoder is not None
-        for group in encoder.optimizer.param_groups:
-            group["lr"] = rate
+        set_classifier_rate(encoder.optimizer, rate, c)
         total = 0.0
         for part in self._begin(encoder, images, labels):
             with self._autocast(images):
@@ -244,8 +264,10 @@ class Steps:
                 raise ValueError(f"the encoder's loss is {value}")
             torch.autograd.backward(loss)
             total += value
-        self._clip(encoder, "encoder")
+        self._clip(encoder, "encoder", c.gradient_clip)
         encoder.optimizer.step()
+        if encoder.average is not None:
+            encoder.average.update()
         if self.average is not None:
             self.average.reset("encoder_x.")
         return total
@@ -269,6 +291,8 @@ class Steps:
             "guidance": model.guidance.state_dict(),
             "guidance_optimizer": self.guidance_optimizer.state_dict(),
         }
+        if self.guidance_average is not None:
+            state["guidance_average"] = self.guidance_average.values
         if self.encoder is not None:
             state["encoder"] = self.encoder.state()
         return gather_state(state, self.processes) if is_sharded(model.denoiser) else state
@@ -294,6 +318,10 @@ class Steps:
                         moments[key] = shard_like(value, parameter)
         if self.average is not None:
             self.average.load(state["average"])
+        if "guidance_average" not in state:
+            self.guidance_average = None
+        elif self.guidance_average is not None:
+            self.guidance_average.load(state["guidance_average"])
 
     def _begin(
         self, module: nn.Module, images: Tensor, labels: Tensor, parts: int | None = None

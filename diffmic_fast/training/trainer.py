@@ -192,13 +192,13 @@ class Trainer:
         training = self.config.training
         joint = next(phase for phase in phases(training) if phase.name == "joint")
         finished = min(max(self.progress.epoch - joint.first, 0), joint.epochs)
-        extras = {
+        extras: dict[str, Any] = {
             "format": 1,
             "config": self.config.to_dict(),
             "classes": list(self.classes),
             "guidance": state["guidance"],
             "guidance_optimizer": state["guidance_optimizer"],
-            **({"encoder": state["encoder"]} if "encoder" in state else {}),
+            **{name: state[name] for name in ("guidance_average", "encoder") if name in state},
             "progress": self.progress.to_dict(self.processes.world_size),
             "random": random_states({"noise": self.steps.noise}),
             "data_digest": self.data_digest,
@@ -217,7 +217,7 @@ class Trainer:
 
     def _restore(self, saved: Checkpoint) -> None:
         extras = saved.extras
-        names = ("guidance", "guidance_optimizer", "encoder")
+        names = ("guidance", "guidance_optimizer", "guidance_average", "encoder")
         state: dict[str, Any] = {name: extras[name] for name in names if name in extras}
         state |= {"denoiser": saved.denoiser, "optimizer": saved.optimizer, "average": saved.ema}
         self.steps.load_state(state, f"{saved.path}")
@@ -289,6 +289,8 @@ class Trainer:
         phase = phase_at(self.config.training, self.progress.epoch)
         title = f"epoch {self.progress.epoch + 1}/{self.epochs} {phase.name}"
         self._train_epoch(title, phase)
+        if self.progress.epoch + 1 == phase.first + phase.epochs:
+            self.steps.finish(phase)
         rate = self.steps.optimizer.param_groups[0]["lr"] if phase.trains_denoiser else None
         row = epoch_row(self.progress, phase.name, len(self.dataset), rate)
         self._validate(phase)

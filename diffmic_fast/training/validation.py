@@ -33,10 +33,11 @@ def validate(
         dataset: validation images.
         config: of the run.
         device: of the model.
-        joint: also evaluate the diffusion, with the moving average of its weights.
+        joint: also evaluate the diffusion, with the moving average of its weights. Otherwise the guidance model is
+            evaluated with its own, if it has one.
         on_batch: called with the number of images after each batch; may raise.
     """
-    average = steps.average if joint else None
+    average = steps.average if joint else steps.guidance_average
     sampling = config.sampling
     # Libraries draw random numbers, some already when they are imported.
     with (

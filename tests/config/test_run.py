@@ -36,8 +36,9 @@ def test_published_settings():
 
 # What the published method does not have, with the value that leaves it out.
 EXTENSIONS = {
-    "draws": 1, "encoder_epochs": 0, "feature_epochs": 0, "joint_guidance": True, "prior_dropout": 0.0,
-    "label_smoothing": 0.0, "ordinal": False, "balance": 0.0, "guidance_warmup_epochs": 0.0,
+    "draws": 1, "classifier_ema_decay": None, "classifier_dropout": 0.0, "classifier_head_factor": 1.0,
+    "guidance_gradient_clip": None, "encoder_epochs": 0, "feature_epochs": 0, "joint_guidance": True,
+    "prior_dropout": 0.0, "label_smoothing": 0.0, "ordinal": False, "balance": 0.0, "guidance_warmup_epochs": 0.0,
     "guidance_cosine": False, "encoder_learning_rate": None,
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import os
 import signal
@@ -13,13 +14,16 @@ from torch import nn
 
 from diffmic_fast.checkpoint import read_checkpoint
 from diffmic_fast.config.training import TrainingConfig
+from diffmic_fast.data.sources import open_source
 from diffmic_fast.models import DiffMIC
 from diffmic_fast.training.batches import epoch_batches
+from diffmic_fast.training.datasets import make_dataset
 from diffmic_fast.training.interruption import Interrupted
 from diffmic_fast.training.phases import guidance_epochs, phase_at, phases
 from diffmic_fast.training.steps import Steps
 from diffmic_fast.training.targets import class_weights, soft_labels
 from diffmic_fast.training.trainer import Trainer
+from diffmic_fast.training.validation import validate
 from tests.training_runs import assert_same_run, rows, with_training
 
 PHASED = {
@@ -34,6 +38,11 @@ PHASED = {
     "balance": 0.5,
     "encoder_learning_rate": 1e-3,
     "guidance_warmup_epochs": 0.5,
+    "guidance_epochs": 2,
+    "classifier_ema_decay": 0.6,
+    "classifier_dropout": 0.2,
+    "classifier_head_factor": 5.0,
+    "guidance_gradient_clip": 2.0,
 }
 
 
@@ -81,15 +90,149 @@ def test_what_each_phase_trains(config, tmp_path):
     trainer.fit()
     log = rows(tmp_path)
     assert [row["phase"] for row in log] == [
-        "guidance", "encoder", "encoder", "joint", "features", "features",
+        "guidance", "guidance", "encoder", "encoder", "joint", "features", "features",
     ]  # fmt: skip
-    assert [row["encoder_loss"] != "" for row in log] == [False, True, True, False, False, False]
-    assert [row["loss"] != "" for row in log] == [False, False, False, True, True, True]
+    n, y = False, True
+    assert [row["encoder_loss"] != "" for row in log] == [n, n, y, y, n, n, n]
+    assert [row["loss"] != "" for row in log] == [n, n, n, n, y, y, y]
     # From the first step of an epoch to that of the next one, both of the same phase.
-    assert changed(states[1], states[2]) == {"encoder"}
-    assert changed(states[4], states[5]) == {"projection", "layers"}
+    assert changed(states[0], states[1]) == {"guidance"}
+    assert changed(states[2], states[3]) == {"encoder"}
+    assert changed(states[5], states[6]) == {"projection", "layers"}
     last = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    assert changed(states[3], last) == {"encoder", "projection", "layers"}
+    assert changed(states[4], last) == {"encoder", "projection", "layers"}
+
+
+def floats(module, prefix=""):
+    """Parameters and running statistics, in float64."""
+    state = module.state_dict().items()
+    return {k: v.double() for k, v in state if v.is_floating_point() and k.startswith(prefix)}
+
+
+@pytest.mark.parametrize("phase", ["guidance", "encoder"])
+def test_a_classifier_ends_as_its_average(config, tmp_path, monkeypatch, phase):
+    """Weights and running statistics, from those before its first step; also after an interruption."""
+    first = {"guidance": 0, "encoder": 2}[phase]
+    observed, ends = [], []
+    finish = Steps.finish
+
+    def part(steps):
+        if phase == "guidance":
+            return floats(steps.model.guidance)
+        return floats(steps.model.denoiser, "encoder_x.f.")
+
+    def finish_and_look(self, finished):
+        finish(self, finished)
+        if finished.name == phase:
+            ends.append(part(self))
+
+    def keep(epoch, step):
+        if epoch in (first, first + 1):
+            observed.append(part(trainer.steps))
+            if step == 1 and epoch == first + 1 and trainer is broken:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Steps, "finish", finish_and_look)
+    phased = with_training(config, **PHASED)
+    trainer = broken = Trainer(phased, tmp_path, quiet=True, on_step=keep)
+    average = part(trainer.steps)
+    with pytest.raises(Interrupted):
+        trainer.fit()
+    trainer = Trainer(phased, tmp_path, quiet=True, on_step=keep, resume=tmp_path / "ckpt.pth")
+    trainer.fit()
+    for values in observed:
+        average = {k: 0.6 * average[k] + 0.4 * values[k] for k in average}
+    (end,) = ends
+    assert any("running_var" in name for name in end)
+    for name, value in average.items():
+        torch.testing.assert_close(end[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    assert any(not torch.allclose(end[k], observed[-1][k], atol=1e-4) for k in end)
+    if phase == "guidance":  # no later step changes it
+        last = floats(trainer.model.guidance)
+        assert all(torch.equal(value, last[name]) for name, value in end.items())
+
+
+def test_the_average_of_the_guidance_model_is_validated(config):
+    """With a decay near 1 it is the model before the steps."""
+    torch.manual_seed(0)
+    model = DiffMIC(config.model)
+    start = copy.deepcopy(model.state_dict())
+    training = with_training(config, joint_guidance=False, guidance_learning_rate=0.1).training
+    averaged = dataclasses.replace(training, classifier_ema_decay=0.9999)
+    dataset = make_dataset(config, open_source(config.data, "validation"), train=False)
+
+    def probabilities(training, count):
+        model.load_state_dict(start)
+        steps = Steps(model, training, seed=3)
+        for _ in range(count):
+            steps.guidance_step(*batch(6), 0.0)
+        weights = copy.deepcopy(model.state_dict())
+        found = validate(steps, dataset, config, torch.device("cpu"), False, lambda images: None)
+        assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+        return found.results[0].probabilities
+
+    before = probabilities(training, 0)
+    assert abs(probabilities(averaged, 2) - before).max() < 0.01
+    assert abs(probabilities(training, 2) - before).max() > 0.05
+
+
+def test_the_rate_of_the_last_layers_is_a_multiple(config):
+    torch.manual_seed(0)
+    models = [DiffMIC(config.model) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    moved = []
+    for model, factor in zip(models, (1.0, 8.0), strict=True):
+        before = floats(model)
+        training = with_training(config, classifier_head_factor=factor, encoder_epochs=2).training
+        steps = Steps(model, training, seed=3)
+        head = steps.encoder.classifier.weight.detach().clone()
+        torch.manual_seed(1)
+        steps.guidance_step(*batch(6), 0.5)
+        steps.encoder_step(*batch(6), 1.0)
+        change = {k: float((v - before[k]).abs().mean()) for k, v in floats(model).items()}
+        change["classifier"] = float((steps.encoder.classifier.weight.detach() - head).abs().mean())
+        moved.append(change)
+    same = ["guidance.ds_net.f.0.weight", "denoiser.encoder_x.f.0.weight"]
+    same = [next(k for k in moved[0] if k.startswith(p.rsplit(".", 2)[0])) for p in same]
+    for name in same:
+        assert moved[1][name] == pytest.approx(moved[0][name], rel=1e-3)
+    # Adam's first step is the rate times a sign.
+    larger = ["guidance.left_postprocess_net.gn_conv_last.weight", "guidance.mil_attn_V.weight"]
+    larger += ["guidance.classifier_linear.weight"]
+    for name in larger:
+        assert moved[1][name] == pytest.approx(8 * moved[0][name], rel=0.1)
+
+
+def test_dropout_of_the_classifiers_is_of_training_alone(config):
+    torch.manual_seed(0)
+    model = DiffMIC(config.model)
+    images = batch(6)[0]
+    model.eval()
+    expected = model.guidance(images)
+    steps = Steps(
+        model, with_training(config, classifier_dropout=0.5, encoder_epochs=1).training, seed=3
+    )
+    for a, b in zip(model.guidance(images), expected, strict=True):
+        assert torch.equal(a, b)
+    model.guidance.train()
+    torch.manual_seed(1)
+    one, other = model.guidance(images), model.guidance(images)
+    assert not torch.equal(one.global_, other.global_)
+    assert not torch.equal(one.local, other.local)
+    steps.encoder.train()
+    assert not torch.equal(steps.encoder(images), steps.encoder(images))
+    steps.encoder.eval()
+    assert torch.equal(steps.encoder(images), steps.encoder(images))
+
+
+def test_the_gradient_of_the_guidance_model_is_clipped(config):
+    torch.manual_seed(0)
+    model = DiffMIC(config.model)
+    training = with_training(config, guidance_gradient_clip=1e-3).training
+    steps = Steps(model, training, seed=3)
+    steps.guidance_step(*batch(6), 0.5)
+    norm = torch.stack([p.grad.norm() for p in model.guidance.parameters()]).norm()
+    assert float(norm) == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_the_average_of_the_encoder_restarts_in_each_of_its_steps(config):
@@ -115,8 +258,8 @@ def whole(shared_config, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("epoch", "step"), [(1, 2), (2, 4), (3, 1), (4, 1), (4, 3), (5, 2)],
-    ids=["encoder", "end of the encoder", "joint", "features", "end of an epoch", "last epoch"],
+    ("epoch", "step"), [(1, 1), (2, 2), (3, 4), (4, 1), (5, 1), (5, 3), (6, 2)],
+    ids=["guidance", "encoder", "end of the encoder", "joint", "features", "end of an epoch", "last epoch"],
 )  # fmt: skip
 def test_an_interrupted_run_resumes_bit_for_bit(config, whole, tmp_path, epoch, step):
     def strike(e, s):
@@ -136,7 +279,7 @@ def test_a_run_without_the_new_options_in_its_checkpoint_resumes(config, tmp_pat
     Trainer(config, tmp_path, quiet=True).fit()
     path = tmp_path / "ckpt.pth"
     parts = torch.load(path, weights_only=True)
-    for key in PHASED.keys() - {"epochs", "encoder_learning_rate"}:
+    for key in PHASED.keys() - {"epochs", "guidance_epochs", "encoder_learning_rate"}:
         del parts[1]["diffmic_fast"]["config"]["training"][key]
     torch.save(parts, path)
     before = read_checkpoint(path).denoiser
