@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffmic_fast.archive import check_archive
 from diffmic_fast.atomic_files import atomic_file
 from diffmic_fast.calibration import Calibration
 from diffmic_fast.config.run import RunConfig
@@ -155,7 +156,8 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> Checkpoint:
         mmap: map the file into memory instead of reading it, for a model without its optimizer's state.
 
     Raises:
-        ValueError: a missing or damaged file, another content, or a pickle that would run code.
+        ValueError: a missing or damaged file (by its checksums, which files of torch before 1.6 lack), another content,
+            or a pickle that would run code.
     """
     value = _load(path, mmap=mmap)
     if isinstance(value, Mapping):
@@ -234,6 +236,11 @@ def _load(path: str | Path, *, mmap: bool) -> Any:
             f"checkpoint: {path} is not a checkpoint: it must be a file of torch.save, got one that starts with "
             f"{head[:8]!r}"
         )
+    if is_zip:
+        try:
+            check_archive(path)
+        except ValueError as error:
+            raise ValueError(f"checkpoint: {path} {error}") from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except Exception as error:

@@ -3,8 +3,10 @@
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from training_runs import MODEL
@@ -120,6 +122,65 @@ def test_pickles_with_code_are_rejected_and_not_run(tmp_path):
     with pytest.raises(ValueError, match="rejected"):
         read_checkpoint(tmp_path / "c.pth")
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_damaged_content_is_found(published, tmp_path, mmap):
+    """A bit of any byte is changed: the error names the file, or nothing that is read has changed."""
+    whole = published.read_bytes()
+    expected = read_checkpoint(published)
+    bad = tmp_path / "bad.pth"
+    found = 0
+    positions = np.random.default_rng(0).integers(len(whole), size=150)
+    for number, position in enumerate(positions):
+        content = bytearray(whole)
+        content[position] ^= 1 << (number % 8)
+        bad.write_bytes(content)
+        try:
+            value = read_checkpoint(bad, mmap=mmap)
+        except ValueError as error:
+            assert str(error).startswith(f"checkpoint: {bad} ")
+            found += 1
+        else:  # padding between the entries
+            assert equal(value.denoiser, expected.denoiser) and equal(value.ema, expected.ema)
+            assert (value.epoch, value.step) == (expected.epoch, expected.step)
+    assert found > 100
+
+
+@pytest.mark.parametrize("file", ["ckpt.pth", "aux_ckpt.pth"])
+def test_damaged_content_is_named_by_its_entry(published, file):
+    path = published.with_name(file)
+    load_model(published, config=MODEL)  # a file that was read before and has changed since
+    with zipfile.ZipFile(path) as archive:
+        entry = max(archive.infolist(), key=lambda each: each.file_size)
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive, archive.open(entry) as data:
+        start = content.index(data.read(256))
+    zeroed = bytearray(content)
+    zeroed[start + 8 : start + 40] = bytes(32)
+    path.write_bytes(zeroed)
+    with pytest.raises(ValueError, match=rf"{file} is damaged .*entry {entry.filename}"):
+        load_model(published, config=MODEL)
+    path.write_bytes(content[:-30])
+    with pytest.raises(ValueError, match=rf"{file} is damaged or truncated"):
+        load_model(published, config=MODEL)
+    path.write_bytes(content)
+    load_model(published, config=MODEL)
+
+
+def test_files_without_checksums_are_read(model, tmp_path):
+    """As `torch.serialization.set_crc32_options(False)` and torch before 1.6 write them."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(model.denoiser.state_dict(), tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    torch.save(
+        model.denoiser.state_dict(), tmp_path / "b.pth", _use_new_zipfile_serialization=False
+    )
+    for name in ("a.pth", "b.pth"):
+        assert equal(read_checkpoint(tmp_path / name).denoiser, model.denoiser.state_dict())
 
 
 def test_other_files_are_rejected(published, tmp_path):

@@ -1,0 +1,59 @@
+"""Checksums of files of `torch.save`, which are zip archives; `torch.load` does not compare them."""
+
+from __future__ import annotations
+
+import functools
+import zipfile
+import zlib
+from pathlib import Path
+
+_BLOCK = 2**20
+
+
+def check_archive(path: Path) -> None:
+    """Compare the content of a file of `torch.save` with its checksums.
+
+    Each entry, the pickle or the bytes of a tensor, has a CRC-32. An entry with the checksum 0 is not compared: that is
+    what `torch.serialization.set_crc32_options(False)` writes. A file that has not changed is read once per process.
+
+    Args:
+        path: of a zip archive.
+
+    Raises:
+        ValueError: an entry is damaged or the archive is not complete; says which.
+    """
+    status = path.stat()
+    _check(path.resolve(), status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@functools.lru_cache(maxsize=64)
+def _check(path: Path, size: int, modified: int, inode: int) -> None:
+    """Check a file, which its size, time of modification and number identify."""
+    entry = None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                _check_entry(archive, entry)
+    # Damaged headers name compression methods that do not exist, encryption, and places outside the file.
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        NotImplementedError,
+    ) as error:
+        where = "" if entry is None else f", entry {entry.filename}"
+        raise ValueError(f"is damaged or truncated ({size} bytes{where}): {error}") from error
+
+
+def _check_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    """Read an entry to its end, where `zipfile` compares the checksum."""
+    if entry.CRC == 0:
+        return
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError("it is compressed, which torch.save does not do")
+    with archive.open(entry) as content:
+        while content.read(_BLOCK):
+            pass
