@@ -84,6 +84,11 @@ class Checkpoint:
         return tuple(names) if names else None
 
     @property
+    def seen(self) -> dict[str, Tensor]:
+        """Keys (`data.identity.image_keys`) of the images of the training, by split; {} if they are not known."""
+        return dict(self.extras.get("images", {}))
+
+    @property
     def calibration(self) -> Calibration | None:
         """The calibration in the file, or None; raises ValueError if it is damaged or of another class count."""
         state = self.extras.get(_CALIBRATION)

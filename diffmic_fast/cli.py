@@ -117,6 +117,10 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--no-ema", dest="ema", action="store_false", help="use the weights, not their average"
     )
+    command.add_argument(
+        "--override", action="store_true",
+        help="accept what --config or --set change of the checkpoint's own model or pixels; otherwise it is an error",
+    )  # fmt: skip
     command.add_argument("--samples", type=_positive, help="chains per image (default: config's)")
     command.add_argument(
         "--views", type=int, choices=(1, 2, 4),

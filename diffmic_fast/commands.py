@@ -22,10 +22,12 @@ from diffmic_fast.checkpoint import (
 )
 from diffmic_fast.cli import EXIT_FAILED, EXIT_UNREADABLE
 from diffmic_fast.config.data import DataConfig
+from diffmic_fast.config.differences import model_differences
 from diffmic_fast.config.run import RunConfig, read_config
 from diffmic_fast.config.yaml_reader import with_overrides
 from diffmic_fast.data.bit_depth import warn_of_unused_bits
 from diffmic_fast.data.dataset import ImageDataset
+from diffmic_fast.data.identity import check_unseen
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.data.summary import skipped_lines
 from diffmic_fast.data.table import ImageTable
@@ -68,7 +70,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _calibrate(args: argparse.Namespace) -> int:
     path = _checkpoint(args.checkpoint)
-    config = _config(args, path)
+    config = _own_config(args, path)
     file = read_checkpoint(path, mmap=True)
     model, names = load_model(path, args.guidance, config, ema=args.ema)
     if args.images:
@@ -81,6 +83,8 @@ def _calibrate(args: argparse.Namespace) -> int:
             "calibrate: the images must not have trained the model, got its training images; use others (--split, "
             "--images or --set)"
         )
+    trained = {name: keys for name, keys in file.seen.items() if name != "validation"}
+    check_unseen("calibrate", "given" if args.images else args.split, table, trained)
     options = _sampling(args, config)
     if args.sampler:
         options = options.with_sampler(args.sampler)
@@ -146,6 +150,19 @@ def _check_classes(command: str, table: ImageTable, names: tuple[str, ...] | Non
         )
 
 
+def _check_unseen(split: str, table: ImageTable, path: Path, config: RunConfig) -> None:
+    """Raise ValueError if images of a split that is held out were not, or say that this is not known."""
+    seen = read_checkpoint(path, mmap=True).seen
+    others = {"train": (), "validation": ("training",), "test": ("training", "validation")}[split]
+    check_unseen("evaluate", split, table, {name: seen[name] for name in others if name in seen})
+    if not seen and split != "train" and getattr(config.data, f"{split}_fraction"):
+        print(
+            f"the {split} images are drawn at random, and the checkpoint does not say which images trained the model: "
+            "these are the same only if neither images nor settings have changed since",
+            file=sys.stderr,
+        )
+
+
 def _evaluate(args: argparse.Namespace) -> int:
     for module in ("sklearn", "rich"):
         require(module, extra="evaluate", purpose="evaluate")
@@ -155,10 +172,11 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise ValueError(f"evaluate: --predictions must end in .csv, got {args.predictions!r}")
     _make_parents(args.json, args.predictions, args.confusion)
     path = _checkpoint(args.checkpoint)
-    config = _config(args, path)
+    config = _own_config(args, path)
     model, names = load_model(path, args.guidance, config, ema=args.ema)
     table = open_source(config.data, args.split)
     _check_classes("evaluate", table, names)
+    _check_unseen(args.split, table, path, config)
     options = _sampling(args, config)
     methods = [options.with_sampler(text) for text in args.sampler or []] or [options]
     with process_group(args.device) as device:
@@ -201,7 +219,7 @@ def _predict(args: argparse.Namespace) -> int:
         check_suffix(args.out)
     files = collect_files(args.inputs)
     path = _checkpoint(args.checkpoint)
-    config = _config(args, path)
+    config = _own_config(args, path)
     model, names = load_model(path, args.guidance, config, ema=args.ema)
     classes = names or config.data.class_names or tuple(str(c) for c in range(config.model.classes))
     options = _sampling(args, config)
@@ -274,6 +292,29 @@ def _config(args: argparse.Namespace, checkpoint: Path | None) -> RunConfig:
             "one it was trained with"
         )
     return RunConfig.from_dict(with_overrides(values, args.overrides))
+
+
+def _own_config(args: argparse.Namespace, checkpoint: Path) -> RunConfig:
+    """`_config` for a trained model, of which no other model or other pixels are made unless --override is given.
+
+    Raises:
+        ValueError: without --override, --config or --set change what the weights were trained for.
+    """
+    config = _config(args, checkpoint)
+    own = read_checkpoint(checkpoint, mmap=True).config
+    changed = [] if own is None else model_differences(own.to_dict(), config.to_dict())
+    lines = [
+        f"{key}: {before!r} in the checkpoint, {after!r} now" for key, before, after in changed
+    ]
+    if lines and not args.override:
+        raise ValueError(
+            f"{args.command}: {checkpoint} was trained with another model or other pixels than --config or --set give: "
+            f"{'; '.join(lines)}; leave them out, or add --override to use them all the same"
+        )
+    if current().is_rank_zero:
+        for line in lines:
+            print(f"--override: {line}", file=sys.stderr)
+    return config
 
 
 def _sampling(args: argparse.Namespace, config: RunConfig) -> SamplingOptions:

@@ -117,6 +117,11 @@ def _parts(
     return (part for part in parts.values() if len(part) > 1)
 
 
+def content_sample(source: ImageSource) -> bytes:
+    """A hash of the size and of the first, the middle and the last bytes of an image of a file or an array."""
+    return hashlib.sha256(repr((_size(source), _sample(source))).encode()).digest()
+
+
 def _size(source: ImageSource) -> Hashable:
     if isinstance(source, Path):
         return os.stat(source).st_size

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from diffmic_fast.checkpoint import Checkpoint, read_checkpoint
 from diffmic_fast.config.run import RunConfig
 from diffmic_fast.data.bit_depth import warn_of_unused_bits
+from diffmic_fast.data.identity import image_keys
 from diffmic_fast.data.scan import describe, find_unreadable
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.data.summary import report_images
@@ -124,7 +125,9 @@ class Trainer:
             with_test=not given,
             say=None if self.quiet else self._print,
         )
-        self._scan([train] if validation is None else [train, validation])
+        tables = {"training": train} | ({} if validation is None else {"validation": validation})
+        self._scan(list(tables.values()))
+        self._image_keys = {name: image_keys(table) for name, table in tables.items()}
         if self.processes.is_rank_zero:
             sources = [entry.source for entry in train.entries]
             warn_of_unused_bits(sources, config.data.augmentation.bit_depth)
@@ -202,6 +205,7 @@ class Trainer:
             "progress": self.progress.to_dict(self.processes.world_size),
             "random": random_states({"noise": self.steps.noise}),
             "data_digest": self.data_digest,
+            "images": self._image_keys,
         }
         self.folder.save(
             Checkpoint(

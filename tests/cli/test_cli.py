@@ -202,6 +202,35 @@ def test_pictures_of_a_continued_run_keep_their_numbers(work, tmp_path):
     assert sorted(path.name for path in pictures.iterdir()) == names
 
 
+@pytest.mark.parametrize("command", ["predict", "evaluate", "calibrate"])
+def test_another_model_or_other_pixels_need_override(work, tmp_path, capsys, command):
+    run = tmp_path / "run"
+    shutil.copytree(work / "run", run)
+    other = tmp_path / "other.yml"
+    text = (work / "c.yml").read_text().replace("image_size: 32", "image_size: 48")
+    other.write_text(text.replace("samples: 2", "samples: 3"))
+    argv = [command, str(run)]
+    argv += [str(work / "images/test")] if command == "predict" else ["--split", "test"]
+    one_error(capsys, [*argv, "--config", str(other)],
+              "model.image_size: 32 in the checkpoint, 48 now", "--override")  # fmt: skip
+    for change, text in (
+        ("model.schedule=cosine", "model.schedule: 'linear' in the checkpoint, 'cosine' now"),
+        ("data.augmentation.bit_depth=12", "data.augmentation.bit_depth: 16"),
+        ("data.augmentation.mean=[0.5,0.5,0.5]", "data.augmentation.mean"),
+        ("model.crop_foreground=true", "model.crop_foreground"),
+    ):
+        one_error(capsys, [*argv, "--set", change], text, "--override")
+    if command == "calibrate":
+        return
+    free = ["data.augmentation.rotation=3", "sampling.steps=3", "data.cache=false"]
+    assert main([*argv, *(f"--set={change}" for change in free)]) == 0
+    assert "--override" not in capsys.readouterr().err
+    assert main([*argv, "--config", str(other), "--override"]) == 0
+    err = capsys.readouterr().err
+    assert "--override: model.image_size: 32 in the checkpoint, 48 now\n" in err
+    assert "sampling" not in err
+
+
 def test_predict_reports_other_files_and_unused_bits_once(work, tmp_path, capsys):
     dark = np.arange(1024, dtype=np.uint16).reshape(32, 32)
     for i in range(2):
@@ -321,8 +350,9 @@ def test_bad_input_is_one_line(work, tmp_path, capsys):
     one_error(capsys, [*train, "--device", "tpu3"], "auto, cpu, cuda")
     (tmp_path / "text.pth").write_text("dear reader")
     one_error(capsys, ["evaluate", str(tmp_path / "text.pth")], "is not a checkpoint")
-    one_error(capsys, ["evaluate", run, "--set", "model.classes=4"], "classes 2", "says 4")
-    one_error(capsys, ["evaluate", run, "--set", "model.timesteps=99"], "timesteps 10", "says 99")
+    one_error(capsys, ["evaluate", run, "--set", "model.classes=4"], "2 in the checkpoint, 4 now")
+    one_error(capsys, ["evaluate", run, "--set", "model.timesteps=99"],
+              "model.timesteps: 10 in the checkpoint, 99 now")  # fmt: skip
     one_error(
         capsys, ["evaluate", run, "--sampler", "ddim:500"], "steps must be in [1, 10]", "got 500"
     )
@@ -469,3 +499,44 @@ def test_the_first_training_command_of_the_readme_needs_no_data(tmp_path, monkey
         argv += ["--set", change]
     assert main(argv) == 0
     assert Path(argv[argv.index("--out") + 1], "ckpt.pth").is_file()
+
+
+def test_a_random_split_is_that_of_the_training(work, tmp_path, capsys):
+    """Images that were added, another seed or another fraction move training images into other splits."""
+    images, run = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(work / "images" / "train", images)
+    rng = np.random.default_rng(5)
+
+    def add(number):
+        for name in ("dark", "light"):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(images / name / f"new{number}.png")
+
+    for number in range(7):
+        add(number)
+    changes = ["data.train_table=null", "data.test_table=null", f"data.root={images}", "training.epochs=1",
+               "data.test_fraction=0.3", "data.validation_fraction=0.2", "data.workers=0"]  # fmt: skip
+    argv = ["train", "--config", str(work / "c.yml"), "--out", str(run)]
+    assert main([*argv, *(f"--set={change}" for change in changes)]) == 0
+    for split in ("train", "validation", "test"):
+        assert main(["evaluate", str(run), "--split", split, "--bootstrap", "0"]) == 0
+    capsys.readouterr()
+    for change in ("data.split_seed=1", "data.test_fraction=0.5"):
+        one_error(capsys, ["evaluate", str(run), "--set", change],
+                  "test images were training images when the model was trained")  # fmt: skip
+    one_error(capsys, ["evaluate", str(run), "--split", "test", "--set", "data.test_fraction=0",
+                       "--set", "data.validation_fraction=0", "--set", "data.train_table=.",
+                       "--set", "data.test_table=."], "test images are training images too")  # fmt: skip
+    one_error(capsys, ["calibrate", str(run), "--split", "test", "--set", "data.split_seed=3"],
+              "test images were training images")  # fmt: skip
+    one_error(capsys, ["calibrate", str(run), "--images", str(images)],
+              "given images were training images")  # fmt: skip
+    add(99)
+    assert main(["evaluate", str(run), "--bootstrap", "0"]) == 2
+    assert "images were" in capsys.readouterr().err
+
+    file = torch.load(run / "ckpt.pth", weights_only=True)
+    del file[1]["diffmic_fast"]["images"]
+    torch.save(file, run / "ckpt.pth")
+    assert main(["evaluate", str(run), "--bootstrap", "0"]) == 0
+    assert "does not say which images trained the model" in capsys.readouterr().err

@@ -1,0 +1,65 @@
+"""Which images a model has seen: keys that are kept in its checkpoint and compared with those of other tables."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePath
+
+import torch
+from torch import Tensor
+
+from diffmic_fast.data.duplicates import content_sample
+from diffmic_fast.data.table import ImageEntry, ImageTable, SyntheticImage
+
+
+def image_keys(table: ImageTable) -> Tensor:
+    """A number for each image, of its file name without folders, its size and three samples of its bytes.
+
+    A file that was moved to another folder or table keeps its key; one that was renamed or written anew has another, as
+    has a copy with another name. Files are not read whole: 100,000 keys take 0.8 MB and some seconds.
+
+    Args:
+        table: the images.
+
+    Returns:
+        [N] int64, in the order of the table.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    # Reading waits for the disk or a network.
+    with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
+        return torch.tensor(list(pool.map(_key, table.entries)), dtype=torch.int64)
+
+
+def _key(entry: ImageEntry) -> int:
+    hashed = hashlib.sha256(PurePath(entry.name).name.encode("utf-8", "surrogateescape") + b"\0")
+    if isinstance(entry.source, SyntheticImage):
+        hashed.update(repr(entry.source).encode())
+    else:
+        hashed.update(content_sample(entry.source))
+    return int.from_bytes(hashed.digest()[:8], "little", signed=True)
+
+
+def check_unseen(command: str, split: str, table: ImageTable, seen: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a table has images that a model has seen.
+
+    Args:
+        command: for the error.
+        split: name of the table's split, likewise.
+        table: the images.
+        seen: keys of the images that the model has seen, by the names of their splits.
+    """
+    keys = image_keys(table)
+    for name, theirs in seen.items():
+        common = torch.isin(keys, theirs).nonzero()[:, 0].tolist()
+        if common:
+            raise ValueError(
+                f"{command}: {len(common)} of {len(table)} {split} images were {name} images when the model was "
+                f"trained, {table.entries[common[0]].name} for one; results on them would say nothing. Have files, a "
+                "table or settings of the split changed since (data.split_seed, a fraction)? Restore them, or name "
+                "images that the model has not seen (--set data....)"
+            )
