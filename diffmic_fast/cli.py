@@ -1,8 +1,8 @@
 """The command line: train, calibrate, evaluate, predict, info, demo.
 
-Exit status: 0 success; 1 failure (training stopped, no image was readable); 2 invalid command,
-configuration, file or installation; 3 predictions were written, but some images were unreadable;
-130 and 143 stopped by Ctrl-C and SIGTERM.
+Exit status: 0 success; 1 failure (training stopped, no image was readable, a process
+that loads images died); 2 invalid command, configuration, file or installation; 3 predictions were
+written, but some images were unreadable; 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
@@ -137,7 +137,10 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
         help="compile the convolutions: takes minutes, worth it for tens of thousands of images",
     )  # fmt: skip
     command.add_argument("--batch-size", type=_positive, help="images at a time")
-    command.add_argument("--workers", type=int, default=0, help="processes that load images")
+    command.add_argument(
+        "--workers", type=_workers, default=0,
+        help="processes that load images, at most 1024 (default: 0, none)",
+    )  # fmt: skip
 
 
 def _add_config_options(command: argparse.ArgumentParser) -> None:
@@ -182,6 +185,16 @@ def _not_negative(text: str) -> int:
         value = -1
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
+    return value
+
+
+def _workers(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 1024:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1024, got {text!r}")
     return value
 
 
@@ -242,6 +255,7 @@ def _report(error: Exception, command: str) -> int:
             file=sys.stderr,
         )
         return EXIT_USAGE
+    from diffmic_fast.data.loading import LoadingError
     from diffmic_fast.ops._backend import BackendError
     from diffmic_fast.training.interruption import Interrupted
     from diffmic_fast.training.trainer import TrainingError
@@ -249,7 +263,7 @@ def _report(error: Exception, command: str) -> int:
     if isinstance(error, Interrupted):
         print(f"{error}, {_CONTINUE[command]}", file=sys.stderr)
         return 128 + error.signum
-    if isinstance(error, (TrainingError, FloatingPointError)):
+    if isinstance(error, (TrainingError, LoadingError, FloatingPointError)):
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     if isinstance(error, (BackendError, ValueError, TypeError, OSError, ImportError)):

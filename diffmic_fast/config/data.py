@@ -21,6 +21,8 @@ from diffmic_fast.config.fields import (
 
 SPLITS = ("train", "validation", "test")
 
+MAX_WORKERS = 1024  # processes that load images
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -141,7 +143,7 @@ class DataConfig:
         augmentation: what happens to images on their way to the model.
         cache: keep decoded, cropped and resized images in memory (3 bytes per pixel), so that files are decoded once
             and not in every epoch.
-        workers: processes that load training images beside the training process (0: none).
+        workers: processes that load training images beside the training process (0: none), at most 1024.
         synthetic_size: side of synthetic images in pixels.
         synthetic_per_class: synthetic training images per grade.
         synthetic_validation_per_class: synthetic validation images per grade; 0 for no validation split.
@@ -181,7 +183,7 @@ class DataConfig:
 
     augmentation: AugmentationConfig = Field(default_factory=AugmentationConfig)
     cache: Flag = True
-    workers: Natural = 0
+    workers: Annotated[int, Strict(), Field(ge=0, le=MAX_WORKERS)] = 0
 
     synthetic_size: Annotated[int, Strict(), Field(ge=16, le=4096)] = 128
     synthetic_per_class: Natural = 200

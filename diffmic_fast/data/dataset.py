@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffmic_fast.data.decode import load_image
+from diffmic_fast.data.shared_array import SharedArray
 from diffmic_fast.data.table import ImageTable
 from diffmic_fast.data.transforms import ImageTransform
+
+
+class _Array:
+    """As `SharedArray`, in the memory of this process."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        # NumPy's zeros take no memory before they are written.
+        flat = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
+        self.tensor = flat.view(dtype).view(shape)
 
 
 class ImageDataset(Dataset[tuple[Tensor, int, int]]):
@@ -39,26 +51,32 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
             transform: from `transforms.training_transform` or `evaluation_transform`.
             seed: of the augmentation.
             cache: keep images as `transform.prepare` returns them, in 3 * size**2 bytes each.
-            shared: keep them in shared memory, for the worker processes of a loader. Containers may have little of it.
+            shared: keep them in memory that the worker processes of a loader share (`SharedArray`).
+
+        Raises:
+            ValueError: there is not enough memory for the cache.
         """
         self.table = table
         self.transform = transform
         self._seed = seed
-        # In shared memory, because workers may outlive an epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._cache: tuple[Tensor, Tensor] | None = None  # images, and which of them are filled in
+        # Shared, because workers may outlive an epoch.
+        self._epoch = SharedArray((), torch.int64)
+        # Images, and which of them are filled in.
+        self._cache: tuple[SharedArray | _Array, SharedArray | _Array] | None = None
         if cache:
+            make = SharedArray if shared else _Array
             shape = (len(table), 3, transform.size, transform.size)
-            images = torch.empty(shape, dtype=torch.uint8)
-            filled = torch.zeros(len(table), dtype=torch.bool)
-            if shared:
-                images.share_memory_()
-                filled.share_memory_()
-            self._cache = images, filled
+            try:
+                self._cache = make(shape, torch.uint8), make(shape[:1], torch.bool)
+            except (OSError, MemoryError) as error:
+                raise ValueError(
+                    f"data.cache: there is no memory for {len(table)} images of {3 * transform.size**2} bytes each; "
+                    f"set data.cache=false to decode them in every epoch ({error})"
+                ) from error
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the augmentation."""
-        self._epoch.fill_(epoch)
+        self._epoch.tensor.fill_(epoch)
 
     def __len__(self) -> int:
         """Number of images."""
@@ -71,7 +89,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
             UnreadableImageError: the file is unreadable (`decode.load_image`).
         """
         prepared = self._prepare(index)
-        key = np.random.SeedSequence([self._seed % 2**64, int(self._epoch), index])
+        key = np.random.SeedSequence([self._seed % 2**64, int(self._epoch.tensor), index])
         # The transforms draw from torch's global generator, whose state is restored.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
@@ -79,12 +97,12 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         return image, self.table.entries[index].label, index
 
     def _prepare(self, index: int) -> Tensor:
-        if self._cache is not None and self._cache[1][index]:
-            return self._cache[0][index]
+        if self._cache is not None and self._cache[1].tensor[index]:
+            return self._cache[0].tensor[index]
         source = self.table.entries[index].source
         prepared = self.transform.prepare(load_image(source, bit_depth=self.transform.bit_depth))
         if self._cache is not None:
             images, filled = self._cache
-            images[index] = prepared
-            filled[index] = True
+            images.tensor[index] = prepared
+            filled.tensor[index] = True
         return prepared

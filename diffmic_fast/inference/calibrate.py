@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
 from diffmic_fast.calibration import Calibration, NoveltyDetector, fit_calibration, fit_novelty
 from diffmic_fast.calibration.novelty import (
@@ -20,6 +19,7 @@ from diffmic_fast.calibration.novelty import (
 from diffmic_fast.calibration.scaling import check_count
 from diffmic_fast.checkpoint import weights_digest
 from diffmic_fast.data.dataset import ImageDataset
+from diffmic_fast.data.loading import in_batches, load_batches
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.distributed.processes import current
 from diffmic_fast.models import DiffMIC
@@ -141,14 +141,8 @@ class _Passes:
         call: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
     ) -> list[Tensor]:
         processes = current()
-        loader = DataLoader(
-            Subset(dataset, processes.shard(indices)),
-            self.batch_size,
-            num_workers=self.workers,
-            generator=torch.Generator().manual_seed(
-                0
-            ),  # else creating the loader draws from torch's
-        )
+        batches = in_batches(processes.shard(indices), self.batch_size)
+        loader = load_batches(dataset, batches, workers=self.workers)
         rows: list[tuple[Tensor, ...]] = []
         for images, labels, _ in loader:
             found = call(images.to(self.device), labels)

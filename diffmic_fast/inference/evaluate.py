@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
 from diffmic_fast.calibration import Calibration, Confidence, confidence, prediction_sets
 from diffmic_fast.data.dataset import ImageDataset
+from diffmic_fast.data.loading import in_batches, load_batches
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.distributed.processes import current
 from diffmic_fast.inference.bootstrap import RESAMPLES
@@ -87,12 +87,8 @@ def evaluate(
     # A module that is on the device is not asked to move: that would shard weights that are gathered for this call.
     if next(model.parameters()).device != torch.empty(0, device=device).device:
         model.to(device)
-    loader = DataLoader(
-        Subset(dataset, current().shard(range(len(dataset)))),
-        batch_size,
-        num_workers=workers,
-        generator=torch.Generator().manual_seed(0),  # else creating the loader draws from torch's
-    )
+    own = current().shard(range(len(dataset)))
+    loader = load_batches(dataset, in_batches(own, batch_size), workers=workers)
     batches: list[_Batch] = []
     for images, labels, _ in loader:
         images = images.to(device)

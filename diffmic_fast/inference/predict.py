@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from diffmic_fast.calibration import Confidence, confidence
 from diffmic_fast.calibration.conformal import check_coverage
@@ -21,6 +21,7 @@ from diffmic_fast.checkpoint import weights_digest
 from diffmic_fast.config.data import AugmentationConfig
 from diffmic_fast.data.decode import UnreadableImageError, load_image
 from diffmic_fast.data.files import IMAGE_SUFFIXES, scan_folder
+from diffmic_fast.data.loading import load_batches
 from diffmic_fast.data.transforms import evaluation_transform
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.distributed.processes import current
@@ -261,17 +262,14 @@ class FilePredictor:
         """
         processes = current()
         size = batch_size * processes.world_size
-        loader = DataLoader(
+        loader = load_batches(
             _Files(files, self.model.config.image_size, self._augmentation),
-            batch_sampler=[
+            [
                 list(processes.shard(range(i, min(i + size, len(files)))))
                 for i in range(0, len(files), size)
             ],
-            num_workers=workers,
-            collate_fn=list,
-            generator=torch.Generator().manual_seed(
-                0
-            ),  # else creating the loader draws from torch's
+            workers=workers,
+            collate=list,
         )
         for batch in loader:
             own = self._predict(batch, explain)

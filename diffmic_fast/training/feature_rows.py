@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.models import DiffMIC, ImageEncoder
@@ -46,7 +45,7 @@ class FeatureRows(NamedTuple):
 def feature_rows(
     model: DiffMIC,
     dataset: ImageDataset,
-    loader: Callable[[list[list[int]]], DataLoader[tuple[Tensor, Tensor, Tensor]]],
+    loader: Callable[[list[list[int]]], Iterable[tuple[Tensor, Tensor, Tensor]]],
     *,
     views: int,
     first_epoch: int,
@@ -59,7 +58,7 @@ def feature_rows(
     Args:
         model: on its device; runs in evaluation mode.
         dataset: augmented images. View v has the augmentation of epoch `first_epoch` + v.
-        loader: makes the loader of batches of indices, on the CPU.
+        loader: loads the images, labels and indices of batches of indices, on the CPU.
         views: V.
         first_epoch: of the augmentation.
         batch_size: images at a time.

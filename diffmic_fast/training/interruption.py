@@ -49,9 +49,3 @@ class Interruption:
         if self.signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
-
-
-def ignore_in_worker(worker: int) -> None:
-    """Initialise a DataLoader worker: a terminal sends Ctrl-C to it too, and the trainer decides."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -6,7 +6,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from diffmic_fast.checkpoint import Checkpoint, read_checkpoint
 from diffmic_fast.config.run import RunConfig
 from diffmic_fast.data.bit_depth import warn_of_unused_bits
 from diffmic_fast.data.identity import image_keys
+from diffmic_fast.data.loading import load_batches
 from diffmic_fast.data.scan import describe, find_unreadable
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.data.summary import report_images
@@ -33,7 +33,7 @@ from diffmic_fast.training.batches import epoch_batches
 from diffmic_fast.training.calibration import calibrate_run
 from diffmic_fast.training.datasets import digest, make_dataset
 from diffmic_fast.training.feature_rows import FeatureRows, feature_rows
-from diffmic_fast.training.interruption import Interrupted, Interruption, ignore_in_worker
+from diffmic_fast.training.interruption import Interrupted, Interruption
 from diffmic_fast.training.log import MAIN_LOSS, epoch_row, summary
 from diffmic_fast.training.phases import Phase, guidance_epochs, phase_at, phases
 from diffmic_fast.training.precision import resolve_precision
@@ -375,17 +375,13 @@ class Trainer:
                 )
         return self._rows
 
-    def _loader(self, batches: list[list[int]]) -> DataLoader[Any]:
+    def _loader(self, batches: list[list[int]]) -> Iterator[Any]:
         """This process's shard of each batch."""
-        return DataLoader(
+        return load_batches(
             self.dataset,
-            batch_sampler=[list(self.processes.shard(batch)) for batch in batches],
-            num_workers=self.config.data.workers,
-            worker_init_fn=ignore_in_worker,
+            [list(self.processes.shard(batch)) for batch in batches],
+            workers=self.config.data.workers,
             pin_memory=self.device.type == "cuda",
-            # A generator of its own: a loader draws from the global one when it starts, and a resumed epoch starts one
-            # loader more than an unbroken one.
-            generator=torch.Generator().manual_seed(0),
         )
 
     def _check_interruption(self) -> None:

@@ -1,0 +1,111 @@
+"""The command line on machines with little memory, without GPUs and with other terminals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import diffmic_fast.data.dataset
+import diffmic_fast.inference.predict
+from diffmic_fast.cli import main
+from diffmic_fast.data.decode import load_image
+
+CONFIG = """
+seed: 3
+data: {{kind: folder, root: "{root}"}}
+model: {{classes: 2, image_size: 32, timesteps: 10, feature_dim: 32, encoder: test_resnet,
+        guidance_trunk: test_resnet, crops: 2, crop_size: 16}}
+training: {{batch_size: 8, epochs: 1, guidance_epochs: 1, warmup_epochs: 1, ema_decay: 0.9,
+           tensorboard: false}}
+sampling: {{sampler: ddim, steps: 2, samples: 2}}
+"""
+
+
+def write_images(root, per_class):
+    rng = np.random.default_rng(0)
+    for name, level in (("dark", 60), ("light", 190)):
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            pixels = rng.integers(level - 40, level + 40, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Images of two classes, a configuration of 1 + 1 epochs and a run trained with it."""
+    root = tmp_path_factory.mktemp("machines")
+    write_images(root / "images", 5)
+    (root / "c.yml").write_text(CONFIG.format(root=root / "images"))
+    assert (
+        main(["train", "--config", str(root / "c.yml"), "--out", str(root / "run"), "--quiet"]) == 0
+    )
+    return root
+
+
+def commands(work, images, out):
+    """The commands that load images, each with two workers."""
+    run, workers = str(work / "run"), ["--workers", "2"]
+    data = [f"--set=data.root={images}"]
+    return {
+        "train": [
+            "train",
+            "--config",
+            str(work / "c.yml"),
+            "--set=data.workers=2",
+            *data,
+            "--out",
+            str(out),
+        ],
+        "evaluate": ["evaluate", run, "--split", "train", *data, *workers],
+        "calibrate": ["calibrate", run, "--images", str(images), *workers],
+        "predict": ["predict", run, str(images), *workers],
+    }
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "calibrate", "predict"])
+def test_a_worker_that_is_killed_ends_the_command(work, tmp_path, capsys, monkeypatch, command):
+    own = os.getpid()
+
+    def load(source, **options):
+        if os.getpid() != own and "17" in str(source):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load_image(source, **options)
+
+    monkeypatch.setattr(diffmic_fast.data.dataset, "load_image", load)
+    monkeypatch.setattr(diffmic_fast.inference.predict, "load_image", load)
+    images = write_images(tmp_path / "images", 24)
+    began = time.monotonic()
+    assert main(commands(work, images, tmp_path / "out")[command]) == 1
+    assert time.monotonic() - began < 60
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: a process that loads images was ended by SIGKILL")
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "calibrate"])
+def test_a_damaged_image_is_named_as_without_workers(work, tmp_path, capsys, command):
+    images = write_images(tmp_path / "images", 24)
+    path = images / "light" / "11.png"
+    path.write_bytes(path.read_bytes()[:200])
+    argv = commands(work, images, tmp_path / "out")[command]
+    alone = [{"2": "0", "--set=data.workers=2": "--set=data.workers=0"}.get(a, a) for a in argv]
+    outcomes = []
+    for arguments in (alone, argv):
+        status = main(arguments)
+        outcomes.append((status, capsys.readouterr().err.splitlines()[-1]))
+    assert outcomes[0] == outcomes[1]
+    assert outcomes[0][0] == 2
+    assert str(path) in outcomes[0][1]
+
+
+@pytest.mark.parametrize("value", ["-1", "1025", "two"])
+def test_numbers_of_workers_out_of_range_are_named(work, capsys, value):
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", str(work / "run"), str(work / "images"), "--workers", value])
+    assert caught.value.code == 2
+    assert f"argument --workers: must be from 0 to 1024, got '{value}'" in capsys.readouterr().err
