@@ -11,7 +11,16 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from diffmic_fast.limits import (
+    MAX_RESAMPLES,
+    MAX_SAMPLES,
+    MAX_SEED,
+    MAX_THREADS,
+    MAX_WORKERS,
+    MIN_SEED,
+)
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -19,6 +28,16 @@ EXIT_UNREADABLE = 3
 
 # What continues a training run that a signal has stopped.
 _CONTINUE = {"train": "go on with --resume", "demo": "go on with the same command"}
+
+# In the message of torch's RuntimeError.
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+_LESS_MEMORY = dict.fromkeys(
+    ("calibrate", "evaluate", "predict"),
+    "use a smaller --batch-size, or fewer --samples or --workers",
+) | dict.fromkeys(
+    ("train", "demo", "info"),
+    "use a smaller training.batch_size, or training.accumulation; see data.cache, too",
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -61,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="ddpm, ddpm_truncated:60, ddim:20; repeatable (default: the configuration's)",
     )  # fmt: skip
     evaluate.add_argument(
-        "--bootstrap", type=_not_negative, default=1000, metavar="N",
+        "--bootstrap", type=_between(0, MAX_RESAMPLES), default=1000, metavar="N",
         help="resamples of the images for 95 %% intervals; 0 for none (default: %(default)s)",
     )  # fmt: skip
     evaluate.add_argument("--json", metavar="FILE", help="write the results as JSON")
@@ -121,12 +140,16 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
         "--override", action="store_true",
         help="accept what --config or --set change of the checkpoint's own model or pixels; otherwise it is an error",
     )  # fmt: skip
-    command.add_argument("--samples", type=_positive, help="chains per image (default: config's)")
+    command.add_argument(
+        "--samples", type=_between(1, MAX_SAMPLES), help="chains per image (default: config's)"
+    )
     command.add_argument(
         "--views", type=int, choices=(1, 2, 4),
         help="mirror images per image whose guidance and features are averaged (default: config's)",
     )  # fmt: skip
-    command.add_argument("--seed", type=int, help="seed of the noise (default: config's)")
+    command.add_argument(
+        "--seed", type=_between(MIN_SEED, MAX_SEED), help="seed of the noise (default: config's)"
+    )
     command.add_argument(
         "--precision", choices=("fp32", "bf16", "fp8", "int8"), default="fp32",
         help="of the chain: int8 on a CPU, fp8 on a GPU, the others on both; bf16 covers the convolutions too "
@@ -138,8 +161,8 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     command.add_argument("--batch-size", type=_positive, help="images at a time")
     command.add_argument(
-        "--workers", type=_workers, default=0,
-        help="processes that load images, at most 1024 (default: 0, none)",
+        "--workers", type=_between(0, MAX_WORKERS), default=0,
+        help="processes that load images (default: 0, none)",
     )  # fmt: skip
 
 
@@ -155,7 +178,9 @@ def _add_config_options(command: argparse.ArgumentParser) -> None:
 
 def _add_compute_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    command.add_argument("--threads", type=_positive, help="CPU threads (default: torch's choice)")
+    command.add_argument(
+        "--threads", type=_between(1, MAX_THREADS), help="CPU threads (default: torch's choice)"
+    )
 
 
 def _positive(text: str) -> int:
@@ -178,24 +203,21 @@ def _share(text: str) -> float:
     return value
 
 
-def _not_negative(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
-    return value
+def _between(least: int, most: int) -> Callable[[str], int]:
+    """A parser of whole numbers in a range."""
 
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number from {least} to {most}, got {text!r}"
+            )
+        return value
 
-def _workers(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value <= 1024:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1024, got {text!r}")
-    return value
+    return parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -235,7 +257,9 @@ def _run(args: argparse.Namespace) -> int:
     import torch
 
     from diffmic_fast.commands import COMMANDS
+    from diffmic_fast.devices import choose_device
 
+    choose_device(args.device)  # before any work
     if args.threads:
         torch.set_num_threads(args.threads)
     return COMMANDS[args.command](args)
@@ -255,6 +279,8 @@ def _report(error: Exception, command: str) -> int:
             file=sys.stderr,
         )
         return EXIT_USAGE
+    import torch
+
     from diffmic_fast.data.loading import LoadingError
     from diffmic_fast.ops._backend import BackendError
     from diffmic_fast.training.interruption import Interrupted
@@ -265,6 +291,9 @@ def _report(error: Exception, command: str) -> int:
         return 128 + error.signum
     if isinstance(error, (TrainingError, LoadingError, FloatingPointError)):
         print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _NO_MEMORY in str(error):
+        print(f"error: memory has run out: {error}; {_LESS_MEMORY[command]}", file=sys.stderr)
         return EXIT_FAILED
     if isinstance(error, (BackendError, ValueError, TypeError, OSError, ImportError)):
         print(f"error: {error}", file=sys.stderr)

@@ -18,10 +18,9 @@ from diffmic_fast.config.fields import (
     Number,
     Positive,
 )
+from diffmic_fast.limits import MAX_WORKERS
 
 SPLITS = ("train", "validation", "test")
-
-MAX_WORKERS = 1024  # processes that load images
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -20,6 +20,8 @@ from pydantic import (
     StrictInt,
 )
 
+from diffmic_fast.limits import MAX_SAMPLES
+
 # Unknown keys are errors. Sections are mutable, so they are checked again when a RunConfig takes them.
 SECTION = ConfigDict(extra="forbid", allow_inf_nan=False, revalidate_instances="always")
 
@@ -46,8 +48,9 @@ def one_of(names: Collection[str]) -> AfterValidator:
 Flag = StrictBool
 Integer = StrictInt
 Natural = Annotated[int, Strict(), Field(ge=0, le=2**63 - 1)]
-Count = Annotated[int, Strict(), Field(ge=1)]
-AtLeastTwo = Annotated[int, Strict(), Field(ge=2)]
+Count = Annotated[int, Strict(), Field(ge=1, le=2**31 - 1)]
+AtLeastTwo = Annotated[int, Strict(), Field(ge=2, le=2**31 - 1)]
+Samples = Annotated[int, Strict(), Field(ge=1, le=MAX_SAMPLES)]
 Number = Annotated[float, Strict()]
 NonNegative = Annotated[float, Strict(), Field(ge=0)]
 Positive = Annotated[float, Strict(), Field(gt=0)]

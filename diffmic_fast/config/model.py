@@ -9,6 +9,7 @@ from pydantic import Field, Strict
 
 from diffmic_fast.config.fields import AtLeastTwo, Count, Flag, Number, OpenUnit, one_of
 from diffmic_fast.diffusion.schedule import SCHEDULES
+from diffmic_fast.limits import MAX_TIMESTEPS
 from diffmic_fast.reference.rois import Channels
 
 
@@ -21,7 +22,7 @@ class DiffMICConfig:
     Attributes:
         classes: C >= 2.
         image_size: side of the (square) images that the model is meant for, in pixels.
-        timesteps: T >= 2, the length of the noise schedule.
+        timesteps: T in [2, 1,000,000], the length of the noise schedule.
         schedule: the noise schedule, one of `diffusion.SCHEDULES`.
         beta_start: first beta of the schedule.
         beta_end: last beta of the schedule.
@@ -41,7 +42,7 @@ class DiffMICConfig:
 
     classes: AtLeastTwo
     image_size: Count = 224
-    timesteps: AtLeastTwo = 1000
+    timesteps: Annotated[int, Strict(), Field(ge=2, le=MAX_TIMESTEPS)] = 1000
     schedule: Annotated[str, one_of(SCHEDULES)] = "linear"
     beta_start: OpenUnit = 1e-4
     beta_end: OpenUnit = 2e-2

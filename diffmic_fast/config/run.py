@@ -21,6 +21,7 @@ from diffmic_fast.config.sampling import SamplingConfig
 from diffmic_fast.config.training import TrainingConfig
 from diffmic_fast.config.yaml_reader import parse_yaml, with_overrides
 from diffmic_fast.diffusion.samplers import check_sampler
+from diffmic_fast.limits import MAX_SEED
 
 _PRESETS = importlib.resources.files("diffmic_fast.config") / "presets"
 
@@ -44,7 +45,7 @@ class RunConfig:
     model: DiffMICConfig
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
-    seed: Annotated[int, Strict(), Field(ge=0)] = 0
+    seed: Annotated[int, Strict(), Field(ge=0, le=MAX_SEED)] = 0
 
     def __post_init__(self) -> None:
         m = self.model

@@ -17,6 +17,7 @@ from diffmic_fast.config.fields import (
     NonNegative,
     OpenUnit,
     Positive,
+    Samples,
 )
 
 
@@ -97,7 +98,7 @@ class TrainingConfig:
     sync_batch_norm: Flag = False
     gather_mmd: Flag = False
     fsdp: Flag = False
-    draws: Count = 1
+    draws: Samples = 1
     epochs: Natural = 1000
     guidance_epochs: Natural = 15
     warmup_epochs: NonNegative = 40.0

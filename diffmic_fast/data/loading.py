@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from diffmic_fast.config.data import MAX_WORKERS
+from diffmic_fast.limits import MAX_WORKERS
 
 _T = TypeVar("_T")
 

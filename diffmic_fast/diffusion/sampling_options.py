@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from diffmic_fast.diffusion.samplers import SAMPLERS, check_sampler, make_steps
 from diffmic_fast.diffusion.schedule import Schedule
+from diffmic_fast.limits import MAX_SAMPLES, MAX_SEED, MIN_SEED
 from diffmic_fast.ops.denoise import PRECISIONS
 from diffmic_fast.reference.denoise import StepTable
 
@@ -25,7 +26,7 @@ class SamplingOptions:
         sampler: a key of `diffusion.SAMPLERS`.
         steps: number of denoiser evaluations; None for the whole chain.
         eta: in [0, 1], for samplers with `Sampler.takes_eta`; 0 is deterministic after the first draw.
-        samples: S >= 1 chains per image.
+        samples: S chains per image, from 1 to 10,000.
         seed: 64-bit key of the noise.
         precision: of the chain, one of `ops.denoise.PRECISIONS`; see `DiffMIC.predict`.
         compile: run the convolutions through `torch.compile`.
@@ -57,10 +58,12 @@ class SamplingOptions:
             raise TypeError(f"compile must be True or False, got {self.compile!r}")
         if self.samples < 1:
             raise ValueError(f"samples must be at least 1, got {self.samples}")
+        if self.samples > MAX_SAMPLES:
+            raise ValueError(f"samples must be at most {MAX_SAMPLES}, got {self.samples}")
         if self.views not in VIEWS:
             raise ValueError(f"views must be 1, 2 or 4, got {self.views}")
-        if not -(2**63) <= self.seed < 2**64:
-            raise ValueError(f"seed must have at most 64 bits, got {self.seed}")
+        if not MIN_SEED <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed must be from {MIN_SEED} to {MAX_SEED}, got {self.seed}")
         if self.precision not in PRECISIONS:
             raise ValueError(
                 f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"

@@ -422,10 +422,10 @@ def test_usage_errors_exit_with_2(capsys):
         with pytest.raises(SystemExit) as stop:
             main(argv)
         assert stop.value.code == 2
-    assert "must be a positive whole number" in capsys.readouterr().err
+    assert "must be a whole number from 1 to 10000, got '0'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["evaluate", "x", "--bootstrap", "-1"])
-    assert "must be a whole number of at least 0, got '-1'" in capsys.readouterr().err
+    assert "must be a whole number from 0 to 1000000, got '-1'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import diffmic_fast.commands
 import diffmic_fast.data.dataset
 import diffmic_fast.inference.predict
 from diffmic_fast.cli import main
@@ -103,9 +104,70 @@ def test_a_damaged_image_is_named_as_without_workers(work, tmp_path, capsys, com
     assert str(path) in outcomes[0][1]
 
 
-@pytest.mark.parametrize("value", ["-1", "1025", "two"])
-def test_numbers_of_workers_out_of_range_are_named(work, capsys, value):
+@pytest.mark.parametrize(
+    ("option", "value", "least", "most"),
+    [
+        ("--workers", "-1", 0, 1024),
+        ("--workers", "1025", 0, 1024),
+        ("--workers", "two", 0, 1024),
+        ("--threads", "100000", 1, 1024),
+        ("--threads", "0", 1, 1024),
+        ("--samples", "1000000000", 1, 10_000),
+        ("--seed", "18446744073709551616", -(2**63), 2**64 - 1),
+        ("--seed", "-9223372036854775809", -(2**63), 2**64 - 1),
+    ],
+)
+def test_numbers_out_of_range_are_named(capsys, option, value, least, most):
     with pytest.raises(SystemExit) as caught:
-        main(["predict", str(work / "run"), str(work / "images"), "--workers", value])
+        main(["predict", "run", "images", option, value])
     assert caught.value.code == 2
-    assert f"argument --workers: must be from 0 to 1024, got '{value}'" in capsys.readouterr().err
+    message = f"argument {option}: must be a whole number from {least} to {most}, got '{value}'"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "bound"),
+    [
+        ("seed=18446744073709551616", "less than or equal to 18446744073709551615"),
+        ("seed=-1", "greater than or equal to 0"),
+        ("sampling.seed=18446744073709551616", "less than or equal to 18446744073709551615"),
+        ("sampling.seed=-9223372036854775809", "greater than or equal to -9223372036854775808"),
+        ("sampling.samples=10001", "less than or equal to 10000"),
+        ("data.split_seed=9223372036854775808", "less than or equal to 9223372036854775807"),
+        ("data.split_seed=-1", "greater than or equal to 0"),
+        ("data.workers=1025", "less than or equal to 1024"),
+        ("model.timesteps=1000001", "less than or equal to 1000000"),
+        ("training.batch_size=10000000000", "less than or equal to 2147483647"),
+        ("training.draws=10001", "less than or equal to 10000"),
+        ("training.epochs=9223372036854775808", "less than or equal to 9223372036854775807"),
+    ],
+)
+def test_settings_out_of_range_are_named(work, tmp_path, capsys, setting, bound):
+    argv = ["train", "--config", str(work / "c.yml"), "--out", str(tmp_path), "--set", setting]
+    assert main(argv) == 2
+    key, value = setting.split("=")
+    assert f"config: {key} must be {bound}, got {value}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [-(2**63), 2**63, 2**64 - 1])
+def test_the_ends_of_the_range_of_seeds_are_accepted(work, seed):
+    run, images = str(work / "run"), str(work / "images")
+    assert main(["predict", run, images, "--seed", str(seed)]) == 0
+
+
+@pytest.mark.parametrize("device", ["mps", "meta", ""])
+def test_other_devices_are_an_error_before_any_work(capsys, device):
+    assert main(["predict", "no-run", "no-images", "--device", device]) == 2
+    message = f"error: device must be auto, cpu, cuda or cuda:N, got '{device}'\n"
+    assert capsys.readouterr().err == message
+
+
+def test_memory_that_has_run_out_is_one_sentence(capsys, monkeypatch):
+    def fail(args):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    monkeypatch.setitem(diffmic_fast.commands.COMMANDS, "predict", fail)
+    assert main(["predict", "run", "images"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: memory has run out: ")
+    assert line.endswith("use a smaller --batch-size, or fewer --samples or --workers")
