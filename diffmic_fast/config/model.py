@@ -28,7 +28,7 @@ class DiffMICConfig:
         beta_end: last beta of the schedule.
         feature_dim: F, width of the denoiser.
         encoder: image encoder of the denoiser (`models.encoders.make_trunk`).
-        encoder_weights: its pretrained weights ("imagenet"), or None.
+        encoder_weights: its pretrained weights: "imagenet", the path of a file (`models.encoders.make_trunk`), or None.
         guidance_trunk: network of both trunks of the guidance model.
         guidance_weights: their pretrained weights, or None.
         crops: K, patches an image of the guidance model (`models.DCG`).

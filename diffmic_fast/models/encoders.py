@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from diffmic_fast.models._torch_internals import has_hooks
 from diffmic_fast.models.execution import run_layers
 from diffmic_fast.models.modes import evaluation_mode, repeated_statistics
+from diffmic_fast.models.pretrained import download, download_with_timm
 
 # The last child of a torchvision network that belongs to its trunk, and what its own forward applies after it.
 _TORCHVISION_TRUNKS: dict[str, tuple[str, type[nn.Module] | None]] = {
@@ -115,13 +117,15 @@ def make_trunk(name: str, weights: str | None = None) -> tuple[nn.Sequential, in
         name: A torchvision name (ResNet, DenseNet, EfficientNet, MobileNet, ConvNeXt, RegNet and ShuffleNet families)
             or any timm name whose features are a map.
         weights: None (random), "imagenet" (the library's own weights, downloaded where no installed package carries
-            them), or the path of a state dict of the whole network; its classifier is left out.
+            them), or the path of a state dict of the whole network, a file of torch.save or .safetensors; its
+            classifier is left out.
 
     Returns:
         The layers, and the number of channels of their result.
 
     Raises:
-        ValueError: The name is unknown, the network has no feature map, or the weights do not fit.
+        ValueError: The name is unknown, the network has no feature map, or the weights do not fit or cannot be read or
+            downloaded.
     """
     if name in torchvision.models.list_models(module=torchvision.models):
         return _torchvision_trunk(name, weights)
@@ -129,8 +133,12 @@ def make_trunk(name: str, weights: str | None = None) -> tuple[nn.Sequential, in
 
 
 def _torchvision_trunk(name: str, weights: str | None) -> tuple[nn.Sequential, int]:
-    downloaded = "DEFAULT" if weights == "imagenet" else None
-    network = torchvision.models.get_model(name, weights=downloaded)
+    if weights == "imagenet":
+        url = torchvision.models.get_model_weights(name)["DEFAULT"].url
+        load = partial(torchvision.models.get_model, name, weights="DEFAULT")
+        network = download(name, url, load)
+    else:
+        network = torchvision.models.get_model(name)
     family = type(network).__name__
     if family not in _TORCHVISION_TRUNKS:
         raise ValueError(
@@ -157,7 +165,10 @@ def _timm_trunk(name: str, weights: str | None) -> tuple[nn.Sequential, int]:
         hint = f"; similar names: {', '.join(near)}" if near else ""
         raise ValueError(f"encoder {name!r} is neither a torchvision nor a timm model{hint}")
     packaged = weights == "imagenet" and name in _PACKAGED_WEIGHTS
-    network = timm.create_model(name, pretrained=weights == "imagenet" and not packaged)
+    if weights == "imagenet" and not packaged:
+        network = download_with_timm(name, partial(timm.create_model, name, pretrained=True))
+    else:
+        network = timm.create_model(name)
     if packaged:
         _load_packaged(network, name)
     elif weights not in (None, "imagenet"):
@@ -190,9 +201,19 @@ def _load_packaged(network: nn.Module, name: str) -> None:
 
 def _load_whole(network: nn.Module, name: str, path: str) -> None:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if path.lower().endswith(".safetensors"):
+            from safetensors.torch import load_file  # comes with timm
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"encoder {name!r}: no weights file {path!r}") from error
+    except Exception as error:  # of many types, for a damaged file
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"encoder {name!r}: {path!r} cannot be read as a state dict: {reason}"
+        ) from error
     if not isinstance(state, dict):
         raise ValueError(
             f"encoder {name!r}: {path!r} must hold a state dict, got {type(state).__name__}"

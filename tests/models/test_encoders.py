@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import torchvision
+from safetensors.torch import save_file
 from torch import nn
 
-from diffmic_fast.models import DCG, ConditionalModel, ImageEncoder, Trunk
+from diffmic_fast.models import DCG, ConditionalModel, ImageEncoder, Trunk, pretrained
 from diffmic_fast.models.encoders import make_trunk
 from diffmic_fast.models.modes import evaluation_mode, repeated_statistics
 
@@ -80,6 +83,63 @@ def test_weights_from_a_file(tmp_path):
     trunk, _ = make_trunk("resnet18", str(tmp_path / "weights.pth"))
     assert torch.equal(trunk[0].weight, network.conv1.weight)
     assert torch.equal(trunk[7][1].conv2.weight, network.layer4[1].conv2.weight)
+
+
+def test_weights_from_a_safetensors_file(tmp_path):
+    network = torchvision.models.resnet18(num_classes=7)
+    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    trunk, _ = make_trunk("resnet18", str(tmp_path / "weights.safetensors"))
+    assert torch.equal(trunk[7][1].conv2.weight, network.layer4[1].conv2.weight)
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+def test_a_damaged_file_of_weights_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"no weights at all")
+    with pytest.raises(ValueError, match=f"'resnet18': '{path}' cannot be read as a state dict"):
+        make_trunk("resnet18", str(path))
+
+
+@pytest.fixture
+def no_server(monkeypatch, tmp_path):
+    """Empty caches, and a proxy that refuses every connection."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet10t"])
+def test_without_a_network_imagenet_weights_say_how_to_go_on(no_server, name):
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    began = time.monotonic()
+    with pytest.raises(ValueError) as caught:
+        make_trunk(name, "imagenet")
+    assert time.monotonic() - began < 30
+    assert str(caught.value).startswith(f"encoder '{name}': its ImageNet weights cannot be downl")
+    assert "to the path of a state dict" in str(caught.value) and "null" in str(caught.value)
+    assert before == huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet10t"])
+def test_a_server_that_does_not_answer_is_given_up(no_server, monkeypatch, name):
+    monkeypatch.setattr(pretrained, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: time.sleep(5))
+    with pytest.raises(ValueError, match=r"does not answer in 0\.2 seconds"):
+        make_trunk(name, "imagenet")
+
+
+def test_cached_weights_need_no_network(no_server, tmp_path):
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18()
+    url = torchvision.models.ResNet18_Weights.DEFAULT.url
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    torch.save(network.state_dict(), cache / url.rpartition("/")[2])
+    torch.manual_seed(1)
+    trunk, _ = make_trunk("resnet18", "imagenet")
+    assert torch.equal(trunk[0].weight, network.conv1.weight)
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.37, 1.0, None])
