@@ -351,7 +351,9 @@ def load_model(
         )
     model_config = config.model if isinstance(config, RunConfig) else config
     check_sizes(file, model_config)
-    model = DiffMIC(model_config, pretrained=False)
+    # As in the file, float32 on the CPU, whatever torch's defaults are.
+    with torch.device("cpu"):
+        model = DiffMIC(model_config, pretrained=False).float()
     load_state(model.denoiser, file.denoiser, f"{checkpoint}")
     if ema and file.ema:
         apply_average(model.denoiser, file.ema, f"{checkpoint}")

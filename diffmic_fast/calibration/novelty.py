@@ -59,7 +59,9 @@ def image_statistics(images: Tensor) -> Tensor:
         )
     x = images.float()
     values = x.flatten(2).sort(dim=2).values
-    positions = torch.linspace(0, values.shape[2] - 1, _QUANTILES, device=x.device).long()
+    positions = torch.linspace(
+        0, values.shape[2] - 1, _QUANTILES, dtype=torch.float32, device=x.device
+    ).long()
     between = (x - x.mean(dim=1, keepdim=True)).square().mean(dim=(1, 2, 3))
     parts = [
         F.adaptive_avg_pool2d(x, _GRID).flatten(1),
@@ -205,9 +207,9 @@ def fit_novelty(
     }
     detector = NoveltyDetector(
         **{name: tensor.float().contiguous() for name, tensor in tensors.items()},
-        centre=torch.zeros(3),
-        spread=torch.ones(3),
-        reference=torch.zeros(1),
+        centre=torch.zeros(3, dtype=torch.float32, device="cpu"),
+        spread=torch.ones(3, dtype=torch.float32, device="cpu"),
+        reference=torch.zeros(1, dtype=torch.float32, device="cpu"),
     )
     return detector.referred_to(validation_features.cpu(), validation_statistics.cpu())
 
@@ -229,7 +231,7 @@ def _whitening(z: Tensor) -> Tensor:
     count, size = z.shape
     covariance = z.T @ z / count
     level = covariance.trace() / size
-    identity = torch.eye(size, dtype=z.dtype)
+    identity = torch.eye(size, dtype=z.dtype, device=z.device)
     dispersion = (covariance - level * identity).square().sum()
     squares = z.square()
     error = (squares.T @ squares / count - covariance.square()).sum() / count

@@ -101,7 +101,7 @@ def fit_scaling(kind: str, scores: Tensor, labels: Tensor, prior: Tensor | None 
     inputs = [scores] if prior is None else [scores, prior]
     problem = _Problem(torch.stack(inputs), labels, bias=kind == "vector")
     solution = _minimise(problem)
-    bias = torch.zeros(scores.shape[1])
+    bias = torch.zeros(scores.shape[1], dtype=torch.float32, device="cpu")
     if kind == "vector":
         bias = solution[2:].float()
     factor = float(solution[0])
@@ -121,7 +121,7 @@ def cross_fitted_logits(
 ) -> Tensor:
     """[N, C] float64: each image's calibrated logits by a scaling that was fitted on the other folds."""
     numbers = fold_numbers(labels, folds)
-    result = torch.empty(scores.shape, dtype=torch.float64)
+    result = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
     for fold in range(folds):
         inside, outside = numbers == fold, numbers != fold
         if not inside.any():

@@ -77,7 +77,7 @@ def ddpm(schedule: Schedule, steps: int, eta: float = 0.0) -> StepTable:
 
     With fewer than T the chain still starts from noise of unit scale, as with the published program's "test timesteps".
     """
-    timesteps = torch.arange(steps - 1, -1, -1)
+    timesteps = torch.arange(steps - 1, -1, -1, device="cpu")
     q = schedule.sqrt_one_minus_alpha_bar[timesteps]
     # Recovered from q as in the published program, which loses digits near the end of the schedule.
     s = torch.sqrt(1.0 - q.square())
@@ -91,7 +91,7 @@ def ddpm(schedule: Schedule, steps: int, eta: float = 0.0) -> StepTable:
         y0_weight=(1.0 - alphas) * s_next / variance,
         y_weight=q_next.square() * alphas.sqrt() / variance,
         prior_weight=1.0 + (s - 1.0) * (alphas.sqrt() + s_next) / variance,
-        eps_weight=torch.zeros(steps),
+        eps_weight=torch.zeros_like(s),
         sigma=torch.sqrt(q_next.square() / variance * (1.0 - alphas)),
         start=len(schedule.betas),
     )
@@ -101,7 +101,9 @@ def ddpm(schedule: Schedule, steps: int, eta: float = 0.0) -> StepTable:
 def ddim(schedule: Schedule, steps: int, eta: float = 0.0) -> StepTable:
     """Sampling over `steps` timesteps spaced evenly over the whole chain (Song et al., ICLR 2021)."""
     total = len(schedule.betas)
-    timesteps = (torch.arange(steps, 0, -1).double() * (total / steps)).round().long() - 1
+    timesteps = (
+        torch.arange(steps, 0, -1, device="cpu").double() * (total / steps)
+    ).round().long() - 1
     s = schedule.sqrt_alpha_bar[timesteps]
     q = schedule.sqrt_one_minus_alpha_bar[timesteps]
     s_next, q_next = _shift(s, 1.0), _shift(q, 0.0)
@@ -111,7 +113,7 @@ def ddim(schedule: Schedule, steps: int, eta: float = 0.0) -> StepTable:
         s,
         q,
         y0_weight=s_next,
-        y_weight=torch.zeros(steps),
+        y_weight=torch.zeros_like(s),
         prior_weight=1.0 - s_next,
         eps_weight=torch.sqrt((q_next.square() - sigma.square()).clamp(min=0.0)),
         sigma=sigma,

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# The tables are float32 on the CPU, whatever torch's defaults are.
+_tensor = partial(torch.tensor, dtype=torch.float32, device="cpu")
+_linspace = partial(torch.linspace, dtype=torch.float32, device="cpu")
 
 
 def _cosine(timesteps: int, start: float, end: float) -> Tensor:
@@ -16,24 +21,22 @@ def _cosine(timesteps: int, start: float, end: float) -> Tensor:
         return math.cos((time + 0.008) / 1.008 * math.pi / 2.0) ** 2
 
     levels = [level(i / timesteps) for i in range(timesteps + 1)]
-    return torch.tensor([min(1.0 - after / before, 0.999) for before, after in pairwise(levels)])
+    return _tensor([min(1.0 - after / before, 0.999) for before, after in pairwise(levels)])
 
 
 def _cosine_anneal(timesteps: int, start: float, end: float) -> Tensor:
     last = max(timesteps - 1, 1)
     rise = [1.0 - math.cos(math.pi * i / last) for i in range(timesteps)]
-    return torch.tensor([start + 0.5 * (end - start) * each for each in rise])
+    return _tensor([start + 0.5 * (end - start) * each for each in rise])
 
 
 # Betas as functions of T, start and end.
 _BETAS: dict[str, Callable[[int, float, float], Tensor]] = {
-    "linear": lambda n, start, end: torch.linspace(start, end, n),
-    "const": lambda n, start, end: end * torch.ones(n),
-    "quad": lambda n, start, end: torch.linspace(start**0.5, end**0.5, n) ** 2,
-    "jsd": lambda n, start, end: 1.0 / torch.linspace(n, 1, n),
-    "sigmoid": lambda n, start, end: (
-        torch.sigmoid(torch.linspace(-6, 6, n)) * (end - start) + start
-    ),
+    "linear": lambda n, start, end: _linspace(start, end, n),
+    "const": lambda n, start, end: _tensor([end] * n),
+    "quad": lambda n, start, end: _linspace(start**0.5, end**0.5, n) ** 2,
+    "jsd": lambda n, start, end: 1.0 / _linspace(n, 1, n),
+    "sigmoid": lambda n, start, end: torch.sigmoid(_linspace(-6, 6, n)) * (end - start) + start,
     "cosine": _cosine,
     "cosine_anneal": _cosine_anneal,
 }

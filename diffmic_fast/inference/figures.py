@@ -86,8 +86,8 @@ def make_panels(
             "figure: the prediction must have trajectory, saliency and boxes; "
             "call predict(..., trajectory=True, saliency=True, boxes=True)"
         )
-    scale = torch.tensor(augmentation.std).view(1, 3, 1, 1)
-    shift = torch.tensor(augmentation.mean).view(1, 3, 1, 1)
+    scale = torch.tensor(augmentation.std, dtype=torch.float32, device="cpu").view(1, 3, 1, 1)
+    shift = torch.tensor(augmentation.mean, dtype=torch.float32, device="cpu").view(1, 3, 1, 1)
     pixels = ((images.float().cpu() * scale + shift) * 255).round().clamp(0, 255).byte()
     return [
         Panel(

@@ -146,7 +146,9 @@ class DiffMIC(nn.Module):
         if timesteps is None:
             timesteps = antithetic_timesteps(rows, self.config.timesteps, generator)
         if noise is None:
-            noise = torch.randn(rows, classes, generator=generator)
+            noise = torch.randn(
+                rows, classes, generator=generator, dtype=torch.float32, device="cpu"
+            )
         timesteps = args.integer("timesteps", timesteps.to(images.device), "rows")
         args.within("timesteps", timesteps, 0, last)
         dtype = torch.promote_types(images.dtype, torch.float32)
@@ -284,7 +286,7 @@ class DiffMIC(nn.Module):
         if calibration is not None:
             result = result.calibrate(calibration)
         check_finite("the model's result", result.samples, FloatingPointError)
-        size = torch.tensor([0, 0, self.config.crop_size, self.config.crop_size])
+        size = torch.tensor([0, 0, self.config.crop_size, self.config.crop_size], device="cpu")
         return result._replace(
             saliency=detail.saliency if saliency else None,
             boxes=detail.origins.repeat(1, 1, 2) + size.to(images.device) if boxes else None,
@@ -378,6 +380,7 @@ class DiffMIC(nn.Module):
         args = Arguments(operation)
         args.floating("images", images, "B 3 H W")
         parameter = next(self.denoiser.parameters())
+        self._check_dtype(operation, parameter.dtype)
         if images.dtype != parameter.dtype and not torch.is_autocast_enabled(images.device.type):
             raise TypeError(
                 f"{operation}: images must be {parameter.dtype} as the model is, got {images.dtype}"
@@ -390,6 +393,19 @@ class DiffMIC(nn.Module):
             raise ValueError(f"{operation}: images must not be empty, got {tuple(images.shape)}")
         check_finite(f"{operation}: the argument images", images, ValueError)
         return images
+
+    def _check_dtype(self, operation: str, dtype: torch.dtype) -> None:
+        """Raise TypeError for a model in half precision, and where the chain runs, which is float32, in double."""
+        other = next(self.guidance.parameters(), None)
+        dtypes = [dtype] if other is None else [dtype, other.dtype]
+        single = operation == "DiffMIC.predict"
+        allowed = (torch.float32,) if single else (torch.float32, torch.float64)
+        for found in dtypes:
+            if found not in allowed or found != dtype:
+                raise TypeError(
+                    f"{operation}: the model must be {' or '.join(map(str, allowed))}, got {found}; call float() on "
+                    "it (precision='bf16' computes in bfloat16 where that is accurate)"
+                )
 
 
 def _mirrored(images: Tensor, views: int) -> Iterator[Tensor]:

@@ -41,7 +41,7 @@ def antithetic_timesteps(
     Returns:
         [count] int64 on the CPU.
     """
-    drawn = torch.randint(0, timesteps, (count // 2 + 1,), generator=generator)
+    drawn = torch.randint(0, timesteps, (count // 2 + 1,), generator=generator, device="cpu")
     return torch.cat((drawn, timesteps - 1 - drawn))[:count]
 
 

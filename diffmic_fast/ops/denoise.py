@@ -330,8 +330,12 @@ def _run(call: Call, progress: Callable[[int, int], None] | None = None) -> Tens
 def _prepare(call: Call) -> Call:
     """The call with its defaults filled in, and arrays in the layout and on the device of the kernels."""
     device, rows = call.features.device, call.features.shape[0]
-    images = torch.arange(rows) if call.image_ids is None else call.image_ids
-    samples = torch.zeros(rows, dtype=torch.int64) if call.sample_ids is None else call.sample_ids
+    images = torch.arange(rows, device="cpu") if call.image_ids is None else call.image_ids
+    samples = (
+        torch.zeros(rows, dtype=torch.int64, device="cpu")
+        if call.sample_ids is None
+        else call.sample_ids
+    )
     if call.backend != "cpu":
         _check_gpu_values(call, samples)
     return call._replace(

@@ -181,7 +181,7 @@ def _noise_source(
     rows, classes = prior.shape
     images = torch.arange(rows, device=prior.device) if image_ids is None else image_ids
     samples = torch.zeros_like(images) if sample_ids is None else sample_ids
-    moments = torch.cat((torch.tensor([steps.start]), steps.timesteps))
+    moments = torch.cat((steps.timesteps.new_tensor([steps.start]), steps.timesteps))
     blocks: dict[int, Tensor] = {}
 
     def draw(i: int) -> Tensor:

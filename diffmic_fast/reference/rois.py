@@ -87,11 +87,11 @@ def choose_windows(saliency: Tensor, window: tuple[int, int], count: int) -> Ten
     rows, columns = height - window[0] + 1, width - window[1] + 1
     remaining = class_map(saliency)
     cells = torch.empty(batch, count, 2, dtype=torch.int64, device=saliency.device)
-    size = torch.tensor(float(window[0] * window[1]), device=saliency.device)
+    size = remaining.new_tensor(float(window[0] * window[1]))
     row_index = torch.arange(height, device=saliency.device)[:, None]
     column_index = torch.arange(width, device=saliency.device)
     for k in range(count):
-        total = torch.zeros(batch, rows, columns, device=saliency.device)
+        total = remaining.new_zeros(batch, rows, columns)
         for i in range(window[0]):
             for j in range(window[1]):
                 total = total + remaining[:, i : i + rows, j : j + columns]

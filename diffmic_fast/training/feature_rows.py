@@ -80,8 +80,8 @@ def feature_rows(
     count = len(dataset)
     indices = list(range(count))
     batches = [indices[i : i + batch_size] for i in range(0, count, batch_size)]
-    features = torch.empty(views, count, encoder.g.in_features)
-    prior = torch.empty(views, 3, count, model.config.classes)
+    features = torch.empty(views, count, encoder.g.in_features, dtype=torch.float32)
+    prior = torch.empty(views, 3, count, model.config.classes, dtype=torch.float32)
     labels = torch.empty(count, dtype=torch.int64)
     for view in range(views):
         dataset.set_epoch(first_epoch + view)

@@ -358,12 +358,17 @@ class Steps:
         config, processes = self.model.config, self.processes
         counts = [count * self.config.draws for count in part.counts]
         timesteps = antithetic_timesteps(sum(counts), config.timesteps, self.noise)
-        noise = torch.randn(sum(counts), config.classes, generator=self.noise)
+        noise = torch.randn(
+            sum(counts), config.classes, generator=self.noise, dtype=torch.float32, device="cpu"
+        )
         start = sum(counts[: processes.rank])
         own = slice(start, start + counts[processes.rank])
         hidden = None
         if self.config.prior_dropout:
-            drawn = torch.rand(sum(part.counts), generator=self.noise) < self.config.prior_dropout
+            drawn = torch.rand(
+                sum(part.counts), generator=self.noise, dtype=torch.float32, device="cpu"
+            )
+            drawn = drawn < self.config.prior_dropout
             first = sum(part.counts[: processes.rank])
             hidden = drawn[first : first + part.counts[processes.rank]]
         gather = self.config.gather_mmd and processes.world_size > 1

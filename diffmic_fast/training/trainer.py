@@ -98,7 +98,13 @@ class Trainer:
             ValueError: a configuration that does not fit the data, unreadable images, duplicates where
                 config.data.duplicates is "error", a folder that already holds a run, a checkpoint that cannot be
                 resumed.
+            TypeError: torch's default dtype is not float32.
         """
+        if torch.get_default_dtype() != torch.float32:
+            raise TypeError(
+                "training: torch's default dtype must be torch.float32, got "
+                f"{torch.get_default_dtype()}; call torch.set_default_dtype(torch.float32)"
+            )
         self.processes = current()
         self.device = choose_device(device)
         self.on_step = on_step
