@@ -14,6 +14,7 @@ from pathlib import Path
 from diffmic_fast import demo
 from diffmic_fast._optional import require
 from diffmic_fast.checkpoint import (
+    BEST_NAME,
     NAME,
     Checkpoint,
     add_calibration,
@@ -58,13 +59,22 @@ def _train(args: argparse.Namespace) -> int:
     keep_freed_memory()
     with process_group(args.device) as device:
         trainer = Trainer(config, args.out, device=device, resume=resume, quiet=args.quiet)
+        finished = trainer.finished
         path = trainer.fit()
     if not trainer.processes.is_rank_zero:
         return 0
-    print(f"trained {trainer.epochs} epochs; the model is {path}")
+    if finished:
+        print(
+            f"{resume} had finished its {trainer.epochs} epochs, nothing was trained; the model is {path}"
+        )
+    else:
+        print(f"trained {trainer.epochs} epochs; the model is {path}")
     if trainer.best is not None:
-        best = path.with_name("ckpt_best.pth")
-        print(f"best validation {config.training.select}: {trainer.best:.4f}, {best}")
+        best = path.with_name(BEST_NAME)
+        where = (
+            str(best) if best.is_file() else "of an epoch whose checkpoint is not in this folder"
+        )
+        print(f"best validation {config.training.select}: {trainer.best:.4f}, {where}")
     return 0
 
 

@@ -7,16 +7,33 @@ from typing import Any
 
 from diffmic_fast.checkpoint import Checkpoint, check_sizes
 from diffmic_fast.config.run import RunConfig
+from diffmic_fast.training.phases import phases
 
 # Keys that change neither the weights nor the rows of the log: a resumed run may set them anew.
 _FREE = ("data.workers", "data.cache", "data.root", "data.duplicates", "data.scan",
          "training.checkpoint_every", "training.tensorboard")  # fmt: skip
 
 
-def check_resume(checkpoint: Checkpoint, config: RunConfig, world_size: int = 1) -> None:
-    """Raise ValueError unless a run that resumes from a checkpoint would end at the numbers of an unbroken run.
+# The key with the number of epochs of each phase.
+_LENGTHS = {
+    "guidance": "guidance_epochs",
+    "encoder": "encoder_epochs",
+    "joint": "epochs",
+    "features": "feature_epochs",
+}
 
-    The number of processes may change between two epochs, if a step takes as many images as before.
+
+def check_resume(checkpoint: Checkpoint, config: RunConfig, world_size: int = 1) -> str:
+    """Check that a run can resume from a checkpoint, to the numbers of an unbroken run or with more epochs.
+
+    The number of processes may change between two epochs, if a step takes as many images as before. The last phase that
+    has epochs may get more; learning rates follow the new length from then on.
+
+    Returns:
+        What the additional epochs change, or "" for none.
+
+    Raises:
+        ValueError: the checkpoint cannot be resumed under this configuration.
     """
     if "progress" not in checkpoint.extras:
         raise ValueError(
@@ -38,13 +55,26 @@ def check_resume(checkpoint: Checkpoint, config: RunConfig, world_size: int = 1)
             )
         stored = {**stored, "training": {**stored["training"], "batch_size": size}}
     # A run of an older version lacks the options that have come since, and had their defaults.
-    stored = RunConfig.from_dict(stored).to_dict()
-    changed = _differences(stored, config.to_dict())
+    then = RunConfig.from_dict(stored)
+    last = [phase for phase in phases(then.training) if phase.epochs][-1]
+    length = _LENGTHS[last.name]
+    epochs = getattr(config.training, length)
+    values = then.to_dict()
+    if epochs > last.epochs:
+        values["training"][length] = epochs
+    changed = _differences(values, config.to_dict())
     if changed:
         raise ValueError(
             f"resume: the configuration differs from the one {checkpoint.path} was trained with: "
-            f"{'; '.join(changed)}; resume with the stored one, or start anew in another folder"
+            f"{'; '.join(changed)}; resume with the stored one (training.{length} may be larger), or start anew in "
+            "another folder"
         )
+    if epochs <= last.epochs:
+        return ""
+    return (
+        f"training.{length} is {epochs}, was {last.epochs}: learning rates follow the new length from here on, so the "
+        "result differs from that of an unbroken run of this length"
+    )
 
 
 def _differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from diffmic_fast.checkpoint import (
     GUIDANCE_NAME,
     NAME,
     Checkpoint,
+    read_checkpoint,
     save_checkpoint,
 )
 from diffmic_fast.config.run import RunConfig
@@ -29,8 +30,13 @@ class RunFolder:
         path: the checkpoint.
     """
 
-    def __init__(self, folder: Path, processes: Processes, *, resumed: bool) -> None:
+    def __init__(self, folder: Path, processes: Processes, *, resume: Path | None) -> None:
         """Collective: check a folder, which is not changed.
+
+        Args:
+            folder: of the run.
+            processes: of the run.
+            resume: the checkpoint that is resumed, or None.
 
         Raises:
             ValueError: the folder holds a run that is not resumed, or not all processes see the same folder.
@@ -42,6 +48,7 @@ class RunFolder:
             raise ValueError(
                 f"training: all processes must use one folder, got {self.path} for some of them only"
             )
+        resumed = resume is not None and resume.resolve().parent == folder.resolve()
         if not resumed and self.path.exists():
             raise ValueError(
                 f"training: {folder} already holds a run ({NAME}); resume it (--resume) or use another folder (--out)"
@@ -57,6 +64,25 @@ class RunFolder:
         if self._writes:
             for name, best in ((NAME, BEST_NAME), (GUIDANCE_NAME, GUIDANCE_BEST_NAME)):
                 keep_copy(self.folder / name, self.folder / best)
+
+    def take_best(self, checkpoint: Path, best: float | None) -> None:
+        """Keep the best checkpoint of the folder of `checkpoint`, if it has the metric `best`."""
+        source = checkpoint.with_name(BEST_NAME)
+        if not self._writes or best is None or (self.folder / BEST_NAME).exists():
+            return
+        if source.is_file():
+            progress = read_checkpoint(source, mmap=True).extras.get("progress", {})
+            if progress.get("best") == best:
+                for name in (GUIDANCE_BEST_NAME, BEST_NAME):
+                    keep_copy(source.with_name(name), self.folder / name)
+
+    def has_best(self, epoch: int) -> bool:
+        """Whether the best checkpoint is that after `epoch` epochs."""
+        best = self.folder / BEST_NAME
+        if not best.is_file():
+            return False
+        progress = read_checkpoint(best, mmap=True).extras.get("progress", {})
+        return bool(progress.get("epoch") == epoch)
 
     @contextlib.contextmanager
     def logs(self, config: RunConfig, epochs: int) -> Iterator[None]:

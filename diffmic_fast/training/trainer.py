@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffmic_fast.checkpoint import Checkpoint, read_checkpoint
+from diffmic_fast.checkpoint import Checkpoint, add_calibration, read_checkpoint
 from diffmic_fast.config.run import RunConfig
 from diffmic_fast.data.bit_depth import warn_of_unused_bits
 from diffmic_fast.data.identity import image_keys
@@ -108,15 +108,17 @@ class Trainer:
         self.processes = current()
         self.device = choose_device(device)
         self.on_step = on_step
-        self.folder = RunFolder(Path(out), self.processes, resumed=resume is not None)
+        resumed = None if resume is None else Path(resume)
+        self.folder = RunFolder(Path(out), self.processes, resume=resumed)
         self.path = self.folder.path
         saved = read_checkpoint(resume) if resume is not None else None
         self._chosen = config.training.precision == "auto"
         config = self.config = resolve_precision(config, self.device, self.processes, saved)
-        if saved is not None:
-            check_resume(saved, config, self.processes.world_size)
-
         self.quiet = quiet or not self.processes.is_rank_zero
+        if saved is not None:
+            change = check_resume(saved, config, self.processes.world_size)
+            if change:
+                self._print(f"resume: {change}")
         given = train is not None
         if train is None:
             train = open_source(config.data, "train")
@@ -156,8 +158,14 @@ class Trainer:
         self.progress = Progress()
         self.last_evaluation: Evaluation | None = None
         self.folder.folder.mkdir(parents=True, exist_ok=True)
+        self._resumed = resumed
         if saved is not None:
             self._restore(saved)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no epoch is left."""
+        return self.progress.epoch >= self.epochs
 
     @property
     def epochs(self) -> int:
@@ -247,7 +255,15 @@ class Trainer:
                 fits a calibration that an interruption has left out.
             TrainingError: a loss or gradient is not finite.
         """
-        if self.progress.is_best and self.progress.position == 0:
+        best_is_kept = self.processes.all_gather(
+            self.finished and self.folder.has_best(self.progress.epoch)
+        )[0]
+        if (
+            self._resumed is not None
+            and self._resumed.resolve().parent != self.path.resolve().parent
+        ):
+            self._begin_folder(self._resumed)
+        elif self.progress.is_best and self.progress.position == 0 and not best_is_kept:
             # The process may have been killed before the best was kept, or later, with the guidance file of the next
             # checkpoint written and the checkpoint not: write both again, so that the copies match.
             self.save()
@@ -259,7 +275,7 @@ class Trainer:
             Interruption() as self.interruption,
         ):
             try:
-                while self.progress.epoch < self.epochs:
+                while not self.finished:
                     self._run_epoch()
             except Interrupted as interrupted:
                 self.save()
@@ -270,6 +286,16 @@ class Trainer:
                 ) from None
             self._calibrate()
         return self.path
+
+    def _begin_folder(self, resumed: Path) -> None:
+        """Collective: begin a folder with the checkpoint that is resumed, its calibration and its run's best one."""
+        self.save()
+        if self.processes.is_rank_zero and self.finished:
+            calibration = read_checkpoint(resumed, mmap=True).calibration
+            if calibration is not None:
+                add_calibration(self.path, calibration)
+                self._print(f"{self.path.name}: kept the calibration of {resumed}")
+        self.folder.take_best(resumed, self.best)
 
     def _calibrate(self) -> None:
         """Collective: write a calibration into the finished run's checkpoints, where it is missing."""
