@@ -72,7 +72,5 @@ class EncoderClassifier(nn.Module):
         """Load what `state` returned; raises ValueError, naming `what`, where it does not fit."""
         load_state(self.classifier, state["classifier"], what)
         self.optimizer.load_state_dict(state["optimizer"])
-        if "average" not in state:
-            self.average = None
-        elif self.average is not None:
-            self.average.load(state["average"])
+        if self.average is not None:
+            self.average.resume(state.get("average"))

@@ -54,6 +54,13 @@ class MovingAverage:
         """Set the module to the averages."""
         _copy(_shards(self._present()), _shards(self.values.values()))
 
+    def resume(self, values: Mapping[str, Tensor] | None) -> None:
+        """`load`, or begin at the present values where a finished run, which has none, gets more epochs."""
+        if values is None:
+            _copy(_shards(self.values.values()), _shards(self._present()))
+        else:
+            self.load(values)
+
     @torch.no_grad()
     def reset(self, prefix: str) -> None:
         """Restart the averages of the parameters whose names begin with `prefix` at their present values."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from diffmic_fast.checkpoint import Checkpoint, check_sizes
+from diffmic_fast.config.differences import differences
 from diffmic_fast.config.run import RunConfig
 from diffmic_fast.training.phases import phases
 
 # Keys that change neither the weights nor the rows of the log: a resumed run may set them anew.
 _FREE = ("data.workers", "data.cache", "data.root", "data.duplicates", "data.scan",
          "training.checkpoint_every", "training.tensorboard")  # fmt: skip
-
 
 # The key with the number of epochs of each phase.
 _LENGTHS = {
@@ -62,7 +59,11 @@ def check_resume(checkpoint: Checkpoint, config: RunConfig, world_size: int = 1)
     values = then.to_dict()
     if epochs > last.epochs:
         values["training"][length] = epochs
-    changed = _differences(values, config.to_dict())
+    changed = [
+        f"{key}: {old!r} in the checkpoint, {new!r} now"
+        for key, old, new in differences(values, config.to_dict())
+        if not key.startswith(_FREE)
+    ]
     if changed:
         raise ValueError(
             f"resume: the configuration differs from the one {checkpoint.path} was trained with: "
@@ -75,22 +76,3 @@ def check_resume(checkpoint: Checkpoint, config: RunConfig, world_size: int = 1)
         f"training.{length} is {epochs}, was {last.epochs}: learning rates follow the new length from here on, so the "
         "result differs from that of an unbroken run of this length"
     )
-
-
-def _differences(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    old, new = _flat(stored), _flat(current)
-    return [
-        f"{key}: {old.get(key)!r} in the checkpoint, {new.get(key)!r} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not key.startswith(_FREE)
-    ]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    entries: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            entries |= _flat(value, f"{prefix}{key}.")
-        else:
-            entries[f"{prefix}{key}"] = value
-    return entries

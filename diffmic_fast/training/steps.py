@@ -222,6 +222,13 @@ class Steps:
             self.guidance_average.update()
         return total
 
+    def leave(self, phase: Phase) -> None:
+        """Drop the moving average of a phase that a resumed run has behind it."""
+        if phase.name == "guidance":
+            self.guidance_average = None
+        elif phase.name == "encoder" and self.encoder is not None:
+            self.encoder.average = None
+
     def finish(self, phase: Phase) -> None:
         """Replace what a phase of a classifier's own has trained by its moving average, if there is one."""
         if phase.name == "guidance" and self.guidance_average is not None:
@@ -318,10 +325,8 @@ class Steps:
                         moments[key] = shard_like(value, parameter)
         if self.average is not None:
             self.average.load(state["average"])
-        if "guidance_average" not in state:
-            self.guidance_average = None
-        elif self.guidance_average is not None:
-            self.guidance_average.load(state["guidance_average"])
+        if self.guidance_average is not None:
+            self.guidance_average.resume(state.get("guidance_average"))
 
     def _begin(
         self, module: nn.Module, images: Tensor, labels: Tensor, parts: int | None = None

@@ -240,6 +240,9 @@ class Trainer:
         state |= {"denoiser": saved.denoiser, "optimizer": saved.optimizer, "average": saved.ema}
         self.steps.load_state(state, f"{saved.path}")
         self.progress = Progress.from_dict(extras["progress"], saved.step)
+        for phase in phases(self.config.training):
+            if self.progress.epoch >= phase.first + phase.epochs:
+                self.steps.leave(phase)
         if saved.path.resolve() != self.path.resolve():
             self.progress.is_best = False
         # Last: building the model and its optimizers has drawn from the global generators.

@@ -152,6 +152,25 @@ def test_a_classifier_ends_as_its_average(config, tmp_path, monkeypatch, phase):
         assert all(torch.equal(value, last[name]) for name, value in end.items())
 
 
+def test_more_epochs_of_a_finished_classifier_are_averaged_too(config, tmp_path):
+    """From the end of the run before, which is its average."""
+    alone = {**PHASED, "encoder_epochs": 0, "epochs": 0, "feature_epochs": 0, "guidance_epochs": 1}
+    Trainer(with_training(config, **alone), tmp_path, quiet=True).fit()
+    observed = []
+    longer = with_training(config, **{**alone, "guidance_epochs": 2})
+    trainer = Trainer(
+        longer, tmp_path, quiet=True, resume=tmp_path / "ckpt.pth",
+        on_step=lambda epoch, step: observed.append(floats(trainer.model.guidance)),
+    )  # fmt: skip
+    average = floats(trainer.model.guidance)
+    trainer.fit()
+    for values in observed:
+        average = {k: 0.6 * average[k] + 0.4 * values[k] for k in average}
+    assert observed
+    for name, value in floats(trainer.model.guidance).items():
+        torch.testing.assert_close(value, average[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_the_average_of_the_guidance_model_is_validated(config):
     """With a decay near 1 it is the model before the steps."""
     torch.manual_seed(0)
