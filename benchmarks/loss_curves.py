@@ -46,7 +46,8 @@ JOINT: dict[str, Any] = {
         "guidance_epochs": 4, "encoder_epochs": 0, "epochs": 7, "feature_epochs": 0, "joint_guidance": True,
         "prior_dropout": 0.0, "label_smoothing": 0.0, "draws": 1, "ema_decay": None, "precision": "fp32",
         "classifier_ema_decay": None, "classifier_dropout": 0.0, "classifier_head_factor": 1.0,
-        "guidance_gradient_clip": None, "warmup_epochs": 1.0, "guidance_warmup_epochs": 0.0, "gradient_clip": 1.0, "learning_rate": 1e-2,
+        "guidance_gradient_clip": None, "warmup_epochs": 1.0, "guidance_warmup_epochs": 0.0,
+        "gradient_clip": 1.0, "learning_rate": 1e-2,
         "encoder_learning_rate": 1e-3, "guidance_learning_rate": 1e-3,
     },
 }  # fmt: skip
