@@ -21,6 +21,7 @@ from diffmic_fast.limits import (
     MAX_WORKERS,
     MIN_SEED,
 )
+from diffmic_fast.terminal import escaped_output
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -231,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = make_parser().parse_args(argv)
     try:
-        with warnings.catch_warnings():
+        with escaped_output(), warnings.catch_warnings():
             if not args.debug:
                 warnings.showwarning = _print_warning
             return _run(args)

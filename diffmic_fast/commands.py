@@ -37,7 +37,7 @@ from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.distributed.processes import current, process_group
 from diffmic_fast.inference.calibrate import calibrate
 from diffmic_fast.inference.evaluate import evaluate
-from diffmic_fast.inference.figures import draw_confusion, save_figure
+from diffmic_fast.inference.figures import draw_confusion, draw_to
 from diffmic_fast.inference.output import check_suffix
 from diffmic_fast.inference.pictures import Pictures
 from diffmic_fast.inference.predict import FilePredictor, ProbabilityOptions, collect_files
@@ -211,7 +211,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.confusion:
         result = evaluation.primary
         confusion = result.metrics.confusion
-        save_figure(draw_confusion(confusion, table.classes, result.method), args.confusion)
+        draw_to(args.confusion, lambda: draw_confusion(confusion, table.classes, result.method))
     return 0
 
 

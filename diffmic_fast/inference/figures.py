@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,7 +134,7 @@ def draw_predictions(panels: Sequence[Panel], classes: Sequence[str], title: str
         fontsize=8, frameon=False,
     )  # fmt: skip
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(_literal(title), fontsize=10)
     return figure
 
 
@@ -154,7 +155,7 @@ def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str], title: 
     axis.set_yticks(range(len(classes)), names, fontsize=8)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
-    axis.set_title(title, fontsize=9)
+    axis.set_title(_literal(title), fontsize=9)
     return figure
 
 
@@ -162,6 +163,23 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG; an interrupted write leaves no file."""
     with atomic_file(path) as file:
         figure.savefig(file, format="png")
+
+
+def draw_to(path: str | Path, draw: Callable[[], Figure]) -> bool:
+    """Draw a figure and write it as PNG, after results that must not be lost with it.
+
+    Returns:
+        Whether it was written; otherwise there is a UserWarning with the reason.
+    """
+    try:
+        save_figure(draw(), path)
+    except (
+        Exception
+    ) as error:  # matplotlib raises many types, for instance on fonts and configurations
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        warnings.warn(f"the figure {path} was not drawn: {reason}", UserWarning, stacklevel=2)
+        return False
+    return True
 
 
 def _new_figure(width: float, height: float) -> Figure:
@@ -274,5 +292,10 @@ def _legend(classes: Sequence[str]) -> list[Any]:
 
 
 def _short(text: str, length: int) -> str:
-    """The end of a text, at most `length` characters."""
-    return text if len(text) <= length else f"…{text[1 - length :]}"
+    """The end of a text, at most `length` characters, to be drawn as it is."""
+    return _literal(text if len(text) <= length else f"…{text[1 - length :]}")
+
+
+def _literal(text: str) -> str:
+    """A text that matplotlib draws as it is: no formula between dollars, control characters as escape sequences."""
+    return "".join("\\$" if c == "$" else c if c.isprintable() else repr(c)[1:-1] for c in text)

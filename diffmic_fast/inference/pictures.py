@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,21 +15,23 @@ from diffmic_fast.inference.figures import (
     MAX_ROWS,
     Panel,
     draw_predictions,
+    draw_to,
     make_panels,
-    save_figure,
 )
 from diffmic_fast.models import Prediction
+
+_MAX_NAME = 180  # bytes of the name of an image in that of its picture
 
 
 @dataclass
 class Pictures:
-    """Draws the images that `predict_files` passes to `add`.
+    """Draws the images that `predict_files` passes to `add`; what cannot be drawn is a UserWarning, not an error.
 
     Attributes:
         classes: names of the classes.
         augmentation: the preprocessing of the images.
         sheet: PNG file for the first images, written by `finish`, or None.
-        folder: folder for a PNG file per image, written by `add`, or None.
+        folder: folder for a PNG file per image, written by `add`, or None; made if it is missing.
         truth: labels of the files, where they are known.
         title: of the sheet.
         panels: the images of the sheet, at most `figures.MAX_ROWS`.
@@ -41,6 +45,12 @@ class Pictures:
     title: str = ""
     panels: list[Panel] = field(default_factory=list)
     _count: int = 0
+    _failed: int = 0
+
+    def __post_init__(self) -> None:
+        """Create the folder, before the work whose pictures it will hold."""
+        if self.folder:
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
 
     @property
     def wanted(self) -> bool:
@@ -58,14 +68,30 @@ class Pictures:
         if self.sheet:
             self.panels += panels[: MAX_ROWS - len(self.panels)]
         if self.folder:
-            Path(self.folder).mkdir(parents=True, exist_ok=True)
             for path, panel in zip(files, panels, strict=True):
                 # Numbered, because files of different folders may share a name.
-                target = Path(self.folder, f"{self._count:05d}_{path.stem}.png")
-                save_figure(draw_predictions([panel], self.classes), target)
+                target = Path(self.folder, f"{self._count:05d}_{_shortened(path.stem)}.png")
+                self._draw(target, [panel])
                 self._count += 1
 
     def finish(self) -> None:
-        """Draw the sheet, if an image was added."""
+        """Draw the sheet, if an image was added, and count what could not be drawn in a warning."""
         if self.sheet and self.panels:
-            save_figure(draw_predictions(self.panels, self.classes, self.title), self.sheet)
+            self._draw(self.sheet, self.panels, self.title)
+        if self._failed > 1:
+            warnings.warn(f"{self._failed} figures were not drawn", UserWarning, stacklevel=2)
+
+    def _draw(self, path: str | Path, panels: list[Panel], title: str = "") -> None:
+        """Draw a picture; warn of the first one that cannot be drawn."""
+        with warnings.catch_warnings():
+            if self._failed:
+                warnings.filterwarnings("ignore", "the figure .* was not drawn")
+            if not draw_to(path, lambda: draw_predictions(panels, self.classes, title)):
+                self._failed += 1
+
+
+def _shortened(stem: str) -> str:
+    """The end of a name of a file, with room for what is added: file systems take 255 bytes."""
+    while len(os.fsencode(stem)) > _MAX_NAME:
+        stem = stem[1:]
+    return stem

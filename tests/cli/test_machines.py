@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +19,8 @@ import diffmic_fast.data.dataset
 import diffmic_fast.inference.predict
 from diffmic_fast.cli import main
 from diffmic_fast.data.decode import load_image
+
+SOURCE = Path(__file__).parents[2]
 
 CONFIG = """
 seed: 3
@@ -171,3 +177,49 @@ def test_memory_that_has_run_out_is_one_sentence(capsys, monkeypatch):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: memory has run out: ")
     assert line.endswith("use a smaller --batch-size, or fewer --samples or --workers")
+
+
+def run(argv, encoding, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "diffmic_fast", *argv],
+        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(SOURCE)} | environment,
+        capture_output=True,
+    )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_rows_are_written_whatever_the_encoding_of_standard_output(work, tmp_path, encoding):
+    """The same rows as in a file, but for the escapes."""
+    images = tmp_path / "images"
+    images.mkdir()
+    names = ["片.png", "é.png", "$x.png", "line\nbreak.png", os.fsdecode(b"\xff.png")]
+    for name in names:
+        shutil.copy(work / "images" / "dark" / "00.png", images / name)
+    argv = ["predict", str(work / "run"), str(images)]
+    result = run(argv, encoding)
+    assert result.returncode == 0, result.stderr
+    assert run([*argv, "--out", str(tmp_path / "x.csv")], encoding).returncode == 0
+    expected = (tmp_path / "x.csv").read_bytes()
+    for character in "片é":
+        try:
+            escaped = character.encode(encoding)
+        except UnicodeEncodeError:
+            escaped = character.encode("ascii", "backslashreplace")
+        expected = expected.replace(character.encode(), escaped)
+    assert result.stdout == expected
+    assert len(names) == 5 and b"\xff.png" in result.stdout
+
+
+def test_class_names_that_standard_output_lacks_and_figures_do_not_stop_evaluate(work, tmp_path):
+    images, out = tmp_path / "images", tmp_path / "out"
+    write_images(images, 3)
+    (images / "dark").rename(images / "$片_{")
+    (images / "light").rename(images / "ä$")
+    train = ["train", "--config", str(work / "c.yml"), "--set", f"data.root={images}", "--out"]
+    assert run([*train, str(out / "ü片")], "ascii").returncode == 0
+    argv = ["evaluate", str(out / "ü片"), "--split", "train", "--bootstrap", "5"]
+    figure = ["--confusion", str(out / "c.png"), "--predictions", str(out / "p.csv")]
+    result = run([*argv, *figure], "ascii")
+    assert result.returncode == 0, result.stderr
+    assert (out / "c.png").stat().st_size > 0
+    assert (out / "p.csv").read_text().count("$片_{") >= 3
