@@ -58,7 +58,8 @@ def find_unreadable(
 
 def describe(unreadable: Sequence[tuple[Path, str]]) -> str:
     """Lines with the number of unreadable files and their names and reasons, at most the first 100."""
-    lines = [f"{len(unreadable)} images cannot be read; repair them or take them out of the data:"]
+    count = "1 image" if len(unreadable) == 1 else f"{len(unreadable)} images"
+    lines = [f"{count} cannot be read; repair or remove what is listed:"]
     lines += [f"  {path}: {reason}" for path, reason in unreadable[:_LISTED]]
     if len(unreadable) > _LISTED:
         lines.append(f"  … and {len(unreadable) - _LISTED} more")
