@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +18,6 @@ import diffmic_fast.data.dataset
 import diffmic_fast.inference.predict
 from diffmic_fast.cli import main
 from diffmic_fast.data.decode import load_image
-
-SOURCE = Path(__file__).parents[2]
 
 CONFIG = """
 seed: 3
@@ -179,16 +176,20 @@ def test_memory_that_has_run_out_is_one_sentence(capsys, monkeypatch):
     assert line.endswith("use a smaller --batch-size, or fewer --samples or --workers")
 
 
-def run(argv, encoding, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "diffmic_fast", *argv],
-        env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(SOURCE)} | environment,
-        capture_output=True,
-    )
+def run(argv, encoding, monkeypatch):
+    """The exit status, and the bytes on a standard output of this encoding."""
+    raw = io.BytesIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, newline="\n"))
+        status = main(argv)
+        sys.stdout.flush()
+        return status, raw.getvalue()
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
-def test_rows_are_written_whatever_the_encoding_of_standard_output(work, tmp_path, encoding):
+def test_rows_are_written_whatever_the_encoding_of_standard_output(
+    work, tmp_path, monkeypatch, encoding
+):
     """The same rows as in a file, but for the escapes."""
     images = tmp_path / "images"
     images.mkdir()
@@ -196,9 +197,9 @@ def test_rows_are_written_whatever_the_encoding_of_standard_output(work, tmp_pat
     for name in names:
         shutil.copy(work / "images" / "dark" / "00.png", images / name)
     argv = ["predict", str(work / "run"), str(images)]
-    result = run(argv, encoding)
-    assert result.returncode == 0, result.stderr
-    assert run([*argv, "--out", str(tmp_path / "x.csv")], encoding).returncode == 0
+    status, output = run(argv, encoding, monkeypatch)
+    assert status == 0
+    assert run([*argv, "--out", str(tmp_path / "x.csv")], encoding, monkeypatch) == (0, b"")
     expected = (tmp_path / "x.csv").read_bytes()
     for character in "片é":
         try:
@@ -206,20 +207,21 @@ def test_rows_are_written_whatever_the_encoding_of_standard_output(work, tmp_pat
         except UnicodeEncodeError:
             escaped = character.encode("ascii", "backslashreplace")
         expected = expected.replace(character.encode(), escaped)
-    assert result.stdout == expected
-    assert len(names) == 5 and b"\xff.png" in result.stdout
+    assert output == expected
+    assert len(names) == 5 and b"\xff.png" in output
 
 
-def test_class_names_that_standard_output_lacks_and_figures_do_not_stop_evaluate(work, tmp_path):
+def test_class_names_that_standard_output_lacks_and_figures_do_not_stop_evaluate(
+    work, tmp_path, monkeypatch
+):
     images, out = tmp_path / "images", tmp_path / "out"
     write_images(images, 3)
     (images / "dark").rename(images / "$片_{")
     (images / "light").rename(images / "ä$")
     train = ["train", "--config", str(work / "c.yml"), "--set", f"data.root={images}", "--out"]
-    assert run([*train, str(out / "ü片")], "ascii").returncode == 0
+    assert run([*train, str(out / "ü片")], "ascii", monkeypatch)[0] == 0
     argv = ["evaluate", str(out / "ü片"), "--split", "train", "--bootstrap", "5"]
     figure = ["--confusion", str(out / "c.png"), "--predictions", str(out / "p.csv")]
-    result = run([*argv, *figure], "ascii")
-    assert result.returncode == 0, result.stderr
+    assert run([*argv, *figure], "ascii", monkeypatch)[0] == 0
     assert (out / "c.png").stat().st_size > 0
     assert (out / "p.csv").read_text().count("$片_{") >= 3
