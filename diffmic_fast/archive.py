@@ -13,14 +13,14 @@ _BLOCK = 2**20
 def check_archive(path: Path) -> None:
     """Compare the content of a file of `torch.save` with its checksums.
 
-    Each entry, the pickle or the bytes of a tensor, has a CRC-32. An entry with the checksum 0 is not compared: that is
-    what `torch.serialization.set_crc32_options(False)` writes. A file that has not changed is read once per process.
+    Each entry, the pickle or the bytes of a tensor, has a CRC-32. Nothing is compared if all of them are 0, as
+    `torch.serialization.set_crc32_options(False)` writes them. A file that has not changed is read once per process.
 
     Args:
         path: of a zip archive.
 
     Raises:
-        ValueError: an entry is damaged or the archive is not complete; says which.
+        ValueError: an entry is damaged or occurs twice, or the archive is not complete; says which.
     """
     status = path.stat()
     _check(path.resolve(), status.st_size, status.st_mtime_ns, status.st_ino)
@@ -32,8 +32,16 @@ def _check(path: Path, size: int, modified: int, inode: int) -> None:
     entry = None
     try:
         with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                _check_entry(archive, entry)
+            entries = archive.infolist()
+            has_checksums = any(each.CRC for each in entries)
+            names: set[str] = set()
+            for entry in entries:
+                # Readers differ in which of two entries they take.
+                if entry.filename in names:
+                    raise ValueError("it occurs twice")
+                names.add(entry.filename)
+                if has_checksums:
+                    _check_entry(archive, entry)
     # Damaged headers name compression methods that do not exist, encryption, and places outside the file.
     except (
         zipfile.BadZipFile,
@@ -50,8 +58,6 @@ def _check(path: Path, size: int, modified: int, inode: int) -> None:
 
 def _check_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
     """Read an entry to its end, where `zipfile` compares the checksum."""
-    if entry.CRC == 0:
-        return
     if entry.compress_type != zipfile.ZIP_STORED:
         raise ValueError("it is compressed, which torch.save does not do")
     with archive.open(entry) as content:

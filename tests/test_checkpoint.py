@@ -183,6 +183,28 @@ def test_files_without_checksums_are_read(model, tmp_path):
         assert equal(read_checkpoint(tmp_path / name).denoiser, model.denoiser.state_dict())
 
 
+def test_one_entry_without_a_checksum_is_damaged(published):
+    """Only a file whose checksums are all 0 was written without."""
+    content = bytearray(published.read_bytes())
+    directory = content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0"))
+    content[directory + 16 : directory + 20] = bytes(4)
+    published.write_bytes(content)
+    with pytest.raises(ValueError, match=r"ckpt\.pth is damaged .*entry .*/data/0\b"):
+        read_checkpoint(published, mmap=True)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_entry_that_occurs_twice_is_damage(published):
+    with zipfile.ZipFile(published, "a") as archive:
+        name = next(n for n in archive.namelist() if n.endswith("/data/0"))
+        content = archive.read(name)
+        archive.writestr(name, bytes(len(content)))
+    with pytest.raises(
+        ValueError, match=rf"ckpt\.pth is damaged .*entry {name}\): it occurs twice"
+    ):
+        read_checkpoint(published, mmap=True)
+
+
 def test_other_files_are_rejected(published, tmp_path):
     whole = published.read_bytes()
     bad = tmp_path / "bad.pth"

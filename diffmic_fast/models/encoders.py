@@ -7,6 +7,7 @@ that the parameters of a ResNet are named `f.0.weight`, `f.4.0.conv1.weight`, â€
 from __future__ import annotations
 
 import importlib
+import zipfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -17,6 +18,7 @@ import torch.utils.checkpoint
 import torchvision
 from torch import Tensor, nn
 
+from diffmic_fast.archive import check_archive
 from diffmic_fast.models._torch_internals import has_hooks
 from diffmic_fast.models.execution import run_layers
 from diffmic_fast.models.modes import evaluation_mode, repeated_statistics
@@ -206,6 +208,8 @@ def _load_whole(network: nn.Module, name: str, path: str) -> None:
 
             state = load_file(path)
         else:
+            if zipfile.is_zipfile(path):
+                check_archive(Path(path))
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"encoder {name!r}: no weights file {path!r}") from error

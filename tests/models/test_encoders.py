@@ -100,6 +100,20 @@ def test_a_damaged_file_of_weights_is_named(tmp_path, name):
         make_trunk("resnet18", str(path))
 
 
+def test_damaged_content_of_a_file_of_weights_is_found(tmp_path):
+    path = tmp_path / "weights.pth"
+    state = torchvision.models.resnet18(num_classes=7).state_dict()
+    torch.save(state, path)
+    make_trunk("resnet18", str(path))
+    content = path.read_bytes()
+    start = content.index(state["conv1.weight"].numpy().tobytes())
+    path.write_bytes(content[: start + 64] + bytes(32) + content[start + 96 :])
+    with pytest.raises(
+        ValueError, match=f"'{path}' cannot be read as a state dict: is damaged .*entry "
+    ):
+        make_trunk("resnet18", str(path))
+
+
 @pytest.fixture
 def no_server(monkeypatch, tmp_path):
     """Empty caches, and a proxy that refuses every connection."""
