@@ -28,7 +28,7 @@ from diffmic_fast.config.run import RunConfig, read_config
 from diffmic_fast.config.yaml_reader import with_overrides
 from diffmic_fast.data.bit_depth import warn_of_unused_bits
 from diffmic_fast.data.dataset import ImageDataset
-from diffmic_fast.data.identity import check_unseen
+from diffmic_fast.data.identity import check_unseen, missing_keys
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.data.summary import skipped_lines
 from diffmic_fast.data.table import ImageTable
@@ -95,6 +95,8 @@ def _calibrate(args: argparse.Namespace) -> int:
         )
     trained = {name: keys for name, keys in file.seen.items() if name != "validation"}
     check_unseen("calibrate", "given" if args.images else args.split, table, trained)
+    if not args.images:
+        _warn_of_unknown_split(args.split, file, config)
     options = _sampling(args, config)
     if args.sampler:
         options = options.with_sampler(args.sampler)
@@ -162,13 +164,35 @@ def _check_classes(command: str, table: ImageTable, names: tuple[str, ...] | Non
 
 def _check_unseen(split: str, table: ImageTable, path: Path, config: RunConfig) -> None:
     """Raise ValueError if images of a split that is held out were not, or say that this is not known."""
-    seen = read_checkpoint(path, mmap=True).seen
+    file = read_checkpoint(path, mmap=True)
+    seen = file.seen
     others = {"train": (), "validation": ("training",), "test": ("training", "validation")}[split]
     check_unseen("evaluate", split, table, {name: seen[name] for name in others if name in seen})
-    if not seen and split != "train" and getattr(config.data, f"{split}_fraction"):
+    _warn_of_unknown_split(split, file, config)
+
+
+def _warn_of_unknown_split(split: str, file: Checkpoint, config: RunConfig) -> None:
+    """Say on rank 0 if nothing tells whether a random split has images that trained the model."""
+    if split == "train" or not getattr(config.data, f"{split}_fraction"):
+        return
+    train = open_source(config.data, "train")
+    if digest(train) == file.extras.get("data_digest"):
+        return
+    reason = "the checkpoint does not say which images trained the model"
+    if "training" in file.seen:
+        others = [name for name in ("validation", "test") if config.data.has_split(name)]
+        tables = [train, *(open_source(config.data, name) for name in others)]
+        missing, known = missing_keys(tables, file.seen["training"]), len(file.seen["training"])
+        if not missing:
+            return
+        reason = (
+            f"{missing} of the {known} images that trained the model are no longer there, renamed or "
+            "written anew"
+        )
+    if current().is_rank_zero:
         print(
-            f"the {split} images are drawn at random, and the checkpoint does not say which images trained the model: "
-            "these are the same only if neither images nor settings have changed since",
+            f"the {split} images are drawn at random, and {reason}: "
+            "whether the model has seen these cannot be checked",
             file=sys.stderr,
         )
 
@@ -308,10 +332,17 @@ def _own_config(args: argparse.Namespace, checkpoint: Path) -> RunConfig:
     """`_config` for a trained model, of which no other model or other pixels are made unless --override is given.
 
     Raises:
-        ValueError: without --override, --config or --set change what the weights were trained for.
+        ValueError: without --override, --config or --set change what the weights were trained for; or, in any case, the
+            classes or their order.
     """
     config = _config(args, checkpoint)
-    own = read_checkpoint(checkpoint, mmap=True).config
+    file = read_checkpoint(checkpoint, mmap=True)
+    own, given = file.config, config.data.class_names
+    if file.class_names is not None and given is not None and given != file.class_names:
+        raise ValueError(
+            f"{args.command}: data.class_names must be those of {checkpoint}, in order: "
+            f"{', '.join(file.class_names)}, got {', '.join(given)}"
+        )
     changed = [] if own is None else model_differences(own.to_dict(), config.to_dict())
     lines = [
         f"{key}: {before!r} in the checkpoint, {after!r} now" for key, before, after in changed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
 
@@ -42,6 +42,17 @@ def _key(entry: ImageEntry) -> int:
     else:
         hashed.update(content_sample(entry.source))
     return int.from_bytes(hashed.digest()[:8], "little", signed=True)
+
+
+def missing_keys(tables: Iterable[ImageTable], keys: Tensor) -> int:
+    """How many of the keys are not those of images of the tables.
+
+    Args:
+        tables: the images.
+        keys: [N] int64, of `image_keys`.
+    """
+    present = torch.cat([image_keys(table) for table in tables])
+    return int(torch.isin(keys, present, invert=True).sum())
 
 
 def check_unseen(command: str, split: str, table: ImageTable, seen: Mapping[str, Tensor]) -> None:

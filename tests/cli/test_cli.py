@@ -220,6 +220,9 @@ def test_another_model_or_other_pixels_need_override(work, tmp_path, capsys, com
         ("model.crop_foreground=true", "model.crop_foreground"),
     ):
         one_error(capsys, [*argv, "--set", change], text, "--override")
+    for order, found in (("light,dark", "light, dark"), ("dark,bright", "dark, bright")):
+        one_error(capsys, [*argv, "--override", "--set", f"data.class_names=[{order}]"],
+                  "data.class_names must be those of", "in order: dark, light", f"got {found}")  # fmt: skip
     if command == "calibrate":
         return
     free = ["data.augmentation.rotation=3", "sampling.steps=3", "data.cache=false"]
@@ -531,12 +534,26 @@ def test_a_random_split_is_that_of_the_training(work, tmp_path, capsys):
               "test images were training images")  # fmt: skip
     one_error(capsys, ["calibrate", str(run), "--images", str(images)],
               "given images were training images")  # fmt: skip
+    shutil.copytree(run, tmp_path / "old")
+    file = torch.load(run / "ckpt.pth", weights_only=True)
+    del file[1]["diffmic_fast"]["images"]
+    torch.save(file, tmp_path / "old" / "ckpt.pth")
+    capsys.readouterr()
+    for folder in (run, tmp_path / "old"):  # the split is that of the training
+        assert main(["evaluate", str(folder), "--bootstrap", "0"]) == 0
+        assert "cannot be checked" not in capsys.readouterr().err
     add(99)
     assert main(["evaluate", str(run), "--bootstrap", "0"]) == 2
     assert "images were" in capsys.readouterr().err
 
-    file = torch.load(run / "ckpt.pth", weights_only=True)
-    del file[1]["diffmic_fast"]["images"]
-    torch.save(file, run / "ckpt.pth")
+    # Every image is written anew under its own name, so that no key is known any more.
+    for path in images.rglob("*.png"):
+        Image.open(path).resize((40, 40)).save(path)
     assert main(["evaluate", str(run), "--bootstrap", "0"]) == 0
-    assert "does not say which images trained the model" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "images that trained the model are no longer there" in err and "cannot be checked" in err
+
+    for command in ("evaluate", "calibrate"):
+        argv = [command, str(tmp_path / "old"), "--split", "test"]
+        main([*argv, "--bootstrap", "0"] if command == "evaluate" else argv)
+        assert "does not say which images trained the model" in capsys.readouterr().err
