@@ -139,7 +139,7 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--override", action="store_true",
-        help="accept what --config or --set change of the checkpoint's own model or pixels; otherwise it is an error",
+        help="accept changes of the checkpoint's own model or preprocessing by --config or --set; otherwise an error",
     )  # fmt: skip
     command.add_argument(
         "--samples", type=_between(1, MAX_SAMPLES), help="chains per image (default: config's)"

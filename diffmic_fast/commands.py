@@ -329,11 +329,11 @@ def _config(args: argparse.Namespace, checkpoint: Path | None) -> RunConfig:
 
 
 def _own_config(args: argparse.Namespace, checkpoint: Path) -> RunConfig:
-    """`_config` for a trained model, of which no other model or other pixels are made unless --override is given.
+    """`_config` for a trained model, whose architecture and preprocessing may change with --override only.
 
     Raises:
-        ValueError: without --override, --config or --set change what the weights were trained for; or, in any case, the
-            classes or their order.
+        ValueError: --config or --set change the model or its preprocessing without --override, or the classes or their
+            order in any case.
     """
     config = _config(args, checkpoint)
     file = read_checkpoint(checkpoint, mmap=True)
@@ -349,8 +349,8 @@ def _own_config(args: argparse.Namespace, checkpoint: Path) -> RunConfig:
     ]
     if lines and not args.override:
         raise ValueError(
-            f"{args.command}: {checkpoint} was trained with another model or other pixels than --config or --set give: "
-            f"{'; '.join(lines)}; leave them out, or add --override to use them all the same"
+            f"{args.command}: --config and --set must leave model and preprocessing of {checkpoint} as they were trained, "
+            f"got {'; '.join(lines)}; remove these changes, or allow them with --override"
         )
     if current().is_rank_zero:
         for line in lines:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 # Where the weights before training came from.
 _INITIAL = ("model.encoder_weights", "model.guidance_weights")
-# Of the section data: what decides the pixels that a model takes.
+# The preprocessing at evaluation, of the section data.
 _PIXELS = tuple(
     f"data.augmentation.{name}" for name in ("centre_square", "bit_depth", "mean", "std")
 )
@@ -38,7 +38,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Dif
 
 
 def model_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
-    """Those of the model and of the pixels that it takes: with them the numbers of a checkpoint mean something else."""
+    """Those of the model and of its preprocessing, which the weights of a checkpoint were trained for."""
     return [
         difference
         for difference in differences(before, after)

@@ -58,8 +58,8 @@ class RowFile:
                 if begin.startswith(found):  # interrupted within the heading
                     return
                 raise ValueError(
-                    f"predict: --resume: {self.path} has not the heading of this model and these options; use another "
-                    "--out, or leave out --resume to replace it"
+                    f"predict: --resume: {self.path} does not have the heading of this model and these options; use "
+                    "another --out, or leave out --resume to replace it"
                 )
             self._end = len(begin)
             for name, digest, end in records(file, self.path, text):

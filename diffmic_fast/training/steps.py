@@ -222,8 +222,8 @@ class Steps:
             self.guidance_average.update()
         return total
 
-    def leave(self, phase: Phase) -> None:
-        """Drop the moving average of a phase that a resumed run has behind it."""
+    def drop_average(self, phase: Phase) -> None:
+        """Drop the moving average of a finished phase, for a resumed run."""
         if phase.name == "guidance":
             self.guidance_average = None
         elif phase.name == "encoder" and self.encoder is not None:

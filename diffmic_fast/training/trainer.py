@@ -242,7 +242,7 @@ class Trainer:
         self.progress = Progress.from_dict(extras["progress"], saved.step)
         for phase in phases(self.config.training):
             if self.progress.epoch >= phase.first + phase.epochs:
-                self.steps.leave(phase)
+                self.steps.drop_average(phase)
         if saved.path.resolve() != self.path.resolve():
             self.progress.is_best = False
         # Last: building the model and its optimizers has drawn from the global generators.

@@ -203,7 +203,7 @@ def test_pictures_of_a_continued_run_keep_their_numbers(work, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate", "calibrate"])
-def test_another_model_or_other_pixels_need_override(work, tmp_path, capsys, command):
+def test_another_model_or_preprocessing_needs_override(work, tmp_path, capsys, command):
     run = tmp_path / "run"
     shutil.copytree(work / "run", run)
     other = tmp_path / "other.yml"
