@@ -349,8 +349,8 @@ def _own_config(args: argparse.Namespace, checkpoint: Path) -> RunConfig:
     ]
     if lines and not args.override:
         raise ValueError(
-            f"{args.command}: --config and --set must leave model and preprocessing of {checkpoint} as they were trained, "
-            f"got {'; '.join(lines)}; remove these changes, or allow them with --override"
+            f"{args.command}: --config and --set must leave model and preprocessing of {checkpoint} as they were "
+            f"trained, got {'; '.join(lines)}; remove these changes, or allow them with --override"
         )
     if current().is_rank_zero:
         for line in lines:
