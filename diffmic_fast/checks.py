@@ -34,7 +34,7 @@ class Arguments:
             raise TypeError(
                 f"{self.operation}: {name} must be a floating-point tensor, got {dtype}"
             )
-        if self._dtype is not None and not torch.is_autocast_enabled(tensor.device.type):
+        if self._dtype is not None and not autocast_enabled(tensor.device):
             raise TypeError(
                 f"{self.operation}: {name} must be {self._dtype} as the arguments before it, got {dtype}"
             )
@@ -106,6 +106,11 @@ class Arguments:
             for letter in shape.split()
         ]
         return f"[{', '.join(parts)}]"
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is enabled for a device; False for those that have none, as the meta device."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def check_finite(what: str, values: Tensor, error: type[Exception]) -> None:

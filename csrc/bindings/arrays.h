@@ -68,10 +68,12 @@ class Arrays {
     return view.data_as<float>();
   }
 
-  // Raises ValueError where the last dimension of a view does not have unit stride.
+  // Raises ValueError where the last dimension of a view does not have unit stride. Strides of an
+  // array without elements are never used, and PyTorch takes any of them for contiguous.
   void CheckUnitStride(const TensorView& view, const char* name) const {
     const int last = view.rank() - 1;
-    if (view.size(last) > 1 && view.stride(last) != 1) Fail(name, "must have rows of unit stride");
+    if (view.numel() == 0 || view.size(last) <= 1 || view.stride(last) == 1) return;
+    Fail(name, "must have rows of unit stride");
   }
 
   // Memory that is written: contiguous, and apart from every array read or written before it.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmic_fast.calibration import Calibration
-from diffmic_fast.checks import Arguments, check_finite
+from diffmic_fast.checks import Arguments, autocast_enabled, check_finite
 from diffmic_fast.config.model import DiffMICConfig
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.diffusion.schedule import make_schedule
@@ -381,7 +381,7 @@ class DiffMIC(nn.Module):
         args.floating("images", images, "B 3 H W")
         parameter = next(self.denoiser.parameters())
         self._check_dtype(operation, parameter.dtype)
-        if images.dtype != parameter.dtype and not torch.is_autocast_enabled(images.device.type):
+        if images.dtype != parameter.dtype and not autocast_enabled(images.device):
             raise TypeError(
                 f"{operation}: images must be {parameter.dtype} as the model is, got {images.dtype}"
             )

@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from diffmic_fast.checks import autocast_enabled
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 
 P = ParamSpec("P")
@@ -30,7 +31,7 @@ def in_float32(operation: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(operation)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         tensor = args[0] if args else next(iter(kwargs.values()), None)
-        if not isinstance(tensor, Tensor) or not torch.is_autocast_enabled(tensor.device.type):
+        if not isinstance(tensor, Tensor) or not active(tensor):
             return operation(*args, **kwargs)
         converted: Any = tuple(map(single, args))
         options: Any = {name: single(value) for name, value in kwargs.items()}
@@ -44,7 +45,7 @@ def in_float32(operation: Callable[P, R]) -> Callable[P, R]:
 
 def active(tensor: Tensor) -> bool:
     """Whether autocast is enabled for the device of the tensor."""
-    return torch.is_autocast_enabled(tensor.device.type)
+    return autocast_enabled(tensor.device)
 
 
 def off(tensor: Tensor) -> torch.autocast:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffmic_fast.checks import Arguments
+from diffmic_fast.checks import Arguments, autocast_enabled
 from diffmic_fast.ops._backend import choose
 from diffmic_fast.ops._conditioning import Outputs, update
 from diffmic_fast.ops._layout import compact, detached, with_unit_rows
@@ -71,9 +71,9 @@ def conditional_linear(
         return reference.conditional_linear(
             h, layer, timesteps, training=training, momentum=momentum, eps=eps
         )
-    weight, device = layer.weight, h.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    weight = layer.weight
+    if autocast_enabled(h.device):
+        dtype = torch.get_autocast_dtype(h.device.type)
         h, weight = h.to(dtype), weight.to(dtype)
     if not training and not _needs_gradient(h, layer):
         return _conditional_linear(

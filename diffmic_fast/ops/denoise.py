@@ -224,6 +224,7 @@ def _check_weights(args: Arguments, weights: DenoiserWeights, steps: StepTable) 
     for layer, width in zip(layers, (2 * sizes["C"], sizes["F"], sizes["F"]), strict=True):
         inner = Arguments("denoise")
         inner.sizes = {"out": sizes["F"], "in": width, "B": len(steps.timesteps)}
+        inner.sizes["rows"] = len(weights.conditioning.gamma)
         check_layer(inner, layer, steps.timesteps.to(layer.weight.device), "in", training=False)
     args.floating("output_weight", weights.output_weight, "C F")
     args.floating("output_bias", weights.output_bias, "C")

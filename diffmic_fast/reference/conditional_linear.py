@@ -68,10 +68,17 @@ def conditional_norm(
 ) -> Tensor:
     """softplus(BN(gamma_t * product)), product = W h + b [B, out] or [S, B, out]; else as `conditional_linear`."""
     scaled = layer.gamma[timesteps] * product
-    running = layer.running_mean, layer.running_var
-    affine = layer.norm_weight, layer.norm_bias
+    # On the CPU the backward pass of batch_norm reads these as contiguous, whatever their strides are (torch 2.14).
+    running = layer.running_mean.contiguous(), layer.running_var.contiguous()
+    affine = layer.norm_weight.contiguous(), layer.norm_bias.contiguous()
     normed = [
         F.batch_norm(branch, *running, *affine, training, momentum, eps)
         for branch in (scaled if scaled.ndim == 3 else scaled[None])
     ]
+    if training:
+        for statistic, updated in zip(
+            (layer.running_mean, layer.running_var), running, strict=True
+        ):
+            if not statistic.is_contiguous():
+                statistic.copy_(updated)
     return F.softplus(torch.stack(normed).view_as(scaled))
