@@ -28,7 +28,7 @@ def check_archive(path: Path) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _check(path: Path, size: int, modified: int, inode: int) -> None:
-    """Check a file, which its size, time of modification and number identify."""
+    """Check a file, identified by size, modification time and inode, so that it is checked once."""
     entry = None
     try:
         with zipfile.ZipFile(path) as archive:

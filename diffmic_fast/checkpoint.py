@@ -33,7 +33,6 @@ GUIDANCE_BEST_NAME = "aux_ckpt_best.pth"
 
 _EXTRAS = "diffmic_fast"
 _CALIBRATION = "calibration"
-_DIGESTED = 1024  # elements of each tensor
 _ZIP = b"PK\x03\x04"
 _LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6
 
@@ -135,15 +134,12 @@ def add_calibration(path: str | Path, calibration: Calibration) -> None:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of the names, shapes and first 1024 elements of every tensor of the state dict, in hexadecimal.
-
-    It tells the weights of a training step, or their moving average, from any others at little cost.
-    """
+    """SHA-256 of the names, shapes, dtypes and values of all tensors of the state dict, in hexadecimal."""
     hashed = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        first = tensor.detach().reshape(-1)[:_DIGESTED].cpu().contiguous()
+        values = tensor.detach().cpu().reshape(-1).contiguous()
         hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        hashed.update(first.view(torch.uint8).numpy().tobytes())
+        hashed.update(values.view(torch.uint8).numpy())
     return hashed.hexdigest()
 
 
@@ -314,6 +310,12 @@ def apply_average(denoiser: nn.Module, ema: Mapping[str, Tensor], what: str) -> 
             f"checkpoint: the moving average of {what} does not fit the denoiser: {len(differing)} names are in one of "
             f"them only, {differing[:4]}"
         )
+    for key, average in ema.items():
+        if average.shape != parameters[key].shape:
+            raise ValueError(
+                f"checkpoint: the moving average of {what} does not fit the denoiser: {key} must be "
+                f"{tuple(parameters[key].shape)}, got {tuple(average.shape)}"
+            )
     for key, average in ema.items():
         parameters[key].copy_(average)
 

@@ -70,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--images", metavar="DIR", help="fit to these images instead: a folder for each class"
     )
     calibrate.add_argument("--sampler", metavar="NAME[:STEPS[:ETA]]", help="default: config's")
+    _add_allow_seen(calibrate)
 
     evaluate = commands.add_parser(
         "evaluate", help="measure the guidance model alone and the diffusion on labelled images"
@@ -92,6 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--confusion", metavar="PNG", help="draw the confusion matrix of the first sampler"
     )
+    _add_allow_seen(evaluate)
 
     predict = commands.add_parser("predict", help="label image files or folders")
     _add_model_options(predict)
@@ -129,6 +131,13 @@ def make_parser() -> argparse.ArgumentParser:
     for command in (train, calibrate, evaluate, predict, info, demo):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _add_allow_seen(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--allow-seen", action="store_true",
+        help="accept images that the model was trained with, such as duplicates across splits; otherwise an error",
+    )  # fmt: skip
 
 
 def _add_model_options(command: argparse.ArgumentParser) -> None:

@@ -34,7 +34,7 @@ from diffmic_fast.data.summary import skipped_lines
 from diffmic_fast.data.table import ImageTable
 from diffmic_fast.devices import choose_device
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
-from diffmic_fast.distributed.processes import current, process_group
+from diffmic_fast.distributed.processes import current, is_first_process, process_group
 from diffmic_fast.inference.calibrate import calibrate
 from diffmic_fast.inference.evaluate import evaluate
 from diffmic_fast.inference.figures import draw_confusion, draw_to
@@ -94,7 +94,8 @@ def _calibrate(args: argparse.Namespace) -> int:
             "--images or --set)"
         )
     trained = {name: keys for name, keys in file.seen.items() if name != "validation"}
-    check_unseen("calibrate", "given" if args.images else args.split, table, trained)
+    split = "given" if args.images else args.split
+    _say_of_seen(check_unseen("calibrate", split, table, trained, allow=args.allow_seen))
     if not args.images:
         _warn_of_unknown_split(args.split, file, config)
     options = _sampling(args, config)
@@ -162,17 +163,25 @@ def _check_classes(command: str, table: ImageTable, names: tuple[str, ...] | Non
         )
 
 
-def _check_unseen(split: str, table: ImageTable, path: Path, config: RunConfig) -> None:
-    """Raise ValueError if images of a split that is held out were not, or say that this is not known."""
+def _check_unseen(
+    split: str, table: ImageTable, path: Path, config: RunConfig, *, allow: bool
+) -> None:
+    """Raise ValueError if images of a held-out split were not held out, or warn on rank 0 if this is not known."""
     file = read_checkpoint(path, mmap=True)
     seen = file.seen
     others = {"train": (), "validation": ("training",), "test": ("training", "validation")}[split]
-    check_unseen("evaluate", split, table, {name: seen[name] for name in others if name in seen})
+    seen_by_model = {name: seen[name] for name in others if name in seen}
+    _say_of_seen(check_unseen("evaluate", split, table, seen_by_model, allow=allow))
     _warn_of_unknown_split(split, file, config)
 
 
+def _say_of_seen(text: str) -> None:
+    if text and is_first_process():
+        print(text, file=sys.stderr)
+
+
 def _warn_of_unknown_split(split: str, file: Checkpoint, config: RunConfig) -> None:
-    """Say on rank 0 if nothing tells whether a random split has images that trained the model."""
+    """Warn on rank 0 if it cannot be checked whether a random split has images that trained the model."""
     if split == "train" or not getattr(config.data, f"{split}_fraction"):
         return
     train = open_source(config.data, "train")
@@ -189,7 +198,7 @@ def _warn_of_unknown_split(split: str, file: Checkpoint, config: RunConfig) -> N
             f"{missing} of the {known} images that trained the model are no longer there, renamed or "
             "written anew"
         )
-    if current().is_rank_zero:
+    if is_first_process():
         print(
             f"the {split} images are drawn at random, and {reason}: "
             "whether the model has seen these cannot be checked",
@@ -210,7 +219,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     model, names = load_model(path, args.guidance, config, ema=args.ema)
     table = open_source(config.data, args.split)
     _check_classes("evaluate", table, names)
-    _check_unseen(args.split, table, path, config)
+    _check_unseen(args.split, table, path, config, allow=args.allow_seen)
     options = _sampling(args, config)
     methods = [options.with_sampler(text) for text in args.sampler or []] or [options]
     with process_group(args.device) as device:
@@ -251,7 +260,11 @@ def _predict(args: argparse.Namespace) -> int:
     _make_parents(args.out, args.figure)
     if args.out:
         check_suffix(args.out)
-    files = collect_files(args.inputs)
+    files = collect_files(
+        args.inputs,
+        outputs=[path for path in (args.out, args.figure) if path],
+        output_folder=args.images_out,
+    )
     path = _checkpoint(args.checkpoint)
     config = _own_config(args, path)
     model, names = load_model(path, args.guidance, config, ema=args.ema)
@@ -352,7 +365,7 @@ def _own_config(args: argparse.Namespace, checkpoint: Path) -> RunConfig:
             f"{args.command}: --config and --set must leave model and preprocessing of {checkpoint} as they were "
             f"trained, got {'; '.join(lines)}; remove these changes, or allow them with --override"
         )
-    if current().is_rank_zero:
+    if is_first_process():
         for line in lines:
             print(f"--override: {line}", file=sys.stderr)
     return config

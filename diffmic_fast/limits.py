@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-# A seed is 64 bits: negative ones are those of the two's complement.
+# A seed is 64 bits; a negative one stands for its two's complement.
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
 
-# Of what takes memory or time in proportion to it, far above what is of use: a number above is a mistake.
+# Upper bounds of what takes memory or time in proportion; a larger value is rejected as a mistake.
 MAX_RESAMPLES = 1_000_000  # of the bootstrap
 MAX_SAMPLES = 10_000  # chains per image
 MAX_THREADS = 1024

@@ -28,7 +28,7 @@ codecs.register_error(_HANDLER, _escape)
 
 @contextmanager
 def escaped_output() -> Iterator[None]:
-    r"""A block in which writing to standard output never fails for want of a character.
+    r"""A block in which writing to standard output never raises UnicodeEncodeError.
 
     A character that the encoding lacks is written as its escape sequence, \xNN, \uNNNN or \UNNNNNNNN. Bytes of file
     names that are not text in the encoding of the file system are written as they are, as to a file. (Standard error

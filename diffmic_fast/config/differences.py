@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-# Where the weights before training came from.
+# Keys of the initial weights.
 _INITIAL = ("model.encoder_weights", "model.guidance_weights")
 # The preprocessing at evaluation, of the section data.
 _PIXELS = tuple(
@@ -38,13 +38,24 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Dif
 
 
 def model_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
-    """Those of the model and of its preprocessing, which the weights of a checkpoint were trained for."""
-    return [
-        difference
-        for difference in differences(before, after)
-        if (difference.key.startswith("model.") and difference.key not in _INITIAL)
-        or difference.key in _PIXELS
-    ]
+    """The differences in the model and its preprocessing, which the weights of a checkpoint were trained for."""
+    return [each for each in differences(before, after) if _decides(each.key)]
+
+
+def deciding_values(model: Mapping[str, Any], augmentation: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that `model_differences` compares, by their keys.
+
+    Args:
+        model: The section `model` of a configuration.
+        augmentation: The section `data.augmentation`.
+    """
+    values = _flat({"model": model, "data": {"augmentation": augmentation}})
+    return {key: value for key, value in values.items() if _decides(key)}
+
+
+def _decides(key: str) -> bool:
+    """Whether an entry decides what a trained model computes."""
+    return (key.startswith("model.") and key not in _INITIAL) or key in _PIXELS
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

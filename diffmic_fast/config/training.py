@@ -71,8 +71,8 @@ class TrainingConfig:
         classifier_ema_decay: of moving averages, of weights and running statistics, of the guidance model in
             `guidance_epochs` and of the encoder in `encoder_epochs`; they replace what they average at the end of these
             epochs. None for no average.
-        classifier_dropout: dropout of the features before the last layers of guidance model and encoder classifier, in
-            all their epochs.
+        classifier_dropout: dropout of the features before the last layers of guidance model and encoder classifier,
+            whenever they are trained; in a single process.
         classifier_head_factor: learning rate of the layers after the trunks of these two, as a multiple of
             `guidance_learning_rate` and `encoder_learning_rate`.
         label_smoothing: in the cross-entropies of guidance model and encoder, the share of the target that is spread
@@ -136,9 +136,15 @@ class TrainingConfig:
             raise ValueError(
                 "epochs, guidance_epochs, encoder_epochs and feature_epochs must not all be 0"
             )
-        if self.classifier_ema_decay is not None and self.joint_guidance and self.epochs:
+        if (
+            self.classifier_ema_decay is not None
+            and self.guidance_epochs
+            and self.joint_guidance
+            and self.epochs
+        ):
             raise ValueError(
-                "classifier_ema_decay averages epochs of the guidance model's own; joint_guidance must be false"
+                "joint_guidance must be false with classifier_ema_decay, whose average replaces the guidance model "
+                "before the joint epochs"
             )
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(

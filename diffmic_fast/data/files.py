@@ -45,6 +45,16 @@ class FolderContent(NamedTuple):
         return [path for path, reason in self.skipped if reason in (NO_IMAGE, FOLDER_LINK)]
 
 
+def file_version(path: str | Path) -> str:
+    """Size in bytes and time of modification in nanoseconds, as "size-time", which change with the content.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    status = os.stat(path)
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
 def scan_folder(folder: str | Path, recursive: bool = False) -> FolderContent:
     """List the image files of a folder and what was skipped.
 

@@ -55,22 +55,36 @@ def missing_keys(tables: Iterable[ImageTable], keys: Tensor) -> int:
     return int(torch.isin(keys, present, invert=True).sum())
 
 
-def check_unseen(command: str, split: str, table: ImageTable, seen: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if a table has images that a model has seen.
+def check_unseen(
+    command: str, split: str, table: ImageTable, seen: Mapping[str, Tensor], *, allow: bool = False
+) -> str:
+    """Raise ValueError if a table has images that a model has seen, or if they are allowed return a line on them.
 
     Args:
         command: for the error.
         split: name of the table's split, likewise.
         table: the images.
         seen: keys of the images that the model has seen, by the names of their splits.
+        allow: whether they are allowed.
+
+    Returns:
+        The line, "" if there are none.
     """
+    lines = []
     keys = image_keys(table)
     for name, theirs in seen.items():
         common = torch.isin(keys, theirs).nonzero()[:, 0].tolist()
-        if common:
+        if not common:
+            continue
+        found = (
+            f"{len(common)} of {len(table)} {split} images were {name} images when the model was trained, "
+            f"{table.entries[common[0]].name} for one"
+        )
+        if not allow:
             raise ValueError(
-                f"{command}: {len(common)} of {len(table)} {split} images were {name} images when the model was "
-                f"trained, {table.entries[common[0]].name} for one; results on them would say nothing. Have files, a "
-                "table or settings of the split changed since (data.split_seed, a fraction)? Restore them, or name "
-                "images that the model has not seen (--set data....)"
+                f"{command}: {found}; results on them would say nothing. Have files, a table or settings of the split "
+                "changed since (data.split_seed, a fraction)? Restore them, or name images that the model has not seen "
+                "(--set data....). Duplicates that are meant to be in both are allowed with --allow-seen"
             )
+        lines.append(f"--allow-seen: {found}")
+    return "\n".join(lines)

@@ -101,6 +101,13 @@ def current() -> Processes:
     return Processes()
 
 
+def is_first_process() -> bool:
+    """Whether this process has rank 0, also before torchrun's processes have formed their group."""
+    return (
+        int(os.environ.get("RANK", "0")) == 0 if not dist.is_initialized() else dist.get_rank() == 0
+    )
+
+
 @contextmanager
 def process_group(device: str) -> Iterator[str]:
     """A block with the process group that torchrun asks for; without torchrun, or in a group, nothing is done.

@@ -39,21 +39,22 @@ class Csv:
     """A table with a row per file.
 
     The columns are file, label, class, probability_<class> ..., spread_<class> ..., those of the confidence
-    (docs/usage.md, "Evaluation and prediction"), and digest. A field that is not defined is empty. The classes of a
-    prediction set are joined by "|"; a "|" in a name is preceded by a backslash.
+    (docs/usage.md, "Evaluation and prediction"), version and digest. A field that is not defined is empty. The classes
+    of a prediction set are joined by "|"; a "|" or a backslash in a name is preceded by a backslash.
     """
 
     def begin(self, heading: Heading) -> str:
         """The names of the columns."""
         kinds = ("probability", "spread")
         numbers = [f"{kind}_{name}" for kind in kinds for name in heading.classes]
-        return _line(["file", "label", "class", *numbers, *_CONFIDENCE, "digest"])
+        return _line(["file", "label", "class", *numbers, *_CONFIDENCE, "version", "digest"])
 
     def row(self, heading: Heading, row: Row, *, first: bool) -> str:
         """A record."""
         values = [f"{v:.6f}" for v in (*row.probabilities, *row.spread)]
         confidence = map(_cell, _confidence(row).values())
-        return _line([row.file, str(row.label), row.name, *values, *confidence, heading.digest])
+        made = row.version, heading.digest
+        return _line([row.file, str(row.label), row.name, *values, *confidence, *made])
 
     def end(self, unreadable: Sequence[tuple[str, str]], *, empty: bool) -> str:
         """Nothing: unreadable files are not in the table."""
@@ -89,6 +90,7 @@ class Json:
             "probabilities": dict(zip(names, row.probabilities, strict=True)),
             "spread": dict(zip(names, row.spread, strict=True)),
             **_confidence(row),
+            "version": row.version,
         }
         return f"{'' if first else ','}\n    {_json(record)}"
 
@@ -96,7 +98,7 @@ class Json:
         """The unreadable files."""
         records = [_json({"file": file, "reason": reason}) for file, reason in unreadable]
         listed = ",".join(f"\n    {record}" for record in records)
-        rows_close, close = ("" if none else "\n  " for none in (empty, not records))
+        rows_close, close = ("" if is_empty else "\n  " for is_empty in (empty, not records))
         return f'{rows_close}],\n  "unreadable": [{listed}{close}]\n}}\n'
 
 
@@ -131,7 +133,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return "|".join(name.replace("|", "\\|") for name in value)
+        return "|".join(name.replace("\\", "\\\\").replace("|", "\\|") for name in value)
     return value if isinstance(value, str) else f"{value:.6g}"
 
 

@@ -11,21 +11,25 @@ from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import PIL
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diffmic_fast import __version__
 from diffmic_fast.calibration import Confidence, confidence
 from diffmic_fast.calibration.conformal import check_coverage
 from diffmic_fast.checkpoint import weights_digest
 from diffmic_fast.config.data import AugmentationConfig
+from diffmic_fast.config.differences import deciding_values
 from diffmic_fast.data.decode import UnreadableImageError, load_image
-from diffmic_fast.data.files import IMAGE_SUFFIXES, scan_folder
+from diffmic_fast.data.files import IMAGE_SUFFIXES, file_version, scan_folder
 from diffmic_fast.data.loading import load_batches
 from diffmic_fast.data.transforms import evaluation_transform
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.distributed.processes import current
 from diffmic_fast.models import DiffMIC, Prediction
+from diffmic_fast.models.execution import bfloat16_obstacle
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Row:
         interval_width, p_value, agreement: as in `Confidence`; None where they are not defined (a single sample).
         prediction_set: names of the classes in the conformal set, or None without a calibration.
         novelty, flagged: as in `Confidence`, or None without a novelty detector.
+        version: `data.files.file_version` of the file, taken before it was read.
     """
 
     file: str
@@ -78,18 +83,20 @@ class Row:
     prediction_set: tuple[str, ...] | None
     novelty: float | None
     flagged: bool | None
+    version: str = ""
 
 
 @dataclass(frozen=True)
 class Heading:
-    """What all rows of a prediction share.
+    """The fields that all rows of a prediction have in common.
 
     Attributes:
         classes: names of the classes.
         coverage: of the prediction sets.
         obstacle: why the probabilities are not calibrated, or None if they are.
-        digest: of the weights, the calibration, the preprocessing and the options, 16 hexadecimal digits. Rows with the
-            same digest were made in the same way.
+        digest: of all weights, the calibration, the preprocessing, the options, the type of device, the dtype of the
+            convolutions, and the versions of this package, torch and Pillow; 16 hexadecimal digits. Rows of one image
+            with the same digest differ by rounding alone.
     """
 
     classes: tuple[str, ...]
@@ -103,7 +110,7 @@ class Predictions:
     """Predictions for a list of files.
 
     Attributes:
-        heading: what the rows share.
+        heading: the fields that all rows have in common.
         rows: of the readable files, in the order given.
         unreadable: (file, reason) of the others, in the order given.
     """
@@ -131,24 +138,43 @@ class PredictedBatch(NamedTuple):
     prediction: Prediction | None
 
 
-def collect_files(inputs: Sequence[str | Path]) -> list[Path]:
+def collect_files(
+    inputs: Sequence[str | Path],
+    *,
+    outputs: Sequence[str | Path] = (),
+    output_folder: str | Path | None = None,
+) -> list[Path]:
     """List the files to classify, each once.
 
     Args:
         inputs: files, taken as they are, and folders, replaced by the files at any depth, sorted: images and, so that
             `predict_files` reports them as unreadable, all others of `files.scan_folder`. A missing file stays in the
             list if its name has the suffix of an image, and is reported too.
+        outputs: files that the command writes; left out where a folder has them.
+        output_folder: likewise with all of its files.
 
     Raises:
-        ValueError: another path does not exist, a folder has no image, or `inputs` is empty.
+        ValueError: another path does not exist, a folder has no image or is `output_folder`, or `inputs` is empty.
     """
     files: dict[Path, None] = {}
+    written = {Path(path).resolve() for path in outputs}
+    folder = None if output_folder is None else Path(output_folder).resolve()
     for entry in map(Path, inputs):
         if entry.is_dir():
             found = scan_folder(entry, recursive=True)
             if not found.images:
                 raise ValueError(f"data: there is no image file in {entry}")
-            files.update(dict.fromkeys(sorted((*found.images, *found.others))))
+            inside = sorted((*found.images, *found.others))
+            here = entry.resolve()
+            if here == folder:
+                raise ValueError(
+                    f"predict: the pictures must be written to another folder than {entry}, an input"
+                )
+            if any(here in path.parents for path in (*written, *([folder] if folder else []))):
+                inside = [
+                    path for path in inside if not _is_output(path.resolve(), written, folder)
+                ]
+            files.update(dict.fromkeys(inside))
         elif entry.suffix.lower() in IMAGE_SUFFIXES or entry.exists():
             files[entry] = None
         else:
@@ -158,8 +184,21 @@ def collect_files(inputs: Sequence[str | Path]) -> list[Path]:
     return list(files)
 
 
-class _Files(Dataset[tuple[Path, "Tensor | None", str]]):
-    """Decoded files: (path, image, "") of a readable one, (path, None, reason) of another."""
+def _is_output(path: Path, written: set[Path], folder: Path | None) -> bool:
+    return path in written or folder in path.parents
+
+
+class _Decoded(NamedTuple):
+    """A file, its version, and its image or the reason why it has none."""
+
+    path: Path
+    version: str
+    image: Tensor | None
+    reason: str
+
+
+class _Files(Dataset[_Decoded]):
+    """Decoded files."""
 
     def __init__(self, files: Sequence[Path], size: int, augmentation: AugmentationConfig) -> None:
         self.files = files
@@ -168,13 +207,17 @@ class _Files(Dataset[tuple[Path, "Tensor | None", str]]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Path, Tensor | None, str]:
+    def __getitem__(self, index: int) -> _Decoded:
         path = self.files[index]
+        try:
+            version = file_version(path)
+        except OSError:
+            version = ""  # reading says why
         try:
             pixels = load_image(path, bit_depth=self.transform.bit_depth)
         except UnreadableImageError as error:
-            return path, None, error.reason or str(error)
-        return path, self.transform(pixels), ""
+            return _Decoded(path, version, None, error.reason or str(error))
+        return _Decoded(path, version, self.transform(pixels), "")
 
 
 class FilePredictor:
@@ -184,7 +227,7 @@ class FilePredictor:
 
     Attributes:
         model: on its device, in evaluation mode.
-        heading: what the rows share.
+        heading: the fields that all rows have in common.
         device: where the model runs.
     """
 
@@ -226,19 +269,21 @@ class FilePredictor:
             raise ValueError(f"predict: probabilities are not calibrated: {obstacle}")
         self.model, self.device = model.to(device).eval(), device
         self._augmentation, self._options = augmentation, options
-        self.heading = Heading(tuple(classes), wanted.coverage, obstacle, self._digest(classes))
+        digest = self._digest(classes, calibrated=obstacle is None)
+        self.heading = Heading(tuple(classes), wanted.coverage, obstacle, digest)
 
-    def _digest(self, classes: Sequence[str]) -> str:
-        model = self.model
+    def _digest(self, classes: Sequence[str], *, calibrated: bool) -> str:
+        model, device = self.model, torch.device(self.device)
         calibration = None if model.calibration is None else model.calibration.to_state()
         settings = [
             weights_digest(model),
             _plain(calibration),
-            asdict(model.config),
-            asdict(self._augmentation),
+            deciding_values(asdict(model.config), asdict(self._augmentation)),
             asdict(self._options),
-            asdict(self._wanted),
+            [calibrated, self._wanted.coverage],
             list(classes),
+            [device.type, self._options.precision == "bf16" and not bfloat16_obstacle(device)],
+            [__version__, torch.__version__, PIL.__version__],
         ]
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
@@ -279,15 +324,15 @@ class FilePredictor:
                 unreadable=[failed for _, unreadable in found for failed in unreadable],
             )
 
-    def _predict(
-        self, batch: list[tuple[Path, Tensor | None, str]], explain: bool
-    ) -> PredictedBatch:
+    def _predict(self, batch: list[_Decoded], explain: bool) -> PredictedBatch:
         """Classify decoded files."""
-        unreadable = [(str(path), reason) for path, image, reason in batch if image is None]
-        paths = [path for path, image, _ in batch if image is not None]
+        unreadable = [(str(file.path), file.reason) for file in batch if file.image is None]
+        readable = [file for file in batch if file.image is not None]
+        paths = [file.path for file in readable]
         if not paths:
             return PredictedBatch([], unreadable, [], None, None)
-        images = torch.stack([image for _, image, _ in batch if image is not None]).to(self.device)
+        images = torch.stack([file.image for file in readable if file.image is not None])
+        images = images.to(self.device)
         model = self.model
         prediction = model.predict(
             images,
@@ -299,7 +344,7 @@ class FilePredictor:
         )
         coverage = self.heading.coverage
         sure = confidence(prediction, model.calibration, images=images, coverage=coverage)
-        rows = _rows(paths, self.heading.classes, prediction, sure, model)
+        rows = _rows(readable, self.heading.classes, prediction, sure, model)
         return PredictedBatch(rows, unreadable, paths, images, prediction)
 
 
@@ -359,7 +404,7 @@ def _plain(value: Any) -> Any:
 
 
 def _rows(
-    files: Sequence[Path],
+    files: Sequence[_Decoded],
     classes: Sequence[str],
     prediction: Prediction,
     sure: Confidence,
@@ -379,7 +424,7 @@ def _rows(
     )
     return [
         Row(
-            str(path),
+            str(file.path),
             label,
             classes[label],
             tuple(probabilities),
@@ -393,8 +438,9 @@ def _rows(
             None if members is None else tuple(compress(classes, members)),
             novelty,
             flagged,
+            file.version,
         )
-        for path, label, probabilities, spread, guided, guidance_probability, width, p_value,
+        for file, label, probabilities, spread, guided, guidance_probability, width, p_value,
             agreement, members, novelty, flagged in zip(files, *columns, strict=True)
     ]  # fmt: skip
 

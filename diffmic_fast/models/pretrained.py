@@ -1,4 +1,4 @@
-"""Downloads of pretrained weights: within seconds without a network, and with one sentence on how to go on."""
+"""Downloads of pretrained weights; without a network they fail within seconds, and the error says how to go on."""
 
 from __future__ import annotations
 

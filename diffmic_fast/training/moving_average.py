@@ -45,8 +45,17 @@ class MovingAverage:
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
-        """Set the averages from tensors that are not sharded, by name."""
+        """Set the averages from tensors that are not sharded, by name.
+
+        Raises:
+            ValueError: a name is missing, or its tensor has another shape.
+        """
         for name, value in self.values.items():
+            if name not in values or values[name].shape != value.shape:
+                found = tuple(values[name].shape) if name in values else "none"
+                raise ValueError(
+                    f"checkpoint: the moving average of {name} must be {tuple(value.shape)}, got {found}"
+                )
             local_shard(value).copy_(local_shard(shard_like(values[name], value)))
 
     @torch.no_grad()

@@ -73,6 +73,6 @@ def check_resume(checkpoint: Checkpoint, config: RunConfig, world_size: int = 1)
     if epochs <= last.epochs:
         return ""
     return (
-        f"training.{length} is {epochs}, was {last.epochs}: learning rates follow the new length from here on, so the "
-        "result differs from that of an unbroken run of this length"
+        f"training.{length} is {epochs}, was {last.epochs}: learning rates, and the views of epochs on features, "
+        "follow the new length from here on, so the result differs from that of an unbroken run of this length"
     )

@@ -49,10 +49,12 @@ class RunFolder:
                 f"training: all processes must use one folder, got {self.path} for some of them only"
             )
         resumed = resume is not None and resume.resolve().parent == folder.resolve()
-        if not resumed and self.path.exists():
-            raise ValueError(
-                f"training: {folder} already holds a run ({NAME}); resume it (--resume) or use another folder (--out)"
-            )
+        for name in () if resumed else (NAME, BEST_NAME):
+            if (folder / name).exists():
+                raise ValueError(
+                    f"training: {folder} already holds a run ({name}); resume it (--resume) or use another folder "
+                    "(--out)"
+                )
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint, and the guidance file beside it."""
@@ -74,7 +76,10 @@ class RunFolder:
             progress = read_checkpoint(source, mmap=True).extras.get("progress", {})
             if progress.get("best") == best:
                 for name in (GUIDANCE_BEST_NAME, BEST_NAME):
-                    keep_copy(source.with_name(name), self.folder / name)
+                    if source.with_name(
+                        name
+                    ).is_file():  # the guidance model is in the checkpoint too
+                        keep_copy(source.with_name(name), self.folder / name)
 
     def has_best(self, epoch: int) -> bool:
         """Whether the best checkpoint is that after `epoch` epochs."""

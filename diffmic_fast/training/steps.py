@@ -74,6 +74,11 @@ class Steps:
                 "Steps: encoder_epochs and feature_epochs are for a single process, got "
                 f"{self.processes.world_size} processes; train jointly (epochs) with several"
             )
+        if several and config.classifier_dropout:
+            raise ValueError(
+                "Steps: classifier_dropout must be 0 with several processes, whose masks would not be those of one "
+                f"process, got {config.classifier_dropout} with {self.processes.world_size} processes"
+            )
         if several and config.sync_batch_norm:
             synchronize_statistics(model)
         branches = BranchForward(model.denoiser)
@@ -214,8 +219,7 @@ class Steps:
                 # ParallelModule averages the gradients of the processes, and the batch's is their sum.
                 torch.autograd.backward(part.share * self.processes.world_size * loss)
             total += value
-        if c.guidance_gradient_clip is not None:
-            self._clip(self.model.guidance, "guidance model", c.guidance_gradient_clip)
+        self._clip(self.model.guidance, "guidance model", c.guidance_gradient_clip)
         self.guidance_optimizer.step()
         self._end(self.model.guidance)
         if self.guidance_average is not None:
@@ -230,7 +234,7 @@ class Steps:
             self.encoder.average = None
 
     def finish(self, phase: Phase) -> None:
-        """Replace what a phase of a classifier's own has trained by its moving average, if there is one."""
+        """At the end of a phase: assign a classifier's moving average to it, and restart averages of other models."""
         if phase.name == "guidance" and self.guidance_average is not None:
             self.guidance_average.assign()
             self.guidance_average = None
@@ -238,6 +242,9 @@ class Steps:
             self.encoder.finish()
             if self.average is not None:
                 self.average.reset("encoder_x.")
+        if phase.name == "joint" and self.config.feature_epochs and self.average is not None:
+            # The features that follow are those of the present encoder, and so must be those of validation.
+            self.average.reset("encoder_x.f.")
 
     def encoder_step(self, images: Tensor, labels: Tensor, epoch: float) -> float:
         """One step of the denoiser's image encoder as a classifier; errors as `denoiser_step`.

@@ -173,6 +173,56 @@ def test_predict_goes_on_with_an_interrupted_run(work, tmp_path, capsys):
     assert out.read_bytes() == whole.read_bytes()
 
 
+def test_rows_of_another_folder_are_not_continued(work, tmp_path, monkeypatch, capsys):
+    """Relative names are the same in two folders; the images are not."""
+    for name, source in (("a", "dark"), ("b", "light")):
+        shutil.copytree(work / "images/test" / source, tmp_path / name / "images")
+    for image in (tmp_path / "b/images").iterdir():
+        os.utime(image, (1e9, 1e9))  # older than every row
+    out = tmp_path / "rows.csv"
+    command = ["predict", str(work / "run"), "images", "--out", str(out)]
+    monkeypatch.chdir(tmp_path / "a")
+    assert main(command) == 0
+    before = out.read_bytes()
+    monkeypatch.chdir(tmp_path / "b")
+    capsys.readouterr()
+    one_error(capsys, [*command, "--resume"], "is not the file whose row is in")
+    assert out.read_bytes() == before
+
+
+def test_outputs_inside_the_input_folder(work, tmp_path, capsys):
+    folder = tmp_path / "images"
+    shutil.copytree(work / "images/test/dark", folder)
+    command = ["predict", str(work / "run"), str(folder), "--out", str(folder / "rows.csv"),
+               "--images-out", str(folder / "pictures")]  # fmt: skip
+    assert main(command) == 0
+    before = (folder / "rows.csv").read_bytes()
+    assert main([*command, "--resume"]) == 0
+    assert (folder / "rows.csv").read_bytes() == before
+    assert "unreadable" not in capsys.readouterr().err
+
+
+def test_a_closed_standard_output_is_named(work, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["predict", str(work / "run"), str(work / "images/test")]) == 2
+    assert "standard output is closed; name a file with --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "calibrate"])
+def test_seen_images_need_allow_seen(work, tmp_path, capsys, command):
+    """A duplicate across splits, as published data sets have."""
+    shutil.copytree(work / "images", tmp_path / "images")
+    shutil.copy(tmp_path / "images/train/dark/4.png", tmp_path / "images/test/dark/4.png")
+    run = tmp_path / "run"
+    shutil.copytree(work / "run", run)
+    argv = [command, str(run), "--split", "test", "--set", f"data.root={tmp_path / 'images'}"]
+    one_error(capsys, argv, "1 of 5 test images were training images", "dark/4.png", "--allow-seen")
+    assert main([*argv, "--allow-seen"]) == (0 if command == "evaluate" else 2)
+    err = capsys.readouterr().err
+    assert "--allow-seen: 1 of 5 test images were training images" in err
+    assert command == "evaluate" or "must be at least 20 validation images" in err
+
+
 def test_predict_writes_rows_while_it_runs(work, tmp_path, monkeypatch):
     out = tmp_path / "p.json"
     files = [str(work / "images/test/dark" / f"{i}.png") for i in (0, 1)]

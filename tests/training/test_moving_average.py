@@ -28,3 +28,13 @@ def test_update_is_the_recursion_and_applied_restores():
         assert torch.equal(module[0].weight, average.values["0.weight"])
         raise RuntimeError
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
+def test_averages_of_another_shape_are_refused():
+    module = torch.nn.Linear(3, 2)
+    average = MovingAverage(module, 0.9)
+    for wrong in (torch.ones(1, 1), torch.ones(5, 3), torch.ones(3, 2)):
+        with pytest.raises(ValueError, match=r"average of weight must be \(2, 3\), got"):
+            average.load({"weight": wrong, "bias": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"average of bias must be \(2,\), got none"):
+        average.load({"weight": torch.ones(2, 3)})

@@ -103,6 +103,17 @@ def test_what_each_phase_trains(config, tmp_path):
     assert changed(states[4], last) == {"encoder", "projection", "layers"}
 
 
+def test_the_average_of_the_encoder_is_what_the_features_are_of(config, tmp_path):
+    """After joint epochs the features are the present encoder's, and so is what is validated and saved."""
+    trainer = Trainer(with_training(config, **PHASED, ema_decay=0.99), tmp_path, quiet=True)
+    trainer.fit()
+    encoder = dict(trainer.model.denoiser.named_parameters())
+    average = trainer.steps.average.values
+    inside = [name for name in average if name.startswith("encoder_x.f.")]
+    assert inside and all(torch.equal(average[name], encoder[name]) for name in inside)
+    assert not torch.equal(average["lin4.weight"], encoder["lin4.weight"])
+
+
 def floats(module, prefix=""):
     """Parameters and running statistics, in float64."""
     state = module.state_dict().items()

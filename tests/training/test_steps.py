@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmic_fast.config.run import RunConfig
+from diffmic_fast.distributed.processes import Processes
 from diffmic_fast.models import DiffMIC
 from diffmic_fast.models.encoders import ImageEncoder
 from diffmic_fast.training.steps import LOSSES, Steps
@@ -170,3 +171,30 @@ def test_recomputation_of_a_replaced_network_is_an_error(
         model.denoiser.encoder_x = nn.Sequential(nn.Flatten(), nn.Linear(3072, 32))
     with pytest.raises(ValueError, match="must be ImageEncoder or Trunk, got"):
         steps_of(model, config, recompute=True)
+
+
+@pytest.mark.parametrize("clip", [None, 5.0])
+def test_a_gradient_of_the_guidance_model_that_is_not_finite_changes_nothing(
+    model: DiffMIC, config: RunConfig, clip: float | None
+) -> None:
+    """The loss is finite; one gradient is not."""
+    steps = steps_of(
+        model, config, guidance_gradient_clip=clip, classifier_ema_decay=0.9, guidance_epochs=1,
+        joint_guidance=False,
+    )  # fmt: skip
+    weight = next(model.guidance.ds_net.parameters())
+    weight.register_hook(lambda gradient: gradient * torch.inf)
+    before = {name: p.detach().clone() for name, p in model.guidance.named_parameters()}
+    average = {name: value.clone() for name, value in steps.guidance_average.values.items()}  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="norm of the guidance model's gradient is"):
+        steps.guidance_step(*batch(4), 0.5)
+    assert all(torch.equal(p, before[name]) for name, p in model.guidance.named_parameters())
+    assert all(torch.equal(v, average[name]) for name, v in steps.guidance_average.values.items())  # type: ignore[union-attr]
+
+
+def test_dropout_is_for_a_single_process(model: DiffMIC, config: RunConfig) -> None:
+    training = dataclasses.replace(config.training, classifier_dropout=0.2)
+    with pytest.raises(
+        ValueError, match=r"classifier_dropout must be 0 with several .* 2 processes"
+    ):
+        Steps(model, training, seed=3, processes=Processes(0, 2))

@@ -241,6 +241,19 @@ def test_resuming_another_run_is_an_error(config, unbroken, tmp_path):
         Trainer(config, tmp_path / "new", quiet=True, resume=published)
 
 
+def test_a_best_checkpoint_of_another_run_is_not_taken_over(config, tmp_path):
+    path = Trainer(config, tmp_path / "run", quiet=True).fit()
+    for best in ("ckpt_best.pth", "aux_ckpt_best.pth"):
+        (tmp_path / "run" / best).unlink(missing_ok=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "ckpt_best.pth").write_bytes(b"of another run")
+    for options in ({}, {"resume": path}):
+        with pytest.raises(ValueError, match=r"already holds a run \(ckpt_best\.pth\)"):
+            Trainer(config, other, quiet=True, **options)
+    assert [file.name for file in other.iterdir()] == ["ckpt_best.pth"]
+
+
 def test_a_loss_that_is_not_finite_names_step_and_checkpoint(config, tmp_path):
     trainer = Trainer(config, tmp_path, quiet=True)
 
