@@ -27,10 +27,13 @@ def main() -> None:
         parser.error(f"a benchmark ({', '.join(NAMES)}) or --plot is needed")
     if options.name is not None:
         benchmark = importlib.import_module(f"benchmarks.bench_{options.name}")
-        results = harness.run(benchmark.setups(), options.rounds)
-        harness.show(results)
-        if options.write:
-            print("written to", *harness.write(options.name, results))
+        results: list[harness.Case] = []
+        for setup in benchmark.setups():
+            found = harness.run([setup], options.rounds)
+            harness.show(found)
+            results += found
+            if options.write:  # as they come: the run may be stopped
+                print("written to", *harness.write(options.name, results), flush=True)
     if options.plot:
         from benchmarks import plots
 

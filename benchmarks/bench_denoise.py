@@ -26,8 +26,6 @@ from benchmarks import denoise_peers
 from benchmarks.harness import Maker, Setup, on_large_pages, with_matmul_precision
 from diffmic_fast import _native
 from diffmic_fast.diffusion import make_schedule, make_steps
-from diffmic_fast.models import ConditionalModel
-from diffmic_fast.models.encoders import ImageEncoder
 from diffmic_fast.ops.denoise import PRECISIONS_OF, denoise
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.reference.denoise import DenoiserWeights, StepTable
@@ -48,6 +46,8 @@ torch._dynamo.config.recompile_limit = 4 * len(ROWS)
 
 def fitted(steps: int = 300) -> DenoiserWeights:
     """The small denoiser, fitted to features whose first entries tell the class, and widened."""
+    from diffmic_fast.models import ConditionalModel  # needs torchvision, the rest does not
+
     torch.manual_seed(0)
     model = ConditionalModel(CLASSES, T, SMALL, "resnet18")
     schedule = make_schedule("linear", T)
@@ -216,6 +216,8 @@ def _chain(
 
 def published_step(rows: int, device: str = "cpu") -> Callable[[], object]:
     """The image encoder, and one step of the reference."""
+    from diffmic_fast.models.encoders import ImageEncoder
+
     encoder = ImageEncoder("resnet18", FEATURES).eval().to(device)
     images = torch.randn(rows, 3, SIDE, SIDE, device=device)
     prior, one = inputs(rows)[1].to(device), step_table(1)

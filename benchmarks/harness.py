@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import diffmic_fast
 from diffmic_fast import _native
@@ -75,6 +73,7 @@ class Setup:
         skipped: peer -> why it is missing.
         totals: name -> {peer: count}, for what is too long to be timed whole: the sum of count times each peer.
         memory: measure the peak memory of a process with one peer, too.
+        optional: peers that may fail, such as those that torch.compile must compile; they are then skipped.
     """
 
     title: str
@@ -88,6 +87,7 @@ class Setup:
     skipped: dict[str, str] = field(default_factory=dict)
     totals: dict[str, dict[str, int]] = field(default_factory=dict)
     memory: bool = False
+    optional: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,8 @@ def run(setups: Iterable[Setup], rounds: int) -> list[Case]:
 def _run(setup: Setup, rounds: int) -> Case:
     # Memory first: a large process beside these could push them out.
     peaks = {name: peak_bytes(make) for name, make in setup.peers.items()} if setup.memory else {}
-    timings = measure({name: make() for name, make in setup.peers.items()}, rounds)
+    calls, failed = _make(setup)
+    timings = measure(calls, rounds)
     bound = 0.0
     if setup.copy is not None:
         name, moved = setup.copy
@@ -145,7 +146,27 @@ def _run(setup: Setup, rounds: int) -> Case:
         timings = {name: _total(parts, timings), **timings}
     peaks = {name: peak for name, peak in peaks.items() if peak}
     of_setup = {name: getattr(setup, name) for name in _OF_SETUP}
+    of_setup["skipped"] = {**setup.skipped, **failed}
+    if setup.baseline in failed:
+        of_setup["baseline"] = next(iter(timings))
     return Case(timings=timings, bound=bound, peak_bytes=peaks, **of_setup)
+
+
+def _make(setup: Setup) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """The calls of a setup, and why optional ones are missing."""
+    calls, failed = {}, {}
+    for name, make in setup.peers.items():
+        try:
+            call = make()
+            if name in setup.optional:
+                call()
+        except Exception as error:
+            if name not in setup.optional:
+                raise
+            failed[name] = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+        else:
+            calls[name] = call
+    return calls, failed
 
 
 def _total(parts: Mapping[str, int], timings: Mapping[str, Timing]) -> Timing:
@@ -273,15 +294,12 @@ def machine() -> dict[str, Any]:
 
 def show(cases: list[Case]) -> None:
     """Print the cases as tables."""
-    console = Console()
     for case in cases:
-        table = Table(title=case.title, title_justify="left", padding=(0, 0))
         columns = ["", "best", "median", "quartiles", f"{case.baseline} / it, best", "median"]
         columns += ["GB/s", "of a copy"] if case.bytes_moved else []
         columns += ["of the limit"] if case.limits else []
         columns += ["peak GB", "of its memory"] if case.peak_bytes else []
-        for column in columns:
-            table.add_column(column, justify="right")
+        table = [columns]
         base = case.timings[case.baseline]
         for name, timing in case.timings.items():
             row = [name, _duration(timing.best), _duration(timing.median)]
@@ -296,10 +314,13 @@ def show(cases: list[Case]) -> None:
             if case.peak_bytes:
                 peak, most = case.peak_bytes[name], case.peak_bytes[case.baseline]
                 row += [f"{peak / 1e9:.2f}", f"{peak / most:.2f}"]
-            table.add_row(*row)
-        console.print(table)
+            table.append(row)
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        print(f"\n{case.title}")
+        for row in table:
+            print("  ".join(text.rjust(n) for text, n in zip(row, widths, strict=True)))
         for name, reason in case.skipped.items():
-            console.print(f"  without {name}: {reason}", markup=False)
+            print(f"  without {name}: {reason}")
 
 
 def write(name: str, cases: list[Case]) -> tuple[Path, Path]:

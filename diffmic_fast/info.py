@@ -16,7 +16,6 @@ import torch
 
 import diffmic_fast
 from diffmic_fast import _native
-from diffmic_fast.models.execution import bfloat16_convolutions
 from diffmic_fast.ops._backend import IMPLEMENTATIONS, decide
 
 _PACKAGES = (
@@ -111,8 +110,16 @@ def _processor() -> dict[str, Any]:
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "bfloat16_convolutions": bfloat16_convolutions(),
+        "bfloat16_convolutions": _bfloat16_convolutions(),
     }
+
+
+def _bfloat16_convolutions() -> str:
+    try:  # the models need torchvision and pydantic
+        from diffmic_fast.models.execution import bfloat16_convolutions
+    except ImportError as error:
+        return f"unknown, the models cannot be imported: {error}"
+    return bfloat16_convolutions()
 
 
 def _gpu() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import emulated_module
-from training_fixtures import config, images, shared_config  # noqa: F401 (fixtures)
+
+# The tests of kernels run without the packages that models and configurations need.
+if all(map(find_spec, ("pydantic", "torchvision"))):
+    from training_fixtures import config, images, shared_config  # noqa: F401 (fixtures)
 
 from diffmic_fast.diffusion import Schedule, make_schedule
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
@@ -34,6 +38,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         reason := emulated_module.prepare()
     ):
         pytest.skip(reason)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests of Triton kernels `gpu` where there is a GPU, on which they run then."""
+    for item in items if torch.cuda.is_available() else ():
+        if "triton" in item.nodeid and "slow" not in item.keywords:
+            item.add_marker("gpu")
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import harness, plots
+from benchmarks import bench_gpu, harness, plots
+from benchmarks.__main__ import main
 
 RESULTS = harness.RESULTS
 
@@ -54,6 +56,58 @@ def test_run_times_the_peers_of_a_setup() -> None:
     (found,) = harness.run([made], 6)
     assert list(found.timings) == ["a"] and found.bound > 0 and found.skipped == {"c": "is away"}
     assert calls.count("b") > 3
+
+
+def test_a_peer_that_may_fail_is_skipped_with_its_reason(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def broken() -> Any:
+        raise RuntimeError("no compiler\nmore")
+
+    def broken_call() -> Any:
+        return broken
+
+    peers = {"a": broken, "b": broken_call, "c": lambda: lambda: None}
+    made = harness.Setup("title", peers, "a", skipped={"d": "is away"}, optional=("a", "b"))
+    (found,) = harness.run([made], 2)
+    assert list(found.timings) == ["c"] and found.baseline == "c"
+    reason = "RuntimeError: no compiler"
+    assert found.skipped == {"a": reason, "b": reason, "d": "is away"}
+    harness.show([found])
+    assert f"without a: {reason}\n" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="no compiler"):
+        harness.run([harness.Setup("title", peers, "c", optional=("b",))], 2)
+
+
+def test_tables_are_shown_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    limits = {"cpu": {"limit": 0.5}}
+    harness.show([case("sizes", {"cpu": 2e-3, "a long name": 1.0, "limit": 2e-3}, limits=limits)])
+    _, title, columns, *rows = capsys.readouterr().out.splitlines()
+    assert title == "sizes" and columns.split()[:2] == ["best", "median"]
+    assert len({len(row) for row in (columns, *rows)}) == 1
+    assert rows[0].split() == ["cpu", *["2.00", "ms"] * 3, "to", "2.00", "ms", "1.0", "1.0", "50%"]
+    assert rows[1].split()[:3] == ["a", "long", "name"]
+
+
+def test_results_are_written_after_every_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def setups() -> Any:
+        yield harness.Setup("one", {"a": lambda: lambda: None}, "a")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench_gpu, "setups", setups)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "gpu", "--rounds", "2", "--write"])
+    with pytest.raises(KeyboardInterrupt):
+        main()
+    kept = json.loads((tmp_path / "gpu.json").read_text())["cases"]
+    assert [each["title"] for each in kept] == ["one"]
+
+
+def test_stock_pytorch_on_a_gpu_may_fail_the_kernels_may_not() -> None:
+    setup = next(bench_gpu.setups("cpu", rows=(1,), steps=2))
+    assert set(setup.optional) == {"hoisted", "hoisted bf16"} < set(setup.peers)
+    assert {"fp32", "bf16", "fp8"} <= set(setup.peers) - set(setup.optional)
 
 
 def test_processors_with_a_generic_name_get_family_and_model() -> None:

@@ -12,7 +12,6 @@ from cuda_backends import CUDA_BACKENDS, device_of, schedule, seeds
 from torch import Tensor
 
 from diffmic_fast import _native
-from diffmic_fast.models import ConditionalModel
 from diffmic_fast.ops._conditioning import (
     Conditioning,
     ConditioningBackward,
@@ -371,6 +370,8 @@ def test_compiles_as_one_graph(backend: str, training: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_the_model_uses_it(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffmic_fast.models import ConditionalModel  # needs torchvision, the other tests do not
+
     module = _native.cuda(backend)
     calls = []
     original = module.conditioning
