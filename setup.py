@@ -6,6 +6,7 @@ Environment variables:
     TORCH_CUDA_ARCH_LIST: CUDA targets as PyTorch reads them, "8.0;9.0+PTX" or "Hopper"; "All" for a
         wheel that runs on every supported GPU. Default: the compute capabilities of the visible GPUs;
         without a GPU 8.0+PTX, whose machine code runs on 8.x and whose PTX later GPUs compile.
+    DIFFMIC_WERROR: "on" (default) fails at a compiler's warning, "off" does not.
     DIFFMIC_PROGRESS: file that shows what has been compiled, since pip hides a build's output; by
         default the terminal (/dev/tty), where there is one. Empty for none.
     CXX: C++ compiler.
@@ -98,6 +99,7 @@ class BuildExtension(build_ext):
             "DIFFMIC_VERSION": self.distribution.get_version(),
             "DIFFMIC_WITH_CUDA": "ON" if plan().nvcc else "OFF",
             "DIFFMIC_CUDA_ARCHITECTURES": " ".join(plan().architectures),
+            "DIFFMIC_WERROR": os.environ.get("DIFFMIC_WERROR", "on"),
         }
         if "CXX" not in os.environ:
             options["CMAKE_CXX_COMPILER"] = str(plan().compiler)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from build_support import plan as plans
+from build_support.environment import make_offline
 from build_support.progress import run_showing_progress
 
 SOURCE = Path(__file__).resolve().parents[2]
@@ -248,13 +249,23 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def pip(command: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def offline_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of an environment for machines without a network, which shows this Python's packages."""
+    folder = tmp_path_factory.mktemp("offline") / "venv"
+    make_offline(folder)
+    return folder / "bin/python"
+
+
+def pip(
+    command: str, *arguments: object, python: Path | str = sys.executable, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Runs pip with the build requirements of this environment, so that no test needs a network."""
     unset = {"DIFFMIC_CUDA", "TORCH_CUDA_ARCH_LIST", "CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH"}
     kept = {name: value for name, value in os.environ.items() if name not in unset}
     options = ["--disable-pip-version-check", "--no-build-isolation", "--no-deps"]
     return subprocess.run(
-        [sys.executable, "-m", "pip", command, *options, *map(str, arguments)],
+        [str(python), "-m", "pip", command, *options, *map(str, arguments)],
         env={**kept, **environment},
         capture_output=True,
         text=True,
@@ -287,9 +298,15 @@ def test_sdist_contains_what_a_build_needs(sdist: Path) -> None:
 
 
 @pytest.mark.slow
-def test_wheel_of_the_sdist_passes_tests_outside_the_sources(sdist: Path, tmp_path: Path) -> None:
+def test_wheel_of_the_sdist_passes_tests_outside_the_sources(
+    sdist: Path, offline_python: Path, tmp_path: Path
+) -> None:
+    """Built as on a machine without a network."""
     progress = tmp_path / "progress"
-    result = pip("wheel", "-w", tmp_path, sdist, DIFFMIC_CUDA="off", DIFFMIC_PROGRESS=str(progress))
+    result = pip(
+        "wheel", "-w", tmp_path, sdist, python=offline_python, PIP_NO_INDEX="1", DIFFMIC_CUDA="off",
+        DIFFMIC_PROGRESS=str(progress),
+    )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"\d+ of \d+ done, csrc/cpu/mmd/mmd\.cpp\n", progress.read_text())
     (wheel,) = tmp_path.glob("diffmic_fast-*.whl")
@@ -358,6 +375,35 @@ print(json.dumps({"extension": found["extension"], "file": info.__file__,
     assert found["extension"]["loaded"] is False
     assert "left out when diffmic_fast was installed: no C++" in found["extension"]["reason"]
     assert found["cells"] == [[[0, 0]]]
+
+
+@pytest.mark.slow
+def test_make_installs_without_a_network(sdist: Path, tmp_path: Path) -> None:
+    """By itself, since nothing can be fetched; without a compiler, to be quick: the wheel is built in the same way."""
+    tree = shutil.copytree(sdist, tmp_path / "tree")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("make", "sh", "find", "touch", "cmake", "ninja"):
+        found = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        (programs / name).symlink_to(str(found))
+    unset = {"CXX", "CUDACXX", "CUDA_HOME", "CUDA_PATH", "DIFFMIC_CUDA", "MAKEFLAGS", "PYTHONPATH"}
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    done = subprocess.run(
+        ["make", f"PYTHON={sys.executable}", ".venv/.all"], cwd=tree, check=False,
+        env={**kept, "PATH": str(programs), "PIP_NO_INDEX": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"nothing is fetched, the packages are those of {sys.executable}" in done.stdout
+    program = (
+        "import json, diffmic_fast, sys; print(json.dumps([diffmic_fast.__file__, sys.prefix]))"
+    )
+    result = subprocess.run(
+        [tree / ".venv/bin/python", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    file, prefix = json.loads(result.stdout)
+    assert Path(file).samefile(tree / "diffmic_fast/__init__.py")
+    assert Path(prefix).samefile(tree / ".venv")
 
 
 @pytest.mark.slow
