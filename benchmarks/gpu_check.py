@@ -168,11 +168,11 @@ def isolated(
 
 
 def groups(backends: Sequence[str], operations: Sequence[str]) -> list[tuple[str, str]]:
-    """(operation, backend) for all that exist, the kernels that matter most first."""
+    """(operation, backend) for all that exist, the first backend's first."""
     return [
         (operation, backend)
-        for operation in operations
         for backend in backends
+        for operation in operations
         if backend in IMPLEMENTATIONS[IMPLEMENTED_AS.get(operation, operation)]
     ]
 

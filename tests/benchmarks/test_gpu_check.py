@@ -41,6 +41,13 @@ def test_every_operation_in_every_precision(backend: str) -> None:
     assert alone == {None if backend == "triton" else True}
 
 
+def test_the_first_backend_comes_first() -> None:
+    groups = gpu_check.groups(gpu_check.BACKENDS, tuple(OPERATIONS))
+    assert groups[0] == ("denoise", "cuda")
+    assert groups[-2:] == [("denoise", "triton"), ("conditional_linear", "triton")]
+    assert len(groups) == len(set(groups)) == 8
+
+
 # ---- what must fail ---------------------------------------------------------------------------
 
 
