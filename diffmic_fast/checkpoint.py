@@ -159,6 +159,7 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> Checkpoint:
     Raises:
         ValueError: a missing or damaged file (by its checksums, which files of torch before 1.6 lack), another content,
             or a pickle that would run code.
+        MemoryError: the file does not fit into memory.
     """
     value = _load(path, mmap=mmap)
     if isinstance(value, Mapping):
@@ -245,6 +246,9 @@ def _load(path: str | Path, *, mmap: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except Exception as error:
+        # Of the allocator, "DefaultCPUAllocator: can't allocate memory", and of mmap, "Cannot allocate memory (12)".
+        if isinstance(error, MemoryError) or "t allocate memory" in str(error):
+            raise MemoryError(f"checkpoint: {path}: {error}") from error
         raise ValueError(f"checkpoint: {path} {_reason(error, path, is_zip)}") from error
 
 

@@ -26,6 +26,7 @@ _PACKAGES = (
     "triton",
     "numpy",
     "pillow",
+    "pydicom",
     "scikit-learn",
     "matplotlib",
     "tensorboard",

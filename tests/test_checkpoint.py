@@ -147,6 +147,22 @@ def test_damaged_content_is_found(published, tmp_path, mmap):
     assert found > 100
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "unable to mmap 4096 bytes from file <ckpt.pth>: Cannot allocate memory (12)",
+        "[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_a_lack_of_memory_is_no_damage(published, monkeypatch, text):
+    def fail(*args, **options):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(MemoryError, match="allocate memory"):
+        read_checkpoint(published)
+
+
 @pytest.mark.parametrize("file", ["ckpt.pth", "aux_ckpt.pth"])
 def test_damaged_content_is_named_by_its_entry(published, file):
     path = published.with_name(file)
