@@ -8,6 +8,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace diffmic::emulator {
 
@@ -43,6 +44,14 @@ struct Dim {
 // its name.
 void Run(const void* kernel, Dim grid, Dim block, std::size_t shared, bool cooperative,
          const std::function<void()>& body);
+
+// A limit of dynamic shared memory that a launcher has set for a kernel.
+struct SharedLimit {
+  const void* kernel;
+  int bytes;
+};
+// All of them so far, in order.
+std::vector<SharedLimit> SharedLimits();
 
 // ---- operations of a kernel's thread; each may switch to other threads -------------------------
 

@@ -1,10 +1,26 @@
 // The functions of the CUDA runtime that launchers call. Launches are synchronous, so streams have
 // no effect.
+#include <chrono>
 #include <cstring>
+#include <mutex>
+#include <thread>
 
 #include "buffers.h"
 #include "cuda_runtime.h"
 #include "emulator.h"
+
+namespace diffmic::emulator {
+namespace {
+std::mutex limits_mutex;
+std::vector<SharedLimit> limits;
+}  // namespace
+
+std::vector<SharedLimit> SharedLimits() {
+  const std::lock_guard lock(limits_mutex);
+  return limits;
+}
+
+}  // namespace diffmic::emulator
 
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -40,6 +56,17 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*d
       *value = 0;
       break;
   }
+  return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* /*kernel*/) {
+  attributes->sharedSizeBytes = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute /*attribute*/, int value) {
+  // As slow as a driver may be, so that threads that do not wait for each other are seen.
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  const std::lock_guard lock(diffmic::emulator::limits_mutex);
+  diffmic::emulator::limits.push_back({kernel, value});
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {

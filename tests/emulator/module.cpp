@@ -2,9 +2,11 @@
 // submodule `emulator` with its settings and counters.
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <string>
 
 #include "bindings/bindings.h"
+#include "cuda/common/shared_memory.h"
 #include "emulator.h"
 #include "traffic.h"
 
@@ -55,6 +57,14 @@ py::dict Counters() {
   return all;
 }
 
+py::list SharedLimits() {
+  py::list all;
+  for (const auto& [kernel, bytes] : emulator::SharedLimits()) {
+    all.append(py::make_tuple(reinterpret_cast<std::uintptr_t>(kernel), bytes));
+  }
+  return all;
+}
+
 }  // namespace
 
 #ifdef DIFFMIC_EMULATOR_SELFTEST
@@ -77,5 +87,14 @@ PYBIND11_MODULE(DIFFMIC_EMULATED_NAME, m) {
               "multiprocessors and its shared memory per block in bytes.");
   control.def("counters", &Counters,
               "Traffic of each kernel since the last reset, in mode counted.");
+  control.def("shared_limits", &SharedLimits,
+              "The limits of shared memory that launches have set so far, as (kernel, bytes).");
+  control.def(
+      "allow_shared_memory",
+      [](std::uintptr_t kernel) {
+        diffmic::cuda::AllowSharedMemory("test", reinterpret_cast<const void*>(kernel));
+      },
+      arg("kernel"), py::call_guard<py::gil_scoped_release>(),
+      "What a launch of a kernel of this address does before it, if it needs the limit.");
   control.def("reset_counters", [] { emulator::AllTraffic().clear(); });
 }

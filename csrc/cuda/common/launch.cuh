@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "cuda/common/error.h"
+#include "cuda/common/shared_memory.h"
 
 // The dynamic shared memory of a block, one declaration for all kernels.
 extern __shared__ __align__(1024) unsigned char dynamic_shared[];
@@ -31,11 +32,7 @@ void Launch(const char* operation, void (*kernel)(Parameters...), const LaunchSh
             Arguments&&... arguments) {
   if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (shape.shared > 48 * 1024) {  // requires opt-in
-    Check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shape.shared)),
-          operation, "cudaFuncSetAttribute");
-  }
+  if (shape.shared > kSharedWithoutOptIn) AllowSharedMemory(operation, function);
   std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
   std::apply(
       [&](Parameters&... value) {

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "cuda/common/error.h"
+#include "cuda/common/shared_memory.h"
 
 extern thread_local unsigned char dynamic_shared[];
 
@@ -23,9 +24,12 @@ struct LaunchShape {
 };
 
 template <typename... Parameters, typename... Arguments>
-void Launch(const char* /*operation*/, void (*kernel)(Parameters...), const LaunchShape& shape,
+void Launch(const char* operation, void (*kernel)(Parameters...), const LaunchShape& shape,
             Arguments&&... arguments) {
   if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
+  if (shape.shared > kSharedWithoutOptIn) {
+    AllowSharedMemory(operation, reinterpret_cast<const void*>(kernel));
+  }
   const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
   emulator::Run(reinterpret_cast<const void*>(kernel), {shape.grid.x, shape.grid.y, shape.grid.z},
                 {shape.block.x, shape.block.y, shape.block.z}, shape.shared, shape.cooperative,
