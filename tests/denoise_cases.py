@@ -113,6 +113,13 @@ def to_bfloat16(t: Tensor) -> Tensor:
     return t.float().bfloat16().double()
 
 
+def to_float8(weight: Tensor) -> Tensor:
+    """Weights rounded to e4m3 with one scale per output channel, amax / 448."""
+    scale = weight.float().abs().amax(dim=1, keepdim=True) / 448
+    scale[scale == 0] = 1.0
+    return (weight.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()
+
+
 def one_rounded_step(
     inputs, weights, steps: StepTable, noise: Tensor, rounded, rounded_weight=None
 ) -> Tensor:

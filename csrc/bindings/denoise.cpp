@@ -193,15 +193,32 @@ void CheckSizes(std::int64_t features, std::int64_t classes) {
   CheckRange("the number of classes", classes, 1, cuda::denoise::kMostClasses);
 }
 
-std::int64_t WorkspaceBytes(std::int64_t features, std::int64_t classes, std::int64_t rows,
+cuda::denoise::Shape PlanOn(std::int64_t features, std::int64_t classes, std::int64_t rows,
                             std::int64_t steps, std::int64_t window, const std::string& precision,
                             int device) {
   CheckSizes(features, classes);
   const cuda::DeviceGuard guard(kOperation, device);
+  return cuda::denoise::Plan(features, classes, rows, steps, window,
+                             ReadPrecision(kOperation, precision, Place::kDevice));
+}
+
+std::int64_t WorkspaceBytes(std::int64_t features, std::int64_t classes, std::int64_t rows,
+                            std::int64_t steps, std::int64_t window, const std::string& precision,
+                            int device) {
   return static_cast<std::int64_t>(
-      cuda::denoise::Plan(features, classes, rows, steps, window,
-                          ReadPrecision(kOperation, precision, Place::kDevice))
-          .workspace_bytes);
+      PlanOn(features, classes, rows, steps, window, precision, device).workspace_bytes);
+}
+
+py::dict PlanInfo(std::int64_t features, std::int64_t classes, std::int64_t rows,
+                  std::int64_t steps, std::int64_t window, const std::string& precision,
+                  int device) {
+  const cuda::denoise::Shape shape =
+      PlanOn(features, classes, rows, steps, window, precision, device);
+  using namespace py::literals;
+  return py::dict("blocks"_a = shape.blocks, "row_tiles"_a = shape.row_tiles,
+                  "pass_tiles"_a = shape.pass_tiles, "step_stages"_a = shape.step_stages,
+                  "slots"_a = shape.slots, "resident"_a = shape.resident, "chains"_a = shape.chains,
+                  "window"_a = shape.window, "shared_bytes"_a = shape.shared_bytes);
 }
 
 void DenoiseOnCuda(py::handle record, py::handle out, py::handle trajectory,
@@ -267,6 +284,9 @@ void BindDenoise(py::module_& m) {
   m.def("denoise_workspace", &WorkspaceBytes, arg("features"), arg("classes"), arg("rows"),
         arg("steps"), arg("window"), arg("precision"), arg("device"),
         "Bytes of workspace that `denoise` needs for these sizes.");
+  m.def("denoise_plan", &PlanInfo, arg("features"), arg("classes"), arg("rows"), arg("steps"),
+        arg("window"), arg("precision"), arg("device"),
+        "The launch configuration of these sizes: csrc/cuda/denoise/denoise.h, Shape.");
 }
 }  // namespace cuda
 #endif

@@ -15,6 +15,7 @@ from denoise_cases import (
     make_weights,
     one_rounded_step,
     to_bfloat16,
+    to_float8,
     weights_on,
 )
 from torch import Tensor
@@ -78,13 +79,6 @@ def test_depth_that_fills_the_activation_pipeline(backend) -> None:
     there, inputs = case(backend, rows, features, classes)
     found = denoise(*inputs, there, steps, noise=noise.to(inputs[0].device), backend=backend)
     assert float((found.cpu() - expected).abs().max()) < 1e-5
-
-
-def to_float8(weight: Tensor) -> Tensor:
-    """Weights rounded to e4m3 with one scale per output channel, amax / 448."""
-    scale = weight.float().abs().amax(dim=1, keepdim=True) / 448
-    scale[scale == 0] = 1.0
-    return (weight.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()
 
 
 @pytest.mark.parametrize(("precision", "of_weights"), [("bf16", to_bfloat16), ("fp8", to_float8)])

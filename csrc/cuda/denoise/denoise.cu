@@ -121,6 +121,7 @@ Shape Plan(std::int64_t features, std::int64_t classes, std::int64_t rows, std::
     } else {
       continue;
     }
+    shape.step_stages = step_stages;
     shape.shared_bytes = static_cast<std::size_t>(fixed + shape.slots * stage_bytes);
     shape.workspace_bytes =
         static_cast<std::size_t>(Workspace(features, classes, shape, precision).bytes);

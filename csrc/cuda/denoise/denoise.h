@@ -17,8 +17,9 @@ struct Shape {
   int blocks;          // one per multiprocessor, all resident
   int row_tiles;       // tiles of 8 rows: 1, 2, 4 or 8
   int pass_tiles;      // tiles of 16 output channels per pass over the activations
-  int slots;           // stages of weights in shared memory
-  int resident;        // of these, the stages that remain there for all sweeps
+  int step_stages;     // stages of weights that a block reads per sweep
+  int slots;           // of these, how many shared memory holds at once
+  int resident;        // the stages that remain there for all sweeps; others share a ring of slots
   int chains, window;  // rows per launch: chains x steps of each per sweep
   std::size_t shared_bytes;
   std::size_t workspace_bytes;
