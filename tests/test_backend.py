@@ -34,7 +34,8 @@ def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_operation_has_a_reference() -> None:
-    assert set(IMPLEMENTATIONS) == {"denoise", "conditioning", "conditional_linear", "mmd", "rois"}
+    operations = {"denoise", "conditioning", "conditional_linear", "image_ids", "mmd", "rois"}
+    assert set(IMPLEMENTATIONS) == operations
     for operation, backends in IMPLEMENTATIONS.items():
         assert set(backends) <= set(BACKENDS)
         assert resolve(operation, "reference", CPU) == "reference"

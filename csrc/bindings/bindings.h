@@ -30,14 +30,18 @@ namespace cuda {
 
 void BindConditioning(pybind11::module_& m);
 void BindDenoise(pybind11::module_& m);
+void BindImageIds(pybind11::module_& m);
 void BindMmd(pybind11::module_& m);
 void BindRois(pybind11::module_& m);
+void BindUpload(pybind11::module_& m);
 
 inline void BindAll(pybind11::module_& m) {
   BindConditioning(m);
   BindDenoise(m);
+  BindImageIds(m);
   BindMmd(m);
   BindRois(m);
+  BindUpload(m);
 }
 
 }  // namespace cuda

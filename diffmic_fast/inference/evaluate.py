@@ -23,7 +23,7 @@ from diffmic_fast.inference.evaluation import Evaluation
 from diffmic_fast.inference.report import SET_COVERAGE, Uncertainty
 from diffmic_fast.inference.results import CALIBRATED, GUIDANCE, Output, Result, make_results
 from diffmic_fast.models import DiffMIC, Prediction
-from diffmic_fast.models.image_ids import image_ids
+from diffmic_fast.ops.image_ids import image_ids
 
 __all__ = ["CALIBRATED", "GUIDANCE", "Evaluation", "Result", "evaluate"]
 

@@ -19,12 +19,12 @@ from diffmic_fast.models.denoiser import ConditionalModel
 from diffmic_fast.models.encoders import ImageEncoder
 from diffmic_fast.models.execution import inference
 from diffmic_fast.models.guidance import DCG, Guidance, GuidanceDetail
-from diffmic_fast.models.image_ids import image_ids
 from diffmic_fast.models.loss import DiffMICLoss, antithetic_timesteps, denoising_loss
 from diffmic_fast.models.modes import evaluation_mode
 from diffmic_fast.models.prediction import Prediction
 from diffmic_fast.ops._backend import BackendError
 from diffmic_fast.ops.denoise import denoise
+from diffmic_fast.ops.image_ids import image_ids
 from diffmic_fast.reference.denoise import chain
 
 

@@ -32,6 +32,7 @@ IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "denoise": ("reference", "cpu", "cuda", "triton", "cuda-emulated"),
     "conditioning": ("reference", "cpu", "cuda", "cuda-emulated"),
     "conditional_linear": ("reference", "triton"),
+    "image_ids": ("reference", "cuda", "cuda-emulated"),
     "mmd": ("reference", "cpu", "cuda", "cuda-emulated"),
     "rois": ("reference", "cpu", "cuda", "cuda-emulated"),
 }
