@@ -18,10 +18,11 @@ class Arguments:
         sizes: The size of each letter so far.
     """
 
-    def __init__(self, operation: str) -> None:
+    def __init__(self, operation: str, device: torch.device | None = None) -> None:
+        """Begin the checks of a call; `device` is that of its tensors (default: the first one's)."""
         self.operation = operation
         self.sizes: dict[str, int] = {}
-        self._device: torch.device | None = None
+        self._device = device
         self._dtype: torch.dtype | None = None
 
     def floating(self, name: str, value: object, *shapes: str) -> Tensor:
@@ -41,15 +42,15 @@ class Arguments:
         self._dtype = dtype
         return tensor
 
-    def integer(self, name: str, value: object, *shapes: str) -> Tensor:
-        """Require an int64 tensor of one of the shapes, on the device of those before it."""
-        tensor = self.tensor(name, value, *shapes)
+    def integer(self, name: str, value: object, *shapes: str, host: bool = False) -> Tensor:
+        """Require an int64 tensor of one of the shapes, on the device of those before it, or with `host` on the CPU."""
+        tensor = self.tensor(name, value, *shapes, host=host)
         if tensor.dtype != torch.int64:
             raise TypeError(f"{self.operation}: {name} must be int64, got {tensor.dtype}")
         return tensor
 
-    def tensor(self, name: str, value: object, *shapes: str) -> Tensor:
-        """Require a tensor of one of the shapes, on the device of those before it."""
+    def tensor(self, name: str, value: object, *shapes: str, host: bool = False) -> Tensor:
+        """Require a tensor of one of the shapes, on the device of those before it, or with `host` on the CPU."""
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"{self.operation}: {name} must be a torch.Tensor, got {type(value).__name__}"
@@ -64,15 +65,21 @@ class Arguments:
             )
         if self._device is None:
             self._device = value.device
-        elif self._device != value.device:
+        elif self._device != value.device and not (host and value.device.type == "cpu"):
+            also = ", or on the CPU" if host else ""
             raise ValueError(
-                f"{self.operation}: {name} must be on {self._device} as the arguments before it, got {value.device}"
+                f"{self.operation}: {name} must be on {self._device} as the arguments before it{also}, got "
+                f"{value.device}"
             )
         return value
 
     def within(self, name: str, value: Tensor, low: int, high: int) -> None:
-        """Require every element to be in [low, high]. Not checked while `torch.compile` traces."""
-        if value.numel() == 0 or torch.compiler.is_compiling():
+        """Require every element of a tensor on the CPU to be in [low, high].
+
+        Not checked while `torch.compile` traces, nor on a GPU, where the host would have to wait for the device to read
+        the values: there kernels mark what such a value would decide with NaN, or `assert_within` stops them.
+        """
+        if value.device.type != "cpu" or value.numel() == 0 or torch.compiler.is_compiling():
             return
         bounds = value.aminmax()
         least, most = int(bounds.min), int(bounds.max)
@@ -111,6 +118,29 @@ class Arguments:
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is enabled for a device; False for those that have none, as the meta device."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def assert_within(what: str, value: Tensor, low: int, high: int) -> None:
+    """Stop kernels of a GPU whose integer argument has an element outside of [low, high], without waiting for them.
+
+    The assertion is made on the device: like an index out of range, it ends the process's use of that GPU, and the next
+    call that waits raises. Does nothing for tensors that are not on a GPU (`Arguments.within` checks those on the CPU),
+    and while `torch.compile` traces.
+    """
+    if value.device.type != "cuda" or value.numel() == 0 or torch.compiler.is_compiling():
+        return
+    inside = (value.clamp(low, high) == value).all()
+    torch._assert_async(inside, f"{what} must be in [{low}, {high}]")
+
+
+def finite_on_device(what: str, images: Tensor, device: torch.device) -> Tensor:
+    """Images [B, ...] from the CPU on a device; raises ValueError if one is not finite.
+
+    Models check images on the CPU themselves. On a GPU they do not, which would wait for it.
+    """
+    if device.type != "cpu":
+        check_finite(what, images, ValueError)
+    return images.to(device)
 
 
 def check_finite(what: str, values: Tensor, error: type[Exception]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +17,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import emulated_module
+import fake_gpu
+from cuda_backends import FAKE_GPU
 
 # The tests of kernels run without the packages that models and configurations need.
 if all(map(find_spec, ("pydantic", "torchvision"))):
@@ -33,7 +35,7 @@ Golden = Callable[[str], dict[str, Tensor]]
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Builds the emulated CUDA kernels before the first test that uses them, or skips with the reason."""
-    everywhere = os.environ.get("DIFFMIC_BACKEND") == "cuda-emulated"
+    everywhere = os.environ.get("DIFFMIC_BACKEND") == "cuda-emulated" or FAKE_GPU
     if (everywhere or item.get_closest_marker("emulated")) and (
         reason := emulated_module.prepare()
     ):
@@ -46,6 +48,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items if torch.cuda.is_available() else ():
         if "triton" in item.nodeid and "slow" not in item.keywords:
             item.add_marker("gpu")
+
+
+@pytest.fixture(autouse=True)
+def _fake_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With DIFFMIC_FAKE_GPU=1, the GPU of a test that needs one."""
+    if FAKE_GPU and request.node.get_closest_marker("gpu"):
+        with fake_gpu.fake_gpu(monkeypatch):
+            yield
+    else:
+        yield
 
 
 @pytest.fixture(scope="session")

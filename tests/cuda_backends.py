@@ -1,13 +1,21 @@
-"""The backends of tests of GPU kernels: a GPU, the emulator of tests/emulator (CUDA) and Triton's interpreter."""
+"""The backends of tests of GPU kernels: a GPU, the emulator of tests/emulator (CUDA) and Triton's interpreter.
+
+With ``DIFFMIC_FAKE_GPU=1`` the tests for a GPU (``-m gpu``) run on the fake one of fake_gpu.py.
+"""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
 from diffmic_fast import _native, triton
 
+FAKE_GPU = os.environ.get("DIFFMIC_FAKE_GPU") == "1"
 _GPU = "no GPU" if not torch.cuda.is_available() else _native.cuda_failure()
+if FAKE_GPU:
+    _GPU = ""
 
 CUDA_BACKENDS = [
     pytest.param("cuda-emulated", marks=pytest.mark.emulated),  # conftest.py builds the kernels

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffmic_fast.ops._transfer import to_device
+
 # In the order of their number of parameters.
 KINDS = ("temperature", "stacked", "vector")
 # Fewer images leave the error of a temperature above its effect.
@@ -67,7 +69,7 @@ class Scaling:
                 raise ValueError(f"Scaling: prior must be given for the kind {self.kind!r}")
             result = result + self.prior_factor * prior
         if self.kind == "vector":
-            result = result + self.bias.to(scores.device, scores.dtype)
+            result = result + to_device(self.bias, scores.device).to(scores.dtype)
         return result
 
     def probabilities(self, scores: Tensor, prior: Tensor | None = None) -> Tensor:

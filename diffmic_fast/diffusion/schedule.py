@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffmic_fast.ops._transfer import to_device
+
 # The tables are float32 on the CPU, whatever torch's defaults are.
 _tensor = partial(torch.tensor, dtype=torch.float32, device="cpu")
 _linspace = partial(torch.linspace, dtype=torch.float32, device="cpu")
@@ -125,6 +127,6 @@ def q_sample(
     Returns:
         Shape of the broadcast, dtype of `y`.
     """
-    s = schedule.sqrt_alpha_bar.to(y.device)[timesteps][:, None]
-    q = schedule.sqrt_one_minus_alpha_bar.to(y.device)[timesteps][:, None]
+    s = to_device(schedule.sqrt_alpha_bar, y.device)[timesteps][:, None]
+    q = to_device(schedule.sqrt_one_minus_alpha_bar, y.device)[timesteps][:, None]
     return s * y + (1.0 - s) * prior + q * noise

@@ -18,6 +18,7 @@ from diffmic_fast.calibration.novelty import (
 )
 from diffmic_fast.calibration.scaling import check_count
 from diffmic_fast.checkpoint import weights_digest
+from diffmic_fast.checks import finite_on_device
 from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.data.loading import in_batches, load_batches
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
@@ -115,6 +116,7 @@ class _Passes:
 
         def call(images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
             result = self.model.predict(images, probability="published", **asdict(self.options))
+            result.check()
             assert result.features is not None
             statistics = image_statistics(images)
             return result.samples, result.guidance[:, 0], result.features, statistics, labels
@@ -145,7 +147,7 @@ class _Passes:
         loader = load_batches(dataset, batches, workers=self.workers)
         rows: list[tuple[Tensor, ...]] = []
         for images, labels, _ in loader:
-            found = call(images.to(self.device), labels)
+            found = call(finite_on_device("calibrate: the images", images, self.device), labels)
             rows.append(tuple(tensor.cpu() for tensor in found))
             if self.on_batch is not None:
                 self.on_batch(len(labels))

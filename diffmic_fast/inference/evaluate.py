@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffmic_fast.calibration import Calibration, Confidence, confidence, prediction_sets
+from diffmic_fast.checks import finite_on_device
 from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.data.loading import in_batches, load_batches
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
@@ -91,7 +92,7 @@ def evaluate(
     loader = load_batches(dataset, in_batches(own, batch_size), workers=workers)
     batches: list[_Batch] = []
     for images, labels, _ in loader:
-        images = images.to(device)
+        images = finite_on_device("evaluate: the images", images, device)
         if not batches:
             _warm_up(model, images, options, sample=bool(methods))
         outputs = _classify(model, images, methods, options)
@@ -182,6 +183,7 @@ def _classify(
     for method in methods:
         predict = partial(model.predict, images, features=features, **given, **asdict(method))
         prediction, sampling = _time(images.device, predict)
+        prediction.check()
         seconds = guiding + encoding + sampling
         if novelty is None:  # of the image, not of the sampler
             novelty = confidence(prediction, model.calibration, images=images)

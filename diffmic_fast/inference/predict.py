@@ -20,6 +20,7 @@ from diffmic_fast import __version__
 from diffmic_fast.calibration import Confidence, confidence
 from diffmic_fast.calibration.conformal import check_coverage
 from diffmic_fast.checkpoint import weights_digest
+from diffmic_fast.checks import finite_on_device
 from diffmic_fast.config.data import AugmentationConfig
 from diffmic_fast.config.differences import deciding_values
 from diffmic_fast.data.decode import UnreadableImageError, load_image
@@ -332,7 +333,7 @@ class FilePredictor:
         if not paths:
             return PredictedBatch([], unreadable, [], None, None)
         images = torch.stack([file.image for file in readable if file.image is not None])
-        images = images.to(self.device)
+        images = finite_on_device("predict: the images", images, torch.device(self.device))
         model = self.model
         prediction = model.predict(
             images,
@@ -342,6 +343,7 @@ class FilePredictor:
             probability=self._wanted.probability,
             **asdict(self._options),
         )
+        prediction.check()
         coverage = self.heading.coverage
         sure = confidence(prediction, model.calibration, images=images, coverage=coverage)
         rows = _rows(readable, self.heading.classes, prediction, sure, model)

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffmic_fast.checks import Arguments
+from diffmic_fast.checks import Arguments, assert_within
 from diffmic_fast.diffusion.schedule import Schedule, q_sample
 from diffmic_fast.distributed.sync_batch_norm import SyncBatchNorm
 from diffmic_fast.models._torch_internals import has_hooks, is_replica
 from diffmic_fast.models.encoders import ImageEncoder
 from diffmic_fast.models.feature_cache import FeatureCache
 from diffmic_fast.models.modes import repeated_statistics
+from diffmic_fast.ops._transfer import to_device
 from diffmic_fast.ops.conditional_linear import ConditionalLayer, conditional_linear
 from diffmic_fast.ops.conditioning import conditioning
 from diffmic_fast.ops.denoise import DenoiserWeights
@@ -197,9 +198,11 @@ class ConditionalModel(nn.Module):
         features = features.repeat_interleave(draws, dim=0)
         _check_rows("y_0", y_0, features)
         if not self.guidance or not self._is_standard():
+            assert_within("ConditionalModel: timesteps", t, 0, len(schedule.sqrt_alpha_bar) - 1)
             y = q_sample(y_0, guidance, schedule, t, noise)
             return self.denoise_features(features, y, t, guidance)
-        tables = schedule.sqrt_alpha_bar.to(noise), schedule.sqrt_one_minus_alpha_bar.to(noise)
+        both = (schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar)
+        tables = (to_device(table, noise.device).to(noise.dtype) for table in both)
         norm = self._norm(1, guidance)
         conditioned = noised_conditioning(
             features, y_0, guidance, self._layer(1), t, *tables, noise=noise, **norm
@@ -230,6 +233,8 @@ class ConditionalModel(nn.Module):
         embed = getattr(self.lin1, "embed", None)
         if isinstance(embed, nn.Embedding):
             args.within("timesteps", t, 0, embed.num_embeddings - 1)
+            if not self._is_standard():
+                assert_within("ConditionalModel: timesteps", t, 0, embed.num_embeddings - 1)
         _check_rows("y", y, features)
         if not self._is_standard():
             return self._composed(features, y, t, guidance)

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffmic_fast.calibration import Calibration
-from diffmic_fast.checks import Arguments, autocast_enabled, check_finite
+from diffmic_fast.checks import Arguments, assert_within, autocast_enabled, check_finite
 from diffmic_fast.config.model import DiffMICConfig
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.diffusion.schedule import make_schedule
@@ -23,6 +22,7 @@ from diffmic_fast.models.loss import DiffMICLoss, antithetic_timesteps, denoisin
 from diffmic_fast.models.modes import evaluation_mode
 from diffmic_fast.models.prediction import Prediction
 from diffmic_fast.ops._backend import BackendError
+from diffmic_fast.ops._transfer import to_device
 from diffmic_fast.ops.denoise import denoise
 from diffmic_fast.ops.image_ids import image_ids
 from diffmic_fast.reference.denoise import chain
@@ -109,7 +109,10 @@ class DiffMIC(nn.Module):
 
         The guidance model runs in evaluation mode and gets no gradient. Timesteps are antithetic; the three branches
         share the noise and one encoder pass. Supports `torch.compile(fullgraph=True)` for any batch size; the values
-        of images, labels and timesteps are not checked there.
+        of images, labels and timesteps are not checked there. On a GPU neither the loss nor its backward pass waits for
+        the device: labels, timesteps, noise and `hidden` may be on the CPU, where they are checked; on the GPU an image
+        that is not finite makes the loss NaN, as does a timestep out of range, and a label out of range is found by a
+        device-side assertion.
 
         Args:
             images: [B, 3, H, W] float32, or float64 for a model of that dtype; B >= 2 in training mode.
@@ -132,10 +135,12 @@ class DiffMIC(nn.Module):
         if prior is None or images.ndim != 2:
             images = self._check_images("DiffMIC.loss", images)
         classes, last = self.config.classes, self.config.timesteps - 1
-        args = Arguments("DiffMIC.loss")
+        args = Arguments("DiffMIC.loss", images.device)
         args.sizes.update(B=images.shape[0], C=classes)
-        args.integer("labels", labels, "B")
+        args.integer("labels", labels, "B", host=True)
         args.within("labels", labels, 0, classes - 1)
+        assert_within("DiffMIC.loss: labels", labels, 0, classes - 1)
+        labels = to_device(labels, images.device)
         if self.denoiser.training and images.shape[0] < 2:
             raise ValueError(
                 "DiffMIC.loss: training needs at least 2 images for its batch statistics, got 1"
@@ -149,22 +154,27 @@ class DiffMIC(nn.Module):
             noise = torch.randn(
                 rows, classes, generator=generator, dtype=torch.float32, device="cpu"
             )
-        timesteps = args.integer("timesteps", timesteps.to(images.device), "rows")
+        args.integer("timesteps", timesteps, "rows", host=True)
         args.within("timesteps", timesteps, 0, last)
+        timesteps = to_device(timesteps, images.device)
         dtype = torch.promote_types(images.dtype, torch.float32)
-        noise = args.floating("noise", noise.to(images.device), "rows C").to(dtype)
+        noise = args.floating("noise", to_device(noise, images.device), "rows C").to(dtype)
         if prior is None:
             with torch.no_grad(), evaluation_mode(self.guidance):
                 prior = torch.stack(self.guidance(images)).to(dtype).softmax(dim=-1)
         else:
             prior = args.floating("prior", prior, "3 B C").to(dtype)
         if hidden is not None:
-            args.tensor("hidden", hidden, "B")
+            args.tensor("hidden", hidden, "B", host=True)
             if hidden.dtype != torch.bool:
                 raise TypeError(f"DiffMIC.loss: hidden must be bool, got {hidden.dtype}")
-            prior = prior.masked_fill(hidden.to(images.device)[None, :, None], 1 / classes)
+            prior = prior.masked_fill(to_device(hidden, images.device)[None, :, None], 1 / classes)
         prior = prior.repeat_interleave(draws, dim=1)
-        y_0 = F.one_hot(labels.repeat_interleave(draws), classes).to(dtype)
+        # Not F.one_hot, which may read the labels back to check them.
+        y_0 = labels.repeat_interleave(draws)[:, None] == torch.arange(
+            classes, device=labels.device
+        )
+        y_0 = y_0.to(dtype)
         call = self.denoiser.forward_branches if denoiser is None else denoiser
         eps = call(images, y_0, timesteps, prior, noise, self.schedule, draws).to(dtype)
         return denoising_loss(noise, eps, self.config.mmd_weight, gather)
@@ -241,10 +251,13 @@ class DiffMIC(nn.Module):
         folded in (`models.folding`), and [B * S, F] features; with bfloat16 convolutions the weights of one network in
         bfloat16 and the activations of a few images (`models.fused_layers`).
 
+        On a GPU the call does not wait for the device and cannot raise for values there: an image that is not finite,
+        or whose result is not, has NaN samples and probabilities and the label -1 (`Prediction.check` raises for it).
+
         Args:
             images: [B, 3, H, W] float32, finite.
             sampler, steps, eta, samples, seed, views: As in `diffusion.sampling_options.SamplingOptions`.
-            ids: [B] int64, key of each image's noise (default: a hash of its pixels).
+            ids: [B] int64, key of each image's noise, on any device (default: a hash of its pixels).
             precision: Of the chain (see `ops.denoise`). With "bf16" the convolutions of guidance model and encoder are
                 in bfloat16 too if the device has such instructions (on a CPU AMX or those of AVX-512 or Arm:
                 `models.execution.bfloat16_obstacle`, shown by `python -m diffmic_fast info`), else in float32, which
@@ -259,10 +272,10 @@ class DiffMIC(nn.Module):
                 otherwise the former; `Prediction.calibrated` tells which.
 
         Raises:
-            ValueError, TypeError: An argument does not fit, or images are not finite; the message names it.
+            ValueError, TypeError: An argument does not fit, or images on the CPU are not finite; the message names it.
             ValueError: Calibrated probabilities are asked for and there is no calibration for them.
             BackendError: A precision other than "fp32" is not available here; the message says why.
-            FloatingPointError: The model's result for an image is not finite.
+            FloatingPointError: The model's result for an image is not finite, on the CPU.
         """
         images = self._check_images("DiffMIC.predict", images)
         options = SamplingOptions(sampler, steps, eta, samples, seed, precision, compile, views)
@@ -281,15 +294,23 @@ class DiffMIC(nn.Module):
             detail = self._guide(images, views) if guidance is None else guidance
             branches = torch.stack(detail.logits, dim=1).float().softmax(dim=-1)
             x = (self._encode(images, views) if features is None else features).float()
-            states = self._sample(x, branches[:, 0], ids.to(images.device), options, trajectory)
+            ids = to_device(ids, images.device)
+            states = self._sample(x, branches[:, 0], ids, options, trajectory)
+        if _marks(images):
+            # Networks that replace the built ones may give numbers for NaN.
+            invalid = images[:, 0, 0, 0].isnan()
+            rows = invalid.repeat_interleave(samples)
+            states = states.masked_fill(rows[None, :, None], torch.nan)
+            branches = branches.masked_fill(invalid[:, None, None], torch.nan)
         result = Prediction.from_states(states, branches, samples, trajectory=trajectory)
         if calibration is not None:
             result = result.calibrate(calibration)
-        check_finite("the model's result", result.samples, FloatingPointError)
-        size = torch.tensor([0, 0, self.config.crop_size, self.config.crop_size], device="cpu")
+        if not _marks(images):
+            result.check()
+        corners = (detail.origins, detail.origins + self.config.crop_size)
         return result._replace(
             saliency=detail.saliency if saliency else None,
-            boxes=detail.origins.repeat(1, 1, 2) + size.to(images.device) if boxes else None,
+            boxes=torch.cat(corners, dim=-1) if boxes else None,
             features=x,
         )
 
@@ -391,6 +412,9 @@ class DiffMIC(nn.Module):
             )
         if 0 in images.shape:
             raise ValueError(f"{operation}: images must not be empty, got {tuple(images.shape)}")
+        if _marks(images):
+            finite = torch.isfinite(images).flatten(1).all(dim=1)
+            return images.masked_fill(~finite[:, None, None, None], torch.nan)
         check_finite(f"{operation}: the argument images", images, ValueError)
         return images
 
@@ -406,6 +430,14 @@ class DiffMIC(nn.Module):
                     f"{operation}: the model must be {' or '.join(map(str, allowed))}, got {found}; call float() on "
                     "it (precision='bf16' computes in bfloat16 where that is accurate)"
                 )
+
+
+def _marks(images: Tensor) -> bool:
+    """Whether images that are not finite are marked by NaN, which makes their results NaN, instead of an error.
+
+    An error would wait for the GPU. While `torch.compile` traces, images are not checked.
+    """
+    return images.device.type == "cuda" and not torch.compiler.is_compiling()
 
 
 def _mirrored(images: Tensor, views: int) -> Iterator[Tensor]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
+
+from diffmic_fast.checks import check_finite
 
 if TYPE_CHECKING:
     from diffmic_fast.calibration import Calibration
@@ -16,7 +19,8 @@ class Prediction(NamedTuple):
     Attributes:
         probabilities: [B, C] float32. Published: softmax of y_0, mean over the samples. Calibrated:
             `Calibration.probabilities`.
-        label: [B] int64, argmax of `probabilities`.
+        label: [B] int64, argmax of `probabilities`; -1 where these are not finite, which only a GPU or a compiled model
+            returns (`check`).
         spread: [B, C], standard deviation of the samples' own probabilities (0 for one sample), which are the softmax
             of y_0, or calibrated by the same scaling.
         samples: [B, S, C], y_0 of every sample.
@@ -57,7 +61,7 @@ class Prediction(NamedTuple):
         probabilities = each.mean(dim=1)
         return cls(
             probabilities=probabilities,
-            label=probabilities.argmax(dim=-1),
+            label=_labels(probabilities),
             spread=each.std(dim=1, correction=0),
             samples=y_0,
             guidance=guidance,
@@ -71,7 +75,17 @@ class Prediction(NamedTuple):
         each = calibration.sample_probabilities(self.samples, fused)
         return self._replace(
             probabilities=probabilities,
-            label=probabilities.argmax(dim=-1),
+            label=_labels(probabilities),
             spread=each.std(dim=1, correction=0),
             calibrated=True,
         )
+
+    def check(self) -> None:
+        """Wait for the result; raise FloatingPointError, with their indices, where images' results are not finite."""
+        check_finite("the model's result", self.samples, FloatingPointError)
+
+
+def _labels(probabilities: Tensor) -> Tensor:
+    """[B], argmax of [B, C]; -1, which no index is, where a probability is NaN: argmax would say 0."""
+    label = probabilities.argmax(dim=-1)
+    return label.masked_fill(~torch.isfinite(probabilities).all(dim=-1), -1)

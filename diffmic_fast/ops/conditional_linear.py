@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffmic_fast.checks import Arguments, autocast_enabled
+from diffmic_fast.checks import Arguments, assert_within, autocast_enabled
 from diffmic_fast.ops._backend import choose
 from diffmic_fast.ops._conditioning import Outputs, update
 from diffmic_fast.ops._layout import compact, detached, with_unit_rows
@@ -45,7 +45,8 @@ def conditional_linear(
     Args:
         h: [B, in], or [S, B, in] for S guidance branches, floating.
         layer: parameters; the running statistics are updated in place in training.
-        timesteps: [B] or [1] int64 in [0, T], shared by the branches.
+        timesteps: [B] or [1] int64 in [0, T], shared by the branches. On a GPU a value out of range is found by a
+            device-side assertion.
         training: normalise with the statistics of the batch, computed for each branch separately.
         momentum: weight of a batch in the running statistics.
         eps: epsilon of BatchNorm.
@@ -67,6 +68,7 @@ def conditional_linear(
     else:
         _check(args, h, layer, timesteps, training)
     name = choose("conditional_linear", backend, (h, *layer), _TRITON_DTYPES)
+    assert_within("conditional_linear: timesteps", timesteps, 0, layer.gamma.shape[0] - 1)
     if name == "reference":
         return reference.conditional_linear(
             h, layer, timesteps, training=training, momentum=momentum, eps=eps
@@ -142,17 +144,22 @@ def _check(
 def check_layer(
     args: Arguments, layer: ConditionalLayer, timesteps: Tensor, width: str, training: bool
 ) -> None:
-    """Checks the parameters of a conditional layer whose input has the width named `width`."""
-    args.floating("weight", layer.weight, f"out {width}")
-    for name in ("bias", "norm_weight", "norm_bias", "running_mean", "running_var"):
-        args.floating(name, getattr(layer, name), "out")
-    args.floating("gamma", layer.gamma, "rows out")
+    """Checks a conditional layer whose input has the width named `width`, and its timesteps."""
+    check_parameters(args, layer, width)
     args.integer("timesteps", timesteps, "B", "1")
     args.within("timesteps", timesteps, 0, args.sizes["rows"] - 1)
     if training and args.sizes["B"] < 2:
         raise ValueError(
             f"{args.operation}: training needs at least 2 rows for its batch statistics, got {args.sizes['B']}"
         )
+
+
+def check_parameters(args: Arguments, layer: ConditionalLayer, width: str) -> None:
+    """Checks the tensors of a conditional layer whose input has the width named `width`."""
+    args.floating("weight", layer.weight, f"out {width}")
+    for name in ("bias", "norm_weight", "norm_bias", "running_mean", "running_var"):
+        args.floating(name, getattr(layer, name), "out")
+    args.floating("gamma", layer.gamma, "rows out")
 
 
 def _needs_gradient(h: Tensor, layer: ConditionalLayer) -> bool:

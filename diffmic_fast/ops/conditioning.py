@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmic_fast.checks import Arguments
+from diffmic_fast.checks import Arguments, assert_within
 from diffmic_fast.ops._autocast import in_float32
 from diffmic_fast.ops._backend import choose
 from diffmic_fast.ops._conditioning import (
@@ -48,7 +48,8 @@ def conditioning(
         y_t: [B, C], or [S, B, C] for S guidance branches.
         guidance: shape of `y_t`.
         layer: first conditional layer, 2C -> F; the running statistics are updated in place in training.
-        timesteps: [B] or [1] int64 in [0, T].
+        timesteps: [B] or [1] int64 in [0, T]. On a GPU the rows of a value out of range are NaN, in training all; the
+            reference finds it by a device-side assertion.
         training, momentum, eps: as in `conditional_linear`.
         backend: name of a backend, or "auto", which selects the reference if a tensor is not float32. "cpu", "cuda" and
             "cuda-emulated" are each reproducible for any number of threads (torch's), and batch-invariant in eval mode.
@@ -70,6 +71,7 @@ def conditioning(
     check_layer(args, layer, timesteps, "2C", training)
     name = choose("conditioning", backend, (x, y_t, guidance, *layer), (torch.float32,))
     if name == "reference":
+        assert_within("conditioning: timesteps", timesteps, 0, layer.gamma.shape[0] - 1)
         return reference.conditioning(
             x, y_t, guidance, layer, timesteps, training=training, momentum=momentum, eps=eps
         )

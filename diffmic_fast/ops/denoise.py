@@ -14,8 +14,9 @@ from diffmic_fast.ops import _autocast as autocast
 from diffmic_fast.ops._backend import BackendError, asked_by_name, resolve, stream_of
 from diffmic_fast.ops._layout import compact, with_unit_rows
 from diffmic_fast.ops._operators import register
+from diffmic_fast.ops._transfer import to_device
 from diffmic_fast.ops._weight_cache import cache_of
-from diffmic_fast.ops.conditional_linear import check_layer
+from diffmic_fast.ops.conditional_linear import check_parameters
 from diffmic_fast.reference import denoise as reference
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.reference.denoise import DenoiserWeights, StepTable
@@ -83,10 +84,14 @@ class Call(NamedTuple):
     tolerance: float
     backend: str
 
+    def layers(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+        """The tensors of the three conditional layers."""
+        return self.conditioning, self.hidden_1, self.hidden_2
+
     def kernel_inputs(self) -> list[Tensor]:
         """The floating-point tensors of the rows and the weights."""
         rows = [self.features, self.prior, self.guidance]
-        layers = (*self.conditioning, *self.hidden_1, *self.hidden_2)
+        layers = [tensor for layer in self.layers() for tensor in layer]
         noise = [] if self.noise is None else [self.noise]
         return [*rows, *noise, *layers, self.output_weight, self.output_bias]
 
@@ -118,18 +123,21 @@ def denoise(
     The backend "cpu" caches the two hidden weights in packed form (8 F^2 bytes in fp32, half of that in bf16, a quarter
     in int8) for as long as the tensor of the first hidden weight lives. Every call hashes the weights and packs them
     again if any bit has changed. The backend "cuda" packs them in every call, which takes as long as three steps, and
-    frees that memory with the call.
+    frees that memory with the call. On a GPU the call does not wait for the device unless `progress` is given, and with
+    the backend "cuda" a CUDA graph can capture it; the graph holds the steps, and ids that are on the CPU.
 
     Args:
         features: [M, F] floating, image features after `norm`.
         prior: [M, C] floating, mean of the initial state.
         guidance: [M, C] floating, label distribution that conditions the denoiser.
         weights: the denoiser in evaluation mode.
-        steps: the sampler, n steps (`diffusion.make_steps`).
+        steps: the sampler, n steps (`diffusion.make_steps`); on the CPU, wherever the other tensors are.
         noise: [n, M, C] floating, in the order of use: noise[0] is added to the prior, noise[i] is z of step i - 1.
             None: Philox noise addressed by (seed, image, sample, timestep) (docs/algorithm.md, "Philox noise").
         seed: 64-bit key of the Philox noise.
-        image_ids, sample_ids: [M] int64, image and sample of each row; samples in [0, 2**32). None: 0 … M-1, and 0.
+        image_ids, sample_ids: [M] int64, image and sample of each row, on the device of `features` or on the CPU;
+            samples in [0, 2**32). Those on a GPU are not checked: a sample out of range makes the row NaN. None:
+            0 … M-1, and 0.
         trajectory: return all states instead of the last one.
         precision: of the two hidden matrix products; everything else is float32. `PRECISIONS_OF` lists what each
             backend has, docs/algorithm.md, "Quantisation", the definitions, and `python -m
@@ -168,7 +176,8 @@ def denoise(
         y_0 [M, C], or with `trajectory` all states [n + 1, M, C], y_0 last.
 
     Raises:
-        ValueError, TypeError: an argument has a wrong shape, dtype, device or value.
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or value. All tensors but `steps` and the
+            ids must be on one device.
         BackendError: the requested backend, precision or instruction set is not available (a RuntimeError).
     """
     args = Arguments("denoise")
@@ -179,11 +188,11 @@ def denoise(
     if noise is not None:
         args.floating("noise", noise, "n M C")
     if image_ids is not None:
-        args.integer("image_ids", image_ids, "M")
+        args.integer("image_ids", image_ids, "M", host=True)
     if sample_ids is not None:
-        args.integer("sample_ids", sample_ids, "M")
+        args.integer("sample_ids", sample_ids, "M", host=True)
     _check_steps(steps, noise)
-    _check_weights(args, weights, steps)
+    _check_weights(args, weights, steps, features.device)
     _check_window(window, tolerance, precision)
     if autocast.active(features):
         features, prior, guidance = map(autocast.single, (features, prior, guidance))
@@ -210,7 +219,7 @@ def denoise(
 
 
 def _check_steps(steps: StepTable, noise: Tensor | None) -> None:
-    args = Arguments("denoise")
+    args = Arguments("denoise", torch.device("cpu"))
     args.integer("steps.timesteps", steps.timesteps, "n")
     for name, column in zip(StepTable._fields[1:-1], steps[1:-1], strict=True):
         args.floating(f"steps.{name}", column, "n")
@@ -218,14 +227,17 @@ def _check_steps(steps: StepTable, noise: Tensor | None) -> None:
         raise ValueError("denoise: steps must have at least one step if noise is given, got none")
 
 
-def _check_weights(args: Arguments, weights: DenoiserWeights, steps: StepTable) -> None:
+def _check_weights(
+    args: Arguments, weights: DenoiserWeights, steps: StepTable, device: torch.device
+) -> None:
     sizes = args.sizes
     layers = (weights.conditioning, *weights.hidden)
     for layer, width in zip(layers, (2 * sizes["C"], sizes["F"], sizes["F"]), strict=True):
-        inner = Arguments("denoise")
-        inner.sizes = {"out": sizes["F"], "in": width, "B": len(steps.timesteps)}
-        inner.sizes["rows"] = len(weights.conditioning.gamma)
-        check_layer(inner, layer, steps.timesteps.to(layer.weight.device), "in", training=False)
+        # Of the device of the rows, but of any dtype: the reference converts.
+        inner = Arguments("denoise", device)
+        inner.sizes = {"out": sizes["F"], "in": width, "rows": len(weights.conditioning.gamma)}
+        check_parameters(inner, layer, "in")
+        inner.within("steps.timesteps", steps.timesteps, 0, inner.sizes["rows"] - 1)
     args.floating("output_weight", weights.output_weight, "C F")
     args.floating("output_bias", weights.output_bias, "C")
 
@@ -331,14 +343,13 @@ def _run(call: Call, progress: Callable[[int, int], None] | None = None) -> Tens
 def _prepare(call: Call) -> Call:
     """The call with its defaults filled in, and arrays in the layout and on the device of the kernels."""
     device, rows = call.features.device, call.features.shape[0]
-    images = torch.arange(rows, device="cpu") if call.image_ids is None else call.image_ids
-    samples = (
-        torch.zeros(rows, dtype=torch.int64, device="cpu")
-        if call.sample_ids is None
-        else call.sample_ids
-    )
     if call.backend != "cpu":
-        _check_gpu_values(call, samples)
+        _check_gpu_values(call)
+    images, samples = call.image_ids, call.sample_ids
+    if images is None:
+        images = torch.arange(rows, device=device)
+    if samples is None:
+        samples = torch.zeros(rows, dtype=torch.int64, device=device)
     return call._replace(
         features=with_unit_rows(call.features),
         prior=compact(call.prior),
@@ -348,20 +359,28 @@ def _prepare(call: Call) -> Call:
         hidden_2=ConditionalLayer(*map(with_unit_rows, call.hidden_2)),
         output_weight=with_unit_rows(call.output_weight),
         output_bias=compact(call.output_bias),
-        timesteps=call.timesteps.to(device).contiguous(),
-        coefficients=compact(call.coefficients.to(device)),
+        timesteps=to_device(call.timesteps, device).contiguous(),
+        coefficients=compact(to_device(call.coefficients, device)),
         noise=None if call.noise is None else compact(call.noise),
-        image_ids=images.to(device).contiguous(),
-        sample_ids=samples.to(device).contiguous(),
+        image_ids=to_device(images, device).contiguous(),
+        sample_ids=to_device(samples, device).contiguous(),
         window=call.window or _default_window(call),
     )
 
 
-def _check_gpu_values(call: Call, samples: Tensor) -> None:
-    """Raise for values that kernels on a GPU cannot report; those on the CPU check them themselves."""
+def _check_gpu_values(call: Call) -> None:
+    """Raise for values on the CPU that kernels on a GPU cannot report; those on the CPU check them themselves.
+
+    A traced call gets here unchecked. Sample ids on a GPU are not read: the kernels give NaN for one out of range.
+    """
+    args = Arguments("denoise", torch.device("cpu"))
+    args.integer("steps.timesteps", call.timesteps, "n")
+    args.floating("steps", call.coefficients, "7 n")
+    rows = min(ConditionalLayer(*each).gamma.shape[0] for each in call.layers())
+    args.within("steps.timesteps", call.timesteps, 0, rows - 1)
     if call.noise is None:
-        if len(samples) and not 0 <= int(samples.min()) <= int(samples.max()) <= _MAX_SAMPLE:
-            raise ValueError(f"denoise: sample_ids must be in [0, {_MAX_SAMPLE}]")
+        if call.sample_ids is not None:
+            args.within("sample_ids", call.sample_ids, 0, _MAX_SAMPLE)
     elif call.coefficients.shape[1] and float(call.coefficients[-1, -1]) != 0.0:
         # noise[0] makes the initial state and noise[i] is z of step i - 1: there is none for the last step.
         raise ValueError(

@@ -155,10 +155,11 @@ def _check_weights(name: str, weights: Tensor, rows_name: str, rows: Tensor) -> 
             f"mmd: {name} must be [{rows.shape[0]}], one per row of {rows_name}, got "
             f"{tuple(weights.shape)}"
         )
-    if weights.dtype not in READABLE or weights.device != rows.device:
-        raise TypeError(
-            f"mmd: {name} must be floating-point on {rows.device}, got {weights.dtype} on "
-            f"{weights.device}"
+    if weights.dtype not in READABLE:
+        raise TypeError(f"mmd: {name} must be floating-point, got {weights.dtype}")
+    if weights.device != rows.device:
+        raise ValueError(
+            f"mmd: {name} must be on {rows.device} as {rows_name}, got {weights.device}"
         )
     if weights.requires_grad:
         raise ValueError(f"mmd: {name} must not require gradients: detach() it")

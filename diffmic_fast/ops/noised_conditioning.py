@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffmic_fast.checks import Arguments
+from diffmic_fast.checks import Arguments, assert_within
 from diffmic_fast.ops._autocast import in_float32
 from diffmic_fast.ops._backend import choose
 from diffmic_fast.ops._conditioning import (
@@ -63,13 +63,13 @@ def noised_conditioning(
         y_0: [B, C] floating label vectors, shared by the branches.
         guidance: [B, C], or [S, B, C] for S guidance branches: prior mean of the noisy labels, and guidance of the
             layer.
-        timesteps: [B] or [1] int64 in [0, T).
+        timesteps: [B] or [1] int64 in [0, T); out of range on a GPU as in `conditioning`.
         sqrt_alpha_bar, sqrt_one_minus_alpha_bar: [T] floating, the tables of a `diffusion.Schedule`.
         noise: [B, C] floating, shared by the branches. Default: Philox noise at (seed, image, sample, timestep 0), the
             same bits from every backend.
         seed: 64-bit key of that noise.
         image_ids, sample_ids: [B] int64, image and sample of each row (default: 0 … B-1, and 0); samples in
-            [0, 2**32).
+            [0, 2**32); on a GPU the noise of a sample out of range is NaN.
 
     Returns:
         `h` of `conditioning`, `y_t` of the shape of `guidance`, and `noise` [B, C]. h is differentiable in x, y_0,
@@ -108,6 +108,7 @@ def noised_conditioning(
     floats += [] if noise is None else [noise]
     name = choose("conditioning", backend, floats, (torch.float32,), caller="noised_conditioning")
     if name == "reference":
+        assert_within("noised_conditioning: timesteps", timesteps, 0, args.sizes["T"] - 1)
         return reference.noised_conditioning(
             x, y_0, guidance, layer, timesteps, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, noise=noise, seed=seed,
             image_ids=image_ids, sample_ids=sample_ids, training=training, momentum=momentum, eps=eps,

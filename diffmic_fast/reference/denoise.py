@@ -156,8 +156,9 @@ def chain(
     draw = _noise_source(prior, steps, noise, seed, image_ids, sample_ids)
     y = prior + draw(0)
     states = [y]
-    for i in range(len(steps.timesteps)):
-        eps = predict(y, steps.timesteps[i : i + 1].to(prior.device))
+    timesteps = steps.timesteps.to(prior.device, non_blocking=steps.timesteps.device.type == "cpu")
+    for i in range(len(timesteps)):
+        eps = predict(y, timesteps[i : i + 1])
         y0 = estimate_y0(y, prior, eps, steps.sqrt_alpha_bar[i], steps.sqrt_one_minus_alpha_bar[i])
         mean = steps.y0_weight[i] * y0 + steps.y_weight[i] * y + steps.prior_weight[i] * prior
         y = mean + steps.eps_weight[i] * eps
@@ -179,7 +180,8 @@ def _noise_source(
     if noise is not None:
         return lambda i: noise[i]
     rows, classes = prior.shape
-    images = torch.arange(rows, device=prior.device) if image_ids is None else image_ids
+    device = prior.device
+    images = torch.arange(rows, device=device) if image_ids is None else image_ids.to(device)
     samples = torch.zeros_like(images) if sample_ids is None else sample_ids
     moments = torch.cat((steps.timesteps.new_tensor([steps.start]), steps.timesteps))
     blocks: dict[int, Tensor] = {}

@@ -143,7 +143,8 @@ def normal(
         [K, M, C] float32 on the device of `image_ids`.
 
     Raises:
-        ValueError: a size or value is outside these ranges.
+        ValueError: a size or value is outside these ranges. Values on a GPU are not read back: the noise of one out of
+            range is NaN.
     """
     if not 1 <= classes <= MAX_CLASSES:
         raise ValueError(f"philox: classes must be in [1, {MAX_CLASSES}], got {classes}")
@@ -152,21 +153,33 @@ def normal(
             "philox: image_ids and sample_ids must be [M] and timesteps [K], got "
             f"{tuple(image_ids.shape)}, {tuple(sample_ids.shape)}, {tuple(timesteps.shape)}"
         )
-    if timesteps.numel() and not 0 <= int(timesteps.min()) <= int(timesteps.max()) <= MAX_TIMESTEP:
-        raise ValueError(f"philox: timesteps must be in [0, {MAX_TIMESTEP}]")
-    if sample_ids.numel() and not 0 <= int(sample_ids.min()) <= int(sample_ids.max()) <= _MASK:
-        raise ValueError(f"philox: sample_ids must be in [0, {_MASK}]")
+    for name, values, most in (
+        ("timesteps", timesteps, MAX_TIMESTEP),
+        ("sample_ids", sample_ids, _MASK),
+    ):
+        on_host = values.device.type == "cpu" and values.numel() > 0
+        if on_host and not 0 <= int(values.min()) <= int(values.max()) <= most:
+            raise ValueError(f"philox: {name} must be in [0, {most}]")
     device = image_ids.device
+    timesteps, sample_ids = (
+        values.to(device, non_blocking=values.device.type == "cpu")
+        for values in (timesteps, sample_ids)
+    )
     blocks = -(-classes // 4)
     image = image_ids.long()[None, :, None]
-    last = (timesteps.to(device).long() << 12)[:, None, None] | torch.arange(blocks, device=device)
+    last = (timesteps.long() << 12)[:, None, None] | torch.arange(blocks, device=device)
     shape = (len(timesteps), len(image_ids), blocks)
     counter = (
         (image & _MASK).expand(shape),
         ((image >> 32) & _MASK).expand(shape),
-        sample_ids.to(device).long()[None, :, None].expand(shape),
+        sample_ids.long()[None, :, None].expand(shape),
         last.expand(shape),
     )
     words = philox4x32(counter, seed)
     normals = (*box_muller(words[0], words[1]), *box_muller(words[2], words[3]))
-    return torch.stack(normals, dim=-1).flatten(2)[..., :classes].contiguous()
+    drawn = torch.stack(normals, dim=-1).flatten(2)[..., :classes].contiguous()
+    if device.type == "cpu":
+        return drawn
+    valid = (timesteps >= 0) & (timesteps <= MAX_TIMESTEP)
+    valid = valid[:, None] & ((sample_ids >= 0) & (sample_ids <= _MASK))[None, :]
+    return drawn.masked_fill(~valid[..., None], torch.nan)

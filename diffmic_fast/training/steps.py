@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ class Steps:
             network.recompute = True
 
     def denoiser_step(self, images: Tensor, labels: Tensor, epoch: float) -> dict[str, float]:
-        """One step of the denoiser and its moving average.
+        """One step of the denoiser and its moving average. On a GPU it waits once, for the losses and the gradient.
 
         Args:
             images: [B, 3, H, W], this process's part of the batch.
@@ -160,32 +161,35 @@ class Steps:
 
     def _update_denoiser(self, parts: list[MicroBatch]) -> dict[str, float]:
         """Forward and backward passes of a batch, and one step of the optimizer; returns LOSSES."""
-        totals = dict.fromkeys(LOSSES, 0.0)
+        found: list[Tensor] = []
         for part in parts:
             deferred = DeferredGradients(self._deferrable)
             with self._denoiser.micro_batch(last=part.last):
                 with self._autocast(part.images):
                     loss, values = self._losses(part, deferred)
-                for key, value in zip(LOSSES, values, strict=True):
-                    totals[key] += value
-                if not all(map(math.isfinite, values)):
-                    described = ", ".join(f"{k} {v:g}" for k, v in zip(LOSSES, values, strict=True))
-                    raise ValueError(f"the denoiser's loss is not finite ({described})")
+                found.append(values)
                 torch.autograd.backward(loss)
             deferred.accumulate()
-        self._clip(self.model.denoiser, "denoiser", self.config.gradient_clip)
+        norm = self._clip(self.model.denoiser, self.config.gradient_clip)
+        rows, norms = _read(found, norm)
+        for row in rows:
+            if not all(map(math.isfinite, row)):
+                described = ", ".join(f"{k} {v:g}" for k, v in zip(LOSSES, row, strict=True))
+                raise ValueError(f"the denoiser's loss is not finite ({described})")
+        _check_norm("denoiser", norms)
+        totals = {
+            key: sum(column) for key, column in zip(LOSSES, zip(*rows, strict=True), strict=True)
+        }
         self.optimizer.step()
         if self.average is not None:
             self.average.update()
         self._end(self.model.denoiser)
         return totals
 
-    def _clip(self, module: nn.Module, name: str, limit: float | None) -> None:
-        """Clip the gradient of a module, named `name` in errors, to a norm, if one is given."""
+    def _clip(self, module: nn.Module, limit: float | None) -> Tensor:
+        """Clip the gradient of a module to a norm, if one is given; returns the norm before, which is not checked."""
         largest = math.inf if limit is None else limit
-        norm = float(full(nn.utils.clip_grad_norm_(module.parameters(), largest)))
-        if not math.isfinite(norm):
-            raise ValueError(f"the norm of the {name}'s gradient is {norm}")
+        return full(nn.utils.clip_grad_norm_(module.parameters(), largest))
 
     def guidance_step(self, images: Tensor, labels: Tensor, progress: float) -> float:
         """One step of the guidance model; errors as `denoiser_step`.
@@ -207,19 +211,17 @@ class Steps:
             epochs=1.0,
         )
         set_classifier_rate(self.guidance_optimizer, rate, c)
-        total = 0.0
+        found: list[Tensor] = []
         for part in self._begin(self.model.guidance, images, labels):
             with self._guidance.micro_batch(last=part.last):
                 with self._autocast(images):
                     fused = self._guidance(part.images)[0]
                 loss = self._cross_entropy(fused, part.labels)
-                value = float(self.processes.all_reduce(part.share * loss.detach()))
-                if not math.isfinite(value):
-                    raise ValueError(f"the guidance model's loss is {value}")
+                found.append(self.processes.all_reduce(part.share * loss.detach())[None])
                 # ParallelModule averages the gradients of the processes, and the batch's is their sum.
                 torch.autograd.backward(part.share * self.processes.world_size * loss)
-            total += value
-        self._clip(self.model.guidance, "guidance model", c.guidance_gradient_clip)
+        norm = self._clip(self.model.guidance, c.guidance_gradient_clip)
+        total = _total("guidance model", *_read(found, norm))
         self.guidance_optimizer.step()
         self._end(self.model.guidance)
         if self.guidance_average is not None:
@@ -268,17 +270,15 @@ class Steps:
         encoder = self.encoder
         assert encoder is not None
         set_classifier_rate(encoder.optimizer, rate, c)
-        total = 0.0
+        found: list[Tensor] = []
         for part in self._begin(encoder, images, labels):
             with self._autocast(images):
                 logits = encoder(part.images)
             loss = part.share * self._cross_entropy(logits, part.labels)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise ValueError(f"the encoder's loss is {value}")
+            found.append(loss.detach()[None])
             torch.autograd.backward(loss)
-            total += value
-        self._clip(encoder, "encoder", c.gradient_clip)
+        norm = self._clip(encoder, c.gradient_clip)
+        total = _total("encoder", *_read(found, norm))
         encoder.optimizer.step()
         if encoder.average is not None:
             encoder.average.update()
@@ -360,8 +360,8 @@ class Steps:
             return bfloat16_passes(images.device)
         return contextlib.nullcontext()
 
-    def _losses(self, part: MicroBatch, deferred: DeferredGradients) -> tuple[Tensor, list[float]]:
-        """The loss to differentiate on this process, and the micro-batch's share of LOSSES over all processes."""
+    def _losses(self, part: MicroBatch, deferred: DeferredGradients) -> tuple[Tensor, Tensor]:
+        """The loss to differentiate on this process, and [4] float64: the micro-batch's share of LOSSES over all."""
 
         def denoiser(*arguments: Any) -> Any:
             with deferred:
@@ -397,7 +397,7 @@ class Steps:
         )
         share = part.share
         if processes.world_size == 1:
-            return share * losses.total, [share * v for v in torch.stack(list(losses)).tolist()]
+            return share * losses.total, share * torch.stack(list(losses)).detach().double()
         # The MMD of gathered rows has the same value on every process, and there the gradient of the process's rows.
         mmd_share = sum(part.counts) / part.total if gather else share
         mmds = mmd_share * torch.stack((losses.mmd_global, losses.mmd_local))
@@ -408,4 +408,41 @@ class Steps:
         total = values[0] + config.mmd_weight * values[1:].sum()
         # ParallelModule averages the gradients of the processes, and the batch's is their sum.
         loss = processes.world_size * (noise_loss + config.mmd_weight * mmds.sum())
-        return loss, [float(total), *values.tolist()]
+        return loss, torch.cat((total[None], values))
+
+
+def _read(
+    parts: Sequence[Tensor], norm: Tensor | None = None
+) -> tuple[list[list[float]], list[float]]:
+    """Read what the micro-batches of a step and its gradient gave: the one wait of a step for a GPU.
+
+    The backward passes do not wait for it, and the optimizer's step must: it follows only if all is finite.
+
+    Args:
+        parts: [n] each, the values of a micro-batch.
+        norm: of the gradient, a scalar, or None.
+
+    Returns:
+        The values of each micro-batch, and a list of the norm, or an empty list.
+    """
+    norms = [] if norm is None else [norm.reshape(1)]
+    numbers = torch.cat([values.double() for values in (*parts, *norms)]).tolist()
+    size = len(parts[0])
+    rows = [numbers[i * size : (i + 1) * size] for i in range(len(parts))]
+    return rows, numbers[len(parts) * size :]
+
+
+def _check_norm(name: str, norms: Sequence[float]) -> None:
+    """Raise for a gradient, of a model named `name`, that is not finite."""
+    for norm in norms:
+        if not math.isfinite(norm):
+            raise ValueError(f"the norm of the {name}'s gradient is {norm}")
+
+
+def _total(name: str, rows: Sequence[Sequence[float]], norms: Sequence[float]) -> float:
+    """The sum of one loss per micro-batch; raises if a loss or the gradient is not finite."""
+    for (value,) in rows:
+        if not math.isfinite(value):
+            raise ValueError(f"the {name}'s loss is {value}")
+    _check_norm(name, norms)
+    return sum(value for (value,) in rows)

@@ -29,6 +29,7 @@ from diffmic_fast.devices import choose_device
 from diffmic_fast.distributed.processes import current
 from diffmic_fast.inference.evaluate import Evaluation
 from diffmic_fast.models import DiffMIC
+from diffmic_fast.ops._transfer import to_device
 from diffmic_fast.training.batches import epoch_batches
 from diffmic_fast.training.calibration import calibrate_run
 from diffmic_fast.training.datasets import digest, make_dataset
@@ -373,7 +374,7 @@ class Trainer:
                 count = len(batches[progress.position])
                 moment = progress.epoch + progress.position / len(batches)
                 try:
-                    losses = step(moment, *(tensor.to(self.device) for tensor in batch))
+                    losses = step(moment, *(to_device(tensor, self.device) for tensor in batch))
                 except ValueError as error:
                     raise self._error(str(error), len(batches)) from error
                 for key, value in losses.items():

@@ -35,12 +35,15 @@ PATIENCE = 2
 # Tests by the beginning of a kernel file's name.
 _TESTS = {
     "conditioning": ["ops/test_conditioning_cuda.py", "ops/test_noised_conditioning.py"],
-    "denoise": ["ops/test_denoise_cuda.py"],
+    "denoise": ["ops/test_denoise_cuda.py", "ops/test_denoise_weight_ring.py"],
     "grid_barrier": ["ops/test_denoise_cuda.py"],
+    "image_ids": ["ops/test_image_ids.py"],
     "mmd": ["ops/test_mmd_cuda.py", "ops/test_mmd.py", "ops/test_noise_losses.py"],
     "reduce": ["ops/test_mmd_cuda.py", "ops/test_rois_cuda.py"],
+    "shared_memory": ["test_shared_memory_limit.py"],
     "softplus": ["ops/test_conditioning_cuda.py", "ops/test_denoise_cuda.py"],
     "rois": ["ops/test_rois_cuda.py", "ops/test_rois.py"],
+    "upload": ["test_gpu_calls.py"],
 }
 
 

@@ -279,20 +279,18 @@ def test_unsupported_arguments_raise(backend) -> None:
         denoise(*inputs, weights, steps, backend=backend, instructions="avx2")
     with pytest.raises(RuntimeError, match="it takes float32 tensors"):
         denoise(*(t.double() for t in inputs), as_double(weights), steps, backend=backend)
-    with pytest.raises(ValueError, match=r"sample_ids must be in \[0, 4294967295\]"):
+    with pytest.raises(ValueError, match=r"sample_ids must be in \[0, 4294967295\], got -1"):
         denoise(*inputs, weights, steps, backend=backend, sample_ids=torch.tensor([0, -1]))
     sigma = steps.sigma.clone()
     sigma[-1] = 0.5
     noise = torch.randn(2, 2, 3, device=inputs[0].device)
     with pytest.raises(ValueError, match="with noise, sigma of the last step must be 0"):
         denoise(*inputs, weights, steps._replace(sigma=sigma), noise=noise, backend=backend)
-    many = make_inputs(2, 20, 513)
+    many_weights, many = case(backend, 2, 20, 513)
     with pytest.raises(
         RuntimeError, match=r"at most 65536 features and 512 classes, got .* and 513"
     ):
-        denoise(
-            *(t.to(inputs[0].device) for t in many), make_weights(20, 513), steps, backend=backend
-        )
+        denoise(*many, many_weights, steps, backend=backend)
 
 
 def test_the_extension_validates_its_arguments(backend) -> None:

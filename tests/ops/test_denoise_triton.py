@@ -176,5 +176,5 @@ def test_unsupported_arguments_raise() -> None:
     for precision in ("fp8", "int8"):
         with pytest.raises(BackendError, match=f"precision='{precision}' needs a backend"):
             denoise(*inputs, weights, steps, backend="triton", precision=precision)
-    with pytest.raises(ValueError, match=r"sample_ids must be in \[0, 4294967295\]"):
+    with pytest.raises(ValueError, match=r"sample_ids must be in \[0, 4294967295\], got -1"):
         denoise(*inputs, weights, steps, backend="triton", sample_ids=torch.tensor([0, -1]))

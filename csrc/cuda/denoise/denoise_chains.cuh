@@ -196,7 +196,8 @@ class Chains {
     if (moment == Count()) a_.call.out[row * a_.classes + c] = y;
   }
 
-  // Noise of four classes: moment 0 is that of the initial state, i that of step i - 1.
+  // Noise of four classes: moment 0 is that of the initial state, i that of step i - 1. NaN for a
+  // sample outside of the range of keys, which the host has not read.
   __device__ philox::Normals Draw(int chain, int moment, int quad) const {
     const std::int64_t row = a_.first_row + chain;
     if (a_.call.noise != nullptr) {
@@ -210,8 +211,13 @@ class Chains {
     }
     const auto timestep = static_cast<std::uint32_t>(
         moment == 0 ? a_.call.steps.start : a_.call.steps.timesteps[moment - 1]);
+    const std::int64_t sample = a_.call.sample_ids[row];
+    if (sample < 0 || sample > philox::kMaxSample) {
+      const float nan = nanf("");
+      return {{nan, nan, nan, nan}};
+    }
     return philox::Normal(a_.call.seed, static_cast<std::uint64_t>(a_.call.image_ids[row]),
-                          static_cast<std::uint32_t>(a_.call.sample_ids[row]), timestep,
+                          static_cast<std::uint32_t>(sample), timestep,
                           static_cast<std::uint32_t>(quad));
   }
 
