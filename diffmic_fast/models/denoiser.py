@@ -202,7 +202,7 @@ class ConditionalModel(nn.Module):
             y = q_sample(y_0, guidance, schedule, t, noise)
             return self.denoise_features(features, y, t, guidance)
         both = (schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar)
-        tables = (to_device(table, noise.device).to(noise.dtype) for table in both)
+        tables = [to_device(table, noise.device).to(noise.dtype) for table in both]
         norm = self._norm(1, guidance)
         conditioned = noised_conditioning(
             features, y_0, guidance, self._layer(1), t, *tables, noise=noise, **norm

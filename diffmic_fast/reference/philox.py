@@ -160,11 +160,16 @@ def normal(
         on_host = values.device.type == "cpu" and values.numel() > 0
         if on_host and not 0 <= int(values.min()) <= int(values.max()) <= most:
             raise ValueError(f"philox: {name} must be in [0, {most}]")
+    return unchecked_normal(seed, image_ids, sample_ids, timesteps, classes)
+
+
+def unchecked_normal(
+    seed: int, image_ids: Tensor, sample_ids: Tensor, timesteps: Tensor, classes: int
+) -> Tensor:
+    """`normal` without its checks: on a GPU the noise of a sample or timestep out of range is NaN."""
     device = image_ids.device
-    timesteps, sample_ids = (
-        values.to(device, non_blocking=values.device.type == "cpu")
-        for values in (timesteps, sample_ids)
-    )
+    timesteps = timesteps.to(device, non_blocking=timesteps.device.type == "cpu")
+    sample_ids = sample_ids.to(device, non_blocking=sample_ids.device.type == "cpu")
     blocks = -(-classes // 4)
     image = image_ids.long()[None, :, None]
     last = (timesteps.long() << 12)[:, None, None] | torch.arange(blocks, device=device)
