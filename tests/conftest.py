@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 
 import emulated_module
 import fake_gpu
+import triton_interpreter
 from cuda_backends import FAKE_GPU
 
 # The tests of kernels run without the packages that models and configurations need.
@@ -27,6 +28,8 @@ if all(map(find_spec, ("pydantic", "torchvision"))):
 from diffmic_fast.diffusion import Schedule, make_schedule
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
 from diffmic_fast.reference.denoise import DenoiserWeights
+
+triton_interpreter.repair()
 
 DATA = Path(__file__).parent / "data"
 
