@@ -41,8 +41,10 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 # Of an editable installation; CMake puts the object file of csrc/cuda/mmd/mmd.cu below csrc/cuda/mmd.
 _OBJECTS = SOURCE / "build/editable/CMakeFiles/_C.dir"
 
+# As in CMakeLists.txt.
 _FLAGS = (
     "-std=c++20",
+    "-fmad=false",
     "-Werror=all-warnings",
     "-Xcompiler=-Wall,-Wextra,-Werror,-ffp-contract=off",
 )

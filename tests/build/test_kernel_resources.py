@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks import kernel_resources as resources
-from benchmarks.cubins import plain_name
+from benchmarks.cubins import find_tool, plain_name, read_cubin
 from benchmarks.gpu_limits import resident_warps
 
 SOURCE = Path(__file__).resolve().parents[2]
@@ -84,6 +84,47 @@ def test_the_table_has_every_kernel_on_every_architecture() -> None:
     kernels = {(row.file, row.kernel) for row in table}
     assert len(table) == len(kernels) * len(resources.ARCHITECTURES)
     assert not [row for row in table if row.spill_bytes]
+
+
+# ---- rounding --------------------------------------------------------------------------------
+
+
+def options_of(file: Path, variable: str) -> list[str]:
+    """The words of `set(variable ...)` in a file of CMake."""
+    found = re.search(rf"set\({variable} ([^)]*)\)", file.read_text(encoding="utf-8"))
+    assert found is not None
+    return found[1].split()
+
+
+def test_kernels_and_emulator_round_alike() -> None:
+    """Multiply-adds are fused where the source says so, in what is installed, in the table and in the emulator."""
+    installed = options_of(SOURCE / "CMakeLists.txt", "cuda_options")
+    assert "-fmad=false" in installed
+    assert sorted(installed) == sorted(set(resources._FLAGS) - {"-std=c++20"})
+    assert "-ffp-contract=off" in options_of(SOURCE / "CMakeLists.txt", "cxx_options")
+    emulated = options_of(SOURCE / "tests" / "emulator" / "CMakeLists.txt", "options")
+    assert "-ffp-contract=off" in emulated
+    for options in (installed, emulated):
+        assert not [word for word in options if "fast" in word or "ftz" in word]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("number", ["float", "double"])
+def test_the_compiler_fuses_only_what_the_source_fuses(tmp_path: Path, number: str) -> None:
+    fused = {"float": "FFMA", "double": "DFMA"}[number]
+    source = tmp_path / "kernels.cu"
+    source.write_text(
+        f"""#include <math.h>
+__global__ void Separate({number}* x) {{ x[0] = x[1] * x[2] + x[3]; x[4] = x[5] - x[6] * x[7]; }}
+__global__ void Fused({number}* x) {{ x[0] = fma(x[1], x[2], x[3]); }}
+"""
+    )
+    cubin = tmp_path / "kernels.cubin"
+    subprocess.run([*resources._nvcc(source, 90), "-cubin", "-o", str(cubin)], check=True)
+    counts = {}
+    for name, (_, opcodes) in read_cubin(str(find_tool("cuobjdump")), cubin).items():
+        counts["Separate" in name] = sum(n for code, n in opcodes.items() if code.startswith(fused))
+    assert counts == {True: 0, False: 1}
 
 
 # ---- how it is read and compared -------------------------------------------------------------
