@@ -12,15 +12,13 @@ the registers do not hold its rows of gamma beside its sums.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
-from diffmic_fast.triton.scalar import INTERPRETED, device_of, factor, rounded, softplus
+from diffmic_fast.triton.scalar import device_of, factor, rounded, softplus
 
 
 @triton.jit
@@ -58,7 +56,6 @@ def layer_kernel(
     h_ptr, weight_ptr, bias_ptr, gamma_ptr, timesteps_ptr, norm_weight_ptr, norm_bias_ptr, running_mean_ptr,
     running_var_ptr, out_ptr, rows, batch, features, width, eps,
     h_row, h_column, weight_row, weight_column, gamma_row, timestep_stride,
-    rows_class,  # with the sizes, the key of the autotuner
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -117,8 +114,8 @@ def _config(m: int, n: int, k: int, warps: int, stages: int, parts: int = 1) -> 
     return triton.Config(sizes, num_warps=warps, num_stages=stages)
 
 
-# The configurations of the autotuner for each kind of product, from few rows to many. From sm_90 on, 16-bit tiles of at
-# least 64 rows use warp-group matrix instructions (wgmma).
+# The tiles of each kind of product, from few rows to many. From sm_90 on, 16-bit tiles of at least 64 rows use
+# warp-group matrix instructions (wgmma).
 CONFIGS = {
     "half": [
         _config(16, 64, 128, 4, 5),
@@ -141,14 +138,38 @@ CONFIGS = {
         _config(128, 64, 16, 8, 3),
     ],
 }
-_KEY = ["rows_class", "features", "width"]
-_tuned: dict[str, Any] = (
-    {}
-    if INTERPRETED.value
-    else {
-        kind: triton.autotune(configs, key=_KEY)(layer_kernel) for kind, configs in CONFIGS.items()
-    }
-)
+# Programs that occupy a GPU: an A100 has 108 multiprocessors, an H100 132.
+_MANY_PROGRAMS = 128
+
+
+def configuration(kind: str, rows: int, features: int) -> triton.Config:
+    """The tile of a product: a function of its sizes alone, so that its bits are the same in every run.
+
+    The tile determines the order of a sum, and a choice by timing, as `triton.autotune` makes it, differs between runs.
+    `python -m benchmarks engines` times every configuration beside the one chosen here.
+
+    Args:
+        kind: a key of `CONFIGS`.
+        rows, features: of the output.
+
+    Returns:
+        The largest tile of which there are enough to occupy a GPU, of those with no more rows than the product (rounded
+        up to a power of two); if there are never enough, the one with the most programs, and of these the largest.
+    """
+    fitting = [
+        config
+        for i, config in enumerate(CONFIGS[kind])
+        if i == 0 or config.kwargs["BLOCK_M"] <= triton.next_power_of_2(rows)
+    ]
+
+    def programs(config: triton.Config) -> int:
+        return min(_programs(config.kwargs, rows, features), _MANY_PROGRAMS)
+
+    return max(reversed(fitting), key=programs)  # the first of equals, the largest tile
+
+
+def _programs(sizes: dict[str, int], rows: int, features: int) -> int:
+    return triton.cdiv(rows, sizes["BLOCK_M"]) * triton.cdiv(features, sizes["BLOCK_N"])
 
 
 def conditional_linear(
@@ -168,7 +189,7 @@ def conditional_linear(
         timesteps: [B] or [1] int64.
         eps: of BatchNorm.
         tf32: whether float32 is multiplied as TF32.
-        config: one of `CONFIGS`; by default the fastest, which is measured at the first call of a size.
+        config: one of `CONFIGS`; by default that of `configuration`.
 
     Returns:
         [..., B, N] in the dtype of `h`.
@@ -201,21 +222,11 @@ def launch(
         flat, layer.weight, layer.bias, layer.gamma, timesteps, layer.norm_weight, layer.norm_bias,
         layer.running_mean, layer.running_var, out, rows, batch, features, width, eps,
         *flat.stride(), *layer.weight.stride(), layer.gamma.stride(0), 0 if shared else timesteps.stride(0),
-        triton.next_power_of_2(rows), precision,
+        precision,
     )  # fmt: skip
-
-    def grid(sizes: dict[str, int]) -> tuple[int]:
-        return (triton.cdiv(rows, sizes["BLOCK_M"]) * triton.cdiv(features, sizes["BLOCK_N"]),)
-
-    if config is None and INTERPRETED.value:
-        config = CONFIGS[kind][0]
+    if config is None:
+        config = configuration(kind, rows, features)
     with device_of(h):
-        if config is None:
-            _tuned[kind][grid](*arguments)
-        else:
-            layer_kernel[grid](
-                *arguments,
-                **config.kwargs,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
+        layer_kernel[(_programs(config.kwargs, rows, features),)](
+            *arguments, **config.kwargs, num_warps=config.num_warps, num_stages=config.num_stages
+        )

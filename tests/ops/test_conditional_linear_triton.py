@@ -148,6 +148,54 @@ def test_every_configuration(kind: str, number: int) -> None:
     assert float(error) < bound
 
 
+def tile(kind: str, rows: int, features: int) -> tuple[int, int]:
+    sizes = whole.configuration(kind, rows, features).kwargs
+    return sizes["BLOCK_M"], sizes["BLOCK_N"]
+
+
+def test_tiles_of_the_published_size() -> None:
+    """A tile has no more rows than the product, and there are enough of it for a GPU of some 128 multiprocessors."""
+    found = [tile("half", rows, 6144) for rows in (1, 16, 64, 256, 512, 1024, 4096)]
+    expected = [(16, 64), (16, 64), (32, 64), (64, 128), (128, 128), (128, 256), (128, 256)]
+    assert found == expected
+    assert [tile("tf32", rows, 6144) for rows in (1, 128, 512)] == [(16, 64), (64, 64), (128, 128)]
+    assert [tile("ieee", rows, 6144) for rows in (1, 64, 512)] == [(16, 64), (32, 64), (128, 64)]
+    assert tile("half", 4096, 64) == (32, 64)  # one column of tiles
+    assert tile("half", 5, 7) == (16, 64)
+
+
+@pytest.mark.parametrize("kind", ["half", "tf32", "ieee"])
+def test_tiles_do_not_shrink_with_more_rows(kind: str) -> None:
+    for features in (64, 512, 6144):
+        rows = [tile(kind, count, features) for count in range(1, 3000, 7)]
+        assert rows == sorted(rows)
+
+
+def test_the_tile_of_a_size_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tile determines the order of sums, and so the bits: it is the same in every run and for every input."""
+    launched: list[dict[str, int]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            return lambda *arguments, **sizes: launched.append({"grid": grid[0], **sizes})
+
+    monkeypatch.setattr(whole, "layer_kernel", Kernel())
+    for rows in (3, 40, 300):
+        for seed in range(2):
+            case = Case(0, rows, 5, 200, torch.float32)
+            h = case.h.float().to(TRITON_DEVICE) + seed
+            t = case.timesteps.to(TRITON_DEVICE)
+            conditional_linear(h, case.layer(torch.float32, TRITON_DEVICE), t, backend="triton")
+    assert launched[::2] == launched[1::2] and len(launched) == 6
+    for count, sizes in zip((3, 40, 300), launched[::2], strict=True):
+        config = whole.configuration("ieee", count, 200)
+        m, n = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"]
+        assert sizes == {
+            "grid": -(-count // m) * -(-200 // n), **config.kwargs, "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }  # fmt: skip
+
+
 def test_strides_and_surrounding_memory() -> None:
     case = Case(2, 19, 21, 35, torch.float32)
     values = [case.h, *case.layer(torch.float64, case.h.device)]
