@@ -10,13 +10,15 @@ A step is five launches (docs/algorithm.md, "Denoiser" and "Sampling"):
 The two products are 4 M F^2 operations over 2 F^2 weights: from a few hundred rows on, the tensor cores bound a step.
 `csrc/cuda/denoise` is made for fewer rows: it reads the weights once per step for up to 64 rows, in one launch for 64
 steps. On a GPU a step is captured as a CUDA graph and replayed; the position in the chain is in device memory, so that
-every step is the same graph. Buffers are allocated once per call.
+every step is the same graph. A graph and the buffers that it uses are kept for later calls (`KEPT`). Arguments of a
+call are copied into them, except weights: a graph serves calls whose weights have the same addresses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from diffmic_fast.reference import philox
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
+from diffmic_fast.triton import graphs
 from diffmic_fast.triton.conditional_linear import launch
 from diffmic_fast.triton.conditional_norm import load_columns, load_rows, store_rows
 from diffmic_fast.triton.scalar import device_of, softplus
@@ -39,6 +42,8 @@ MOST_CLASSES = 128  # a tile of the last product holds all of them
 _NOISE_BLOCK = 64
 # The capture of a graph takes longer than the launches of fewer steps.
 _FEWEST_REPLAYS = 8
+# Chains kept between calls. Of 4096 rows at F = 6144 one takes 450 MB in bfloat16, of 256 rows 175 MB.
+_MOST_KEPT, _MOST_KEPT_BYTES = 4, 2**30
 
 
 @triton.jit
@@ -135,51 +140,109 @@ def step_blocks(classes: int) -> dict[str, int]:
     return {"BLOCK_M": 16, "BLOCK_C": 16 if classes <= 16 else 32, "BLOCK_K": 64}
 
 
+class Weights(NamedTuple):
+    """The denoiser of a call.
+
+    Attributes:
+        layers: the three conditional layers, in float32.
+        output: weight [C, F] and bias [C].
+        eps: of each layer's BatchNorm.
+    """
+
+    layers: tuple[ConditionalLayer, ...]
+    output: tuple[Tensor, Tensor]
+    eps: tuple[float, ...]
+
+
+class Sizes(NamedTuple):
+    """What determines the buffers of a chain.
+
+    Attributes:
+        rows, features, classes, steps: M, F, C, n.
+        noise_steps: length of the ring of noise.
+        trajectory: whether all states are kept.
+        hidden: dtype of the two products.
+    """
+
+    rows: int
+    features: int
+    classes: int
+    steps: int
+    noise_steps: int
+    trajectory: bool
+    hidden: torch.dtype
+
+
 class Chain:
     """The buffers of a reverse chain over a block of rows, and its step.
 
     Args:
-        x: [M, F] features.
-        prior, guidance: [M, C].
-        layers: the three conditional layers; weights of the hidden ones in the dtype of the products.
-        eps: of each layer's BatchNorm.
-        output: weight [C, F] and bias [C].
-        timesteps: [n] int64.
-        coefficients: [n, 7], a row per step in the order of `StepTable`.
-        noise_steps: length of the ring of noise.
-        states: [n + 1, M, C], written, or None.
+        sizes: those of the buffers.
+        device: where they are.
 
     Attributes:
+        x, prior, guidance, timesteps, coefficients: arguments, written by `load`: [M, F], [M, C], [M, C], [n] int64,
+            [n, 7] with a row per step in the order of `StepTable`.
         y: [M, C], the current state.
         noise: [noise_steps, M, C]. Entry 0 is that of the initial state; step i adds entry (i + 1) % noise_steps.
+        states: [n + 1, M, C], the states of a trajectory, or None.
     """
 
-    def __init__(
+    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+        def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        rows, features, classes, steps, noise_steps, trajectory, hidden = sizes
+        self.x = new(rows, features)
+        self.prior, self.guidance, self.y = (new(rows, classes) for _ in range(3))
+        self.timesteps = new(steps, dtype=torch.int64)
+        self.coefficients = new(steps, 7)
+        self.noise = new(noise_steps, rows, classes)
+        self.states = new(steps + 1, rows, classes) if trajectory else None
+        self.position, self.timestep = (new(1, dtype=torch.int64) for _ in range(2))
+        self._activations = [
+            new(rows, features, dtype=dtype) for dtype in (hidden, hidden, torch.float32)
+        ]
+        # The hidden weights in another precision than the model's.
+        self._rounded = (
+            []
+            if hidden == torch.float32
+            else [new(features, features, dtype=hidden) for _ in range(2)]
+        )
+        self._weights: Weights | None = None
+        self._replay: Callable[[], None] | None = None
+        self._taken = 0  # steps since the buffers were made
+
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        tensors = [*self._activations, *self._rounded]
+        tensors += [value for value in vars(self).values() if isinstance(value, Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def load(
         self,
         x: Tensor,
         prior: Tensor,
         guidance: Tensor,
-        layers: Sequence[ConditionalLayer],
-        eps: Sequence[float],
-        output: tuple[Tensor, Tensor],
+        weights: Weights,
         timesteps: Tensor,
         coefficients: Tensor,
-        noise_steps: int,
-        states: Tensor | None,
     ) -> None:
-        rows, features = x.shape
-        self.x, self.prior, self.guidance = x, prior, guidance
-        self.layers, self.eps, self.output = layers, eps, output
-        self.timesteps, self.coefficients, self.states = timesteps, coefficients, states
-        hidden = layers[1].weight.dtype
-        self.activations = [
-            torch.empty((rows, features), dtype=dtype, device=x.device)
-            for dtype in (hidden, hidden, torch.float32)
-        ]
-        self.y = torch.empty_like(prior)
-        self.noise = prior.new_empty((noise_steps, *prior.shape))
-        self.position = torch.zeros(1, dtype=torch.int64, device=x.device)
-        self.timestep = torch.zeros_like(self.position)
+        """Copy the arguments of a call into the buffers; weights are referred to until `release`."""
+        self.x.copy_(x)
+        self.prior.copy_(prior)
+        self.guidance.copy_(guidance)
+        self.timesteps.copy_(timesteps)
+        self.coefficients.copy_(coefficients)
+        layers = list(weights.layers)
+        for i, rounded in enumerate(self._rounded, 1):
+            rounded.copy_(layers[i].weight)
+            layers[i] = layers[i]._replace(weight=rounded)
+        self._weights = weights._replace(layers=tuple(layers))
+
+    def release(self) -> None:
+        """Drop the references to the weights."""
+        self._weights = None
 
     def begin(self) -> None:
         """Set the initial state, the prior plus noise."""
@@ -189,40 +252,70 @@ class Chain:
 
     def step(self) -> None:
         """Take one step."""
+        assert self._weights is not None  # loaded
+        (first, *hidden), output, eps = self._weights
         rows, features = self.x.shape
         classes = self.prior.shape[1]
-        first, *hidden = self.layers
-        h = self.activations
+        h = self._activations
         with device_of(self.x):
             first_kernel[(triton.cdiv(rows, 16), triton.cdiv(features, 128))](
                 self.x, self.y, self.guidance, *first, self.timestep, h[0], rows, features, classes,
-                self.x.stride(0), first.weight.stride(0), first.gamma.stride(0), self.eps[0],
+                self.x.stride(0), first.weight.stride(0), first.gamma.stride(0), eps[0],
                 BLOCK_M=16, BLOCK_N=128, num_warps=4,
             )  # fmt: skip
             for i, layer in enumerate(hidden):
-                launch(h[i], layer, self.timestep, h[i + 1], self.eps[i + 1])
+                launch(h[i], layer, self.timestep, h[i + 1], eps[i + 1])
             step_kernel[(triton.cdiv(rows, 16),)](
-                h[2], *self.output, self.prior, self.y, self.noise, self.coefficients, self.position,
+                h[2], *output, self.prior, self.y, self.noise, self.coefficients, self.position,
                 self.y if self.states is None else self.states, rows, features, classes,
-                self.output[0].stride(0), len(self.noise), TRAJECTORY=self.states is not None,
+                output[0].stride(0), len(self.noise), TRAJECTORY=self.states is not None,
                 **step_blocks(classes), num_warps=4,
             )  # fmt: skip
             advance_kernel[(1,)](
                 self.position, self.timestep, self.timesteps, len(self.timesteps), num_warps=1
             )
+        self._taken += 1
 
-    def replay(self, steps: int) -> Callable[[], Any]:
-        """`step`, captured as a CUDA graph if that is faster for so many; leaves the chain in an arbitrary state."""
-        if not self.x.is_cuda or steps < _FEWEST_REPLAYS:
+    def stepper(self) -> Callable[[], None]:
+        """`step`, as a CUDA graph once that is faster; leaves the chain in an arbitrary state."""
+        if not graphs.usable(self.x.device):
             return self.step
-        if torch.cuda.is_current_stream_capturing():
-            return self.step
-        with torch.cuda.device(self.x.device):
-            self.step()  # compiles and tunes the kernels, which cannot be captured
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.step()
-        return graph.replay
+        if self._replay is None:
+            if self._taken + len(self.timesteps) < _FEWEST_REPLAYS:
+                return self.step
+            self.step()  # compiles the kernels, which cannot be captured
+            self._replay = graphs.capture(self.step, self.x.device)
+        return self._replay
+
+
+KEPT: graphs.Store[Chain] = graphs.Store(_MOST_KEPT, _MOST_KEPT_BYTES)
+
+
+def _key(sizes: Sizes, weights: Weights, device: torch.device) -> Hashable:
+    """What a graph depends on: sizes, device, stream, and what its launches have of the weights."""
+    tensors = [tensor for layer in weights.layers for tensor in layer] + [*weights.output]
+    if sizes.hidden != torch.float32:  # the products read copies in the chain's own buffers
+        hidden = [layer.weight for layer in weights.layers[1:]]
+        tensors = [tensor for tensor in tensors if all(tensor is not each for each in hidden)]
+    places = tuple((tensor.data_ptr(), tensor.stride()) for tensor in tensors)
+    return sizes, device, graphs.current_stream(device), weights.eps, places
+
+
+@contextmanager
+def _lent(sizes: Sizes, weights: Weights, device: torch.device) -> Iterator[Chain]:
+    """A chain of these sizes: on a GPU one that an earlier call has left, if there is one.
+
+    The work of a call is still running when its chain is lent to the next one. Both are on one stream, which orders
+    them. While the caller captures a graph, the chain belongs to that graph and is not kept.
+    """
+    if not graphs.usable(device):
+        yield Chain(sizes, device)
+        return
+    key = _key(sizes, weights, device)
+    chain = KEPT.take(key) or Chain(sizes, device)
+    yield chain  # after an exception it is not kept
+    chain.release()
+    KEPT.give(key, chain, chain.nbytes())
 
 
 def denoise(
@@ -230,65 +323,76 @@ def denoise(
 ) -> None:
     """Run a reverse chain, as `ops.denoise` describes it.
 
+    On a GPU the call does not synchronise unless `progress` is given, so that a caller may capture it in a CUDA graph,
+    after a first call that compiles the kernels.
+
     Args:
         call: the prepared arguments of `ops.denoise`; at most MOST_CLASSES classes.
         out: [M, C] float32, contiguous, written.
         states: [n + 1, M, C] float32, contiguous, written; or None.
         progress: as in `ops.denoise`; called after each block of noise.
     """
-    features, prior, guidance, eps = call.features, call.prior, call.guidance, call.eps
-    layers = [ConditionalLayer(*each) for each in (call.conditioning, call.hidden_1, call.hidden_2)]
-    output = call.output_weight, call.output_bias
-    timesteps, coefficients = call.timesteps, call.coefficients.T.contiguous()
-    noise, seed, image_ids, sample_ids = (
-        call.noise,
-        call.seed % 2**64,
-        call.image_ids,
-        call.sample_ids,
+    weights = Weights(
+        tuple(
+            ConditionalLayer(*each) for each in (call.conditioning, call.hidden_1, call.hidden_2)
+        ),
+        (call.output_weight, call.output_bias),
+        tuple(call.eps),
     )
-    assert image_ids is not None and sample_ids is not None  # filled in by `ops.denoise`
-    rows, steps = features.shape[0], len(timesteps)
-    if call.precision == "bf16":
-        layers = [layers[0], *(part._replace(weight=part.weight.bfloat16()) for part in layers[1:])]
-    moments = torch.cat((timesteps.new_tensor([call.start]), timesteps)).cpu()
+    device, noise = call.features.device, call.noise
+    (rows, features), classes, steps = call.features.shape, call.prior.shape[1], len(call.timesteps)
+    blocks = [slice(i, min(i + MOST_ROWS, rows)) for i in range(0, rows, MOST_ROWS)]
+    coefficients = call.coefficients.T
+    moments = torch.cat((call.timesteps.new_full((1,), call.start), call.timesteps))
+    hidden = torch.bfloat16 if call.precision == "bf16" else torch.float32
+    # Timesteps are rows of gamma, so that their values need not be read back from the GPU.
+    last = max(call.start, weights.layers[0].gamma.shape[0] - 1)
+    if noise is None and not 0 <= call.start <= last <= philox.MAX_TIMESTEP:
+        raise ValueError(
+            f"denoise: timesteps of Philox noise must be in [0, {philox.MAX_TIMESTEP}], got a start of {call.start} "
+            f"and {weights.layers[0].gamma.shape[0]} rows of gamma"
+        )
 
     def report(done: int) -> None:
         if progress is not None:
-            if features.is_cuda:
-                torch.cuda.current_stream(features.device).synchronize()
-            progress(done, -(-rows // MOST_ROWS) * steps)
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+            progress(done, len(blocks) * steps)
 
-    for number, begin in enumerate(range(0, rows, MOST_ROWS)):
-        block = slice(begin, min(begin + MOST_ROWS, rows))
-        part = states
-        if states is not None and rows > MOST_ROWS:
-            part = states.new_empty((steps + 1, *prior[block].shape))
-        chain = Chain(
-            features[block], prior[block], guidance[block], layers, eps, output, timesteps, coefficients,
-            _NOISE_BLOCK if noise is None else max(len(noise), 1), part,
+    for number, block in enumerate(blocks):
+        sizes = Sizes(
+            block.stop - block.start, features, classes, steps,
+            _NOISE_BLOCK if noise is None else max(len(noise), 1), states is not None, hidden,
         )  # fmt: skip
-        if noise is not None:
-            chain.noise[: len(noise)].copy_(noise[:, block])
+        with _lent(sizes, weights, device) as chain:
+            chain.load(
+                call.features[block], call.prior[block], call.guidance[block], weights, call.timesteps, coefficients
+            )  # fmt: skip
+            if noise is not None:
+                chain.noise[: len(noise)].copy_(noise[:, block])
+            _draw(call, block, moments, 0, chain)
+            chain.begin()
+            step = chain.stepper()
+            chain.begin()
+            if chain.states is not None:
+                chain.states[0].copy_(chain.y)
+            for i in range(steps):
+                if (i + 1) % _NOISE_BLOCK == 0:
+                    _draw(call, block, moments, i + 1, chain)
+                    report(number * steps + i)
+                step()
+            out[block].copy_(chain.y)
+            if states is not None and chain.states is not None:
+                states[:, block].copy_(chain.states)
+    report(len(blocks) * steps)
 
-        def draw(i: int, chain: Chain = chain, block: slice = block) -> None:
-            """Draw the noise of a block of steps from the i-th on, unless it was given."""
-            if noise is None:
-                some = moments[i : i + _NOISE_BLOCK]
-                z = philox.normal(seed, image_ids[block], sample_ids[block], some, prior.shape[1])
-                chain.noise[: len(some)].copy_(z)
 
-        draw(0)
-        chain.begin()
-        step = chain.replay(steps)
-        chain.begin()
-        if part is not None:
-            part[0].copy_(chain.y)
-        for i in range(steps):
-            if (i + 1) % _NOISE_BLOCK == 0:
-                draw(i + 1)
-                report(number * steps + i)
-            step()
-        out[block].copy_(chain.y)
-        if states is not None and part is not None and part is not states:
-            states[:, block].copy_(part)
-    report(-(-rows // MOST_ROWS) * steps)
+def _draw(call: Call, rows: slice, moments: Tensor, first: int, chain: Chain) -> None:
+    """Draw the noise of a block of steps from the one numbered `first` on, unless it was given."""
+    assert call.image_ids is not None and call.sample_ids is not None  # filled in by `ops.denoise`
+    if call.noise is None:
+        some = moments[first : first + _NOISE_BLOCK]
+        z = philox.unchecked_normal(
+            call.seed % 2**64, call.image_ids[rows], call.sample_ids[rows], some, chain.y.shape[1]
+        )
+        chain.noise[: len(some)].copy_(z)

@@ -120,11 +120,14 @@ def test_a_chain_can_begin_again() -> None:
     weights, (x, prior, guidance) = case(5, 20, 3)
     steps = make_steps(SCHEDULE, "ddim", 4, 0.5)
     noise = torch.randn(4, 5, 3, device=x.device)
-    chain = kernels.Chain(
-        x, prior, guidance, [weights.conditioning, *weights.hidden], weights.eps,
-        (weights.output_weight, weights.output_bias), steps.timesteps.to(x.device),
-        torch.stack(steps[1:-1]).T.contiguous().to(x.device), 4, None,
+    sizes = kernels.Sizes(5, 20, 3, 4, noise_steps=4, trajectory=False, hidden=torch.float32)
+    chain = kernels.Chain(sizes, x.device)
+    denoiser = kernels.Weights(
+        (weights.conditioning, *weights.hidden), (weights.output_weight, weights.output_bias),
+        tuple(weights.eps),
     )  # fmt: skip
+    coefficients = torch.stack(steps[1:-1]).T.to(x.device)
+    chain.load(x, prior, guidance, denoiser, steps.timesteps.to(x.device), coefficients)
     chain.noise.copy_(noise)
     chain.begin()
     chain.step()
