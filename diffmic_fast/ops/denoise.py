@@ -11,6 +11,7 @@ from torch import Tensor
 from diffmic_fast import _native
 from diffmic_fast.checks import Arguments
 from diffmic_fast.ops import _autocast as autocast
+from diffmic_fast.ops import _engine as engine
 from diffmic_fast.ops._backend import BackendError, asked_by_name, resolve, stream_of
 from diffmic_fast.ops._layout import compact, with_unit_rows
 from diffmic_fast.ops._operators import register
@@ -59,6 +60,8 @@ class Call(NamedTuple):
         eps: BatchNorm's, of the three layers.
         coefficients: [7, n], the columns of the `StepTable` after its timesteps.
         window: 0 selects the default.
+        backend: the one that serves the call, or "auto" for "cuda" or "triton", by the number of rows: a traced graph
+            does not know it.
     """
 
     features: Tensor
@@ -148,9 +151,10 @@ def denoise(
             "int8" (backend "cpu", up to 133,144 features): weights in int8 with a scale amax / 127 per output channel,
             activations in int8 with a scale per row, int32 sums.
         backend: name of a backend, or "auto". "auto" uses the reference if a gradient is required or a tensor is not
-            float32, and on a GPU for more than 512 classes or 65,536 features. On a GPU it uses "triton" (many rows; at
-            most 128 classes; one step per launch; the last bits of a row depend on the number of rows) only if "cuda"
-            is not built.
+            float32, and on a GPU for more than 512 classes or 65,536 features. On a GPU it uses "triton" (at most 128
+            classes, "fp32" and "bf16", no tolerance; the last bits of a row depend on the number of rows) if "cuda" is
+            not built, and for as many rows as make it faster by the estimate of `ops._engine`, more than 32 in "fp32"
+            and 64 in "bf16". Name the backend for results that do not depend on the number of rows.
         instructions: instruction set of the backend "cpu": "amx", "avx512_bf16", "avx512", "avx2", "portable", or
             "auto" for the first of these that the processor and operating system support. "amx_emulated" gives the
             bits of "amx" on any processor with AVX2, slowly. In "fp32" and "bf16" instruction sets differ in the last
@@ -287,6 +291,14 @@ def _backend_of(call: Call) -> str:
         raise ValueError(
             f"denoise: features must have at most {_MAX_INT8_FEATURES} columns with precision='int8', got {features}"
         )
+    if (
+        name == "cuda"
+        and call.precision in engine.PRECISIONS
+        and call.tolerance == 0.0
+        and engine.selectable(call.backend, call.features.device)
+        and not _obstacle("triton", call)
+    ):
+        return "auto"
     return name
 
 
@@ -310,6 +322,9 @@ def _obstacle(backend: str, call: Call) -> str:
 
 def _run(call: Call, progress: Callable[[int, int], None] | None = None) -> Tensor:
     """Run the kernels of a call's backend, which is not the reference."""
+    if call.backend == "auto":
+        card = engine.card_of(call.features.device.index)
+        call = call._replace(backend=engine.choose(*call.features.shape, call.precision, card))
     steps = call.timesteps.shape[0]
     out = call.prior.new_empty(call.prior.shape)
     states = call.prior.new_empty((steps + 1, *call.prior.shape)) if call.trajectory else None
