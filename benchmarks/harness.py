@@ -14,12 +14,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 import diffmic_fast
+from benchmarks import gpu_facts
 from diffmic_fast import _native
 
 RESULTS = Path(__file__).parent / "results"
@@ -273,9 +275,10 @@ def measure(peers: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 def machine() -> dict[str, Any]:
-    """The machine, its software and this build."""
+    """The machine, its software and this build; "gpu" is that of `gpu_facts.facts`, at this moment."""
     extension = _native.extension()
     cpuinfo = _read(Path("/proc/cpuinfo"))
+    build = extension.build_info()
     return {
         "processor": processor_name(cpuinfo),
         "instruction_sets": instruction_sets(extension.cpu_features(), cpuinfo),
@@ -287,9 +290,20 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "diffmic_fast": diffmic_fast.__version__,
-        "compiler": extension.build_info()["compiler"],
-        "flags": extension.build_info()["flags"],
+        "compiler": build["compiler"],
+        "flags": build["flags"],
+        "cuda_compiler": build["cuda_compiler"],
+        "cuda_architectures": build["cuda_architectures"],
+        "triton": _version("triton"),
+        "gpu": gpu_facts.facts(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def show(cases: list[Case]) -> None:
@@ -343,6 +357,9 @@ def _write_table(path: Path, cases: list[Case], facts: dict[str, Any]) -> Path:
     columns += ["peak_bytes"] if any(case.peak_bytes for case in cases) else []
     columns += [f"times {name}" for name in names]
     columns += ["processor", "torch_threads", "python", "torch", "diffmic_fast"]
+    if facts["gpu"] is not None:
+        columns.append("gpu")
+        facts = facts | {"gpu": facts["gpu"]["name"]}
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
