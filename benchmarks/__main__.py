@@ -34,6 +34,8 @@ def main() -> None:
             results += found
             if options.write:  # as they come: the run may be stopped
                 print("written to", *harness.write(options.name, results), flush=True)
+        if hasattr(benchmark, "summary"):
+            print(benchmark.summary(results))
     if options.plot:
         from benchmarks import plots
 

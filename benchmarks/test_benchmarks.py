@@ -18,7 +18,7 @@ from benchmarks.harness import Maker
 
 def _peers() -> Iterator[Any]:
     for name in NAMES:
-        if name == "gpu" and not torch.cuda.is_available():
+        if name in ("engines", "gpu") and not torch.cuda.is_available():
             continue
         for setup in importlib.import_module(f"benchmarks.bench_{name}").setups():
             for peer, make in setup.peers.items():
