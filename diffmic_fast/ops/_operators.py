@@ -89,7 +89,8 @@ def register(
         f"diffmic_fast::{name}", lambda *arguments: fake(unpack(arguments)), lib=_library
     )
     operator = getattr(torch.ops.diffmic_fast, name).default
-    as_result: Any = _identity if result is Tensor else result._make  # type: ignore[attr-defined]
+    # Not result._make, which torch.compile of torch 2.6 does not trace.
+    as_result: Any = _identity if result is Tensor else lambda values: result(*values)
     differentiable = operator
     if derivative is not None:
         results = [] if result is Tensor else [name for name, _ in _schema(result)]
@@ -190,7 +191,8 @@ def _packing(record: Any) -> tuple[Callable[..., tuple[Any, ...]], Callable[...,
     inner, end = hints[i], i + len(hints[i]._fields)
 
     def pack(call: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (*call[:i], *call[i], *call[i + 1 :])
+        values = [*call]  # torch.compile of torch 2.6 cannot slice a NamedTuple
+        return (*values[:i], *values[i], *values[i + 1 :])
 
     def unpack(arguments: Sequence[Any]) -> Any:
         return record(*arguments[:i], inner(*arguments[i:end]), *arguments[end:])

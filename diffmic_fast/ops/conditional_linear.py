@@ -73,14 +73,14 @@ def conditional_linear(
         return reference.conditional_linear(
             h, layer, timesteps, training=training, momentum=momentum, eps=eps
         )
-    weight = layer.weight
+    weight, *others = layer
     if autocast_enabled(h.device):
         dtype = torch.get_autocast_dtype(h.device.type)
         h, weight = h.to(dtype), weight.to(dtype)
     if not training and not _needs_gradient(h, layer):
         return _conditional_linear(
             Linear(
-                h=h, timesteps=timesteps, layer=layer._replace(weight=weight), eps=eps,
+                h=h, timesteps=timesteps, layer=ConditionalLayer(weight, *others), eps=eps,
                 tf32=torch.get_float32_matmul_precision() != "highest",
             )
         )  # fmt: skip
@@ -122,7 +122,7 @@ def _fits(h: Tensor, layer: ConditionalLayer, timesteps: Tensor, training: bool)
     return (
         len(bias) == 1
         and bias[0] == weight[0] == gamma[1]
-        and vectors == [bias] * 4
+        and list(vectors) == [bias] * 4  # torch.compile of torch 2.6 takes them for a tuple
         and weight[1] == size[-1]
         and (given[0] == rows or given[0] == 1)
         and (rows >= 2 or not training)

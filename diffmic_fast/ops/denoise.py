@@ -20,7 +20,7 @@ from diffmic_fast.ops._weight_cache import cache_of
 from diffmic_fast.ops.conditional_linear import check_parameters
 from diffmic_fast.reference import denoise as reference
 from diffmic_fast.reference.conditional_linear import ConditionalLayer
-from diffmic_fast.reference.denoise import DenoiserWeights, StepTable
+from diffmic_fast.reference.denoise import COEFFICIENTS, DenoiserWeights, StepTable
 
 # Precisions of each backend; csrc/include/precision.h has those of the kernels.
 PRECISIONS_OF = {
@@ -209,7 +209,8 @@ def denoise(
         (seed + 2**63) % 2**64 - 2**63,
         image_ids, sample_ids, trajectory, precision, instructions, window or 0, tolerance, backend,
     )  # fmt: skip
-    call = call._replace(backend=_backend_of(call))
+    *arguments, _ = call  # not _replace, which torch.compile of torch 2.6 does not trace
+    call = Call(*arguments, _backend_of(call))
     if call.backend == "reference":
         with autocast.off(features):
             return reference.denoise(
@@ -225,8 +226,8 @@ def denoise(
 def _check_steps(steps: StepTable, noise: Tensor | None) -> None:
     args = Arguments("denoise", torch.device("cpu"))
     args.integer("steps.timesteps", steps.timesteps, "n")
-    for name, column in zip(StepTable._fields[1:-1], steps[1:-1], strict=True):
-        args.floating(f"steps.{name}", column, "n")
+    for name in COEFFICIENTS:
+        args.floating(f"steps.{name}", getattr(steps, name), "n")
     if noise is not None and args.sizes["n"] == 0:
         raise ValueError("denoise: steps must have at least one step if noise is given, got none")
 

@@ -65,7 +65,11 @@ class StepTable(NamedTuple):
 
     def coefficients(self) -> Tensor:
         """[7, n], the columns from `sqrt_alpha_bar` to `sigma`."""
-        return torch.stack(self[1:-1])
+        return torch.stack([getattr(self, name) for name in COEFFICIENTS])
+
+
+# torch.compile of torch 2.6 can neither slice a NamedTuple nor read its `_fields`.
+COEFFICIENTS = StepTable._fields[1:-1]
 
 
 def predict_noise(

@@ -150,6 +150,15 @@ def cell_to_pixel(cells: Tensor, grid: tuple[int, int], image: tuple[int, int]) 
     return torch.round(cells.double() / scale * size).long()
 
 
+def _numbers(origins: Tensor) -> list[list[list[int]]]:
+    """The values of origins [B, K, 2]."""
+    try:
+        found: list[list[list[int]]] = origins.tolist()
+        return found
+    except RuntimeError:  # torch 2.6, for a tensor of a transform of torch.func
+        return [[[int(value) for value in corner] for corner in corners] for corners in origins]
+
+
 def cut_crops(
     images: Tensor, origins: Tensor, size: tuple[int, int], channels: Channels = "first"
 ) -> Tensor:
@@ -171,7 +180,7 @@ def cut_crops(
     if channels == "first":
         images = images[:, :1]
     crops = []
-    for image, corners in zip(images, origins.tolist(), strict=True):
+    for image, corners in zip(images, _numbers(origins), strict=True):
         fill = image.amin(dim=(1, 2))[:, None, None]
         for top, left in corners:
             inside = image[:, _inside(top, size[0], height), _inside(left, size[1], width)]
@@ -207,7 +216,7 @@ def cut_crops_backward(
         grad = grad.sum(dim=2, keepdim=True)
     depth, size = grad.shape[2], grad.shape[3:]
     for image, target, corners, crop_grads in zip(
-        images, result, origins.tolist(), grad, strict=True
+        images, result, _numbers(origins), grad, strict=True
     ):
         fill_grad = grad.new_zeros(depth)
         for (top, left), crop_grad in zip(corners, crop_grads, strict=True):
