@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -209,8 +209,9 @@ def denoise(
         (seed + 2**63) % 2**64 - 2**63,
         image_ids, sample_ids, trajectory, precision, instructions, window or 0, tolerance, backend,
     )  # fmt: skip
-    *arguments, _ = call  # not _replace, which torch.compile of torch 2.6 does not trace
-    call = Call(*arguments, _backend_of(call))
+    arguments: list[Any] = [*call]  # torch.compile of torch 2.6 does not trace call._replace
+    arguments[-1] = _backend_of(call)
+    call = Call(*arguments)
     if call.backend == "reference":
         with autocast.off(features):
             return reference.denoise(
@@ -324,8 +325,8 @@ def _obstacle(backend: str, call: Call) -> str:
 def _run(call: Call, progress: Callable[[int, int], None] | None = None) -> Tensor:
     """Run the kernels of a call's backend, which is not the reference."""
     if call.backend == "auto":
-        card = engine.card_of(call.features.device.index)
-        call = call._replace(backend=engine.choose(*call.features.shape, call.precision, card))
+        (rows, width), card = call.features.shape, engine.card_of(call.features.device.index)
+        call = call._replace(backend=engine.choose(rows, width, call.precision, card))
     steps = call.timesteps.shape[0]
     out = call.prior.new_empty(call.prior.shape)
     states = call.prior.new_empty((steps + 1, *call.prior.shape)) if call.trajectory else None
