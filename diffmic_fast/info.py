@@ -16,6 +16,7 @@ import torch
 
 import diffmic_fast
 from diffmic_fast import _native
+from diffmic_fast.ops import _engine as engine
 from diffmic_fast.ops._backend import IMPLEMENTATIONS, decide
 
 _PACKAGES = (
@@ -161,6 +162,8 @@ def _backend(operation: str, device: torch.device) -> str:
         name, remark = decide(operation, "auto", device)
     except (RuntimeError, ValueError) as error:
         return f"none: {error}"
+    if operation == "denoise" and name == "cuda" and engine.selectable("auto", device):
+        name = "cuda; triton for many rows"
     return f"{name} ({remark})" if remark else name
 
 

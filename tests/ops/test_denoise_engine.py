@@ -9,7 +9,7 @@ import pytest
 import torch
 from denoise_cases import SCHEDULE, make_inputs, make_weights
 
-from diffmic_fast import _native
+from diffmic_fast import _native, info
 from diffmic_fast.diffusion import make_steps
 from diffmic_fast.ops import _engine as engine
 from diffmic_fast.ops import denoise as ops
@@ -150,6 +150,16 @@ def test_what_triton_lacks_stays_with_cuda(ran: list[str], monkeypatch: pytest.M
     monkeypatch.setattr(engine, "unavailable", lambda *_: "there is no Triton")
     run(300)
     assert ran == ["cuda"] * 6
+
+
+def test_info_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "decide", lambda *_: ("cuda", ""))
+    monkeypatch.setattr(engine, "selectable", lambda *_: True)
+    device = torch.device("cuda")
+    assert info._backend("denoise", device) == "cuda; triton for many rows"
+    assert info._backend("mmd", device) == "cuda"
+    monkeypatch.setattr(engine, "selectable", lambda *_: False)
+    assert info._backend("denoise", device) == "cuda"
 
 
 def test_a_compiled_graph_chooses_when_it_runs(ran: list[str]) -> None:
