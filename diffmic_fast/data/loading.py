@@ -1,8 +1,9 @@
 """Loading of images in batches, by worker processes.
 
-In place of `torch.utils.data.DataLoader`, whose workers pass tensors through /dev/shm: a container has 64 MB of it by
-default, and a loader for which this is too little waits for ever. Here each worker writes its batches to a pipe of its
-own, whose end is the worker's death: a process that is killed, also in the middle of a batch, is noticed at once.
+The workers of `torch.utils.data.DataLoader` pass tensors through /dev/shm: a container has 64 MB of it by default, and
+a loader that needs more hangs. Here each worker writes its batches to its own pipe. End of file on the pipe means that
+the worker has died. Other processes can inherit the writing end and delay the end of file, so the process itself is
+watched as well: the death of a worker is noticed within about a second, also in the middle of a batch.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import os
 import pickle
 import queue
 import signal
+import struct
 import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -30,6 +32,21 @@ from torch.utils.data import Dataset, default_collate
 from diffmic_fast.limits import MAX_WORKERS
 
 _T = TypeVar("_T")
+_FEWER = "use fewer workers (--workers, data.workers)"
+_WATCH_SECONDS = 1.0
+
+# Held from the creation of a pipe until its writing end is closed in this process, so that workers that another thread
+# starts meanwhile do not inherit that end.
+_starting = threading.Lock()
+
+
+def _renew_lock() -> None:
+    # In a forked process the lock may be held by a thread that does not exist there.
+    global _starting
+    _starting = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 class LoadingError(RuntimeError):
@@ -43,8 +60,8 @@ def check_workers(workers: int) -> None:
     processors = os.cpu_count() or 1
     if workers > 4 * processors:
         warnings.warn(
-            f"workers is {workers}, this machine has {processors} processors: as many workers are "
-            "enough, and each needs memory",
+            f"workers is {workers}, this machine has {processors} processors: more workers than "
+            "processors are not faster, and each needs memory",
             stacklevel=3,
         )
 
@@ -76,7 +93,7 @@ def load_batches(
 
     Raises:
         ValueError: `workers` is out of range.
-        LoadingError: while iterating: a worker has died.
+        LoadingError: while iterating: a worker has died or cannot be started.
         Exception: while iterating: what `dataset` or `collate` raises, from a worker as without.
     """
     check_workers(workers)
@@ -116,16 +133,26 @@ class _Workers(Generic[_T]):
         self._stopped = threading.Event()
         # Bounded: each worker also holds a batch that has not been received.
         self._loaded: queue.Queue[Any] = queue.Queue(workers)
-        try:
-            for number in range(workers):
-                self._start(dataset, batches[number::workers], collate)
-        except BaseException:
-            self.close()
-            raise
         self._thread = threading.Thread(
             target=self._receive_all, args=(len(batches), pin_memory), daemon=True
         )
-        self._thread.start()
+        try:
+            for number in range(workers):
+                try:
+                    self._start(dataset, batches[number::workers], collate)
+                except OSError as error:
+                    raise LoadingError(
+                        f"cannot start worker process {number + 1} of {workers}: {error}; {_FEWER}"
+                    ) from error
+            try:
+                self._thread.start()
+            except RuntimeError as error:
+                raise LoadingError(
+                    f"cannot start the thread that receives from {workers} worker processes: {error}; {_FEWER}"
+                ) from error
+        except BaseException:
+            self.close()
+            raise
 
     def _start(
         self,
@@ -133,21 +160,25 @@ class _Workers(Generic[_T]):
         batches: Sequence[Sequence[int]],
         collate: Callable[[list[_T]], Any],
     ) -> None:
-        try:
+        """Start a worker.
+
+        Raises:
+            OSError: the system has no process, memory or file descriptor for it.
+        """
+        with _starting:
             receiver, sender = multiprocessing.Pipe(duplex=False)
-            others = [receiver, *(each for _, each in self._processes)]
-            process = multiprocessing.Process(
-                target=_work,
-                args=(sender, others, dataset, batches, collate),
-                daemon=True,
-            )
-            process.start()
-        except OSError as error:
-            raise LoadingError(
-                f"{len(self._processes)} processes that load images were started, no more: {error}; use fewer workers"
-            ) from error
-        # The worker alone has this end, which the system closes when it dies.
-        sender.close()
+            # Only the worker keeps the writing end.
+            with sender:
+                others = [receiver, *(each for _, each in self._processes)]
+                process = multiprocessing.Process(
+                    target=_work, args=(sender, others, dataset, batches, collate), daemon=True
+                )
+                try:
+                    process.start()
+                except BaseException:
+                    receiver.close()
+                    raise
+        os.set_blocking(receiver.fileno(), False)
         self._processes.append((process, receiver))
 
     def next(self) -> Any:
@@ -161,10 +192,10 @@ class _Workers(Generic[_T]):
         for number in range(count):
             process, receiver = self._processes[number % len(self._processes)]
             try:
-                batch = _receive(receiver)
+                batch = _receive(process, receiver)
                 if pin_memory and not isinstance(batch, _Failure):
                     batch = _pinned(batch)
-            except (EOFError, OSError):
+            except _WorkerEnded:
                 batch = _Failure(LoadingError(_death(process)))
             except Exception as error:
                 batch = _Failure(error)
@@ -186,7 +217,7 @@ class _Workers(Generic[_T]):
             process.kill()  # they only read; SIGTERM may be blocked by a decoder
         for process, _ in self._processes:
             process.join()
-        if hasattr(self, "_thread"):
+        if self._thread.is_alive():
             self._thread.join()
         for _, receiver in self._processes:
             receiver.close()
@@ -194,6 +225,10 @@ class _Workers(Generic[_T]):
 
 class _WorkerTraceback(Exception):
     """The traceback in a worker process, the cause of its error."""
+
+
+class _WorkerEnded(Exception):
+    """A worker has died before the message that is being received was complete."""
 
 
 class _Failure(NamedTuple):
@@ -208,12 +243,15 @@ def _death(process: BaseProcess) -> str:
     process.join(5.0)
     code = process.exitcode
     if code is None:
-        return "a process that loads images has closed its pipe; use fewer workers, or 0"
+        return f"a process that loads images has closed its pipe; {_FEWER}, or 0"
     if code >= 0:
-        return f"a process that loads images ended with status {code}; 0 workers show its error"
+        return (
+            f"a process that loads images ended with status {code}; run with --workers 0 (data.workers=0) to see its "
+            "error"
+        )
     name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
     why = " (memory may have run out)" if -code == signal.SIGKILL else ""
-    return f"a process that loads images was ended by {name}{why}; use fewer workers, or 0"
+    return f"a process that loads images was ended by {name}{why}; {_FEWER}, or 0"
 
 
 def _pinned(batch: Any) -> Any:
@@ -228,7 +266,7 @@ def _pinned(batch: Any) -> Any:
 
 
 class _Pickler(pickle.Pickler):
-    """Takes tensors as the bytes of their values, where torch would move them to shared memory."""
+    """Serialises tensors by value, where torch would move them to shared memory."""
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is Tensor:
@@ -236,47 +274,63 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-class _Message(NamedTuple):
-    """An object as bytes: its pickle, and the contents of its arrays."""
-
-    head: memoryview
-    contents: list[memoryview]
-
-
-def _encode(value: Any) -> _Message:
+def _encode(value: Any) -> list[memoryview]:
+    """The parts of a message: the pickle of an object, and the contents of its arrays."""
     buffers: list[pickle.PickleBuffer] = []
     head = io.BytesIO()
     _Pickler(head, protocol=5, buffer_callback=buffers.append).dump(value)
-    return _Message(head.getbuffer(), [buffer.raw() for buffer in buffers])
+    return [head.getbuffer(), *(buffer.raw() for buffer in buffers)]
 
 
-def _send(sender: Connection, message: _Message) -> None:
-    sender.send_bytes(pickle.dumps([content.nbytes for content in message.contents]))
-    sender.send_bytes(message.head)
-    for content in message.contents:
+def _send(sender: Connection, parts: Sequence[memoryview]) -> None:
+    """Write the number of parts, the size of each in bytes, and the parts."""
+    sizes = struct.pack(f"={1 + len(parts)}Q", len(parts), *(part.nbytes for part in parts))
+    for part in (memoryview(sizes), *parts):
         written = 0
-        while written < content.nbytes:
-            written += os.write(sender.fileno(), content[written:])
+        while written < part.nbytes:
+            written += os.write(sender.fileno(), part[written:])
 
 
-def _receive(receiver: Connection) -> Any:
-    """The object that `_send` has sent.
+def _receive(process: BaseProcess, receiver: Connection) -> Any:
+    """The object that a worker has sent by `_send`.
 
     Raises:
-        EOFError, OSError: the sender has closed its end.
+        _WorkerEnded: the worker is dead, and nothing more is in its pipe.
     """
-    sizes = pickle.loads(receiver.recv_bytes())
-    head = receiver.recv_bytes()
-    contents = [np.empty(size, np.uint8) for size in sizes]
-    for content in contents:
-        # In place: `Connection.recv_bytes` would copy the content three times.
-        read = 0
-        while read < content.nbytes:
-            count = os.readv(receiver.fileno(), [content.data[read:]])
-            if not count:
-                raise EOFError
-            read += count
+    (count,) = struct.unpack("=Q", _read(process, receiver, 8))
+    sizes = struct.unpack(f"={count}Q", _read(process, receiver, 8 * count))
+    head, *contents = [_read(process, receiver, size) for size in sizes]
     return pickle.loads(head, buffers=contents)
+
+
+def _read(process: BaseProcess, receiver: Connection, size: int) -> memoryview:
+    # In place: `Connection.recv_bytes` would copy the content three times.
+    content = np.empty(size, np.uint8).data
+    read = 0
+    while read < size:
+        try:
+            count = os.readv(receiver.fileno(), [content[read:]])
+        except BlockingIOError:
+            _wait_for_data(process, receiver)
+            continue
+        if not count:
+            raise _WorkerEnded
+        read += count
+    return content
+
+
+def _wait_for_data(process: BaseProcess, receiver: Connection) -> None:
+    """Wait until the pipe of a worker has data or has ended.
+
+    Raises:
+        _WorkerEnded: the worker is dead and the pipe empty. Without an end of file, too: a process that another thread
+            has forked can hold copies of the worker's writing ends, that of its sentinel included.
+    """
+    while not wait([receiver, process.sentinel], _WATCH_SECONDS) and process.is_alive():
+        pass
+    # A dead worker may have written before its death.
+    if not receiver.poll():
+        raise _WorkerEnded
 
 
 # -- in a worker -----------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -114,7 +117,9 @@ def test_a_killed_worker_is_named_within_seconds(signum, name):
 
 
 def test_a_worker_that_exits_is_named():
-    with pytest.raises(LoadingError, match="ended with status 7"):
+    with pytest.raises(
+        LoadingError, match=r"ended with status 7; run with --workers 0 \(data\.workers=0\)"
+    ):
         list(load_batches(Numbers({1: lambda: os._exit(7)}), [[0], [1]], workers=1))
 
 
@@ -134,6 +139,92 @@ def test_a_worker_that_is_killed_within_a_batch_is_named(tmp_path):
     os.kill(int((tmp_path / "worker").read_text()), signal.SIGKILL)
     with pytest.raises(LoadingError, match="SIGKILL"):
         list(batches)
+
+
+def within(seconds, call):
+    """The result of a call, which must not hang."""
+    found = []
+
+    def run():
+        try:
+            found.append((call(), None))
+        except Exception as error:
+            found.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert found, f"the call took more than {seconds} s"
+    result, error = found[0]
+    if error is not None:
+        raise error
+    return result
+
+
+@pytest.fixture
+def writing_ends_held(monkeypatch):
+    """Copies of the writing end of every pipe, as a process has them that another thread forks at the wrong moment."""
+    pipe, held = os.pipe, []
+
+    def make():
+        reader, writer = pipe()
+        held.append(os.dup(writer))
+        return reader, writer
+
+    monkeypatch.setattr(os, "pipe", make)
+    yield
+    for end in held:
+        os.close(end)
+
+
+def test_all_batches_arrive_without_an_end_of_file(writing_ends_held):
+    batches = load_batches(Numbers(), [[i] for i in range(7)], workers=3)
+    assert [int(index) for _, index in within(30, lambda: list(batches))] == list(range(7))
+
+
+def test_a_killed_worker_is_named_without_an_end_of_file(writing_ends_held):
+    batches = load_batches(Numbers({4: kill()}), [[i] for i in range(9)], workers=2)
+    found = []
+    with pytest.raises(LoadingError, match="ended by SIGKILL"):
+        within(30, lambda: found.extend(int(index) for _, index in batches))
+    assert found == [0, 1, 2, 3]
+
+
+def test_closing_does_not_wait_for_an_end_of_file(writing_ends_held):
+    batches = load_batches(Numbers({1: lambda: time.sleep(600)}), [[0], [1]], workers=2)
+    next(batches)
+    within(30, batches.close)
+
+
+def test_a_worker_that_cannot_be_started_is_named(monkeypatch):
+    started = []
+
+    def start(process):
+        if len(started) == 2:
+            raise BlockingIOError("no more processes")
+        started.append(process)
+        begin(process)
+
+    begin = multiprocessing.Process.start
+    monkeypatch.setattr(multiprocessing.Process, "start", start)
+    with pytest.raises(
+        LoadingError,
+        match=r"^cannot start worker process 3 of 4: no more processes; use fewer workers \(--workers, data\.workers\)",
+    ):
+        next(load_batches(Numbers(), [[i] for i in range(100)], workers=4))
+    assert len(started) == 2 and not any(process.is_alive() for process in started)
+
+
+def test_workers_end_if_the_receiving_thread_cannot_be_started(monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    before = set(multiprocessing.active_children())
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(LoadingError, match=r"can't start new thread; use fewer workers"):
+            next(load_batches(Numbers(), [[i] for i in range(100)], workers=2))
+    assert set(multiprocessing.active_children()) == before
 
 
 def running(pid):
@@ -176,6 +267,49 @@ time.sleep(600)
         time.sleep(0.05)
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+def test_workers_of_two_threads_end_with_their_process():
+    """Workers that inherited each other's pipes would keep them open, and wait for ever to write."""
+    script = f"""
+import multiprocessing, os, sys, threading, time
+sys.path[:0] = [{str(SOURCE)!r}, {str(Path(__file__).parent)!r}]
+from test_loading import Numbers, load_batches
+
+pipe = multiprocessing.Pipe
+
+def slow_pipe(**options):
+    ends = pipe(**options)
+    time.sleep(0.2)
+    return ends
+
+def run():
+    print_pid = lambda: os.write(1, f"{{os.getpid()}} ".encode())
+    loaders.append(load_batches(Numbers({{0: print_pid}}), [[i] for i in range(100)], workers=1))
+    next(loaders[-1])
+
+multiprocessing.Pipe = slow_pipe
+loaders = []
+threads = [threading.Thread(target=run) for _ in range(2)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+os.write(1, b"\\n")
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(workers) == 2
+        process.kill()
+    try:
+        until = time.monotonic() + 20
+        while any(map(running, workers)):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    finally:
+        for pid in workers:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("workers", [-1, 1025, 10**9])
 def test_numbers_of_workers_out_of_range_are_named(workers):
     with pytest.raises(ValueError, match=f"workers must be from 0 to 1024, got {workers}"):
@@ -184,7 +318,9 @@ def test_numbers_of_workers_out_of_range_are_named(workers):
 
 def test_more_workers_than_the_machine_can_use_are_reported(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    with pytest.warns(UserWarning, match="workers is 9, this machine has 2 processors"):
+    with pytest.warns(
+        UserWarning, match="workers is 9, this machine has 2 processors: more workers"
+    ):
         load_batches(Numbers(), [[0]], workers=9)
 
 
