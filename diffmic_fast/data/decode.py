@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -28,6 +29,8 @@ from diffmic_fast.data.table import ArrayImage, ImageSource, SyntheticImage
 from diffmic_fast.data.tiff import as_black_is_zero, is_tiff
 
 _HEAD = 132  # bytes that tell the format of a file: DICOM's follow a preamble of 128
+# Not enough file descriptors of the process or of the system, not enough memory.
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class UnreadableImageError(ValueError):
@@ -77,6 +80,7 @@ def load_image(source: ImageSource | str, *, bit_depth: int = 16) -> np.ndarray:
 
     Raises:
         UnreadableImageError: the file is missing, truncated, damaged, not an image, or unreadable as above.
+        MemoryError, OSError: there is not enough memory, or no free file descriptor, to read the file.
     """
     return decode(source, bit_depth=bit_depth).pixels
 
@@ -88,7 +92,7 @@ def decode(source: ImageSource | str, *, bit_depth: int = 16) -> Decoded:
         return Decoded(np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else pixels)
     if isinstance(source, SyntheticImage):
         return Decoded(generate(source.grade, source.seed, source.size, source.index))
-    with _unreadable_files_named(source):
+    with unreadable_files_named(source), strict_pillow():
         if is_dicom(_head(source)):
             return decode_dicom(source, bit_depth)
         return _decode_with_pillow(source, bit_depth)
@@ -100,7 +104,7 @@ def uses_bit_depth(source: Path | str) -> bool:
     Raises:
         UnreadableImageError: the header cannot be read.
     """
-    with _unreadable_files_named(source):
+    with unreadable_files_named(source), strict_pillow():
         if is_dicom(_head(source)):
             return True
         with _opener(source)[0]() as image:
@@ -108,11 +112,13 @@ def uses_bit_depth(source: Path | str) -> bool:
 
 
 @contextmanager
-def _unreadable_files_named(source: Path | str) -> Iterator[None]:
-    """Raise every error as an `UnreadableImageError` of the file."""
+def unreadable_files_named(source: Path | str) -> Iterator[None]:
+    """Raise errors as an `UnreadableImageError` of the file.
+
+    A shortage of memory or of file descriptors says nothing about the file and is raised as it is.
+    """
     try:
-        with strict_pillow():
-            yield
+        yield
     except FileNotFoundError:
         raise UnreadableImageError(source, "there is no such file") from None
     except IsADirectoryError:
@@ -124,16 +130,27 @@ def _unreadable_files_named(source: Path | str) -> Iterator[None]:
         raise UnreadableImageError(source, reason) from None
     except Image.UnidentifiedImageError:
         raise UnreadableImageError(source, _why_unidentified(source)) from None
+    except MemoryError:
+        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _SHORTAGES:
+            raise
         # Decoders raise many types on damaged files: OSError, SyntaxError, IndexError, struct.error ...
         text = str(error) or type(error).__name__
         raise UnreadableImageError(source, text.replace(str(source), "it")) from error
 
 
-def _head(source: Path | str) -> bytes:
-    """The first bytes of a regular file. Others, such as named pipes, could block for ever."""
+def check_regular(source: Path | str) -> None:
+    """Raise ValueError for a named pipe, a device or a socket, which could block for ever when it is read.
+
+    Folders, whose error is raised when they are opened, pass.
+    """
     if not stat.S_ISREG(mode := os.stat(source).st_mode) and not stat.S_ISDIR(mode):
         raise ValueError("it is not a regular file")
+
+
+def _head(source: Path | str) -> bytes:
+    check_regular(source)
     with open(source, "rb") as file:
         return file.read(_HEAD)
 
