@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from diffmic_fast.data.decode import UnreadableImageError
+from diffmic_fast.data.decode import check_regular, unreadable_files_named
 from diffmic_fast.data.table import ArrayImage, ImageSource, ImageTable
 
 _BLOCK = 2**20
@@ -108,23 +110,23 @@ def _parts(
     """The members with equal keys, where there are two or more."""
     parts: dict[Hashable, list[Member]] = {}
     for member in members:
-        try:
-            parts.setdefault(key(member.source), []).append(member)
-        except OSError as error:
-            raise UnreadableImageError(
-                str(member.source), error.strerror or type(error).__name__
-            ) from error
+        parts.setdefault(key(member.source), []).append(member)
     return (part for part in parts.values() if len(part) > 1)
 
 
 def content_sample(source: ImageSource) -> bytes:
-    """A hash of the size and of the first, the middle and the last bytes of an image of a file or an array."""
+    """A hash of the size and of the first, the middle and the last bytes of an image of a file or an array.
+
+    Raises:
+        UnreadableImageError: The file cannot be read.
+    """
     return hashlib.sha256(repr((_size(source), _sample(source))).encode()).digest()
 
 
 def _size(source: ImageSource) -> Hashable:
     if isinstance(source, Path):
-        return os.stat(source).st_size
+        with unreadable_files_named(source):
+            return os.stat(source).st_size
     return _pixels(source).shape
 
 
@@ -132,7 +134,7 @@ def _sample(source: ImageSource) -> Hashable:
     """A hash of the first, the middle and the last bytes."""
     hashed = hashlib.sha256()
     if isinstance(source, Path):
-        with source.open("rb", buffering=0) as file:
+        with _opened(source) as file:
             size = os.fstat(file.fileno()).st_size
             for start in sorted({0, max(size // 2 - _SAMPLE // 2, 0), max(size - _SAMPLE, 0)}):
                 file.seek(start)
@@ -146,12 +148,21 @@ def _sample(source: ImageSource) -> Hashable:
 def _digest(source: ImageSource) -> Hashable:
     hashed = hashlib.sha256()
     if isinstance(source, Path):
-        with source.open("rb", buffering=0) as file:
+        with _opened(source) as file:
             while block := file.read(_BLOCK):
                 hashed.update(block)
     else:
         hashed.update(_pixels(source).tobytes())
     return hashed.digest()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[FileIO]:
+    """An opened regular file, without a buffer; errors are raised as an `UnreadableImageError`."""
+    with unreadable_files_named(path):
+        check_regular(path)
+        with path.open("rb", buffering=0) as file:
+            yield file
 
 
 def _pixels(source: ImageSource) -> np.ndarray:

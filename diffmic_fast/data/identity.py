@@ -28,7 +28,7 @@ def image_keys(table: ImageTable) -> Tensor:
         [N] int64, in the order of the table.
 
     Raises:
-        OSError: a file cannot be read.
+        UnreadableImageError: a file cannot be read.
     """
     # Reading waits for the disk or a network.
     with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:

@@ -1,5 +1,6 @@
 """Keys of images, and the refusal of those that a model has seen."""
 
+import os
 import shutil
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from diffmic_fast.config.data import DataConfig
+from diffmic_fast.data.decode import UnreadableImageError
 from diffmic_fast.data.identity import check_unseen, image_keys
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.data.table import ArrayImage, ImageEntry, ImageTable
@@ -69,3 +71,25 @@ def test_seen_images_are_counted_and_named(folder):
     assert line.startswith("--allow-seen: 2 of 8 test images were training images")
     assert not check_unseen("evaluate", "test", table, {"training": seen["training"] + 1})
     check_unseen("evaluate", "test", table, {})
+
+
+def test_a_missing_image_is_named(folder):
+    table = open_source(DataConfig(kind="folder", root=str(folder)))
+    (folder / "b" / "b1.bmp").unlink()
+    with pytest.raises(UnreadableImageError, match=r"b1\.bmp: there is no such file$") as caught:
+        image_keys(table)
+    assert caught.value.path == str(folder / "b" / "b1.bmp")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_named_pipe_is_not_waited_for(folder):
+    table = open_source(DataConfig(kind="folder", root=str(folder)))
+    (folder / "a" / "a2.bmp").unlink()
+    os.mkfifo(folder / "a" / "a2.bmp")
+    # With an open writing end a reader does not block: a missing check fails the test, and does not hang it.
+    end = os.open(folder / "a" / "a2.bmp", os.O_RDWR | os.O_NONBLOCK)
+    try:
+        with pytest.raises(UnreadableImageError, match=r"a2\.bmp: it is not a regular file$"):
+            image_keys(table)
+    finally:
+        os.close(end)

@@ -12,8 +12,10 @@ from PIL import Image
 
 from diffmic_fast.data.bit_depth import depth_notice
 from diffmic_fast.data.decode import UnreadableImageError, load_image
+from diffmic_fast.data.identity import image_keys
 from diffmic_fast.data.loading import load_batches
 from diffmic_fast.data.scan import find_unreadable
+from diffmic_fast.data.table import ImageEntry, ImageTable
 
 SIDE = 8000  # 64 MB in one channel, 256 MB in Pillow's RGB
 
@@ -85,8 +87,11 @@ def test_a_shortage_ends_the_scan(image, shortage, kind, text):
     assert find_unreadable([image], bit_depth=16, extent="quick") == []
 
 
-def test_a_shortage_of_descriptors_ends_the_quick_scan_and_the_search_for_unused_bits(image):
+def test_a_shortage_of_descriptors_ends_what_reads_parts_of_files(image):
+    table = ImageTable(("a", "b"), (ImageEntry("large.png", 0, image),))
     with without_descriptors():
+        with pytest.raises(OSError, match="Too many open files"):
+            image_keys(table)
         with pytest.raises(OSError, match="Too many open files"):
             find_unreadable([image], bit_depth=16, extent="quick")
         with pytest.raises(OSError, match="Too many open files"):

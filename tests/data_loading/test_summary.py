@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -70,8 +72,24 @@ def test_images_of_arrays_are_compared_by_their_pixels():
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(UnreadableImageError, match=r"gone\.png"):
+    with pytest.raises(UnreadableImageError, match=r"gone\.png: there is no such file"):
         find_duplicates({"train": table_of([(tmp_path / "gone.png", 0)])})
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_named_pipes_are_not_waited_for(tmp_path):
+    """Two, since the content of a file is read if another one has its size."""
+    pipes = [tmp_path / "1.png", tmp_path / "2.png"]
+    for path in pipes:
+        os.mkfifo(path)
+    # With an open writing end a reader does not block: a missing check fails the test, and does not hang it.
+    ends = [os.open(path, os.O_RDWR | os.O_NONBLOCK) for path in pipes]
+    try:
+        with pytest.raises(UnreadableImageError, match=r"1\.png: it is not a regular file"):
+            find_duplicates({"train": table_of([(path, 0) for path in pipes])})
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 @pytest.fixture
