@@ -171,12 +171,12 @@ class Steps:
                 torch.autograd.backward(loss)
             deferred.accumulate()
         norm = self._clip(self.model.denoiser, self.config.gradient_clip)
-        rows, norms = _read(found, norm)
+        rows, size = _read(found, norm)
         for row in rows:
             if not all(map(math.isfinite, row)):
                 described = ", ".join(f"{k} {v:g}" for k, v in zip(LOSSES, row, strict=True))
                 raise ValueError(f"the denoiser's loss is not finite ({described})")
-        _check_norm("denoiser", norms)
+        _check_norm("denoiser", size)
         totals = {
             key: sum(column) for key, column in zip(LOSSES, zip(*rows, strict=True), strict=True)
         }
@@ -411,38 +411,33 @@ class Steps:
         return loss, torch.cat((total[None], values))
 
 
-def _read(
-    parts: Sequence[Tensor], norm: Tensor | None = None
-) -> tuple[list[list[float]], list[float]]:
+def _read(parts: Sequence[Tensor], norm: Tensor) -> tuple[list[list[float]], float]:
     """Read what the micro-batches of a step and its gradient gave: the one wait of a step for a GPU.
 
     The backward passes do not wait for it, and the optimizer's step must: it follows only if all is finite.
 
     Args:
         parts: [n] each, the values of a micro-batch.
-        norm: of the gradient, a scalar, or None.
+        norm: of the gradient, a scalar.
 
     Returns:
-        The values of each micro-batch, and a list of the norm, or an empty list.
+        The values of each micro-batch, and the norm.
     """
-    norms = [] if norm is None else [norm.reshape(1)]
-    numbers = torch.cat([values.double() for values in (*parts, *norms)]).tolist()
+    *numbers, last = torch.cat([values.double() for values in (*parts, norm.reshape(1))]).tolist()
     size = len(parts[0])
-    rows = [numbers[i * size : (i + 1) * size] for i in range(len(parts))]
-    return rows, numbers[len(parts) * size :]
+    return [numbers[i * size : (i + 1) * size] for i in range(len(parts))], last
 
 
-def _check_norm(name: str, norms: Sequence[float]) -> None:
+def _check_norm(name: str, norm: float) -> None:
     """Raise for a gradient, of a model named `name`, that is not finite."""
-    for norm in norms:
-        if not math.isfinite(norm):
-            raise ValueError(f"the norm of the {name}'s gradient is {norm}")
+    if not math.isfinite(norm):
+        raise ValueError(f"the norm of the {name}'s gradient is {norm}")
 
 
-def _total(name: str, rows: Sequence[Sequence[float]], norms: Sequence[float]) -> float:
+def _total(name: str, rows: Sequence[Sequence[float]], norm: float) -> float:
     """The sum of one loss per micro-batch; raises if a loss or the gradient is not finite."""
     for (value,) in rows:
         if not math.isfinite(value):
             raise ValueError(f"the {name}'s loss is {value}")
-    _check_norm(name, norms)
+    _check_norm(name, norm)
     return sum(value for (value,) in rows)
