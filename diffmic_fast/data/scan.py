@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from PIL import Image
 
@@ -21,6 +22,10 @@ _OFFSETS = (
     (324, 325),
 )  # TIFF: StripOffsets and StripByteCounts, TileOffsets and TileByteCounts
 _PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
+_COMPRESSION, _OLD_JPEG = 259, 6
+_BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
+# Bytes of a value of each TIFF type (TIFF 6.0, section 2; 13 is IFD).
+_VALUE_SIZES = dict(zip(range(1, 14), (1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), strict=True))
 _LISTED = 100
 
 
@@ -30,14 +35,17 @@ def find_unreadable(
     """The unreadable files of a data set, in its order, each once.
 
     Args:
-        sources: the images; those that are no files are readable.
+        sources: the images; arrays and synthetic images count as readable.
         bit_depth: as in `load_image`.
-        extent: "full" decodes every file. "quick" decodes only those whose header or end is not as their format has it,
-            and those of rarer formats (all but JPEG, PNG, GIF and TIFF): truncated files are found; damage within a
-            file and samples outside their range are not.
+        extent: "full" decodes every file. "quick" decodes only JPEG, PNG and TIFF files without a valid header or end
+            marker (TIFF: with tags or pixels beyond the end of the file), and all files of other formats: truncated
+            files are found; damage within a file and samples outside their range are not.
 
     Returns:
         Files and reasons.
+
+    Raises:
+        MemoryError, OSError: there is not enough memory, or no free file descriptor, to read the files.
     """
     files = list(dict.fromkeys(source for source in sources if isinstance(source, Path)))
 
@@ -67,7 +75,7 @@ def describe(unreadable: Sequence[tuple[Path, str]]) -> str:
 
 
 def _looks_complete(path: Path) -> bool:
-    """Whether the header and the end of a file are as its format has them; False where that is not known."""
+    """Whether a file has a valid header and end marker; False where that is not known."""
     try:
         # A named pipe would block.
         if not path.is_file():
@@ -77,21 +85,24 @@ def _looks_complete(path: Path) -> bool:
                 return False
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - _TAIL, 0))
-            return _ends_as_it_should(image, file.read(), size)
+            return _has_valid_end(image, file.read(), size) and (
+                image.format != "TIFF" or _tiff_directory_end(file) <= size
+            )
     except Exception:  # damaged files raise many types; decoding says what is wrong
         return False
 
 
-def _ends_as_it_should(image: Image.Image, tail: bytes, size: int) -> bool:
+def _has_valid_end(image: Image.Image, tail: bytes, size: int) -> bool:
     """Whether a file of `size` bytes that ends in `tail` is complete."""
     if image.format in ("JPEG", "MPO"):
         return tail.endswith(b"\xff\xd9")
     if image.format == "PNG":
         return tail.endswith(b"\0\0\0\0IEND\xaeB`\x82")
-    if image.format == "GIF":
-        return tail.endswith(b"\x3b")
-    if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) != _WHITE_IS_ZERO:  # type: ignore[attr-defined]
-        return all(end <= size for end in _tiff_ends(image))
+    # The end marker of GIF, one byte, also occurs within pixels.
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        if tags.get(_PHOTOMETRIC) != _WHITE_IS_ZERO and tags.get(_COMPRESSION) != _OLD_JPEG:
+            return all(end <= size for end in _tiff_ends(image))
     return False
 
 
@@ -105,3 +116,24 @@ def _tiff_ends(image: Image.Image) -> Iterator[int]:
             yield offset + count
     if not found:
         raise ValueError("there are no strips or tiles")
+
+
+def _tiff_directory_end(file: BinaryIO) -> int:
+    """Where the first directory of a TIFF file and the values of its tags end, in bytes.
+
+    Raises:
+        KeyError: the file is BigTIFF or a tag has an unknown type.
+        struct.error: the directory is beyond the end of the file.
+    """
+    file.seek(0)
+    head = file.read(8)
+    order = _BYTE_ORDERS[head[:4]]
+    (start,) = struct.unpack(f"{order}I", head[4:])
+    file.seek(start)
+    (count,) = struct.unpack(f"{order}H", file.read(2))
+    end = start + 2 + 12 * count
+    for _, kind, values, offset in struct.iter_unpack(f"{order}HHII", file.read(12 * count)):
+        size = _VALUE_SIZES[kind] * values
+        if size > 4:  # smaller values are in place of the offset
+            end = max(end, offset + size)
+    return end

@@ -1,5 +1,6 @@
 """The scan for unreadable images before training."""
 
+import io
 import os
 import threading
 import warnings
@@ -58,6 +59,44 @@ def test_a_truncated_file_is_found_if_decoding_finds_it(tmp_path, extent, suffix
         expected = [(path, error.reason)]
     assert find_unreadable([path], bit_depth=16, extent=extent) == expected
     assert expected or missing == 1 or (suffix, missing) == ("png", 30)
+
+
+@pytest.mark.parametrize(
+    ("mode", "compression"),
+    [
+        ("RGB", None), ("RGB", "jpeg"), ("L", "jpeg"), ("YCbCr", "jpeg"), ("L", "tiff_lzw"), ("P", "tiff_lzw"),
+        ("I;16", "tiff_adobe_deflate"), ("1", "group4"),
+    ],
+)  # fmt: skip
+def test_the_quick_scan_finds_every_truncation_of_tiff(tmp_path, mode, compression):
+    """Also within the tags, which are after the pixels in compressed files."""
+    image = Image.fromarray(NOISE[:12, :12])
+    image = image.convert("L").convert(mode) if mode == "I;16" else image.convert(mode)
+    content = io.BytesIO()
+    image.save(content, "TIFF", compression=compression)
+    path, data = tmp_path / "cut", content.getvalue()
+    for length in range(1, len(data) + 1):
+        path.write_bytes(data[:length])
+        quick, full = (find_unreadable([path], bit_depth=16, extent=extent) for extent in EXTENTS)
+        assert quick == full, f"{length} of {len(data)} bytes"
+    assert not full
+
+
+def test_the_quick_scan_finds_gif_files_that_end_like_whole_ones(tmp_path):
+    data = saved(tmp_path / "whole.gif").read_bytes()
+    lengths = [i + 1 for i in range(len(data) // 2, len(data) - 2) if data[i] == 0x3B]
+    files = [tmp_path / f"{length}.gif" for length in lengths]
+    for path, length in zip(files, lengths, strict=True):
+        path.write_bytes(data[:length])
+    found = find_unreadable(files, bit_depth=16, extent="quick")
+    assert names(found) == [path.name for path in files] and files
+
+
+def test_the_quick_scan_does_not_decode_whole_files(tmp_path, monkeypatch):
+    files = [saved(tmp_path / f"whole.{suffix}") for suffix in ("jpg", "png", "tif")]
+    files += [saved(tmp_path / f"{c}.tif", compression=c) for c in ("tiff_lzw", "jpeg")]
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
+    assert find_unreadable(files, bit_depth=16, extent="quick") == []
 
 
 @pytest.mark.parametrize("extent", EXTENTS)
