@@ -23,7 +23,7 @@ M = TypeVar("M", bound=nn.Module)
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module runs more, or something else, than its class's `forward`."""
     return bool(
-        "forward" in vars(module)
+        "forward" in module.__dict__
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

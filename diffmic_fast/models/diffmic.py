@@ -420,8 +420,8 @@ class DiffMIC(nn.Module):
 
     def _check_dtype(self, operation: str, dtype: torch.dtype) -> None:
         """Raise TypeError for a model in half precision, and where the chain runs, which is float32, in double."""
-        other = next(self.guidance.parameters(), None)
-        dtypes = [dtype] if other is None else [dtype, other.dtype]
+        # Not next(parameters, None), which torch.compile of torch 2.8 does not trace.
+        dtypes = [dtype, *(parameter.dtype for parameter in self.guidance.parameters())][:2]
         single = operation == "DiffMIC.predict"
         allowed = (torch.float32,) if single else (torch.float32, torch.float64)
         for found in dtypes:

@@ -89,7 +89,7 @@ def register(
         f"diffmic_fast::{name}", lambda *arguments: fake(unpack(arguments)), lib=_library
     )
     operator = getattr(torch.ops.diffmic_fast, name).default
-    # Not result._make, which torch.compile of torch 2.6 does not trace.
+    # Not result._make, which older versions of torch.compile do not trace.
     as_result: Any = _identity if result is Tensor else lambda values: result(*values)
     differentiable = operator
     if derivative is not None:
@@ -191,7 +191,7 @@ def _packing(record: Any) -> tuple[Callable[..., tuple[Any, ...]], Callable[...,
     inner, end = hints[i], i + len(hints[i]._fields)
 
     def pack(call: tuple[Any, ...]) -> tuple[Any, ...]:
-        values = [*call]  # torch.compile of torch 2.6 cannot slice a NamedTuple
+        values = [*call]  # older versions of torch.compile cannot slice a NamedTuple
         return (*values[:i], *values[i], *values[i + 1 :])
 
     def unpack(arguments: Sequence[Any]) -> Any:

@@ -122,7 +122,7 @@ def _fits(h: Tensor, layer: ConditionalLayer, timesteps: Tensor, training: bool)
     return (
         len(bias) == 1
         and bias[0] == weight[0] == gamma[1]
-        and list(vectors) == [bias] * 4  # torch.compile of torch 2.6 takes them for a tuple
+        and list(vectors) == [bias] * 4  # a tuple in older versions of torch.compile
         and weight[1] == size[-1]
         and (given[0] == rows or given[0] == 1)
         and (rows >= 2 or not training)

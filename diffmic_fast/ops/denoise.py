@@ -209,7 +209,7 @@ def denoise(
         (seed + 2**63) % 2**64 - 2**63,
         image_ids, sample_ids, trajectory, precision, instructions, window or 0, tolerance, backend,
     )  # fmt: skip
-    arguments: list[Any] = [*call]  # torch.compile of torch 2.6 does not trace call._replace
+    arguments: list[Any] = [*call]  # older versions of torch.compile do not trace call._replace
     arguments[-1] = _backend_of(call)
     call = Call(*arguments)
     if call.backend == "reference":

@@ -68,7 +68,7 @@ class StepTable(NamedTuple):
         return torch.stack([getattr(self, name) for name in COEFFICIENTS])
 
 
-# torch.compile of torch 2.6 can neither slice a NamedTuple nor read its `_fields`.
+# Older versions of torch.compile can neither slice a NamedTuple nor read its `_fields`.
 COEFFICIENTS = StepTable._fields[1:-1]
 
 

@@ -155,7 +155,7 @@ def _numbers(origins: Tensor) -> list[list[list[int]]]:
     try:
         found: list[list[list[int]]] = origins.tolist()
         return found
-    except RuntimeError:  # torch 2.6, for a tensor of a transform of torch.func
+    except RuntimeError:  # older versions of torch, for a tensor of a transform of torch.func
         return [[[int(value) for value in corner] for corner in corners] for corners in origins]
 
 

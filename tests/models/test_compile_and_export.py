@@ -15,6 +15,10 @@ from diffmic_fast.models.diffmic import DiffMICLoss
 pytestmark = pytest.mark.usefixtures("auto_backend")
 
 CLASSES, TIMESTEPS, PIXELS = 3, 20, 32
+_TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
+traces_context_managers = pytest.mark.skipif(
+    _TORCH < (2, 11), reason="torch 2.7 and 2.8 do not trace the context managers of predict"
+)
 
 
 def network(channels: int) -> nn.Sequential:
@@ -152,6 +156,7 @@ def test_given_timesteps_and_noise(model: DiffMIC) -> None:
         model.loss(images, labels, noise=noise.long())
 
 
+@traces_context_managers
 def test_eval_forward_is_one_graph_for_any_batch(model: DiffMIC) -> None:
     """Guidance, encoder, hashes of the images and the whole chain."""
     torch._dynamo.reset()
@@ -162,6 +167,7 @@ def test_eval_forward_is_one_graph_for_any_batch(model: DiffMIC) -> None:
         torch.testing.assert_close(compiled(images), model(images), rtol=1e-5, atol=1e-6)
 
 
+@traces_context_managers
 def test_eval_forward_is_exported_saved_and_loaded(model: DiffMIC) -> None:
     model.eval()
     size = torch.export.Dim("batch", min=1)
