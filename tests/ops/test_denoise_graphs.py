@@ -81,6 +81,15 @@ def without_graphs(weights: DenoiserWeights, inputs: Any, **options: Any) -> tor
         return run(weights, inputs, **options)
 
 
+def prepared_call(weights: DenoiserWeights, inputs: tuple[torch.Tensor, ...]) -> Any:
+    """The arguments of the kernels for a call."""
+    calls: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "denoise", lambda call, *_: calls.append(call))
+        run(weights, inputs)
+    return calls[0]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("trajectory", [False, True])
 def test_a_graph_serves_later_calls(graph: Graph, precision: str, trajectory: bool) -> None:
@@ -329,18 +338,102 @@ class Readings(TorchDispatchMode):
 def test_a_call_reads_nothing_back(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     """A capture of the caller would fail at a value that is read back from the GPU, and any call would wait."""
     weights, inputs = case()
-    prepared: list[Any] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(kernels, "denoise", lambda call, *_: prepared.append(call))
-        run(weights, inputs)
+    call = prepared_call(weights, inputs)
     out = torch.empty(ROWS, CLASSES, device=TRITON_DEVICE)
     run(weights, inputs)  # compiles
     monkeypatch.setattr(
         kernels.Chain, "step", lambda self: None
     )  # the interpreter reads its arguments
     with Readings() as readings:
-        kernels.denoise(prepared[0], out, None, None)
+        kernels.denoise(call, out, None, None)
     assert not readings.found
     with Readings() as readings:
         int(out[0, 0])
     assert readings.found
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------
+
+on_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(TRITON_DEVICE.type != "cuda", reason="no GPU"),
+]
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> graphs.Store[kernels.Chain]:
+    """An empty store of chains."""
+    store: graphs.Store[kernels.Chain] = graphs.Store(4, 2**30)
+    monkeypatch.setattr(kernels, "KEPT", store)
+    return store
+
+
+class TestOnAGpu:
+    """With graphs of CUDA."""
+
+    pytestmark = on_gpu
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_replays_have_the_bits_of_launches(
+        self, kept: graphs.Store[kernels.Chain], precision: str
+    ) -> None:
+        weights, _ = case()
+        for seed in range(3):
+            _, inputs = case(seed=seed)
+            found = run(weights, inputs, seed=seed, precision=precision)
+            expected = without_graphs(weights, inputs, seed=seed, precision=precision)
+            assert torch.equal(found, expected)
+        assert len(kept) == 1
+
+    def test_a_second_call_does_not_synchronise(self, kept: graphs.Store[kernels.Chain]) -> None:
+        weights, inputs = case()
+        call, out = prepared_call(weights, inputs), torch.empty(ROWS, CLASSES, device=TRITON_DEVICE)
+        kernels.denoise(call, out, None, None)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            kernels.denoise(call, out, None, None)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.equal(out, without_graphs(weights, inputs))
+
+    def test_the_caller_captures(self, kept: graphs.Store[kernels.Chain]) -> None:
+        weights, inputs = case()
+        call, out = prepared_call(weights, inputs), torch.empty(ROWS, CLASSES, device=TRITON_DEVICE)
+        kernels.denoise(call, out, None, None)
+        kept.clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kernels.denoise(call, out, None, None)
+        assert len(kept) == 0
+        call.features.mul_(0.5)
+        out.fill_(torch.nan)
+        graph.replay()
+        changed = call.features, call.prior, call.guidance
+        assert torch.equal(out, without_graphs(weights, changed))
+
+    def test_another_thread_allocates_during_captures(
+        self, kept: graphs.Store[kernels.Chain]
+    ) -> None:
+        weights, inputs = case()
+        stop, failures = threading.Event(), []
+
+        def allocate() -> None:
+            try:
+                size = 2**21
+                while not stop.is_set():
+                    size += 2**12  # a size that the allocator does not hold
+                    torch.empty(size, device=TRITON_DEVICE)
+                    torch.cuda.empty_cache()
+            except RuntimeError as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=allocate)
+        thread.start()
+        try:
+            for _ in range(20):
+                found = run(weights, inputs)
+                kept.clear()  # the next call captures again
+        finally:
+            stop.set()
+            thread.join()
+        assert not failures and torch.equal(found, without_graphs(weights, inputs))
