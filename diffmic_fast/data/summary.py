@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from diffmic_fast.config.data import DataConfig
+from diffmic_fast.data.decode import check_regular
 from diffmic_fast.data.duplicates import find_duplicates
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.data.table import ImageTable
@@ -142,6 +143,7 @@ def _file_sizes(table: ImageTable) -> str:
 def _header_size(path: Path) -> tuple[int, int] | None:
     """Width and height, or None if the header is unreadable, which decoding reports."""
     try:
+        check_regular(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:

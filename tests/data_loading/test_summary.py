@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -90,6 +91,18 @@ def test_named_pipes_are_not_waited_for(tmp_path):
     finally:
         for end in ends:
             os.close(end)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_the_header_of_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "1.png")
+    table, said = table_of([(tmp_path / "1.png", 0)]), []
+    thread = threading.Thread(
+        target=lambda: said.extend(summary_lines({"train": table}, 32)), daemon=True
+    )
+    thread.start()
+    thread.join(20)
+    assert "image size: 32 x 32 pixels" in said
 
 
 @pytest.fixture
