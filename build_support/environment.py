@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 # As in pyproject.toml, [build-system].
@@ -34,7 +35,9 @@ def _installed(requirement: str) -> bool:
     name, _, least = requirement.partition(">=")
     if name in ("cmake", "ninja") and shutil.which(name):
         return True
-    if importlib.util.find_spec(name) is None:
+    # A search for pip by all finders would make setuptools' own one give up its distutils in this process.
+    find = PathFinder.find_spec if name == "pip" else importlib.util.find_spec
+    if find(name) is None:
         return False
     try:
         return _numbers(metadata.version(name)) >= _numbers(least)

@@ -91,7 +91,7 @@ def test_the_table_has_every_kernel_on_every_architecture() -> None:
 
 def options_of(file: Path, variable: str) -> list[str]:
     """The words of `set(variable ...)` in a file of CMake."""
-    found = re.search(rf"set\({variable} ([^)]*)\)", file.read_text(encoding="utf-8"))
+    found = re.search(rf"set\({variable}\s+([^)]*)\)", file.read_text(encoding="utf-8"))
     assert found is not None
     return found[1].split()
 

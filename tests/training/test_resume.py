@@ -83,7 +83,10 @@ def test_more_epochs_go_on_from_the_end(finished, run_config, tmp_path, capsys):
     assert all(torch.equal(start[key], value) for key, value in stored.items())
     trainer.fit()
     error = capsys.readouterr().err
-    assert "resume: training.epochs is 4, was 2: learning rates follow the new length" in error
+    assert (
+        "resume: training.epochs is 4, was 2: learning rates, and the views of epochs on features, follow"
+        in error
+    )
     assert trained == [(epoch, step) for epoch in (3, 4) for step in (1, 2, 3)]
     assert trainer.finished and read_checkpoint(out / "ckpt.pth").epoch == 4
     # Half a cosine over the 3 epochs after the warm-up, at the last step: 2 / 3 of an epoch before its end.
