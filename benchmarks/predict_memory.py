@@ -111,7 +111,7 @@ def draw(samples: list[tuple[float, int, int]], total: int, path: Path) -> None:
         title="diffmic-fast predict --out rows.csv",
     )  # fmt: skip
     axes.plot([s[2] / size * total for s in samples], [s[1] / 1024 for s in samples])
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max(axes.get_ylim()))
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

@@ -164,6 +164,8 @@ def unavailable(operation: str, backend: str, device: torch.device) -> str:
 
 def _missing_architecture(device: torch.device) -> str:
     """Return why the CUDA kernels of this build do not run on a GPU; "" if they do."""
+    if not torch.cuda.is_initialized() and not torch.cuda.is_available():
+        return "PyTorch finds no GPU"
     major, minor = torch.cuda.get_device_capability(device)
     module = _native.extension()
     built_for = module.build_info()["cuda_architectures"]
