@@ -40,7 +40,9 @@ SECONDS = 480  # of a stage, at most
 _NAMESPACE = "diffmic"
 _REPORT = re.compile(rf"^=+\s+(?:at|Device Frame:) .*\b{_NAMESPACE}::", re.MULTILINE)
 _TESTS = Path(__file__).resolve().parents[1] / "tests"
-_ON_A_GPU = re.compile(r"\bdevice_of\b|\bTRITON\b|\.to\(TRITON_DEVICE\b|\bmark\.gpu\b")
+_ON_A_GPU = re.compile(
+    r"\bdevice_of\b|.gpu., CUDA_BACKENDS|\bTRITON\b|\.to\(TRITON_DEVICE\b|\bmark\.gpu\b"
+)
 
 
 @dataclass(frozen=True)
