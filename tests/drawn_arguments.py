@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -26,6 +26,7 @@ Tensors = Mapping[str, Tensor]
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 STATISTICS = ("running_mean", "running_var")
 LAYER = ConditionalLayer._fields
+PARAMETERS = tuple(name for name in LAYER if name not in STATISTICS)
 STEPS = 6
 SCHEDULE = make_schedule("linear", STEPS, 1e-3, 0.1)
 
@@ -107,10 +108,6 @@ def _values(data: st.DataObject) -> Callable[..., Tensor]:
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def _branches(data: st.DataObject) -> tuple[int, ...]:
-    return data.draw(st.sampled_from([(), (), (1,), (2,), (3,)]))
-
-
 def _layer(data: st.DataObject, width: int, features: int, table: int) -> dict[str, Tensor]:
     values = _values(data)
     return {
@@ -135,20 +132,33 @@ def _of_layer(tensors: Tensors) -> ConditionalLayer:
     return ConditionalLayer(*(tensors[name] for name in LAYER))
 
 
-def _parameters() -> tuple[str, ...]:
-    return tuple(name for name in LAYER if name not in STATISTICS)
+class _LayerSizes(NamedTuple):
+    """Sizes of a call of a conditional layer: `table` rows of gamma, `branches` before the rows, or none."""
+
+    training: bool
+    rows: int
+    width: int
+    features: int
+    table: int
+    branches: tuple[int, ...]
 
 
-def _rows(data: st.DataObject, training: bool) -> int:
-    return data.draw(st.sampled_from([2, 3, 5, 9, 17] if training else [0, 1, 2, 3, 9, 33]))
+def _layer_sizes(data: st.DataObject, widest: int) -> _LayerSizes:
+    training = data.draw(st.booleans(), label="training")
+    return _LayerSizes(
+        training=training,
+        rows=data.draw(st.sampled_from([2, 3, 5, 9, 17] if training else [0, 1, 2, 3, 9, 33])),
+        width=data.draw(st.integers(1, widest)),
+        features=data.draw(st.integers(1, 40)),
+        table=data.draw(st.integers(1, 8)),
+        branches=data.draw(st.sampled_from([(), (), (1,), (2,), (3,)])),
+    )
 
 
 def draw_conditioning(data: st.DataObject) -> Drawn:
     """A call of `conditioning`."""
-    integer, values = _sizes(data), _values(data)
-    training = data.draw(st.booleans())
-    rows, classes, features = _rows(data, training), integer(1, 6), integer(1, 40)
-    table, branches = integer(1, 8), _branches(data)
+    training, rows, classes, features, table, branches = _layer_sizes(data, 6)
+    values = _values(data)
     tensors = {
         "x": values(rows, features),
         "y_t": values(*branches, rows, classes),
@@ -165,15 +175,13 @@ def draw_conditioning(data: st.DataObject) -> Drawn:
         return [h]
 
     written = STATISTICS if training else ()
-    return Drawn("conditioning", tensors, run, ("x", "y_t", "guidance", *_parameters()), written)
+    return Drawn("conditioning", tensors, run, ("x", "y_t", "guidance", *PARAMETERS), written)
 
 
 def draw_noised_conditioning(data: st.DataObject) -> Drawn:
     """A call of `noised_conditioning` with noise."""
-    integer, values = _sizes(data), _values(data)
-    training = data.draw(st.booleans())
-    rows, classes, features = _rows(data, training), integer(1, 6), integer(1, 40)
-    table, branches = integer(1, 8), _branches(data)
+    training, rows, classes, features, table, branches = _layer_sizes(data, 6)
+    values = _values(data)
     tensors = {
         "x": values(rows, features),
         "y_0": values(rows, classes),
@@ -192,16 +200,14 @@ def draw_noised_conditioning(data: st.DataObject) -> Drawn:
         )  # fmt: skip
         return [found.h, found.y_t]
 
-    leaves = ("x", "y_0", "guidance", "noise", *_parameters())
+    leaves = ("x", "y_0", "guidance", "noise", *PARAMETERS)
     return Drawn("noised_conditioning", tensors, run, leaves, STATISTICS if training else ())
 
 
 def draw_conditional_linear(data: st.DataObject) -> Drawn:
     """A call of `conditional_linear`."""
-    integer, values = _sizes(data), _values(data)
-    training = data.draw(st.booleans())
-    rows, width, features = _rows(data, training), integer(1, 40), integer(1, 40)
-    table, branches = integer(1, 8), _branches(data)
+    training, rows, width, features, table, branches = _layer_sizes(data, 40)
+    values = _values(data)
     tensors = {
         "h": values(*branches, rows, width),
         **_layer(data, width, features, table),
@@ -221,7 +227,7 @@ def draw_conditional_linear(data: st.DataObject) -> Drawn:
         return [h]
 
     return Drawn(
-        "conditional_linear", tensors, run, ("h", *_parameters()), STATISTICS if training else ()
+        "conditional_linear", tensors, run, ("h", *PARAMETERS), STATISTICS if training else ()
     )
 
 

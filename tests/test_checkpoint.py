@@ -11,7 +11,7 @@ import pytest
 import torch
 from training_runs import MODEL
 
-from diffmic_fast.checkpoint import load_model, read_checkpoint
+from diffmic_fast.checkpoint import apply_average, load_model, read_checkpoint
 from diffmic_fast.models import DiffMIC, DiffMICConfig
 
 
@@ -50,6 +50,16 @@ def test_the_moving_average_is_loaded_by_default(model, published):
         assert torch.equal(parameter, model.denoiser.get_parameter(name) + 1)
     for name, buffer in loaded.denoiser.named_buffers():
         assert torch.equal(buffer, model.denoiser.get_buffer(name))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), ()])
+def test_an_average_of_another_shape_is_refused(model, published, shape):
+    """Shapes that broadcast, too."""
+    values = {name: p.detach() for name, p in model.denoiser.named_parameters()}
+    with pytest.raises(
+        ValueError, match=r"average of x does not fit .* lin4\.weight must be .*, got"
+    ):
+        apply_average(model.denoiser, values | {"lin4.weight": torch.ones(shape)}, "x")
 
 
 def test_the_guidance_file_is_beside_or_named(model, published, tmp_path):

@@ -245,11 +245,12 @@ class DiffMIC(nn.Module):
     ) -> Prediction:
         """Classify images, in evaluation mode whatever the model's own.
 
-        A prediction depends on the image, the seed and the index of the sample, never on the batch: they address its
-        noise (docs/algorithm.md, "Philox noise"). Guidance model and encoder run once per image, however many samples
-        and steps. Memory beside the weights: the activations of the batch, one layer's weight at a time with BatchNorm
-        folded in (`models.folding`), and [B * S, F] features; with bfloat16 convolutions the weights of one network in
-        bfloat16 and the activations of a few images (`models.fused_layers`).
+        A prediction depends on the image, the seed and the index of the sample, which address its noise
+        (docs/algorithm.md, "Philox noise"), and up to rounding on nothing else in the batch. Guidance model and encoder
+        run once per image, however many samples and steps. Memory beside the weights: the activations of the batch, one
+        layer's weight at a time with BatchNorm folded in (`models.folding`), and [B * S, F] features; with bfloat16
+        convolutions the weights of one network in bfloat16 and the activations of a few images
+        (`models.fused_layers`).
 
         On a GPU the call does not wait for the device and cannot raise for values there: an image that is not finite,
         or whose result is not, has NaN samples and probabilities and the label -1 (`Prediction.check` raises for it).

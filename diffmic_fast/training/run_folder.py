@@ -75,11 +75,10 @@ class RunFolder:
         if source.is_file():
             progress = read_checkpoint(source, mmap=True).extras.get("progress", {})
             if progress.get("best") == best:
-                for name in (GUIDANCE_BEST_NAME, BEST_NAME):
-                    if source.with_name(
-                        name
-                    ).is_file():  # the guidance model is in the checkpoint too
-                        keep_copy(source.with_name(name), self.folder / name)
+                guidance = source.with_name(GUIDANCE_BEST_NAME)
+                if guidance.is_file():  # the checkpoint has this model inside, too
+                    keep_copy(guidance, self.folder / GUIDANCE_BEST_NAME)
+                keep_copy(source, self.folder / BEST_NAME)
 
     def has_best(self, epoch: int) -> bool:
         """Whether the best checkpoint is that after `epoch` epochs."""

@@ -13,41 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import one_error
 from PIL import Image
 
 from diffmic_fast.cli import main, make_parser
-from diffmic_fast.inference.predict import FilePredictor
 from diffmic_fast.ops.denoise import PRECISIONS
 
 SOURCE = Path(__file__).parents[2]
-
-CONFIG = """
-seed: 3
-data: {{kind: folder, root: "{root}", train_table: train, test_table: test}}
-model: {{classes: 2, image_size: 32, timesteps: 10, feature_dim: 32, encoder: test_resnet,
-        guidance_trunk: test_resnet, crops: 2, crop_size: 16}}
-training: {{batch_size: 4, epochs: {epochs}, guidance_epochs: 1, warmup_epochs: 1, ema_decay: 0.9,
-           tensorboard: false}}
-sampling: {{sampler: ddim, steps: 2, samples: 2}}
-"""
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """Images of two classes, a configuration of 1 + 1 epochs and a run trained with it."""
-    root = tmp_path_factory.mktemp("cli")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 5), ("test", 2)):
-        for name, level in (("dark", 60), ("light", 190)):
-            folder = root / "images" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(level - 40, level + 40, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    for name, epochs in (("c.yml", 1), ("long.yml", 3)):
-        (root / name).write_text(CONFIG.format(root=root / "images", epochs=epochs))
-    assert main(["train", "--config", str(root / "c.yml"), "--out", str(root / "run")]) == 0
-    return root
 
 
 def test_train_writes_checkpoint_and_log(work):
@@ -119,95 +91,6 @@ def test_evaluate_prints_a_table_and_writes_files(work, tmp_path, capsys):
         assert picture.format == "PNG"
 
 
-def test_predict_skips_an_unreadable_image_and_exits_with_3(work, tmp_path, capsys):
-    folder = tmp_path / "mixed"
-    folder.mkdir()
-    good = (work / "images/test/dark/0.png").read_bytes()
-    (folder / "a.png").write_bytes(good)
-    (folder / "broken.png").write_bytes(good[:300])
-    (folder / "c.png").write_bytes((work / "images/test/light/0.png").read_bytes())
-    out, picture = tmp_path / "p.csv", tmp_path / "f.png"
-    status = main(
-        ["predict", str(work / "run" / "ckpt.pth"), str(folder), "--out", str(out),
-         "--figure", str(picture), "--images-out", str(tmp_path / "each")]
-    )  # fmt: skip
-    assert status == 3
-    err = capsys.readouterr().err
-    assert f"unreadable: {folder / 'broken.png'}: " in err
-    assert "1 of 3 files were unreadable" in err
-    with open(out, newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [r["file"] for r in rows] == [str(folder / "a.png"), str(folder / "c.png")]
-    assert {r["class"] for r in rows} <= {"dark", "light"}
-    assert picture.is_file() and len(list((tmp_path / "each").iterdir())) == 2
-
-
-def test_predict_goes_on_with_an_interrupted_run(work, tmp_path, capsys):
-    """Rows are kept, the incomplete one is made again, and a file that has become readable gets one."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for i, name in enumerate(("dark/0", "dark/1", "light/0", "light/1")):
-        shutil.copy(work / "images/test" / f"{name}.png", folder / f"{i}.png")
-    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:300])
-    out, whole = tmp_path / "p.csv", tmp_path / "whole.csv"
-    command = ["predict", str(work / "run"), str(folder), "--batch-size", "1"]
-    assert main([*command, "--out", str(out)]) == 3
-    shutil.copy(work / "images/test/light/0.png", folder / "2.png")
-    rows = out.read_bytes()
-    out.write_bytes(rows[:-5])  # within the row of 3.png
-    capsys.readouterr()
-    assert main([*command, "--out", str(out), "--resume"]) == 0
-    assert "2 rows were in" in capsys.readouterr().err
-    assert main([*command, "--out", str(whole)]) == 0
-    assert out.read_bytes() == whole.read_bytes()
-    assert main([*command, "--out", str(out), "--resume"]) == 0
-    assert "4 rows were in" in capsys.readouterr().err
-    assert out.read_bytes() == whole.read_bytes()
-
-    one_error(capsys, [*command, "--resume"], "--resume continues a file", "--out")
-    resume = ["--out", str(out), "--resume"]
-    one_error(capsys, [*command, *resume, "--seed", "9"], "of another model or other options")
-    one_error(capsys, [*command, *resume, "--figure", "f.png"], "--figure")
-    one_error(capsys, ["predict", str(work / "run"), str(folder / "0.png"), *resume],
-              "3 files that are not among those given", str(folder / "1.png"))  # fmt: skip
-    assert out.read_bytes() == whole.read_bytes()
-
-
-def test_rows_of_another_folder_are_not_continued(work, tmp_path, monkeypatch, capsys):
-    """Relative names are the same in two folders; the images are not."""
-    for name, source in (("a", "dark"), ("b", "light")):
-        shutil.copytree(work / "images/test" / source, tmp_path / name / "images")
-    for image in (tmp_path / "b/images").iterdir():
-        os.utime(image, (1e9, 1e9))  # older than every row
-    out = tmp_path / "rows.csv"
-    command = ["predict", str(work / "run"), "images", "--out", str(out)]
-    monkeypatch.chdir(tmp_path / "a")
-    assert main(command) == 0
-    before = out.read_bytes()
-    monkeypatch.chdir(tmp_path / "b")
-    capsys.readouterr()
-    one_error(capsys, [*command, "--resume"], "is not the file whose row is in")
-    assert out.read_bytes() == before
-
-
-def test_outputs_inside_the_input_folder(work, tmp_path, capsys):
-    folder = tmp_path / "images"
-    shutil.copytree(work / "images/test/dark", folder)
-    command = ["predict", str(work / "run"), str(folder), "--out", str(folder / "rows.csv"),
-               "--images-out", str(folder / "pictures")]  # fmt: skip
-    assert main(command) == 0
-    before = (folder / "rows.csv").read_bytes()
-    assert main([*command, "--resume"]) == 0
-    assert (folder / "rows.csv").read_bytes() == before
-    assert "unreadable" not in capsys.readouterr().err
-
-
-def test_a_closed_standard_output_is_named(work, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdout", None)
-    assert main(["predict", str(work / "run"), str(work / "images/test")]) == 2
-    assert "standard output is closed; name a file with --out" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("command", ["evaluate", "calibrate"])
 def test_seen_images_need_allow_seen(work, tmp_path, capsys, command):
     """A duplicate across splits, as published data sets have."""
@@ -221,35 +104,6 @@ def test_seen_images_need_allow_seen(work, tmp_path, capsys, command):
     err = capsys.readouterr().err
     assert "--allow-seen: 1 of 5 test images were training images" in err
     assert command == "evaluate" or "must be at least 20 validation images" in err
-
-
-def test_predict_writes_rows_while_it_runs(work, tmp_path, monkeypatch):
-    out = tmp_path / "p.json"
-    files = [str(work / "images/test/dark" / f"{i}.png") for i in (0, 1)]
-    seen = []
-    batches = FilePredictor.batches
-
-    def observed(self, *args, **options):
-        for batch in batches(self, *args, **options):
-            seen.append(out.read_text().count('"file"') if out.exists() else 0)
-            yield batch
-
-    monkeypatch.setattr(FilePredictor, "batches", observed)
-    assert main(["predict", str(work / "run"), *files, "--batch-size", "1", "--out", str(out)]) == 0
-    assert seen == [0, 1]
-    assert [r["file"] for r in json.loads(out.read_text())["predictions"]] == files
-
-
-def test_pictures_of_a_continued_run_keep_their_numbers(work, tmp_path):
-    out, pictures = tmp_path / "p.csv", tmp_path / "each"
-    files = [str(work / "images/test/dark" / f"{i}.png") for i in (0, 1)]
-    command = ["predict", str(work / "run"), *files, "--out", str(out), "--images-out"]
-    assert main([*command, str(pictures)]) == 0
-    names = sorted(path.name for path in pictures.iterdir())
-    out.write_text("".join(out.read_text().splitlines(keepends=True)[:2]))
-    (pictures / names[1]).unlink()
-    assert main([*command, str(pictures), "--resume"]) == 0
-    assert sorted(path.name for path in pictures.iterdir()) == names
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate", "calibrate"])
@@ -282,26 +136,6 @@ def test_another_model_or_preprocessing_needs_override(work, tmp_path, capsys, c
     err = capsys.readouterr().err
     assert "--override: model.image_size: 32 in the checkpoint, 48 now\n" in err
     assert "sampling" not in err
-
-
-def test_predict_reports_other_files_and_unused_bits_once(work, tmp_path, capsys):
-    dark = np.arange(1024, dtype=np.uint16).reshape(32, 32)
-    for i in range(2):
-        Image.fromarray(dark + i).save(tmp_path / f"{i}.png")
-    (tmp_path / "notes.txt").write_text("text")
-    (tmp_path / "Thumbs.db").write_text("text")
-    assert main(["predict", str(work / "run"), str(tmp_path)]) == 3
-    captured = capsys.readouterr()
-    assert len(captured.out.splitlines()) == 3
-    assert captured.err.count(f"unreadable: {tmp_path / 'notes.txt'}: it is not an image") == 1
-    assert "Thumbs.db" not in captured.err
-    assert captured.err.count("data.augmentation.bit_depth=11") == 1
-
-
-def test_predict_prints_csv_alone_to_standard_output(work, capsys):
-    assert main(["predict", str(work / "run"), str(work / "images/test/light")]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("file,label,class,probability_dark") and len(lines) == 3
 
 
 @pytest.fixture(scope="module")
@@ -358,14 +192,6 @@ def test_calibrate_rejects_training_images_and_few(work, clinic, capsys):
     )  # fmt: skip
 
 
-def test_predict_without_a_readable_image_fails_and_writes_nothing(work, tmp_path, capsys):
-    (tmp_path / "x.png").write_text("no image")
-    out = tmp_path / "p.json"
-    assert main(["predict", str(work / "run"), str(tmp_path / "x.png"), "--out", str(out)]) == 1
-    assert "none of the 1 files could be read" in capsys.readouterr().err
-    assert not out.exists()
-
-
 def test_published_checkpoints_need_a_configuration(work, tmp_path, capsys):
     """A checkpoint without the extras of this package; its classes are named by numbers."""
     parts = torch.load(work / "run" / "ckpt.pth", weights_only=True)
@@ -377,15 +203,6 @@ def test_published_checkpoints_need_a_configuration(work, tmp_path, capsys):
     args += ["--config", str(work / "c.yml"), "--guidance", str(work / "run" / "aux_ckpt.pth")]
     assert main(args) == 0
     assert "probability_0" in capsys.readouterr().out
-
-
-def one_error(capsys, argv, *parts):
-    """Assert that the command exits with 2 and prints a single line that contains all parts."""
-    assert main(argv) == 2
-    err = capsys.readouterr().err.strip()
-    assert err.startswith("error: ") and "\n" not in err
-    for part in parts:
-        assert part in err
 
 
 def test_bad_input_is_one_line(work, tmp_path, capsys):

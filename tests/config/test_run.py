@@ -172,3 +172,12 @@ def test_missing_files_missing_keys_and_invalid_yaml(tmp_path):
     path.write_bytes(b"\xff\xfe\x00binary")
     with pytest.raises(ValueError, match="not a text file"):
         read_config(path)
+
+
+def test_an_average_of_the_guidance_needs_epochs_of_its_own() -> None:
+    """Joint epochs that train it too would begin from the average; of the encoder alone there is no such epoch."""
+    both = {"epochs": 1, "joint_guidance": True, "classifier_ema_decay": 0.9}
+    with pytest.raises(ValueError, match="joint_guidance must be false with classifier_ema_decay"):
+        TrainingConfig(guidance_epochs=1, **both)
+    TrainingConfig(guidance_epochs=0, encoder_epochs=1, **both)
+    TrainingConfig(guidance_epochs=1, **both | {"joint_guidance": False})

@@ -19,7 +19,12 @@ from diffmic_fast.checkpoint import NAME, load_model
 from diffmic_fast.config.run import RunConfig
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
-from diffmic_fast.distributed.processes import Processes, process_group, split_sizes
+from diffmic_fast.distributed.processes import (
+    Processes,
+    is_first_process,
+    process_group,
+    split_sizes,
+)
 from diffmic_fast.inference.evaluate import evaluate
 from diffmic_fast.inference.predict import predict_files
 from diffmic_fast.models import DiffMIC
@@ -224,3 +229,13 @@ def test_without_torchrun_there_is_no_process_group(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
     with pytest.raises(ValueError, match="has no GPU"), process_group("cuda"):
         pass
+
+
+def test_the_first_process_is_known_before_the_group_is_formed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert is_first_process()
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        assert is_first_process() == (rank == 0)

@@ -54,6 +54,23 @@ def examples(backend: str, share: float = 1.0) -> settings:
     )
 
 
+def cast(
+    tensors: Tensors, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> dict[str, Tensor]:
+    """The tensors on a device, floating ones of a dtype."""
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype)
+        for name, value in tensors.items()
+    }
+
+
+def copied(tensors: Tensors) -> dict[str, Tensor]:
+    """The same values, contiguous, in memory of their own."""
+    return {
+        name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()
+    }
+
+
 def outcome(drawn: Drawn, tensors: Tensors, backend: str) -> list[Tensor]:
     """Results, arguments written in place, and gradients of a weighted sum of all results."""
     tensors = {name: t.detach() if t.is_floating_point() else t for name, t in tensors.items()}
@@ -77,8 +94,7 @@ def assert_near(
     """Errors are a few times what one rounding of every operation of the definition explains."""
 
     def definition() -> list[Tensor]:
-        copies = {name: value.clone() for name, value in exact_arguments.items()}
-        return outcome(drawn, copies, "reference")
+        return outcome(drawn, copied(exact_arguments), "reference")
 
     exact = definition()
     floating = [i for i, value in enumerate(exact) if value.is_floating_point()]
@@ -130,26 +146,14 @@ def test_layouts_and_dtypes(operation: str, backend: str) -> None:
         drawn = OPERATIONS[operation](data)
         dtype = data.draw(st.sampled_from([torch.float32, torch.float32, *FLOATS]), label="dtype")
         placed = {
-            name: place(
-                data,
-                (value.to(dtype) if value.is_floating_point() else value).to(device),
-                writable=name in drawn.written,
-            )
-            for name, value in drawn.tensors.items()
+            name: place(data, value, writable=name in drawn.written)
+            for name, value in cast(drawn.tensors, dtype, device).items()
         }
         views = {name: p.view for name, p in placed.items()}
         before = {name: p.buffer.clone() for name, p in placed.items()}
-        contiguous = {
-            name: value.clone(memory_format=torch.contiguous_format)
-            for name, value in views.items()
-        }
-        exact = {
-            name: value.double().cpu() if value.is_floating_point() else value.cpu()
-            for name, value in contiguous.items()
-        }
-        refused = raised_by(
-            drawn, {name: value.clone() for name, value in exact.items()}, "reference"
-        )
+        contiguous = copied(views)
+        exact = cast(contiguous, torch.float64)
+        refused = raised_by(drawn, copied(exact), "reference")
         try:
             found = outcome(drawn, views, backend)
         except BackendError as error:
@@ -170,9 +174,7 @@ def test_layouts_and_dtypes(operation: str, backend: str) -> None:
             for a, b in zip(found, again, strict=True):
                 assert torch.equal(_bytes(a), _bytes(b))
         if drawn.operation.startswith("rois"):
-            wanted = outcome(
-                drawn, {name: value.cpu() for name, value in contiguous.items()}, "reference"
-            )
+            wanted = outcome(drawn, cast(contiguous, dtype), "reference")
             results = len(wanted) - len(drawn.leaves)
             for a, b in zip(found[:results], wanted[:results], strict=True):
                 assert torch.equal(a, b)
@@ -204,10 +206,7 @@ def test_a_wrong_argument_is_named(operation: str, backend: str) -> None:
     @given(data=st.data())
     def run(data: st.DataObject) -> None:
         drawn = OPERATIONS[operation](data)
-        tensors: dict[str, Any] = {
-            name: value.float() if value.is_floating_point() else value
-            for name, value in drawn.tensors.items()
-        }
+        tensors: dict[str, Any] = cast(drawn.tensors, torch.float32)
         name = data.draw(st.sampled_from(sorted(tensors)), label="argument")
         # A call whose tensors are all on the meta device has no values, and no fault.
         changes = sorted(WRONG) if len(tensors) > 1 else sorted(WRONG.keys() - {"the meta device"})
@@ -229,12 +228,7 @@ def test_another_size_is_refused_or_right(operation: str, backend: str) -> None:
     @given(data=st.data())
     def run(data: st.DataObject) -> None:
         drawn = OPERATIONS[operation](data)
-        tensors = {
-            name: value.float().to(device_of(backend))
-            if value.is_floating_point()
-            else value.to(device_of(backend))
-            for name, value in drawn.tensors.items()
-        }
+        tensors = cast(drawn.tensors, torch.float32, device_of(backend))
         name = data.draw(st.sampled_from(sorted(tensors)), label="argument")
         value = tensors[name]
         dimension = data.draw(st.integers(0, value.ndim - 1), label="dimension")
@@ -244,11 +238,8 @@ def test_another_size_is_refused_or_right(operation: str, backend: str) -> None:
             )
         else:
             tensors[name] = value.narrow(dimension, 0, max(value.shape[dimension] - 1, 0))
-        exact = {
-            n: v.cpu().double() if v.is_floating_point() else v.cpu() for n, v in tensors.items()
-        }
-        copies = {n: v.clone() for n, v in exact.items()}
-        refused = raised_by(drawn, copies, "reference")
+        exact = cast(tensors, torch.float64)
+        refused = raised_by(drawn, copied(exact), "reference")
         if refused is None:
             assert_near(outcome(drawn, tensors, backend), drawn, exact, torch.float32)
         elif backend in ("reference", "auto", "cpu"):
@@ -262,20 +253,16 @@ def test_another_size_is_refused_or_right(operation: str, backend: str) -> None:
 @pytest.mark.parametrize("instructions", [*INSTRUCTIONS, "amx_emulated"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_chains_have_the_bits_of_contiguous_arguments(precision: str, instructions: str) -> None:
-    @settings(examples("cpu", 0.2), print_blob=True)
+    @examples("cpu", 0.2)
     @given(data=st.data())
     def run(data: st.DataObject) -> None:
         drawn = draw_chain(data, {"precision": precision, "instructions": instructions})
         placed = {
-            name: place(data, value.float() if value.is_floating_point() else value)
-            for name, value in drawn.tensors.items()
+            name: place(data, value) for name, value in cast(drawn.tensors, torch.float32).items()
         }
         before = {name: p.buffer.clone() for name, p in placed.items()}
         views = {name: p.view for name, p in placed.items()}
-        contiguous = {
-            name: v.clone(memory_format=torch.contiguous_format) for name, v in views.items()
-        }
-        (found,), (again,) = outcome(drawn, views, "cpu"), outcome(drawn, contiguous, "cpu")
+        (found,), (again,) = outcome(drawn, views, "cpu"), outcome(drawn, copied(views), "cpu")
         assert found.isfinite().all()
         assert torch.equal(_bytes(found), _bytes(again))
         for name, p in placed.items():

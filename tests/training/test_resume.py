@@ -161,3 +161,14 @@ def test_the_best_of_an_interrupted_run_comes_along(run_config, tmp_path):
     second.fit()
     found = read_checkpoint(tmp_path / "second" / "ckpt_best.pth").extras["progress"]["best"]
     assert found == second.best >= best
+
+
+def test_the_best_comes_along_without_its_guidance_file(run_config, tmp_path):
+    """The guidance model is in the checkpoint, too."""
+    path = Trainer(run_config, tmp_path / "first", quiet=True).fit()
+    best = (tmp_path / "first" / "ckpt_best.pth").read_bytes()
+    (tmp_path / "first" / "aux_ckpt_best.pth").unlink()
+    Trainer(run_config, tmp_path / "second", quiet=True, resume=path).fit()
+    assert (tmp_path / "second" / "ckpt_best.pth").read_bytes() == best
+    assert not (tmp_path / "second" / "aux_ckpt_best.pth").exists()
+    load_model(tmp_path / "second" / "ckpt_best.pth")
