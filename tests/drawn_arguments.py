@@ -349,7 +349,7 @@ def draw_chain(data: st.DataObject, options: dict[str, Any]) -> Drawn:
     sampler = data.draw(
         st.sampled_from([("ddpm", None, 0.0), ("ddim", 3, 0.5), ("ddpm_truncated", 2, 0.0)])
     )
-    trajectory = data.draw(st.booleans())
+    trajectory, watched = data.draw(st.booleans()), data.draw(st.booleans(), label="progress")
     steps = make_steps(SCHEDULE, *sampler)
     tensors = {
         "features": values(rows, features),
@@ -382,10 +382,12 @@ def draw_chain(data: st.DataObject, options: dict[str, Any]) -> Drawn:
             for name in steps._fields
             if name not in ("timesteps", "start")
         })  # fmt: skip
+        calls: list[int] = []
         with torch.no_grad():
             found = denoise(
                 t["features"], t["prior"], t["guidance"], weights, table, noise=t["noise"], image_ids=t["image_ids"],
-                sample_ids=t["sample_ids"], trajectory=trajectory, backend=backend, **options,
+                sample_ids=t["sample_ids"], trajectory=trajectory, backend=backend,
+                progress=(lambda done, _: calls.append(done)) if watched else None, **options,
             )  # fmt: skip
         return [found]
 

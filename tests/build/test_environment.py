@@ -27,6 +27,13 @@ def test_this_python_builds_without_a_network() -> None:
     assert environment.missing() == []
 
 
+def test_setuptools_can_be_imported_afterwards() -> None:
+    """Its hook takes a search for pip for pip itself, and up to Python 3.11 then fails for want of its own distutils."""
+    program = "from build_support import environment; environment.missing(); import setuptools"
+    done = run(sys.executable, "-c", program)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_is_missing_is_spelled_as_for_pip(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -253,7 +253,7 @@ def test_another_size_is_refused_or_right(operation: str, backend: str) -> None:
 @pytest.mark.parametrize("instructions", [*INSTRUCTIONS, "amx_emulated"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_chains_have_the_bits_of_contiguous_arguments(precision: str, instructions: str) -> None:
-    @examples("cpu", 0.2)
+    @examples("cpu", 0.6)
     @given(data=st.data())
     def run(data: st.DataObject) -> None:
         drawn = draw_chain(data, {"precision": precision, "instructions": instructions})

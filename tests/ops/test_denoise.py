@@ -120,3 +120,14 @@ def test_bad_arguments_are_named(features, record, weights, schedule):
     longer = make_steps(make_schedule("linear", 400), "ddim", 3)
     with pytest.raises(ValueError, match=r"timesteps must be in \[0, 100\], got 132 … 399"):
         denoise(features, prior, prior, weights, longer)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "auto"])
+def test_layers_of_other_schedules_are_named(features, record, weights, schedule, backend):
+    """Each backend reads the rows of the sampler's timesteps; one layer has fewer, or more, than the first."""
+    steps, prior = make_steps(schedule, "ddim", 3), record["y_hat"]
+    first, second = weights.hidden
+    for gamma in (second.gamma[:-1], torch.cat([second.gamma, second.gamma[:1]])):
+        other = weights._replace(hidden=(first, second._replace(gamma=gamma)))
+        with pytest.raises(ValueError, match=r"gamma must be \[rows=101, out=64\], got"):
+            denoise(features, prior, prior, other, steps, backend=backend)
