@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Maker, Setup
+from benchmarks.harness import Case, Maker, Setup, finished
 from diffmic_fast.diffusion import make_schedule, make_steps
 from diffmic_fast.ops import _engine as engine
 from diffmic_fast.ops.denoise import denoise
@@ -105,7 +105,7 @@ def weights(features: int, device: str) -> DenoiserWeights:
 def _chain(device: str, rows: int, features: int, steps: int, precision: str, name: str) -> Call:
     x, prior = torch.randn(rows, features, device=device), torch.rand(rows, CLASSES, device=device)
     backend = "cuda-emulated" if device == "cpu" and name == "cuda" else name
-    return _finished(
+    return finished(
         device,
         partial(
             denoise, x, prior, prior, weights(features, device), make_steps(make_schedule("linear", T), "ddim", steps),
@@ -123,19 +123,7 @@ def _product(device: str, rows: int, features: int, kind: str, number: int) -> C
     h = torch.randn(rows, features, device=device).to(dtype)
     out, t = torch.empty_like(h), torch.zeros(1, dtype=torch.int64, device=device)
     config = kernels.CONFIGS[kind][number]
-    return _finished(device, partial(kernels.launch, h, layer, t, out, 1e-5, config=config))
-
-
-def _finished(device: str, call: Call) -> Call:
-    """The call without gradients, until the device has finished."""
-
-    def run() -> None:
-        with torch.no_grad():
-            call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return run
+    return finished(device, partial(kernels.launch, h, layer, t, out, 1e-5, config=config))
 
 
 def summary(cases: Sequence[Case], card: engine.Card | None = None) -> str:

@@ -28,7 +28,7 @@ from benchmarks.bench_denoise import (
 )
 from benchmarks.denoise_peers import cast
 from benchmarks.gpu_chain import make_weights
-from benchmarks.harness import Maker, Setup
+from benchmarks.harness import Maker, Setup, finished
 from diffmic_fast.ops.denoise import denoise
 from diffmic_fast.reference.denoise import DenoiserWeights, chain, predict_noise
 
@@ -76,7 +76,7 @@ def _over_rows(device: str, rows: int, steps: int) -> Setup:
     if reason := _without_models():
         skipped[_PUBLISHED] = reason
     else:
-        peers[_PUBLISHED] = lambda: _finished(device, published_step(rows, device))
+        peers[_PUBLISHED] = lambda: finished(device, published_step(rows, device))
     limits = {"fp32": {_READ: 1.0}, "bf16": {_READ: 0.5}, "fp8": {_READ: 0.25}}
     if device == "cuda":
         peers[_MULTIPLY] = partial(_multiply, device)
@@ -103,18 +103,6 @@ def _without_models() -> str:
     return ""
 
 
-def _finished(device: str, call: Call) -> Call:
-    """The call without gradients, until the device has finished."""
-
-    def run() -> None:
-        with torch.no_grad():
-            call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    return run
-
-
 def _on(device: str, rows: int, fitted: bool = False) -> tuple[Tensor, Tensor, DenoiserWeights]:
     x, prior = inputs(rows)
     some = weights() if fitted else _random_weights()
@@ -132,7 +120,7 @@ def _chain(
     x, prior, there = _on(device, rows, fitted)
     backend = "cuda" if device == "cuda" else "cuda-emulated"
     options = {"backend": backend, "precision": precision, "window": window}
-    return _finished(device, partial(denoise, x, prior, prior, there, step_table(steps), **options))
+    return finished(device, partial(denoise, x, prior, prior, there, step_table(steps), **options))
 
 
 def _predictor(
@@ -146,13 +134,13 @@ def _predictor(
 
 def _eager(device: str, rows: int, steps: int, dtype: torch.dtype) -> Call:
     predict, prior = _predictor(device, rows, dtype)
-    return _finished(device, partial(chain, predict, prior, step_table(steps)))
+    return finished(device, partial(chain, predict, prior, step_table(steps)))
 
 
 def _compiled(device: str, rows: int, steps: int, dtype: torch.dtype) -> Call:
     predict, prior = _predictor(device, rows, dtype)
     compiled = torch.compile(predict, dynamic=False)
-    return _finished(device, partial(chain, compiled, prior, step_table(steps)))
+    return finished(device, partial(chain, compiled, prior, step_table(steps)))
 
 
 def _graphed(device: str, rows: int, steps: int, dtype: torch.dtype) -> Call:
@@ -173,7 +161,7 @@ def _graphed(device: str, rows: int, steps: int, dtype: torch.dtype) -> Call:
         graph.replay()
         return eps
 
-    return _finished(device, partial(chain, replay, prior, step_table(steps)))
+    return finished(device, partial(chain, replay, prior, step_table(steps)))
 
 
 def _read(device: str, steps: int) -> Call:
@@ -184,10 +172,10 @@ def _read(device: str, steps: int) -> Call:
         for _ in range(steps):
             memory.sum()
 
-    return _finished(device, read)
+    return finished(device, read)
 
 
 def _multiply(device: str) -> Call:
     """_SIDE^3 multiply-adds in bfloat16."""
     a = torch.randn(_SIDE, _SIDE, device=device, dtype=torch.bfloat16)
-    return _finished(device, partial(torch.mm, a, a))
+    return finished(device, partial(torch.mm, a, a))

@@ -129,22 +129,12 @@ def _chain(
     table = make_steps(make_schedule("linear", T), "ddim", steps)
     weights = _weights(plan.features, classes, device, T)
     call = partial(denoise, *inputs, weights, table, precision=precision, backend=backend, window=1)
-    return _finished(device, call)
+    return harness.finished(device, call)
 
 
 def _copy(device: torch.device, count: int) -> Callable[[], None]:
     source = torch.zeros(count, dtype=torch.uint8, device=device)
-    return _finished(device, partial(torch.empty_like(source).copy_, source))
-
-
-def _finished(device: torch.device, call: Callable[[], object]) -> Callable[[], None]:
-    def run() -> None:
-        with torch.no_grad():
-            call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    return run
+    return harness.finished(device, partial(torch.empty_like(source).copy_, source))
 
 
 def write(found: Sequence[Step], problems: Sequence[str]) -> tuple[Path, Path]:

@@ -274,6 +274,19 @@ def measure(peers: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
     return timings
 
 
+def finished(device: str | torch.device, call: Callable[[], object]) -> Callable[[], None]:
+    """The call without gradients, until the device has finished."""
+    waits = torch.device(device).type == "cuda"
+
+    def run() -> None:
+        with torch.no_grad():
+            call()
+        if waits:
+            torch.cuda.synchronize(device)
+
+    return run
+
+
 def machine() -> dict[str, Any]:
     """The machine, its software and this build; "gpu" is that of `gpu_facts.facts`, at this moment."""
     extension = _native.extension()

@@ -28,7 +28,7 @@ def test_this_python_builds_without_a_network() -> None:
 
 
 def test_setuptools_can_be_imported_afterwards() -> None:
-    """Its hook takes a search for pip for pip itself, and up to Python 3.11 then fails for want of its own distutils."""
+    """Its hook takes a search for pip for pip itself, and up to Python 3.11 then lacks its own distutils."""
     program = "from build_support import environment; environment.missing(); import setuptools"
     done = run(sys.executable, "-c", program)
     assert done.returncode == 0, done.stderr
