@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,6 +65,7 @@ REPORTS = {
     ("count all", "plain sum"): r"race.* on global memory",
     ("parts", "overlap"): r"two writes race.* on global memory",
     ("neighbours", "no barrier"): r"race.* on global memory",
+    ("prefetched", "past the end"): r"a prefetch out of bounds.*byte \d+ of in, which has 256",
     ("sum halves", "lane not in its mask"): r"a lane is not in its own mask",
     ("sum halves", "lane does not come"): r"deadlock.*(\n.*)*waits for __shfl_xor_sync",
     ("sum halves", "another operation"): r"lanes of a warp execute different collectives",
@@ -87,6 +89,10 @@ def _rounds(x: Tensor) -> Tensor:
     return x
 
 
+def _relay(x: Tensor) -> Tensor:
+    return x.view(2, 4, 8)[:, :, 0].sum(1, keepdim=True).expand(2, 32).flatten()
+
+
 # The expected output of a correct kernel.
 RESULTS: dict[str, Callable[[Tensor], Tensor]] = {
     "product": _product,
@@ -107,6 +113,12 @@ RESULTS: dict[str, Callable[[Tensor], Tensor]] = {
     "count all": torch.ones_like,
     "parts": lambda x: x,
     "neighbours": lambda x: x.view(4, 16).roll(-1, 1).flatten(),
+    "in turn": lambda x: x + x.roll(-16) + x.roll(-32),
+    "together": lambda x: x + x.roll(-16) + x.roll(-32),
+    "chase": lambda x: x[(x.long() + 16) % 64],
+    "relay": _relay,
+    "relay by shuffles": _relay,
+    "prefetched": lambda x: x,
     "sum halves": lambda x: x.view(4, 16).sum(1, keepdim=True).expand(4, 16).flatten(),
     "sum shared": lambda x: x.view(2, 32).sum(1, keepdim=True).expand(2, 32).flatten(),
 }
@@ -353,7 +365,7 @@ def test_atomics(selftest: ModuleType) -> None:
 # ---- counters ------------------------------------------------------------------------------------
 
 
-def traffic(selftest: ModuleType, name: str, words: int, out: int) -> dict[str, int]:
+def traffic(selftest: ModuleType, name: str, words: int, out: int) -> dict[str, Any]:
     """The counters of one launch."""
     selftest.emulator.configure(mode="counted")
     selftest.emulator.reset_counters()
@@ -393,3 +405,28 @@ def test_traffic_of_copies_and_matrix_instructions(selftest: ModuleType) -> None
     assert counted["shared_wavefronts"] == counted["shared_ideal"] == 4 + 4
     assert traffic(selftest, "mma", 320, 128)["matrix_instructions"] == 1
     assert traffic(selftest, "shuffles", 32, 320)["shuffles"] == 10
+
+
+# The longest chains of loads from the L2 cache and from DRAM and of groups of copies, between releases.
+@pytest.mark.parametrize(
+    ("kernel", "intervals"),
+    [
+        ("in turn", [(2, 1, 0)]),
+        ("together", [(1, 1, 0)]),
+        ("chase", [(2, 0, 0)]),
+        ("prefetched", [(1, 0, 0)]),
+        ("relay", [(0, 4, 0)]),
+        ("relay by shuffles", [(0, 4, 0)]),
+        ("pipeline", [(0, 0, 2)]),
+        ("rounds", [(0, 1, 0), (1, 0, 0), (0, 0, 0), (1, 0, 0), (0, 0, 0), (1, 0, 0), (0, 0, 0)]),
+    ],
+)
+def test_chains_of_loads(
+    selftest: ModuleType, kernel: str, intervals: list[tuple[int, int, int]]
+) -> None:
+    for seed in SEEDS:
+        selftest.emulator.configure(seed=seed, mode="counted", preempt=(0, 1, 5, 24)[seed % 4])
+        selftest.emulator.reset_counters()
+        run(selftest, kernel, "")
+        (counted,) = selftest.emulator.counters().values()
+        assert counted["intervals"] == intervals, seed

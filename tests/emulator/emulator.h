@@ -79,6 +79,18 @@ void SpinPause();
 enum class Event { kMatrix, kShuffle };
 void Count(Event event);
 
+// ---- latency -----------------------------------------------------------------------------------
+
+// Loads from global memory that a thread waited for one after the other.
+struct Rounds {
+  std::uint32_t l2 = 0, dram = 0;
+};
+// The next load of this thread is only issued: EndAhead returns when its value arrives.
+void BeginAhead();
+Rounds EndAhead();
+void Await(const Rounds& arrival);   // the value is used
+void Prefetch(const void* address);  // into the L2 cache
+
 }  // namespace diffmic::emulator
 
 #endif  // DIFFMIC_EMULATOR_EMULATOR_H_

@@ -58,6 +58,14 @@ struct Thread {
 
   std::vector<Copy> open;  // copies that are not committed
   std::deque<std::vector<Copy>> groups;
+
+  // For the counters (rounds.cpp): waits so far, for loads and for groups of copies; whether the
+  // next load is only issued, and when the value of the last such load arrives.
+  Rounds rounds;
+  std::uint32_t copy_rounds = 0;
+  std::deque<std::uint32_t> group_arrivals;
+  bool ahead = false;
+  Rounds arrival;
   std::vector<std::uint32_t> occurrences;  // per site, for the counters
 };
 
@@ -82,6 +90,10 @@ struct Block {
   std::vector<unsigned char> results;                           // of exchanges, 32 slots per thread
   std::vector<unsigned char> shared;  // a copy of its shared memory while another block runs
   std::vector<ViewPointer> released;  // the view of each release
+  // For the counters: the waits before its last release, and the number of its releases.
+  Rounds rounds;
+  std::uint32_t copy_rounds = 0;
+  std::size_t interval = 0;
 };
 
 struct Launch {
@@ -150,6 +162,7 @@ void OnAccess(void* address, std::size_t size, bool write, const void* place);
 void OnIndex(long index, const char* array, const void* place);  // past the array's end
 void OnMisaligned(void* address, const char* type, const void* place);
 void OnAtomic(void* address, std::size_t size, const void* place);
+void OnPrefetch(const void* address, const void* place);
 void OnCopyIssued(const Copy& copy, const void* place);
 void OnCopyDelivered(const Copy& copy);
 
@@ -160,6 +173,16 @@ void JoinBlock(Block& block);
 void Release(const void* address);
 void Acquire(const void* address);
 void ForgetOrder();
+
+// rounds.cpp
+void CountRound(const void* address, bool write);
+void CountCommit(bool empty);
+void CountDelivery();                                               // of the oldest group of copies
+void JoinRounds(Block& block, unsigned first, std::uint32_t mask);  // of threads that meet
+void JoinRounds(Block& block);
+void EndInterval();  // the running thread's block releases
+void EndRounds(Block& block);
+void ForgetRounds();
 
 // traffic.cpp
 void CountAccess(const void* address, std::size_t size, bool write, bool shared, bool copy,

@@ -41,6 +41,15 @@ void Configure(py::object seed, py::object preempt, py::object mode, py::object 
   }
 }
 
+// [(l2, dram, copies)]
+py::list Intervals(const emulator::Traffic& traffic) {
+  py::list all;
+  for (const auto& [loads, copies] : traffic.intervals) {
+    all.append(py::make_tuple(loads.l2, loads.dram, copies));
+  }
+  return all;
+}
+
 py::dict Counters() {
   py::dict all;
   for (const auto& [name, t] : emulator::AllTraffic()) {
@@ -52,7 +61,7 @@ py::dict Counters() {
         "store_unique_bytes"_a = t.store_unique_bytes, "copy_bytes"_a = t.copy_bytes,
         "shared_wavefronts"_a = t.shared_wavefronts, "shared_ideal"_a = t.shared_ideal,
         "matrix_instructions"_a = t.matrix_instructions, "shuffles"_a = t.shuffles,
-        "barriers"_a = t.barriers);
+        "barriers"_a = t.barriers, "intervals"_a = Intervals(t));
   }
   return all;
 }

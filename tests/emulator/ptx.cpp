@@ -48,6 +48,7 @@ void MmaBf16(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b
 std::uint32_t AddRelease(std::uint32_t* counter, std::uint32_t value) {
   emulator::OnAtomic(counter, 4, __builtin_return_address(0));
   emulator::Atomic(counter, 4, emulator::Order::kRelease);
+  emulator::EndInterval();
   const std::uint32_t before = *counter;
   *counter = before + value;
   return before;

@@ -167,6 +167,7 @@ void OnAccess(void* pointer, std::size_t size, bool write, const void* place) {
   }
   if (config.mode == Mode::kCounted) {
     CountAccess(pointer, size, write, InShared(address), false, place);
+    if (!InShared(address)) CountRound(pointer, write);
   }
   if (config.preempt > 0 && --launch->until_preempt <= 0) {
     // Uniform in [1, 2 preempt - 1], whose mean is preempt.
@@ -197,6 +198,15 @@ void OnAtomic(void* pointer, std::size_t size, const void* place) {
   const auto address = reinterpret_cast<std::uintptr_t>(pointer);
   if (!Enter(address, size, true, true, place)) {
     Impossible("an atomic operation out of bounds", place, Near(address));
+  }
+}
+
+// Not an access: what is prefetched may be written meanwhile.
+void OnPrefetch(const void* pointer, const void* place) {
+  if (config.mode == Mode::kPlain) return;
+  const auto address = reinterpret_cast<std::uintptr_t>(pointer);
+  if (InShared(address) || BufferOf(address, 1, place, false) == nullptr) {
+    Impossible("a prefetch out of bounds", place, Near(address));
   }
 }
 

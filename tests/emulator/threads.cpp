@@ -20,6 +20,7 @@ void ReleaseBlock(Block& block) {
   block.arrived = 0;
   block.barrier_place = nullptr;
   JoinBlock(block);
+  JoinRounds(block);
   for (Thread& thread : block.threads) {
     if (thread.waits == Waits::kBlock) MakeReady(thread);
   }
@@ -101,6 +102,7 @@ const unsigned char* Exchange(std::uint32_t mask, const char* operation, const v
     return results;
   }
   if (std::strcmp(operation, "__syncwarp") == 0) JoinWarp(block, warp, mask);
+  JoinRounds(block, warp * 32, mask);
   for (unsigned other = 0; other < 32; ++other) {
     if ((mask >> other & 1) == 0) continue;
     Thread& thread = block.threads[warp * 32 + other];
@@ -131,6 +133,7 @@ void CopyAsync(void* shared, const void* global, std::size_t size) {
 
 void CommitCopies() {
   const OwnAccount own;
+  CountCommit(running->open.empty());
   running->groups.push_back(std::move(running->open));
   running->open.clear();
 }
@@ -139,6 +142,7 @@ void WaitCopies(unsigned left) {
   const OwnAccount own;
   auto& groups = running->groups;
   while (groups.size() > left) {
+    CountDelivery();
     for (const Copy& copy : groups.front()) {
       OnCopyDelivered(copy);
       std::memcpy(copy.to, copy.from, copy.size);

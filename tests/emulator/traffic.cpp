@@ -112,6 +112,7 @@ void SumTraffic(Block& block) {
     first = last;
   }
   accesses.clear();
+  EndRounds(block);
   traffic.matrix_instructions += threads_matrix / 32;
   traffic.shuffles += threads_shuffles / 32;
   traffic.barriers += threads_barriers / static_cast<std::int64_t>(block.threads.size());
@@ -126,6 +127,7 @@ void EndTraffic() {
   traffic.store_unique_bytes += 32 * static_cast<std::int64_t>(stored.size());
   loaded.clear();
   stored.clear();
+  ForgetRounds();
 }
 
 }  // namespace diffmic::emulator

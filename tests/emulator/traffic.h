@@ -5,8 +5,16 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <vector>
+
+#include "emulator.h"
 
 namespace diffmic::emulator {
+
+struct Interval {
+  Rounds loads;
+  std::uint32_t copies = 0;
+};
 
 struct Traffic {
   std::int64_t launches = 0;
@@ -19,6 +27,10 @@ struct Traffic {
   std::int64_t shared_wavefronts = 0, shared_ideal = 0;
   std::int64_t matrix_instructions = 0, shuffles = 0;  // per warp
   std::int64_t barriers = 0;                           // per thread block
+  // Between releases of a block, of which a grid barrier has one: the longest chain of loads that a
+  // thread waited for, and of groups of asynchronous copies. The longest of all blocks and
+  // launches.
+  std::vector<Interval> intervals;
 };
 
 std::map<std::string, Traffic>& AllTraffic();  // by kernel name

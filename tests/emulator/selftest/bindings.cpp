@@ -17,7 +17,7 @@ namespace {
 const std::vector<Case>& AllCases() {
   static const std::vector<Case> all = [] {
     std::vector<Case> found;
-    for (auto part : {&Barriers, &Bounds, &Copies, &Grids, &Warps}) {
+    for (auto part : {&Barriers, &Bounds, &Copies, &Grids, &Latency, &Warps}) {
       for (const Case& each : part()) found.push_back(each);
     }
     return found;

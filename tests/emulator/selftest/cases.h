@@ -24,6 +24,7 @@ std::vector<Case> Barriers();  // of blocks and warps
 std::vector<Case> Bounds();    // bounds, alignment, uninitialised memory
 std::vector<Case> Copies();    // asynchronous copies in a pipeline with mma instructions
 std::vector<Case> Grids();     // synchronisation of blocks
+std::vector<Case> Latency();   // loads that wait for each other, and loads that do not
 std::vector<Case> Warps();     // shuffles
 
 }  // namespace diffmic::selftest
