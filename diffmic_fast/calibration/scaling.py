@@ -141,10 +141,9 @@ def choose_kind(
 ) -> tuple[str, dict[str, float]]:
     """Choose the kind of scaling by cross-validated negative log-likelihood.
 
-    A richer kind replaces a simpler one only if it is better by more than one standard error of the paired difference,
-    and if neither accuracy nor macro F1 of its labels is lower: likelihood favours frequent classes. Fewer than 100
-    images are scaled by a temperature alone; a bias per class is considered if every fold can have an image of every
-    class.
+    A richer kind replaces a simpler one only if it is better by more than one standard error of the paired difference.
+    A bias per class must keep accuracy and macro F1 besides: likelihood favours frequent classes. Fewer than 100 images
+    are scaled by a temperature alone; a bias per class is considered if every fold can have an image of every class.
 
     Args:
         scores: [N, C].
@@ -175,10 +174,15 @@ def choose_kind(
     for kind in candidates[1:]:
         gain = losses[chosen] - losses[kind]
         likelier = float(gain.mean()) > float(gain.std()) / math.sqrt(len(labels))
-        before, after = (_accuracy_and_f1(logits[name], labels) for name in (chosen, kind))
-        if likelier and after[0] >= before[0] and after[1] >= before[1]:
+        if likelier and (kind != "vector" or _keeps_labels(logits[chosen], logits[kind], labels)):
             chosen = kind
     return chosen, {kind: float(loss.mean()) for kind, loss in losses.items()}
+
+
+def _keeps_labels(before: Tensor, after: Tensor, labels: Tensor) -> bool:
+    """Whether neither accuracy nor macro F1 falls."""
+    pairs = zip(_accuracy_and_f1(before, labels), _accuracy_and_f1(after, labels), strict=True)
+    return all(then <= now for then, now in pairs)
 
 
 def _accuracy_and_f1(logits: Tensor, labels: Tensor) -> tuple[float, float]:
