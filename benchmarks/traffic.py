@@ -18,6 +18,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -48,6 +49,9 @@ DEVICES = {
 }
 T = 20
 
+# By kernel: numbers, and "intervals" of dependent loads (benchmarks/step_time.py).
+Counters = dict[str, dict[str, Any]]
+
 
 @dataclass
 class Count:
@@ -68,11 +72,11 @@ class Count:
     touched: int
     requested: int
     conflicts: float
-    kernels: dict[str, dict[str, int]]
+    kernels: Counters
     predicted: dict[str, float] = field(default_factory=dict)
 
 
-def counted(call: Callable[[], object], **settings: object) -> dict[str, dict[str, int]]:
+def counted(call: Callable[[], object], **settings: object) -> Counters:
     """The emulator's counters of a call, by kernel."""
     emulator = _native.cuda(BACKEND).emulator
     emulator.configure(mode="counted", **settings)
@@ -82,7 +86,7 @@ def counted(call: Callable[[], object], **settings: object) -> dict[str, dict[st
             call()
     finally:
         emulator.configure(mode="checked")
-    found: dict[str, dict[str, int]] = emulator.counters()
+    found: Counters = emulator.counters()
     return found
 
 
@@ -90,16 +94,20 @@ def _bytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _sum(kernels: dict[str, dict[str, int]], *keys: str) -> int:
+def _sum(kernels: Counters, *keys: str) -> int:
     return sum(kernel[key] for kernel in kernels.values() for key in keys)
 
 
-def _count(title: str, least: int, kernels: dict[str, dict[str, int]]) -> Count:
+def _count(title: str, least: int, kernels: Counters) -> Count:
     wavefronts, ideal = _sum(kernels, "shared_wavefronts"), _sum(kernels, "shared_ideal")
     touched = _sum(kernels, "load_unique_bytes", "store_unique_bytes")
     requested = _sum(kernels, "load_sector_bytes", "store_sector_bytes")
     predicted = {name: least / (gb * 1e3) for name, (gb, _, _) in DEVICES.items()}
     conflicts = 1 - ideal / max(wavefronts, 1)
+    kernels = {
+        name: {key: count for key, count in kernel.items() if key != "intervals"}
+        for name, kernel in kernels.items()
+    }
     return Count(title, least, touched, requested, conflicts, kernels, predicted)
 
 
@@ -119,14 +127,14 @@ def denoise_bytes(
         precision: "bf16", or "fp8", whose activations are bfloat16 as well.
     """
     f = features
+    record = 4 * ((12 + 3 * classes + 3) // 4 | 1)  # ChannelStride of denoise_layout.cuh
     return {
         "hidden weights": 2 * f * f * (1 if precision == "fp8" else 2),
-        "first and last weights": f * 2 * classes * 4 + classes * f * 4,
+        "first and last weights, BatchNorm, folded": f * record * 4,
         "features": rows * f * 4,
         "gamma of the timestep": 3 * f * 4,
-        "BatchNorm, folded": 3 * f * 16,
         "activations, written and read": 2 * 2 * rows * f * 2,
-        "parts of eps, written and read": 2 * rows * classes * blocks * 4,
+        "parts of eps, written and read": 2 * ((rows * classes + 3) // 4) * 16 * blocks,
         "prior, guidance, state and result": 4 * rows * classes * 4,
     }
 
@@ -150,13 +158,20 @@ def _weights(features: int, classes: int) -> DenoiserWeights:
 
 def denoise_step(
     features: int, classes: int, rows: int, blocks: int, precision: str = "bf16"
-) -> dict[str, dict[str, int]]:
+) -> Counters:
     """Counters of a chain of one step."""
+    return denoise_chain(features, classes, rows, blocks, precision, steps=1)
+
+
+def denoise_chain(
+    features: int, classes: int, rows: int, blocks: int, precision: str, steps: int
+) -> Counters:
+    """Counters of a chain with one step per sweep."""
     weights, inputs = _weights(features, classes), torch.randn(rows, features)
     labels = torch.rand(rows, classes)
-    steps = make_steps(make_schedule("linear", T), "ddim", 1)
+    table = make_steps(make_schedule("linear", T), "ddim", steps)
     return counted(
-        lambda: denoise(inputs, labels, labels, weights, steps, backend=BACKEND,
+        lambda: denoise(inputs, labels, labels, weights, table, backend=BACKEND,
                         precision=precision, window=1),
         multiprocessors=blocks,
     )  # fmt: skip

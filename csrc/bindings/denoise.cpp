@@ -216,8 +216,9 @@ py::dict PlanInfo(std::int64_t features, std::int64_t classes, std::int64_t rows
       PlanOn(features, classes, rows, steps, window, precision, device);
   using namespace py::literals;
   return py::dict("blocks"_a = shape.blocks, "row_tiles"_a = shape.row_tiles,
-                  "pass_tiles"_a = shape.pass_tiles, "step_stages"_a = shape.step_stages,
-                  "slots"_a = shape.slots, "resident"_a = shape.resident, "chains"_a = shape.chains,
+                  "shared_channels"_a = shape.shared_channels, "pass_tiles"_a = shape.pass_tiles,
+                  "step_stages"_a = shape.step_stages, "slots"_a = shape.slots,
+                  "resident"_a = shape.resident, "chains"_a = shape.chains,
                   "window"_a = shape.window, "shared_bytes"_a = shape.shared_bytes);
 }
 

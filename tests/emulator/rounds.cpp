@@ -34,7 +34,9 @@ void Record(Block& block, const Rounds& loads, std::uint32_t copies) {
   auto& intervals = AllTraffic()[NameOf(launch->kernel)].intervals;
   if (intervals.size() <= block.interval) intervals.resize(block.interval + 1);
   Interval& interval = intervals[block.interval++];
-  const Rounds own{loads.l2 - block.rounds.l2, loads.dram - block.rounds.dram};
+  // The longest chain may be one that did not pass through the last release.
+  const Rounds own{loads.l2 - std::min(loads.l2, block.rounds.l2),
+                   loads.dram - std::min(loads.dram, block.rounds.dram)};
   interval.loads = Later(interval.loads, own);
   interval.copies = std::max(interval.copies, copies - block.copy_rounds);
   block.rounds = loads;
@@ -72,7 +74,9 @@ void Await(const Rounds& arrival) {
 void Prefetch(const void* address) {
   const OwnAccount own;
   OnPrefetch(address, __builtin_return_address(0));
-  if (Counts()) IsInL2(address);
+  if (!Counts()) return;
+  const auto line = reinterpret_cast<std::uintptr_t>(address) / 128;
+  for (std::uintptr_t i = 0; i < 4; ++i) sectors.insert(4 * line + i);
 }
 
 void CountCommit(bool empty) {

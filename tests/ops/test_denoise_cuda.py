@@ -215,6 +215,23 @@ def test_launches_after_the_end_of_the_chains(backend, rows, monkeypatch) -> Non
             assert torch.equal(run(), at_once), (sweeps, seed)
 
 
+def test_a_chain_that_ends_launches_before_the_others(backend, monkeypatch) -> None:
+    """Without features eps does not depend on the state, and guesses are right; with them few are."""
+    weights, inputs = case(backend, 3, 70, 3)
+    inputs[0][1] = 0.0
+    steps = make_steps(SCHEDULE, "ddim", 9, 0.3)
+
+    def run(window: int) -> Tensor:
+        return denoise(
+            *inputs, weights, steps, seed=7, backend=backend, window=window, trajectory=True
+        )
+
+    one_by_one = run(1)
+    for sweeps in (1, 2):
+        monkeypatch.setattr(ops, "_SWEEPS_PER_LAUNCH", sweeps)
+        assert torch.equal(run(4), one_by_one), sweeps
+
+
 def test_noise_matches_the_reference(backend) -> None:
     weights, inputs = case(backend, 3, 20, 5)
     steps = make_steps(SCHEDULE, "ddpm_truncated", 4)

@@ -61,6 +61,13 @@ __device__ __forceinline__ std::uint32_t LoadAcquire(const std::uint32_t* counte
   return value;
 }
 
+// The same value. What is computed from it stays where it is: the compiler would hoist it out of a
+// loop, and keep it in registers that the rest of the loop needs.
+__device__ __forceinline__ int Opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Backs off in a loop that polls another block. The emulator schedules other threads here.
 __device__ __forceinline__ void SpinPause() { __nanosleep(20); }
 

@@ -19,8 +19,9 @@ namespace {
 
 constexpr char kOperation[] = "denoise";
 
-// Limits rows x classes, and with them the shared memory of BlockState, if there are many classes.
-constexpr std::int64_t kMostLabels = 512;
+// Channels' records stay in shared memory up to this size; larger ones are read from the L2 cache
+// rather than take that much from the pipeline of weights.
+constexpr std::int64_t kMostRecordBytes = 32 * 1024;
 
 template <class Product>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -58,8 +59,9 @@ struct Workspace {
       return begin;
     };
     packed = take(StageIndex(tiles, stages, 2, 0, 0, 0) * StagePieces(precision) * kPiece * 16);
-    affine = take(std::int64_t{3} * tiles * kTileUnits * 16);
-    parts = take(rows * classes * shape.blocks * 4);
+    channels =
+        take(std::int64_t{4} * tiles * kTileUnits * ChannelStride(static_cast<int>(classes)));
+    parts = take((rows * classes + 3) / 4 * 16 * shape.blocks);
     states = take(rows * classes * 4);
     begins = take(std::int64_t{shape.chains} * 4);
     counter = take(4);
@@ -69,7 +71,7 @@ struct Workspace {
     bytes = end;
   }
 
-  std::int64_t packed, affine, parts, states, begins, counter, activations[2], bytes;
+  std::int64_t packed, channels, parts, states, begins, counter, activations[2], bytes;
 };
 
 int Attribute(cudaDeviceAttr which) {
@@ -80,52 +82,70 @@ int Attribute(cudaDeviceAttr which) {
   return value;
 }
 
+// Completes a shape whose chains and window are set; returns whether shared memory suffices.
+bool Fit(std::int64_t features, std::int64_t classes, Precision precision, bool with_records,
+         Shape* shape) {
+  shape->row_tiles = 1;
+  while (shape->row_tiles * kTileRows < shape->chains * shape->window) shape->row_tiles *= 2;
+  const int tiles = UnitTiles(features);
+  const int stages = Stages(features, precision);
+  shape->blocks = std::min(Attribute(cudaDevAttrMultiProcessorCount), tiles);
+  const int block_tiles = (tiles + shape->blocks - 1) / shape->blocks;
+  const int record_bytes = 4 * ChannelStride(static_cast<int>(classes));
+  shape->shared_channels = with_records ? block_tiles * kTileUnits : 0;
+  const std::int64_t records = std::int64_t{shape->shared_channels} * record_bytes;
+  if (records > kMostRecordBytes) return false;
+  // Shared memory: activations, slots of weights, records of channels, states.
+  const int ring = Ahead(shape->row_tiles);
+  const std::int64_t ring_bytes = std::int64_t{ring} * kWarps * shape->row_tiles * kActivationBytes;
+  const auto states = static_cast<std::int64_t>(
+      BlockStateBytes(shape->chains, shape->window, static_cast<int>(classes)));
+  const std::int64_t memory =
+      Attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - ring_bytes - records - states;
+  // As many tiles per pass over the activations as leave shared memory for the pipeline.
+  for (shape->pass_tiles = std::min(block_tiles, kMostPassTiles); shape->pass_tiles > 0;
+       --shape->pass_tiles) {
+    const std::int64_t stage_bytes =
+        std::int64_t{kWarps} * shape->pass_tiles * StagePieces(precision) * kPiece * 16;
+    const int passes = (block_tiles + shape->pass_tiles - 1) / shape->pass_tiles;
+    const int step_stages = 2 * passes * stages;
+    shape->slots = static_cast<int>(std::min<std::int64_t>(memory / stage_bytes, step_stages));
+    if (shape->slots == step_stages) {
+      shape->resident = step_stages;
+    } else if (shape->slots >= ring) {
+      // Twice the copies in flight hide the latency; the other slots save bandwidth as residents.
+      shape->resident = std::max(0, shape->slots - 2 * ring);
+    } else {
+      continue;
+    }
+    shape->step_stages = step_stages;
+    shape->channels_at = static_cast<int>(ring_bytes + shape->slots * stage_bytes);
+    shape->state_at = static_cast<int>(shape->channels_at + records);
+    shape->shared_bytes = static_cast<std::size_t>(shape->state_at + states);
+    shape->workspace_bytes =
+        static_cast<std::size_t>(Workspace(features, classes, *shape, precision).bytes);
+    return true;
+  }
+  return false;
+}
+
 }  // namespace
 
 Shape Plan(std::int64_t features, std::int64_t classes, std::int64_t rows, std::int64_t steps,
            std::int64_t window, Precision precision) {
   const std::int64_t most_tiles = precision == Precision::kFloat32 ? 4 : 8;
-  const std::int64_t most_rows =
+  std::int64_t most_rows =
       std::min(most_tiles * kTileRows, std::max<std::int64_t>(kMostLabels / classes, 1));
-  Shape shape{};
-  shape.chains = static_cast<int>(std::clamp<std::int64_t>(rows, 1, most_rows));
-  shape.window = static_cast<int>(
-      std::clamp<std::int64_t>(std::min(window, steps), 1, most_rows / shape.chains));
-  const int launch_rows = shape.chains * shape.window;
-  shape.row_tiles = 1;
-  while (shape.row_tiles * kTileRows < launch_rows) shape.row_tiles *= 2;
-
-  const int tiles = UnitTiles(features);
-  const int stages = Stages(features, precision);
-  shape.blocks = std::min(Attribute(cudaDevAttrMultiProcessorCount), tiles);
-  const int block_tiles = (tiles + shape.blocks - 1) / shape.blocks;
-  const std::int64_t fixed =
-      std::int64_t{Ahead(shape.row_tiles)} * kWarps * shape.row_tiles * kActivationBytes +
-      static_cast<std::int64_t>(
-          BlockStateBytes(shape.chains, shape.window, static_cast<int>(classes)));
-  const std::int64_t memory = Attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - fixed;
-  // As many tiles per pass over the activations as leave shared memory for the pipeline.
-  const int ring = Ahead(shape.row_tiles);
-  for (shape.pass_tiles = std::min(block_tiles, kMostPassTiles); shape.pass_tiles > 0;
-       --shape.pass_tiles) {
-    const std::int64_t stage_bytes =
-        std::int64_t{kWarps} * shape.pass_tiles * StagePieces(precision) * kPiece * 16;
-    const int passes = (block_tiles + shape.pass_tiles - 1) / shape.pass_tiles;
-    const int step_stages = 2 * passes * stages;
-    shape.slots = static_cast<int>(std::min<std::int64_t>(memory / stage_bytes, step_stages));
-    if (shape.slots == step_stages) {
-      shape.resident = step_stages;
-    } else if (shape.slots >= ring) {
-      // Twice the copies in flight hide the latency; the other slots save bandwidth as residents.
-      shape.resident = std::max(0, shape.slots - 2 * ring);
-    } else {
-      continue;
+  // Fewer rows per launch where shared memory is small: their activations take less of it.
+  for (;; most_rows /= 2) {
+    Shape shape{};
+    shape.chains = static_cast<int>(std::clamp<std::int64_t>(rows, 1, most_rows));
+    shape.window = static_cast<int>(
+        std::clamp<std::int64_t>(std::min(window, steps), 1, most_rows / shape.chains));
+    for (const bool with_records : {true, false}) {
+      if (Fit(features, classes, precision, with_records, &shape)) return shape;
     }
-    shape.step_stages = step_stages;
-    shape.shared_bytes = static_cast<std::size_t>(fixed + shape.slots * stage_bytes);
-    shape.workspace_bytes =
-        static_cast<std::size_t>(Workspace(features, classes, shape, precision).bytes);
-    return shape;
+    if (most_rows == 1) break;
   }
   throw Error("denoise: this GPU has too little shared memory for the kernel");
 }
@@ -159,9 +179,9 @@ bool Run::Next() {
   const Workspace at(call_.weights.features, call_.weights.classes, shape_, call_.precision);
   const int stages = Stages(call_.weights.features, call_.precision);
   auto* packed = reinterpret_cast<uint4*>(workspace_ + at.packed);
-  auto* affine = reinterpret_cast<float4*>(workspace_ + at.affine);
+  auto* channels = reinterpret_cast<float*>(workspace_ + at.channels);
   if (!packed_) {
-    PackWeights(call_.weights, call_.precision, packed, affine, stream_);
+    PackWeights(call_.weights, call_.precision, packed, channels, stream_);
     const std::int64_t bytes = at.bytes - at.activations[0];
     Check(cudaMemsetAsync(workspace_ + at.activations[0], 0, static_cast<std::size_t>(bytes),
                           stream_),
@@ -178,7 +198,10 @@ bool Run::Next() {
   a.slots = shape_.slots;
   a.resident = shape_.resident;
   a.packed = packed;
-  a.affine = affine;
+  a.channels = channels;
+  a.channels_at = shape_.channels_at;
+  a.state_at = shape_.state_at;
+  a.shared_channels = shape_.shared_channels;
   a.call = call_;
   a.first_row = row_;
   a.chains = static_cast<int>(std::min<std::int64_t>(shape_.chains, call_.rows - row_));
@@ -189,7 +212,8 @@ bool Run::Next() {
   a.states = reinterpret_cast<float*>(workspace_ + at.states);
   a.activations[0] = workspace_ + at.activations[0];
   a.activations[1] = workspace_ + at.activations[1];
-  a.parts = reinterpret_cast<float*>(workspace_ + at.parts);
+  a.parts = reinterpret_cast<float4*>(workspace_ + at.parts);
+  a.part_quads = static_cast<int>((std::int64_t{a.chains} * a.window * a.classes + 3) / 4);
   a.counter = reinterpret_cast<std::uint32_t*>(workspace_ + at.counter);
   LaunchShape launch;
   launch.grid = dim3(static_cast<unsigned>(shape_.blocks));

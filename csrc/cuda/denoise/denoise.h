@@ -14,13 +14,16 @@ namespace diffmic::cuda::denoise {
 
 // The launch configuration of a chain, determined by the arguments of Plan.
 struct Shape {
-  int blocks;          // one per multiprocessor, all resident
-  int row_tiles;       // tiles of 8 rows: 1, 2, 4 or 8
-  int pass_tiles;      // tiles of 16 output channels per pass over the activations
-  int step_stages;     // stages of weights that a block reads per sweep
-  int slots;           // of these, how many shared memory holds at once
-  int resident;        // the stages that remain there for all sweeps; others share a ring of slots
-  int chains, window;  // rows per launch: chains x steps of each per sweep
+  int blocks;           // one per multiprocessor, all resident
+  int row_tiles;        // tiles of 8 rows: 1, 2, 4 or 8
+  int pass_tiles;       // tiles of 16 output channels per pass over the activations
+  int step_stages;      // stages of weights that a block reads per sweep
+  int slots;            // of these, how many shared memory holds at once
+  int resident;         // the stages that remain there for all sweeps; others share a ring of slots
+  int shared_channels;  // output channels of a block whose records are in shared memory, or 0
+  int chains, window;   // rows per launch: chains x steps of each per sweep
+  int channels_at;      // byte offset of these records in shared memory
+  int state_at;         // byte offset of the chains' states there
   std::size_t shared_bytes;
   std::size_t workspace_bytes;
 };

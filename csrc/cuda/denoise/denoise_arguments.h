@@ -13,8 +13,10 @@ namespace diffmic::cuda::denoise {
 struct KernelArguments {
   int features, classes, unit_tiles, stages, pass_tiles, slots, resident;
   const uint4* packed;
-  const float4* affine;  // [3][16 unit_tiles]: gain, bias, offset, scale (denoise_pack.cu)
-  DenoiseCall call;      // all rows; the launch computes `chains` of them from first_row on
+  const float* channels;      // [16 unit_tiles, ChannelStride]
+  int shared_channels;        // channels whose records a block copies to shared memory; 0: none
+  int channels_at, state_at;  // byte offsets of the records and of BlockState in shared memory
+  DenoiseCall call;           // all rows; the launch computes `chains` of them from first_row on
   std::int64_t first_row;
   int chains, window;
   bool fresh;  // this is the first launch of its chains
@@ -25,7 +27,8 @@ struct KernelArguments {
   float* states;  // [chains * window, C]
 
   unsigned char* activations[2];  // h1 and h2
-  float* parts;                   // [chains * window * C, blocks]
+  float4* parts;                  // [blocks, part_quads]: each block's summands of eps
+  int part_quads;                 // ceil(chains * window * C / 4)
   std::uint32_t* counter;         // of the grid barrier, zero
 };
 

@@ -1,7 +1,7 @@
 // The chains of a launch of `denoise`: states, noise and windows of steps (docs/algorithm.md,
 // "Windows of steps"). Every thread block holds a copy in shared memory and updates it with the
 // same values, so blocks exchange nothing for it: 20 bytes per row and class, 12 per chain and
-// class.
+// class, 68 per row, 24 per chain.
 #ifndef DIFFMIC_CUDA_DENOISE_DENOISE_CHAINS_CUH_
 #define DIFFMIC_CUDA_DENOISE_DENOISE_CHAINS_CUH_
 
@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/common/loads.cuh"
 #include "cuda/denoise/denoise_arguments.h"
 #include "cuda/denoise/denoise_layout.cuh"
 #include "include/philox.h"
@@ -18,35 +19,43 @@ namespace diffmic::cuda::denoise {
 
 // A block's copy, in shared memory. Row r is step r % window in the window of chain r / window.
 struct BlockState {
-  float* y;         // [rows, C], the states that eps is evaluated at
-  float* eps;       // [rows, C]
-  float* walked;    // [chains, window + 1, C]
-  float* noise;     // [chains, 2 window, C], a ring: step i at i % (2 window)
-  float* prior;     // [chains, C]
-  float* guidance;  // [chains, C]
-  int* begin;       // [chains], the first step that is not final
-  int* advance;     // [chains], steps that the last sweep made final
-  int* timestep;    // [rows]
+  std::int64_t* keys;  // [chains, 2], image_ids and sample_ids, if noise is drawn
+  float* y;            // [rows, C], the states that eps is evaluated at
+  float* eps;          // [rows, C]
+  float* walked;       // [chains, window + 1, C]
+  float* prior;        // [chains, C]
+  float* guidance;     // [chains, C]
+  int* begin;          // [chains], the first step that is not final
+  int* advance;        // [chains], steps that the last sweep made final
+  int* timestep;       // [rows]
+  // Rings of steps: step i is at i % (2 window).
+  float* noise;         // [chains, 2 window, C]
+  float* coefficients;  // [7, chains, 2 window], of StepTable
+  int* timesteps;       // [chains, 2 window]
 };
 
 __host__ __device__ inline std::size_t BlockStateBytes(int chains, int window, int classes) {
   const std::size_t rows = static_cast<std::size_t>(chains) * window;
   const std::size_t vectors = 4 * rows + 3 * static_cast<std::size_t>(chains) + rows;
-  return (vectors * classes + 2 * static_cast<std::size_t>(chains) + rows) * 4;
+  return 16 * static_cast<std::size_t>(chains) +
+         (vectors * classes + 2 * static_cast<std::size_t>(chains) + 17 * rows) * 4;
 }
 
 __device__ inline BlockState CarveState(void* memory, int chains, int window, int classes) {
   const int rows = chains * window;
   BlockState state;
-  state.y = static_cast<float*>(memory);
+  state.keys = static_cast<std::int64_t*>(memory);
+  state.y = reinterpret_cast<float*>(state.keys + 2 * chains);
   state.eps = state.y + rows * classes;
   state.walked = state.eps + rows * classes;
   state.noise = state.walked + (rows + chains) * classes;
-  state.prior = state.noise + 2 * rows * classes;
+  state.coefficients = state.noise + 2 * rows * classes;
+  state.prior = state.coefficients + 14 * rows;
   state.guidance = state.prior + chains * classes;
   state.begin = reinterpret_cast<int*>(state.guidance + chains * classes);
   state.advance = state.begin + chains;
   state.timestep = state.advance + chains;
+  state.timesteps = state.timestep + rows;
   return state;
 }
 
@@ -76,13 +85,18 @@ class Chains {
     }
     for (int chain = threadIdx.x; chain < a_.chains; chain += kThreads) {
       state_.begin[chain] = a_.fresh ? 0 : a_.begin[chain];
-      state_.advance[chain] = Windows();  // DrawNoise fills the whole ring
+      state_.advance[chain] = Windows();  // LoadSteps and DrawNoise fill the whole rings
+      if (a_.call.noise == nullptr) {
+        state_.keys[2 * chain] = a_.call.image_ids[a_.first_row + chain];
+        state_.keys[2 * chain + 1] = a_.call.sample_ids[a_.first_row + chain];
+      }
     }
     if (!a_.fresh) {
       for (int i = threadIdx.x; i < rows_ * classes; i += kThreads) state_.y[i] = a_.states[i];
     }
     __syncthreads();
     if (a_.fresh) BeginChains();
+    LoadSteps();
     DrawNoise();
     __syncthreads();
     for (int chain = threadIdx.x; chain < a_.chains; chain += kThreads) state_.advance[chain] = 0;
@@ -96,16 +110,51 @@ class Chains {
     return true;
   }
 
-  // Sets the timestep of every row. Rows beyond the end of a chain repeat its last step, unused.
+  // Sets the timestep of every row: 0 for those beyond the end of a chain, whose eps is not used.
   __device__ void PlaceRows() {
     for (int row = threadIdx.x; row < rows_; row += kThreads) {
-      const int step = min(state_.begin[row / a_.window] + row % a_.window, Count() - 1);
-      state_.timestep[row] = static_cast<int>(a_.call.steps.timesteps[step]);
+      const int chain = row / a_.window;
+      const int step = state_.begin[chain] + row % a_.window;
+      state_.timestep[row] = step < Count() ? Timestep(chain, step) : 0;
     }
     __syncthreads();
   }
 
-  // Draws the noise of the steps that the last advance moved into the ring.
+  // Loads the steps that the last advance moved into the ring. Ends with a barrier.
+  __device__ void LoadSteps() {
+    const int count = Count();
+    for (int i = threadIdx.x; i < a_.chains * Windows(); i += kThreads) {
+      const int chain = i / Windows();
+      const int step = state_.begin[chain] + i % Windows();
+      if (i % Windows() < Windows() - state_.advance[chain] || step >= count) continue;
+      const InFlight<std::int64_t> timestep = LoadAhead(a_.call.steps.timesteps + step);
+      InFlight<float> coefficients[7];
+#pragma unroll
+      for (int k = 0; k < 7; ++k) {
+        coefficients[k] = LoadAhead(a_.call.steps.coefficients + k * a_.call.steps.count + step);
+      }
+#pragma unroll
+      for (int k = 0; k < 7; ++k) Coefficient(k, chain, step) = coefficients[k];
+      Timestep(chain, step) = static_cast<int>(timestep);
+    }
+    __syncthreads();
+  }
+
+  // Calls visit(timestep, thread) for the timesteps of all steps that the next sweep may evaluate,
+  // by `threads` threads each; after LoadSteps.
+  template <class Visit>
+  __device__ void EachNextTimestep(int threads, Visit visit) const {
+    // With one step per sweep all chains are at the same one.
+    const int chains = a_.window == 1 ? 1 : a_.chains;
+    const int ahead = Windows() - 1;
+    for (int i = threadIdx.x; i < chains * ahead * threads; i += kThreads) {
+      const int chain = i / threads / ahead;
+      const int step = state_.begin[chain] + 1 + i / threads % ahead;
+      if (step < Count()) visit(Timestep(chain, step), i % threads);
+    }
+  }
+
+  // Draws the noise of the steps that the last advance moved into the ring, after LoadSteps.
   __device__ void DrawNoise() {
     const int quads = (a_.classes + 3) / 4;
     for (int i = threadIdx.x; i < a_.chains * Windows() * quads; i += kThreads) {
@@ -113,7 +162,7 @@ class Chains {
       const int ahead = i / quads % Windows();
       const int step = state_.begin[chain] + ahead;
       if (ahead < Windows() - state_.advance[chain] || step >= Count()) continue;
-      if (!(Coefficient(6, step) > 0.0f)) continue;  // the step adds no noise
+      if (!(Coefficient(6, chain, step) > 0.0f)) continue;  // the step adds no noise
       const int quad = i % quads;
       const philox::Normals noise = Draw(chain, step + 1, quad);
       float* to = NoiseOf(chain, step) + 4 * quad;
@@ -202,37 +251,37 @@ class Chains {
     const std::int64_t row = a_.first_row + chain;
     if (a_.call.noise != nullptr) {
       const float* from = a_.call.noise + (moment * a_.call.rows + row) * a_.classes;
-      philox::Normals given;
+      InFlight<float> z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        given.z[k] = 4 * quad + k < a_.classes ? from[4 * quad + k] : 0.0f;
+        if (4 * quad + k < a_.classes) z[k] = LoadAhead(from + 4 * quad + k);
       }
-      return given;
+      return {{z[0], z[1], z[2], z[3]}};
     }
-    const auto timestep = static_cast<std::uint32_t>(
-        moment == 0 ? a_.call.steps.start : a_.call.steps.timesteps[moment - 1]);
-    const std::int64_t sample = a_.call.sample_ids[row];
+    const auto timestep =
+        static_cast<std::uint32_t>(moment == 0 ? a_.call.steps.start : Timestep(chain, moment - 1));
+    const std::int64_t sample = state_.keys[2 * chain + 1];
     if (sample < 0 || sample > philox::kMaxSample) {
       const float nan = nanf("");
       return {{nan, nan, nan, nan}};
     }
-    return philox::Normal(a_.call.seed, static_cast<std::uint64_t>(a_.call.image_ids[row]),
+    return philox::Normal(a_.call.seed, static_cast<std::uint64_t>(state_.keys[2 * chain]),
                           static_cast<std::uint32_t>(sample), timestep,
                           static_cast<std::uint32_t>(quad));
   }
 
   // One step of one class, in the reference's order of operations, without contraction to FMA.
   __device__ float TakeStep(int chain, int step, int c, float eps, float y) const {
-    const float s = Coefficient(0, step);
+    const float s = Coefficient(0, chain, step);
     const float prior = state_.prior[chain * a_.classes + c];
     const float rest = __fsub_rn(y, __fmul_rn(__fsub_rn(1.0f, s), prior));
     const float y0 =
-        __fmul_rn(__fdiv_rn(1.0f, s), __fsub_rn(rest, __fmul_rn(eps, Coefficient(1, step))));
-    const float mean = __fadd_rn(
-        __fadd_rn(__fmul_rn(Coefficient(2, step), y0), __fmul_rn(Coefficient(3, step), y)),
-        __fmul_rn(Coefficient(4, step), prior));
-    const float moved = __fadd_rn(mean, __fmul_rn(Coefficient(5, step), eps));
-    const float sigma = Coefficient(6, step);
+        __fmul_rn(__fdiv_rn(1.0f, s), __fsub_rn(rest, __fmul_rn(eps, Coefficient(1, chain, step))));
+    const float mean = __fadd_rn(__fadd_rn(__fmul_rn(Coefficient(2, chain, step), y0),
+                                           __fmul_rn(Coefficient(3, chain, step), y)),
+                                 __fmul_rn(Coefficient(4, chain, step), prior));
+    const float moved = __fadd_rn(mean, __fmul_rn(Coefficient(5, chain, step), eps));
+    const float sigma = Coefficient(6, chain, step);
     if (!(sigma > 0.0f)) return moved;
     return __fadd_rn(moved, __fmul_rn(sigma, NoiseOf(chain, step)[c]));
   }
@@ -274,8 +323,12 @@ class Chains {
     return state_.noise + (chain * Windows() + step % Windows()) * a_.classes;
   }
 
-  __device__ float Coefficient(int column, int step) const {
-    return a_.call.steps.coefficients[column * a_.call.steps.count + step];
+  // Of a step in the ring; columns in the order of StepTable.
+  __device__ float& Coefficient(int column, int chain, int step) const {
+    return state_.coefficients[(column * a_.chains + chain) * Windows() + step % Windows()];
+  }
+  __device__ int& Timestep(int chain, int step) const {
+    return state_.timesteps[chain * Windows() + step % Windows()];
   }
 
   const KernelArguments& a_;

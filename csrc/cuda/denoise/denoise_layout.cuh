@@ -24,6 +24,8 @@ inline constexpr int kTileRows = 8;
 inline constexpr int kMostPassTiles = 4;
 inline constexpr int kPiece = 32;             // in uint4: one copy of a warp, 16 bytes per lane
 inline constexpr int kActivationBytes = 512;  // a stage of 8 rows
+inline constexpr int kMostLabels = 512;       // rows x classes of a launch, unless it has one row
+static_assert(kMostLabels >= kMostClasses);
 
 __host__ __device__ constexpr int StageDepth(Precision precision) {
   return precision == Precision::kFloat32 ? 16 : 32;
@@ -64,12 +66,20 @@ __device__ __forceinline__ int LaneUnit(int lane, int i) {
   return 2 * (lane & 3) + (i & 1) + 8 * (i >> 1);
 }
 
-// Writes both hidden weights to `packed`, and gain, bias, offset and scale of every output channel
-// of the three layers to `affine` [3, 16 UnitTiles]. A layer is then
-//   softplus(gamma_t gain (sum scale + bias) + offset)
-// where scale is 1 except for float8 weights.
-void PackWeights(const DenoiserWeights& weights, Precision precision, uint4* packed, float4* affine,
-                 cudaStream_t stream);
+// What an output channel u needs besides its hidden weights, in floats:
+//   gain, bias, offset and scale of each of the three layers; the row of the first weight, [2 C];
+//   the column of the last weight, [C]
+// A layer is softplus(gamma_t gain (sum scale + bias) + offset), where scale is 1 except for float8
+// weights. The stride is an odd multiple of 4 floats, free of bank conflicts for LaneUnit.
+inline constexpr int kFirstWeight = 12;
+__host__ __device__ constexpr int ChannelStride(int classes) {
+  return 4 * ((kFirstWeight + 3 * classes + 3) / 4 | 1);
+}
+
+// Writes both hidden weights to `packed` and the records of all channels to `channels`,
+// [16 UnitTiles, ChannelStride], zero beyond the last feature.
+void PackWeights(const DenoiserWeights& weights, Precision precision, uint4* packed,
+                 float* channels, cudaStream_t stream);
 
 }  // namespace diffmic::cuda::denoise
 

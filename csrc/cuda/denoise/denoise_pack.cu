@@ -1,5 +1,6 @@
 // Preparation of a run: packs the hidden weights in the order of the fragments of the matrix
-// products and folds BatchNorm into a gain and an offset per output channel.
+// products, folds BatchNorm into a gain and an offset per output channel, and gathers what else an
+// output channel needs.
 //
 // A thread writes 16 bytes of packed weights: 4 elements of float32, 8 rounded to bfloat16, or 16
 // to float8. A warp reads 16 rows of 64 bytes or more and writes 512 contiguous bytes. The scales
@@ -31,7 +32,8 @@ struct PackArguments {
   Matrix first, second;
   std::int64_t features;
   int unit_tiles, stages;
-  const float4* affine;  // of the two products, for the float8 scales
+  const float* scales;  // of the first product's channels, for float8; `scale_stride` apart
+  int scale_stride;
   uint4* packed;
 };
 
@@ -94,8 +96,8 @@ __global__ void Pack(const PackArguments a) {
       // Two such fragments, 32 columns.
       const std::int64_t unit = first_unit + lane / 4;
       const std::int64_t column = stage * 32 + 2 * (lane % 4);
-      const float4* affine = a.affine + rest / a.unit_tiles * a.unit_tiles * kTileUnits + unit;
-      const float scale[2] = {affine[0].w, affine[8].w};
+      const float* from = a.scales + rest / a.unit_tiles * 4 + unit * a.scale_stride;
+      const float scale[2] = {from[0], from[8 * a.scale_stride]};
       words.x = Quarter(weight, a.features, unit, column, scale);
       words.y = Quarter(weight, a.features, unit, column + 8, scale);
       words.z = Quarter(weight, a.features, unit, column + 16, scale);
@@ -113,26 +115,41 @@ __global__ void Pack(const PackArguments a) {
   }
 }
 
-// One thread per output channel.
-__global__ void FoldNorm(const DenoiserWeights weights, int units, float4* affine) {
-  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-  if (i >= 3 * units) return;
-  const ConditionalLayer& layer = weights.layers[i / units];
-  const int unit = i % units;
-  float4 found = make_float4(0.0f, 0.0f, 0.0f, 1.0f);
-  if (unit < weights.features) {
-    found.x =
-        layer.norm_weight[unit] / sqrtf(layer.running_var[unit] + static_cast<float>(layer.eps));
-    found.y = layer.bias[unit];
-    found.z = layer.norm_bias[unit] - layer.running_mean[unit] * found.x;
+// Element i of a conditional layer's part of a record: gain, bias, offset, scale.
+__device__ float Affine(const ConditionalLayer& layer, int unit, int i) {
+  if (i == 1) return layer.bias[unit];
+  if (i == 3) return 1.0f;
+  const float gain =
+      layer.norm_weight[unit] / sqrtf(layer.running_var[unit] + static_cast<float>(layer.eps));
+  return i == 0 ? gain : layer.norm_bias[unit] - layer.running_mean[unit] * gain;
+}
+
+// Writes the records of the output channels (ChannelStride). One thread per element.
+__global__ void PackChannels(const DenoiserWeights weights, int units, float* channels) {
+  const int classes = static_cast<int>(weights.classes);
+  const int stride = ChannelStride(classes);
+  const std::int64_t at = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int unit = static_cast<int>(at / stride);
+  if (unit >= units) return;
+  const int i = static_cast<int>(at % stride);
+  const int c = i - kFirstWeight;
+  float value = 0.0f;
+  if (unit >= weights.features) {
+    value = i < kFirstWeight && i % 4 == 3 ? 1.0f : 0.0f;
+  } else if (i < kFirstWeight) {
+    value = Affine(weights.layers[i / 4], unit, i % 4);
+  } else if (c < 2 * classes) {
+    value = weights.layers[0].weight[unit * weights.layers[0].weight_stride[0] + c];
+  } else if (c < 3 * classes) {
+    value = weights.output_weight[(c - 2 * classes) * weights.output_stride + unit];
   }
-  affine[i] = found;
+  channels[at] = value;
 }
 
 // The float8 scale of each output channel, amax / 448; NaN if a weight of it is not finite. One
-// warp per output channel, after FoldNorm.
+// warp per output channel, after PackChannels. `scales` is the first product's first one.
 __global__ void ScaleUnits(const Matrix first, const Matrix second, std::int64_t features,
-                           int units, float4* affine) {
+                           int units, float* scales, int stride) {
   const int i = static_cast<int>((blockIdx.x * blockDim.x + threadIdx.x) / 32);
   const int unit = i % units;
   if (i >= 2 * units || unit >= features) return;
@@ -148,13 +165,13 @@ __global__ void ScaleUnits(const Matrix first, const Matrix second, std::int64_t
   finite = __all_sync(0xFFFFFFFFu, finite) != 0;
   if (threadIdx.x % 32 != 0) return;
   const float scale = __fdiv_rn(largest, kLargestFloat8);
-  affine[i].w = !finite ? nanf("") : scale > 0.0f ? scale : 1.0f;
+  scales[i / units * 4 + unit * stride] = !finite ? nanf("") : scale > 0.0f ? scale : 1.0f;
 }
 
 }  // namespace
 
-void PackWeights(const DenoiserWeights& weights, Precision precision, uint4* packed, float4* affine,
-                 cudaStream_t stream) {
+void PackWeights(const DenoiserWeights& weights, Precision precision, uint4* packed,
+                 float* channels, cudaStream_t stream) {
   constexpr unsigned kBlock = 256;
   const Matrix first{weights.layers[1].weight, weights.layers[1].weight_stride[0]};
   const Matrix second{weights.layers[2].weight, weights.layers[2].weight_stride[0]};
@@ -163,15 +180,18 @@ void PackWeights(const DenoiserWeights& weights, Precision precision, uint4* pac
   LaunchShape shape;
   shape.block = dim3(kBlock);
   shape.stream = stream;
-  shape.grid = dim3((3 * units + kBlock - 1) / kBlock);
-  Launch("denoise", FoldNorm, shape, weights, units, affine);
+  const int stride = ChannelStride(static_cast<int>(weights.classes));
+  const std::int64_t elements = std::int64_t{units} * stride;
+  shape.grid = dim3(static_cast<unsigned>((elements + kBlock - 1) / kBlock));
+  Launch("denoise", PackChannels, shape, weights, units, channels);
+  float* scales = channels + 7;  // of layer 1
   if (precision == Precision::kFloat8) {
     shape.grid = dim3((2 * units + kBlock / 32 - 1) / (kBlock / 32));
-    Launch("denoise", ScaleUnits, shape, first, second, weights.features, units, affine + units);
+    Launch("denoise", ScaleUnits, shape, first, second, weights.features, units, scales, stride);
   }
   const PackArguments arguments{
-      first,          second, weights.features, tiles, Stages(weights.features, precision),
-      affine + units, packed};
+      first,  second, weights.features, tiles, Stages(weights.features, precision), scales,
+      stride, packed};
   const std::int64_t threads =
       StageIndex(tiles, arguments.stages, 2, 0, 0, 0) * StagePieces(precision) * kPiece;
   const std::int64_t blocks = std::min<std::int64_t>((threads + kBlock - 1) / kBlock, 1 << 16);

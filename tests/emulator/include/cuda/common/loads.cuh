@@ -13,6 +13,15 @@ class InFlight {
  public:
   EMULATED InFlight() = default;
   EMULATED InFlight(const T& value) : value_(value) {}
+  // A copy is a use: an instruction reads the register.
+  EMULATED InFlight(const InFlight& other) : value_(other) {}
+  EMULATED InFlight(InFlight&& other) = default;
+  EMULATED InFlight& operator=(const InFlight& other) {
+    value_ = other;
+    arrival_ = {};
+    return *this;
+  }
+  EMULATED InFlight& operator=(InFlight&& other) = default;
   EMULATED InFlight(const T& value, const emulator::Rounds& arrival)
       : value_(value), arrival_(arrival) {}
   EMULATED operator T() const {

@@ -22,6 +22,7 @@ template <int kLeft>
 EMULATED void WaitCopies() {
   emulator::WaitCopies(kLeft);
 }
+EMULATED int Opaque(int value) { return value; }
 EMULATED void SpinPause() { emulator::SpinPause(); }
 
 }  // namespace diffmic::cuda
