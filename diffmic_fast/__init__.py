@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         DiffMICConfig,
         DiffMICLoss,
         Prediction,
+        Preprocessing,
     )
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "DiffMICConfig",
     "DiffMICLoss",
     "Prediction",
+    "Preprocessing",
     "__version__",
 ]
 

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from diffmic_fast.archive import check_archive
 from diffmic_fast.atomic_files import atomic_file
 from diffmic_fast.calibration import Calibration
+from diffmic_fast.config.preprocessing import Preprocessing
 from diffmic_fast.config.run import RunConfig
+from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.models import DiffMIC, DiffMICConfig
 
 NAME = "ckpt.pth"
@@ -341,7 +343,9 @@ def load_model(
 
     Returns:
         The model, with the calibration in the file if it was fitted for the loaded weights, and the class names, None
-        if the file has none. A calibration for other weights is left out with a UserWarning.
+        if the file has none. A calibration for other weights is left out with a UserWarning. The model's
+        `preprocessing` and `sampling` are those of `config` if it is a RunConfig, else those of the file, None if it
+        has none; so are its `class_names`, where those of the file come first.
 
     Raises:
         ValueError: a file that is not a checkpoint or has other sizes than `config`, or a damaged calibration.
@@ -372,6 +376,12 @@ def load_model(
         )
     load_state(model.guidance, *_guidance_state(file, guidance))
     model.calibration = _fitting_calibration(file, model)
+    run = config if isinstance(config, RunConfig) else file.config
+    model.class_names = file.class_names
+    if run is not None:
+        model.class_names = model.class_names or run.data.class_names
+        model.preprocessing = Preprocessing.from_augmentation(run.data.augmentation)
+        model.sampling = SamplingOptions.from_config(run.sampling)
     return model.eval(), file.class_names
 
 

@@ -38,6 +38,12 @@ def depth_notice(
                 found.append(decode(source, bit_depth=bit_depth).largest)
         except UnreadableImageError:
             continue
+    looked_at = f" ({count} of {len(sources)} images were looked at)"
+    return _notice(found, looked_at, bit_depth, "data.augmentation.bit_depth")
+
+
+def _notice(found: Sequence[int | None], note: str, bit_depth: int, setting: str) -> str | None:
+    """As `depth_notice`, from the largest sample of each image, None where the setting is not its range."""
     samples = [value for value in found if value is not None]
     largest = max(samples, default=0)
     if largest == 0 or largest >= 2 ** (bit_depth - 2):
@@ -45,14 +51,21 @@ def depth_notice(
     bits = max(largest.bit_length(), 8)
     share = 100 * largest / (2**bit_depth - 1)
     return (
-        f"the largest value in {len(samples)} images of 16 bits ({count} of {len(sources)} images were looked at) is "
-        f"{largest}, which takes {bits} bits, but data.augmentation.bit_depth is {bit_depth}: the images have at most "
-        f"{share:.1f} % of full brightness. Set data.augmentation.bit_depth={bits} if that is their depth"
+        f"the largest value in {len(samples)} images of 16 bits{note} is {largest}, which takes {bits} bits, but "
+        f"{setting} is {bit_depth}: the images have at most {share:.1f} % of full brightness. Set {setting}={bits} if "
+        "that is their depth"
     )
 
 
 def warn_of_unused_bits(sources: Sequence[ImageSource], bit_depth: int) -> None:
     """Warn with `depth_notice`, if there is one."""
     notice = depth_notice(sources, bit_depth)
+    if notice is not None:
+        warnings.warn(notice, stacklevel=2)
+
+
+def warn_of_samples(largest: Sequence[int | None], bit_depth: int) -> None:
+    """Warn, as `warn_of_unused_bits`, of images that were decoded, by the `Decoded.largest` of each."""
+    notice = _notice(largest, "", bit_depth, "preprocessing.bit_depth")
     if notice is not None:
         warnings.warn(notice, stacklevel=2)

@@ -95,7 +95,7 @@ def decode(source: ImageSource | str, *, bit_depth: int = 16) -> Decoded:
     with unreadable_files_named(source), strict_pillow():
         if is_dicom(_head(source)):
             return decode_dicom(source, bit_depth)
-        return _decode_with_pillow(source, bit_depth)
+        return decode_with_pillow(source, bit_depth)
 
 
 def uses_bit_depth(source: Path | str) -> bool:
@@ -164,8 +164,11 @@ def _why_unidentified(source: Path | str) -> str:
     return "it is not an image"
 
 
-def _opener(source: Path | str) -> tuple[Opener, bool]:
-    """A function that opens an image file with Pillow, and whether its pixels have to be inverted."""
+def _opener(source: Path | str | bytes) -> tuple[Opener, bool]:
+    """A function that opens an image file or its content with Pillow, and whether its pixels have to be inverted."""
+    if isinstance(source, bytes):  # Pillow has opened it before
+        with Image.open(io.BytesIO(source)) as image:
+            return (lambda: Image.open(io.BytesIO(source))), is_white_zero(image)
     try:
         with Image.open(source) as image:
             return (lambda: Image.open(source)), is_white_zero(image)
@@ -176,7 +179,8 @@ def _opener(source: Path | str) -> tuple[Opener, bool]:
         return (lambda: Image.open(io.BytesIO(changed))), True
 
 
-def _decode_with_pillow(source: Path | str, bit_depth: int) -> Decoded:
+def decode_with_pillow(source: Path | str | bytes, bit_depth: int) -> Decoded:
+    """`decode` of an image file that is not DICOM, or of its content; raises what Pillow raises."""
     open_image, inverted = _opener(source)
     with open_image() as image:
         if image.mode == "F":
@@ -192,10 +196,10 @@ def _decode_with_pillow(source: Path | str, bit_depth: int) -> Decoded:
         upright = ImageOps.exif_transpose(image)
         if transparent is not None:
             upright.info["transparency"] = transparent
-        return Decoded(_to_rgb(upright, inverted))
+        return Decoded(to_rgb(upright, inverted))
 
 
-def _to_rgb(image: Image.Image, inverted: bool) -> np.ndarray:
+def to_rgb(image: Image.Image, inverted: bool) -> np.ndarray:
     """[H, W, 3] uint8 of an image with samples of at most 8 bits."""
     if inverted:
         if image.mode not in ("1", "L"):

@@ -83,6 +83,16 @@ def scale(samples: np.ndarray, limits: SampleRange, alpha: np.ndarray | None = N
     return ((numerator + np.uint64(divisor // 2)) // np.uint64(divisor)).astype(np.uint8)
 
 
+def check_known_range(samples: np.ndarray, limits: SampleRange, *, wide: bool) -> None:
+    """Raise ValueError if `wide` samples, of 32 bits or signed, take at most a quarter of their range."""
+    largest = int(samples.max())
+    if wide and samples.min() >= 0 and largest <= limits.top // 4:
+        raise ValueError(
+            f"its pixels are 32-bit or signed integers of at most {largest}, whose range is not known "
+            f"({limits.origin}); save it with 8 or 16 bits"
+        )
+
+
 def as_rgb(grey: np.ndarray) -> np.ndarray:
     """Repeat [H, W] over three channels."""
     return np.repeat(grey[:, :, None], 3, axis=2)
@@ -181,11 +191,7 @@ def _decode_grey(image: ImageFile.ImageFile, bit_depth: int, white_is_zero: bool
         samples[samples == transparent] = 0
     limits = declared or _png_range(significant, samples) or setting_range(bit_depth)
     largest = int(samples.max())
-    if wide and samples.min() >= 0 and largest <= limits.top // 4:
-        raise ValueError(
-            f"its pixels are 32-bit or signed integers of at most {largest}, whose range is not known "
-            f"({limits.origin}); save it with 8 or 16 bits"
-        )
+    check_known_range(samples, limits, wide=wide)
     grey = scale(samples, limits)
     if white_is_zero:
         grey = 255 - grey

@@ -1,6 +1,7 @@
 """The denoiser, the guidance model, their image encoders, and DiffMIC, which joins them."""
 
 from diffmic_fast.config.model import DiffMICConfig
+from diffmic_fast.config.preprocessing import Preprocessing
 from diffmic_fast.models.denoiser import BranchForward, ConditionalLinear, ConditionalModel
 from diffmic_fast.models.diffmic import DiffMIC
 from diffmic_fast.models.encoders import ImageEncoder, Trunk
@@ -20,5 +21,6 @@ __all__ = [
     "GuidanceDetail",
     "ImageEncoder",
     "Prediction",
+    "Preprocessing",
     "Trunk",
 ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffmic_fast.calibration import Calibration
 from diffmic_fast.checks import Arguments, assert_within, autocast_enabled, check_finite
 from diffmic_fast.config.model import DiffMICConfig
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
@@ -21,14 +21,21 @@ from diffmic_fast.models.guidance import DCG, Guidance, GuidanceDetail
 from diffmic_fast.models.loss import DiffMICLoss, antithetic_timesteps, denoising_loss
 from diffmic_fast.models.modes import evaluation_mode
 from diffmic_fast.models.prediction import Prediction
+from diffmic_fast.models.trained import TrainedModel
 from diffmic_fast.ops._backend import BackendError
 from diffmic_fast.ops._transfer import to_device
 from diffmic_fast.ops.denoise import denoise
 from diffmic_fast.ops.image_ids import image_ids
 from diffmic_fast.reference.denoise import chain
 
+if TYPE_CHECKING:
+    from diffmic_fast.data.inputs import ImageInputs
 
-class DiffMIC(nn.Module):
+
+_Number = TypeVar("_Number", int, float)
+
+
+class DiffMIC(TrainedModel):
     """The whole model.
 
     Attributes:
@@ -36,11 +43,8 @@ class DiffMIC(nn.Module):
         denoiser: `ConditionalModel`.
         guidance: `DCG`.
         schedule: Tables of the noise schedule, on the CPU.
-        calibration: Fitted on validation images for these weights, or None. Not a part of the state dict; training
-            makes it stale.
+        calibration, class_names, preprocessing, sampling: See `TrainedModel`.
     """
-
-    calibration: Calibration | None
 
     def __init__(self, config: DiffMICConfig, *, pretrained: bool = True) -> None:
         """Build the model.
@@ -52,9 +56,7 @@ class DiffMIC(nn.Module):
         Raises:
             ValueError: A value is out of range, or an encoder or the schedule is unknown.
         """
-        super().__init__()
-        self.config = config
-        self.calibration = None
+        super().__init__(config)
         self.schedule = make_schedule(
             config.schedule, config.timesteps, config.beta_start, config.beta_end
         )
@@ -225,17 +227,17 @@ class DiffMIC(nn.Module):
     @torch.no_grad()
     def predict(
         self,
-        images: Tensor,
+        images: Tensor | ImageInputs,
         *,
-        sampler: str = "ddpm",
+        sampler: str | None = None,
         steps: int | None = None,
-        eta: float = 0.0,
-        samples: int = 1,
-        seed: int = 0,
+        eta: float | None = None,
+        samples: int | None = None,
+        seed: int | None = None,
         ids: Tensor | None = None,
         precision: str = "fp32",
         compile: bool = False,
-        views: int = 1,
+        views: int | None = None,
         trajectory: bool = False,
         saliency: bool = False,
         boxes: bool = False,
@@ -256,8 +258,11 @@ class DiffMIC(nn.Module):
         or whose result is not, has NaN samples and probabilities and the label -1 (`Prediction.check` raises for it).
 
         Args:
-            images: [B, 3, H, W] float32, finite.
-            sampler, steps, eta, samples, seed, views: As in `diffusion.sampling_options.SamplingOptions`.
+            images: [B, 3, H, W] float32, finite; or what `preprocess` takes: a path, a Pillow image, or a list of
+                either. All of them are one batch.
+            sampler, steps, eta, samples, seed, views: As in `diffusion.sampling_options.SamplingOptions`. Without a
+                sampler, those that are None are the model's own (`sampling`), where it has them. With one, and for a
+                model without, they are those of `SamplingOptions()`: "ddpm", a single sample.
             ids: [B] int64, key of each image's noise, on any device (default: a hash of its pixels).
             precision: Of the chain (see `ops.denoise`). With "bf16" the convolutions of guidance model and encoder are
                 in bfloat16 too if the device has such instructions (on a CPU AMX or those of AVX-512 or Arm:
@@ -267,19 +272,34 @@ class DiffMIC(nn.Module):
             compile: Run the convolutions through `torch.compile`: some percent faster after minutes of compiling, for
                 tens of thousands of images.
             trajectory, saliency, boxes: Whether to return them.
-            guidance, features: Results of `guide` and `encode` for these images; computed if None.
+            guidance, features: Results of `guide` and `encode` for these images; computed if None. With one of them
+                `views` is not the model's own, but 1 unless it is given.
             probability: "published" for the mean softmax of y_0, "calibrated" for the probabilities of `calibration`.
                 None for the latter where `calibration` was fitted for this sampler, steps, eta, samples and views,
                 otherwise the former; `Prediction.calibrated` tells which.
 
         Raises:
             ValueError, TypeError: An argument does not fit, or images on the CPU are not finite; the message names it.
-            ValueError: Calibrated probabilities are asked for and there is no calibration for them.
+            ValueError: Calibrated probabilities are asked for and there is no calibration for them; or files or Pillow
+                images are given, and one is unreadable or `preprocessing` is None.
             BackendError: A precision other than "fp32" is not available here; the message says why.
             FloatingPointError: The model's result for an image is not finite, on the CPU.
         """
+        if not isinstance(images, Tensor):
+            images = self._load("DiffMIC.predict", images)
         images = self._check_images("DiffMIC.predict", images)
-        options = SamplingOptions(sampler, steps, eta, samples, seed, precision, compile, views)
+        own = self.sampling if sampler is None and self.sampling is not None else SamplingOptions()
+        single = guidance is not None or features is not None
+        options = SamplingOptions(
+            own.sampler if sampler is None else sampler,
+            own.steps if steps is None else steps,
+            _given(eta, own.eta),
+            _given(samples, own.samples),
+            _given(seed, own.seed),
+            precision,
+            compile,
+            _given(views, 1 if single else own.views),
+        )
         calibration = self._calibration(options, probability)
         args = Arguments("DiffMIC.predict")
         args.sizes["B"] = images.shape[0]  # len() would specialise a traced size
@@ -292,18 +312,18 @@ class DiffMIC(nn.Module):
         if features is not None:
             args.floating("features", features, "B F")
         with self._inference(options):
-            detail = self._guide(images, views) if guidance is None else guidance
+            detail = self._guide(images, options.views) if guidance is None else guidance
             branches = torch.stack(detail.logits, dim=1).float().softmax(dim=-1)
-            x = (self._encode(images, views) if features is None else features).float()
+            x = (self._encode(images, options.views) if features is None else features).float()
             ids = to_device(ids, images.device)
             states = self._sample(x, branches[:, 0], ids, options, trajectory)
         if _marks(images):
             # Networks that replace the built ones may give numbers for NaN.
             invalid = images[:, 0, 0, 0].isnan()
-            rows = invalid.repeat_interleave(samples)
+            rows = invalid.repeat_interleave(options.samples)
             states = states.masked_fill(rows[None, :, None], torch.nan)
             branches = branches.masked_fill(invalid[:, None, None], torch.nan)
-        result = Prediction.from_states(states, branches, samples, trajectory=trajectory)
+        result = Prediction.from_states(states, branches, options.samples, trajectory=trajectory)
         if calibration is not None:
             result = result.calibrate(calibration)
         if not _marks(images):
@@ -314,25 +334,6 @@ class DiffMIC(nn.Module):
             boxes=torch.cat(corners, dim=-1) if boxes else None,
             features=x,
         )
-
-    def calibration_obstacle(self, options: SamplingOptions) -> str | None:
-        """Why `predict` has no calibrated probabilities for these options; None if it has."""
-        if self.calibration is None:
-            return "the model has no calibration"
-        return self.calibration.mismatch(options)
-
-    def _calibration(self, options: SamplingOptions, probability: str | None) -> Calibration | None:
-        """The calibration that a call of `predict` uses."""
-        if probability not in (None, "published", "calibrated"):
-            raise ValueError(
-                f"DiffMIC.predict: probability must be None, 'published' or 'calibrated', got {probability!r}"
-            )
-        if probability == "published":
-            return None
-        obstacle = self.calibration_obstacle(options)
-        if obstacle is not None and probability == "calibrated":
-            raise ValueError(f"DiffMIC.predict: probabilities are not calibrated: {obstacle}")
-        return None if obstacle is not None else self.calibration
 
     def _guide(self, images: Tensor, views: int) -> GuidanceDetail:
         detail, *others = (self.guidance.detail(view) for view in _mirrored(images, views))
@@ -431,6 +432,10 @@ class DiffMIC(nn.Module):
                     f"{operation}: the model must be {' or '.join(map(str, allowed))}, got {found}; call float() on "
                     "it (precision='bf16' computes in bfloat16 where that is accurate)"
                 )
+
+
+def _given(value: _Number | None, default: _Number) -> _Number:
+    return default if value is None else value
 
 
 def _marks(images: Tensor) -> bool:

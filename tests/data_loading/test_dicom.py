@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from data_loading.image_files import ramp, scaled
 
+from diffmic_fast.config.preprocessing import Preprocessing
 from diffmic_fast.data.bit_depth import depth_notice
 from diffmic_fast.data.decode import UnreadableImageError, load_image
+from diffmic_fast.data.inputs import load_images
+from diffmic_fast.data.transforms import evaluation_transform
 
 pydicom = pytest.importorskip("pydicom", minversion="3")
 
@@ -52,6 +55,13 @@ def lookup(values, first=0, bits=8):
     item.add_new("LUTDescriptor", "US", [len(values), first, bits])
     item.add_new("LUTData", "US", [int(v) for v in values])
     return [item]
+
+
+def test_a_path_becomes_the_tensor_of_the_command_line(write):
+    path = write(ramp(4095), bits=16)
+    settings = Preprocessing(bit_depth=12)
+    expected = evaluation_transform(6, settings.to_augmentation())(load_image(path, bit_depth=12))
+    assert (load_images("test", [str(path)], 6, settings)[0] == expected).all()
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 15])

@@ -1,0 +1,97 @@
+"""`TrainedModel`: what a trained model knows beside its weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from diffmic_fast.calibration import Calibration
+from diffmic_fast.checks import finite_on_device
+from diffmic_fast.config.model import DiffMICConfig
+from diffmic_fast.config.preprocessing import Preprocessing
+from diffmic_fast.diffusion.sampling_options import SamplingOptions
+
+if TYPE_CHECKING:
+    from diffmic_fast.data.inputs import ImageInputs
+
+
+class TrainedModel(nn.Module):
+    """A model with what its training decided beside its weights.
+
+    The attributes are None for a model built from its configuration alone; `checkpoint.load_model` sets those that the
+    file has. They are not a part of the state dict.
+
+    Attributes:
+        config: What the model was built from.
+        calibration: Fitted on validation images for these weights; training makes it stale.
+        class_names: Names of the C classes, in order.
+        preprocessing: What happens to the pixels of an image before the model sees them.
+        sampling: How `predict` samples where it is not told.
+    """
+
+    config: DiffMICConfig
+    calibration: Calibration | None
+    class_names: tuple[str, ...] | None
+    preprocessing: Preprocessing | None
+    sampling: SamplingOptions | None
+
+    def __init__(self, config: DiffMICConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.calibration = None
+        self.class_names = None
+        self.preprocessing = None
+        self.sampling = None
+
+    def preprocess(self, images: ImageInputs) -> Tensor:
+        """Image files or Pillow images as the tensor that the model takes.
+
+        The pixels are those that `diffmic-fast predict` makes of the same files: bit depth, orientation, colour,
+        centre square, size, mean and standard deviation (docs/usage.md, "From a file to the model").
+
+        Args:
+            images: A path, a Pillow image, or a list of paths or of Pillow images. A Pillow image as `Image.open`
+                returns it gives the pixels of its file; one that was loaded or made otherwise those in memory
+                (`data.pillow_images.decode_image`).
+
+        Returns:
+            [B, 3, image_size, image_size] float32 on the model's device.
+
+        Raises:
+            ValueError: `preprocessing` is None, the list is empty, or an image is unreadable
+                (`data.decode.UnreadableImageError`).
+            TypeError: `images` are of another type, or paths and Pillow images in one list.
+        """
+        return self._load("DiffMIC.preprocess", images)
+
+    def _load(self, operation: str, images: ImageInputs) -> Tensor:
+        from diffmic_fast.data.inputs import load_images
+
+        if self.preprocessing is None:
+            raise ValueError(
+                f"{operation}: the model does not know how its images were preprocessed; state it as it was trained: "
+                "model.preprocessing = diffmic_fast.Preprocessing(centre_square=..., bit_depth=..., mean=..., "
+                "std=...), or pass a tensor [B, 3, H, W]"
+            )
+        loaded = load_images(operation, images, self.config.image_size, self.preprocessing)
+        return finite_on_device(f"{operation}: images", loaded, next(self.parameters()).device)
+
+    def calibration_obstacle(self, options: SamplingOptions) -> str | None:
+        """Why `predict` has no calibrated probabilities for these options; None if it has."""
+        if self.calibration is None:
+            return "the model has no calibration"
+        return self.calibration.mismatch(options)
+
+    def _calibration(self, options: SamplingOptions, probability: str | None) -> Calibration | None:
+        """The calibration that a call of `predict` uses."""
+        if probability not in (None, "published", "calibrated"):
+            raise ValueError(
+                f"DiffMIC.predict: probability must be None, 'published' or 'calibrated', got {probability!r}"
+            )
+        if probability == "published":
+            return None
+        obstacle = self.calibration_obstacle(options)
+        if obstacle is not None and probability == "calibrated":
+            raise ValueError(f"DiffMIC.predict: probabilities are not calibrated: {obstacle}")
+        return None if obstacle is not None else self.calibration
