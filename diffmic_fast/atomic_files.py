@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all."""
+"""Files and folders that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -34,11 +34,62 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             os.unlink(name)
         raise
     if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder beside `path`, which becomes `path` when the block ends.
+
+    All files in it are on the disk (fsync) before the rename. If the block raises, `path` is unchanged.
+
+    Args:
+        path: must not exist, or be an empty folder, or with `overwrite` be any folder, which is replaced. A process
+            that is killed between the two renames of a replacement leaves the old content beside it, as
+            `.NAME.….replaced`.
+        overwrite: replace a folder with content.
+
+    Raises:
+        FileExistsError: `path` exists.
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} exists and is not a folder")
+    if not overwrite and path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(f"{path} exists and is not empty")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    replaced = temporary.with_suffix(".replaced")
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file, os.O_RDONLY)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o777 & ~mask)  # mkdtemp makes folders that only the owner may read
+        if path.exists():
+            os.rename(path, replaced)
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            os.rename(temporary, path)
+        except BaseException:
+            if replaced.exists():
+                os.rename(replaced, path)
+            raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+    if hasattr(os, "O_DIRECTORY"):
+        _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    handle = os.open(path, flags)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from diffmic_fast.archive import check_archive
 from diffmic_fast.atomic_files import atomic_file
 from diffmic_fast.calibration import Calibration
-from diffmic_fast.config.preprocessing import Preprocessing
+from diffmic_fast.config.description import ModelDescription
 from diffmic_fast.config.run import RunConfig
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.models import DiffMIC, DiffMICConfig
+from diffmic_fast.pretrained_folder import is_pretrained_folder, read_folder
 
 NAME = "ckpt.pth"
 GUIDANCE_NAME = "aux_ckpt.pth"
@@ -35,6 +36,7 @@ GUIDANCE_BEST_NAME = "aux_ckpt_best.pth"
 
 _EXTRAS = "diffmic_fast"
 _CALIBRATION = "calibration"
+_DESCRIPTION = "description"
 _ZIP = b"PK\x03\x04"
 _LEGACY_TORCH = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6
 
@@ -85,6 +87,35 @@ class Checkpoint:
         return tuple(names) if names else None
 
     @property
+    def description(self) -> ModelDescription | None:
+        """What the file says of its model, or None; of a training run what its configuration says."""
+        values = self.extras.get(_DESCRIPTION)
+        if values is not None:
+            return ModelDescription.from_dict(values)
+        config = self.config
+        return None if config is None else ModelDescription.from_run(config, self.class_names)
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Checkpoint:
+        """The content of a folder of `DiffMIC.save_pretrained`; raises ValueError as `read_folder`."""
+        content = read_folder(path)
+        parts = {name: _part(content.weights, f"{name}.") for name in ("denoiser", "guidance")}
+        others = content.weights.keys() - {f"{n}.{k}" for n, part in parts.items() for k in part}
+        if others:
+            raise ValueError(f"{path}: there must be no weights {', '.join(sorted(others)[:4])}")
+        description = content.description
+        run = description.to_run()
+        extras: dict[str, Any] = {
+            _DESCRIPTION: description.to_dict(),
+            "guidance": parts["guidance"],
+            _CALIBRATION: content.calibration,
+            "classes": None if description.class_names is None else list(description.class_names),
+            "config": None if run is None else run.to_dict(),
+        }
+        extras = {name: value for name, value in extras.items() if value is not None}
+        return cls(Path(path), parts["denoiser"], extras=extras)
+
+    @property
     def seen(self) -> dict[str, Tensor]:
         """Keys (`data.identity.image_keys`) of the images of the training, by split; {} if they are not known."""
         return dict(self.extras.get("images", {}))
@@ -101,6 +132,11 @@ class Checkpoint:
             raise ValueError(f"checkpoint: {self.path}: {error}") from error
 
 
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
 def save_checkpoint(checkpoint: Checkpoint) -> None:
     """Write a checkpoint to its path, and the published guidance file beside it."""
     extras = checkpoint.extras
@@ -112,7 +148,7 @@ def save_checkpoint(checkpoint: Checkpoint) -> None:
     ]
     if checkpoint.ema:
         parts.append(checkpoint.ema)
-    guidance = [extras["guidance"], extras["guidance_optimizer"]]
+    guidance = [extras["guidance"], extras.get("guidance_optimizer", {})]
     # The denoiser's file last: a resume reads it alone.
     atomic_save(guidance, checkpoint.path.parent / GUIDANCE_NAME)
     atomic_save(parts, checkpoint.path)
@@ -124,6 +160,7 @@ def add_calibration(path: str | Path, calibration: Calibration) -> None:
     Raises:
         ValueError: the file is not a checkpoint in the published format, a list with the optimizer's state.
     """
+    check_takes_calibration(path)
     parts = _load(path, mmap=False)
     if not isinstance(parts, list) or len(parts) < 2 or not isinstance(parts[1], dict):
         raise ValueError(
@@ -133,6 +170,15 @@ def add_calibration(path: str | Path, calibration: Calibration) -> None:
     extras = {**parts[1].get(_EXTRAS, {}), _CALIBRATION: calibration.to_state()}
     parts[1] = {**parts[1], _EXTRAS: extras}
     atomic_save(parts, path)
+
+
+def check_takes_calibration(path: str | Path) -> None:
+    """Raise ValueError for a folder of `DiffMIC.save_pretrained`, before the work of a calibration."""
+    if Path(path).is_dir():
+        raise ValueError(
+            f"checkpoint: {path} must be a checkpoint file to take a calibration, got a folder; make one of it with "
+            "diffmic-fast convert, or set model.calibration and save the model again"
+        )
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -152,10 +198,10 @@ def atomic_save(value: Any, path: str | Path) -> None:
 
 
 def read_checkpoint(path: str | Path, *, mmap: bool = False) -> Checkpoint:
-    """Read a denoiser's checkpoint, ours or a published one (a list), or a bare state dict.
+    """Read a denoiser's checkpoint, ours or a published one (a list), a bare state dict, or a pretrained folder.
 
     Args:
-        path: of the file.
+        path: of the file, or of a folder of `DiffMIC.save_pretrained`.
         mmap: map the file into memory instead of reading it, for a model without its optimizer's state.
 
     Raises:
@@ -163,6 +209,8 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> Checkpoint:
             or a pickle that would run code.
         MemoryError: the file does not fit into memory.
     """
+    if is_pretrained_folder(path):
+        return Checkpoint.from_folder(path)
     value = _load(path, mmap=mmap)
     if isinstance(value, Mapping):
         return Checkpoint(Path(path), strip_module(_unwrapped(value), f"{path}"))
@@ -335,7 +383,7 @@ def load_model(
     """A DiffMIC in evaluation mode, on the CPU, from our checkpoint or from published files.
 
     Args:
-        checkpoint: file of the denoiser.
+        checkpoint: file of the denoiser, or a folder of `DiffMIC.save_pretrained`.
         guidance: file of the guidance model; default: the state in `checkpoint` itself, or else the file aux_ckpt.pth
             (aux_ckpt_best.pth) beside a ckpt.pth (ckpt_best.pth).
         config: required for a file without a configuration inside (a published one).
@@ -351,12 +399,23 @@ def load_model(
         ValueError: a file that is not a checkpoint or has other sizes than `config`, or a damaged calibration.
     """
     file = read_checkpoint(checkpoint, mmap=True)
-    if config is None:
-        config = file.config
+    return build_model(file, guidance, config, ema), file.class_names
+
+
+def build_model(
+    file: Checkpoint,
+    guidance: str | Path | None = None,
+    config: DiffMICConfig | RunConfig | None = None,
+    ema: bool = True,
+) -> DiffMIC:
+    """The model of `load_model`, of a checkpoint that was read."""
+    description = file.description
+    if config is None and description is not None:
+        config = description.model
     if config is None:
         sizes = ", ".join(f"{k} {v}" for k, v in file.sizes.items()) or "no known sizes"
         raise ValueError(
-            f"checkpoint: {checkpoint} has no configuration inside (its weights say {sizes}); give the one it was "
+            f"checkpoint: {file.path} has no configuration inside (its weights say {sizes}); give the one it was "
             "trained with (--config)"
         )
     model_config = config.model if isinstance(config, RunConfig) else config
@@ -364,25 +423,25 @@ def load_model(
     # As in the file, float32 on the CPU, whatever torch's defaults are.
     with torch.device("cpu"):
         model = DiffMIC(model_config, pretrained=False).float()
-    load_state(model.denoiser, file.denoiser, f"{checkpoint}")
+    load_state(model.denoiser, file.denoiser, f"{file.path}")
     if ema and file.ema:
-        apply_average(model.denoiser, file.ema, f"{checkpoint}")
+        apply_average(model.denoiser, file.ema, f"{file.path}")
     if "progress" in file.extras and file.step == 0:
         warnings.warn(
-            f"checkpoint: {checkpoint} was written before the denoiser's first step; its diffusion is untrained (the "
+            f"checkpoint: {file.path} was written before the denoiser's first step; its diffusion is untrained (the "
             "guidance model may be trained)",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     load_state(model.guidance, *_guidance_state(file, guidance))
     model.calibration = _fitting_calibration(file, model)
-    run = config if isinstance(config, RunConfig) else file.config
-    model.class_names = file.class_names
-    if run is not None:
-        model.class_names = model.class_names or run.data.class_names
-        model.preprocessing = Preprocessing.from_augmentation(run.data.augmentation)
-        model.sampling = SamplingOptions.from_config(run.sampling)
-    return model.eval(), file.class_names
+    if isinstance(config, RunConfig):
+        description = ModelDescription.from_run(config, file.class_names)
+    if description is not None:
+        model.class_names, model.preprocessing = description.class_names, description.preprocessing
+        if description.sampling is not None:
+            model.sampling = SamplingOptions.from_config(description.sampling)
+    return model.eval()
 
 
 def _fitting_calibration(file: Checkpoint, model: DiffMIC) -> Calibration | None:
@@ -394,7 +453,7 @@ def _fitting_calibration(file: Checkpoint, model: DiffMIC) -> Calibration | None
         f"checkpoint: the calibration of {file.path} is left out: it was fitted for other weights than those loaded "
         "(their moving average or not, or another guidance file)",
         UserWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     return None
 

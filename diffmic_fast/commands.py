@@ -18,6 +18,7 @@ from diffmic_fast.checkpoint import (
     NAME,
     Checkpoint,
     add_calibration,
+    check_takes_calibration,
     load_model,
     read_checkpoint,
 )
@@ -42,6 +43,7 @@ from diffmic_fast.inference.output import check_suffix
 from diffmic_fast.inference.pictures import Pictures
 from diffmic_fast.inference.predict import FilePredictor, ProbabilityOptions, collect_files
 from diffmic_fast.inference.prediction_run import predict_to
+from diffmic_fast.pretrained_folder import is_pretrained_folder
 from diffmic_fast.training.allocator import keep_freed_memory
 from diffmic_fast.training.datasets import digest, make_dataset
 from diffmic_fast.training.trainer import Trainer
@@ -80,6 +82,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _calibrate(args: argparse.Namespace) -> int:
     path = _checkpoint(args.checkpoint)
+    check_takes_calibration(path)
     config = _own_config(args, path)
     file = read_checkpoint(path, mmap=True)
     model, names = load_model(path, args.guidance, config, ema=args.ema)
@@ -321,9 +324,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 
 
 def _checkpoint(text: str) -> Path:
-    """A checkpoint given by its file or by the folder of its run."""
+    """A checkpoint given by its file or by the folder of its run, or a folder of `DiffMIC.save_pretrained`."""
     path = Path(text)
-    return path / NAME if path.is_dir() else path
+    return path / NAME if path.is_dir() and not is_pretrained_folder(path) else path
 
 
 def _config(args: argparse.Namespace, checkpoint: Path | None) -> RunConfig:

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from diffmic_fast.atomic_files import atomic_file, keep_copy
+from diffmic_fast.atomic_files import atomic_file, atomic_folder, keep_copy
 from diffmic_fast.checkpoint import atomic_save
 
 
@@ -44,3 +44,45 @@ def test_a_kept_copy_survives_the_next_checkpoint(tmp_path):
     assert torch.load(tmp_path / "b", weights_only=True) == "best"
     keep_copy(tmp_path / "a", tmp_path / "b")
     assert torch.load(tmp_path / "b", weights_only=True) == "next"
+
+
+def test_a_folder_appears_as_a_whole(tmp_path):
+    with atomic_folder(tmp_path / "a" / "b") as folder:
+        (folder / "x").write_text("1")
+        assert not (tmp_path / "a" / "b").exists()
+    assert (tmp_path / "a" / "b" / "x").read_text() == "1"
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o777 & ~current_mask()
+    for target in (tmp_path / "a" / "b", tmp_path / "a" / "b" / "x"):
+        with pytest.raises(FileExistsError), atomic_folder(target):
+            pass
+
+
+def test_a_failed_rename_restores_the_replaced_folder(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("old")
+    rename = os.rename
+
+    def fail(source, target):
+        if str(source).endswith(".partial"):
+            raise OSError("quota exceeded")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with (
+        pytest.raises(OSError, match="quota"),
+        atomic_folder(tmp_path / "a", overwrite=True) as folder,
+    ):
+        (folder / "x").write_text("new")
+    monkeypatch.undo()
+    assert (tmp_path / "a" / "x").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    with atomic_folder(tmp_path / "a", overwrite=True) as folder:
+        (folder / "y").write_text("new")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["y"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def current_mask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import typing
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,14 +21,16 @@ def describe(error: ValidationError, config: type) -> str:
     return "config: " + "; ".join(_describe(each, config) for each in error.errors())
 
 
-def _describe(error: Any, config: type) -> str:
+def _describe(error: Any, config: Any) -> str:
     path = error["loc"]
     where = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path)[1:]
     kind, value = error["type"], error["input"]
     if kind in ("unexpected_keyword_argument", "invalid_key"):
         *sections, key = path
         for name in sections:
-            config = typing.get_type_hints(config)[name]
+            hint = typing.get_type_hints(config)[name]
+            # An optional section is a union with None.
+            config = next((each for each in typing.get_args(hint) if is_dataclass(each)), hint)
         place = f"in section '{'.'.join(sections)}'" if sections else "at the top level"
         hint = nearest(str(key), [field.name for field in fields(config)])
         return f"unknown key '{key}' {place}; the nearest known key is '{hint}'"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -14,6 +16,8 @@ from diffmic_fast.diffusion.sampling_options import SamplingOptions
 
 if TYPE_CHECKING:
     from diffmic_fast.data.inputs import ImageInputs
+    from diffmic_fast.inference.evaluation import Evaluation
+    from diffmic_fast.models.diffmic import DiffMIC
 
 
 class TrainedModel(nn.Module):
@@ -76,6 +80,61 @@ class TrainedModel(nn.Module):
             )
         loaded = load_images(operation, images, self.config.image_size, self.preprocessing)
         return finite_on_device(f"{operation}: images", loaded, next(self.parameters()).device)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        evaluation: Evaluation | Mapping[str, Any] | str | Path | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write the model as safetensors and JSON, with a model card, for `from_pretrained`.
+
+        The folder has weights, configuration, class names, preprocessing, sampling options and calibration
+        (`pretrained_folder`). It is written as a whole: an interruption leaves none, or the one before.
+
+        Args:
+            folder: Must not exist or be empty.
+            evaluation: Of which the card shows the measures: the result of `inference.evaluate.evaluate`, its
+                `to_dict()`, or the path of a file of `diffmic-fast evaluate --json`.
+            overwrite: Replace a folder that `save_pretrained` has written.
+
+        Raises:
+            ValueError: The folder exists, the model has other tensors than its configuration says, the calibration is
+                of other weights, or the evaluation cannot be read or is of other classes.
+        """
+        from diffmic_fast.hub import save_pretrained
+
+        save_pretrained(self, folder, evaluation=evaluation, overwrite=overwrite)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> DiffMIC:
+        """The model of a folder of `save_pretrained`, or of the Hugging Face hub; in evaluation mode, on the CPU.
+
+        No code is run: the files are JSON and safetensors, and are compared with their checksums.
+
+        Args:
+            name: A folder, or where there is none the id of a model on the hub, "owner/name".
+            revision: Branch, tag or commit on the hub.
+            cache_dir: Where downloads are kept.
+            local_files_only: Download nothing.
+
+        Raises:
+            ValueError: There is no such folder or model, or a file is missing, damaged or does not fit.
+            MissingPackageError: `huggingface_hub` is needed and not installed.
+        """
+        from diffmic_fast.hub import from_pretrained
+
+        return from_pretrained(
+            name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+        )
 
     def calibration_obstacle(self, options: SamplingOptions) -> str | None:
         """Why `predict` has no calibrated probabilities for these options; None if it has."""
