@@ -137,12 +137,17 @@ def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
-def save_checkpoint(checkpoint: Checkpoint) -> None:
-    """Write a checkpoint to its path, and the published guidance file beside it."""
+def save_checkpoint(checkpoint: Checkpoint, *, published: bool = False) -> None:
+    """Write a checkpoint to its path, and the published guidance file beside it, as aux_NAME.
+
+    Args:
+        checkpoint: with the guidance model in its extras.
+        published: write the entries of the published format alone, without the other extras.
+    """
     extras = checkpoint.extras
     parts: list[Any] = [
         checkpoint.denoiser,
-        checkpoint.optimizer | {_EXTRAS: extras},
+        checkpoint.optimizer | ({} if published else {_EXTRAS: extras}),
         checkpoint.epoch,
         checkpoint.step,
     ]
@@ -150,8 +155,13 @@ def save_checkpoint(checkpoint: Checkpoint) -> None:
         parts.append(checkpoint.ema)
     guidance = [extras["guidance"], extras.get("guidance_optimizer", {})]
     # The denoiser's file last: a resume reads it alone.
-    atomic_save(guidance, checkpoint.path.parent / GUIDANCE_NAME)
+    atomic_save(guidance, guidance_path(checkpoint.path))
     atomic_save(parts, checkpoint.path)
+
+
+def guidance_path(path: Path) -> Path:
+    """The guidance file beside a checkpoint."""
+    return path.with_name(f"aux_{path.name}")
 
 
 def add_calibration(path: str | Path, calibration: Calibration) -> None:
@@ -433,7 +443,7 @@ def build_model(
             UserWarning,
             stacklevel=3,
         )
-    load_state(model.guidance, *_guidance_state(file, guidance))
+    load_state(model.guidance, *guidance_state(file, guidance))
     model.calibration = _fitting_calibration(file, model)
     if isinstance(config, RunConfig):
         description = ModelDescription.from_run(config, file.class_names)
@@ -458,12 +468,12 @@ def _fitting_calibration(file: Checkpoint, model: DiffMIC) -> Calibration | None
     return None
 
 
-def _guidance_state(file: Checkpoint, guidance: str | Path | None) -> tuple[dict[str, Tensor], str]:
+def guidance_state(file: Checkpoint, guidance: str | Path | None) -> tuple[dict[str, Tensor], str]:
     """The guidance model's state dict for `load_model`, and its name for errors."""
     if guidance is None and "guidance" in file.extras:
         what = f"{file.path}, guidance"
         return strip_module(file.extras["guidance"], what), what
-    path = file.path.with_name(f"aux_{file.path.name}") if guidance is None else Path(guidance)
+    path = guidance_path(file.path) if guidance is None else Path(guidance)
     if guidance is None and not path.is_file():
         raise ValueError(
             f"checkpoint: {file.path} holds the denoiser only and there is no {path.name} beside it; name the "

@@ -1,4 +1,4 @@
-"""The command line: train, calibrate, evaluate, predict, info, demo.
+"""The command line: train, calibrate, evaluate, predict, convert, info, demo.
 
 Exit status: 0 success; 1 failure (training stopped, no image was readable, a process
 that loads images died); 2 invalid command, configuration, file or installation; 3 predictions were
@@ -32,12 +32,16 @@ _CONTINUE = {"train": "go on with --resume", "demo": "go on with the same comman
 
 # In the message of torch's RuntimeError.
 _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
-_LESS_MEMORY = dict.fromkeys(
-    ("calibrate", "evaluate", "predict"),
-    "use a smaller --batch-size, or fewer --samples or --workers",
-) | dict.fromkeys(
-    ("train", "demo", "info"),
-    "use a smaller training.batch_size, or training.accumulation; see data.cache, too",
+_LESS_MEMORY = (
+    dict.fromkeys(
+        ("calibrate", "evaluate", "predict"),
+        "use a smaller --batch-size, or fewer --samples or --workers",
+    )
+    | dict.fromkeys(
+        ("train", "demo", "info"),
+        "use a smaller training.batch_size, or training.accumulation; see data.cache, too",
+    )
+    | dict.fromkeys(("convert",), "it takes twice the size of the model")
 )
 
 
@@ -118,19 +122,48 @@ def make_parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--images-out", metavar="DIR", help="draw this picture for every image")
 
+    convert = commands.add_parser("convert", help="write a model in another form")
+    _add_conversion(convert)
+
     info = commands.add_parser("info", help="versions, build, backends")
     info.add_argument("--json", action="store_true", help="as JSON")
 
     demo = commands.add_parser("demo", help="train and use a small model on synthetic images")
     demo.add_argument("--out", default="diffmic-fast-demo", help="folder (default: %(default)s)")
 
-    for command in (train, calibrate, evaluate, predict):
+    for command in (train, calibrate, evaluate, predict, convert):
         _add_config_options(command)
     for command in (train, calibrate, evaluate, predict, demo):
         _add_compute_options(command)
-    for command in (train, calibrate, evaluate, predict, info, demo):
+    for command in (train, calibrate, evaluate, predict, convert, info, demo):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _add_conversion(command: argparse.ArgumentParser) -> None:
+    command.add_argument("checkpoint", metavar="SRC", help="checkpoint, run or pretrained folder")
+    command.add_argument("destination", metavar="DST", help="new folder, or new file .pth")
+    command.add_argument(
+        "--to", choices=("pretrained", "checkpoint", "published"),
+        help="pretrained: a folder of safetensors and JSON, as of DiffMIC.save_pretrained; checkpoint: a file of this "
+        "package; published: files of the published program (default: checkpoint if DST ends in .pth, else "
+        "pretrained)",
+    )  # fmt: skip
+    command.add_argument("--guidance", help="guidance file, where SRC has none inside or beside it")
+    command.add_argument(
+        "--no-ema", dest="ema", action="store_false",
+        help="for a pretrained folder: the weights, not their average",
+    )  # fmt: skip
+    command.add_argument(
+        "--override", action="store_true",
+        help="accept changes of SRC's own model or preprocessing by --config or --set; otherwise an error",
+    )  # fmt: skip
+    command.add_argument(
+        "--evaluation", metavar="FILE.json",
+        help="for a pretrained folder: measures for its model card, of evaluate --json",
+    )  # fmt: skip
+    command.add_argument("--overwrite", action="store_true", help="replace DST")
+    command.set_defaults(device="cpu", threads=None)
 
 
 def _add_allow_seen(command: argparse.ArgumentParser) -> None:

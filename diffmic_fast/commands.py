@@ -27,6 +27,7 @@ from diffmic_fast.config.data import DataConfig
 from diffmic_fast.config.differences import model_differences
 from diffmic_fast.config.run import RunConfig, read_config
 from diffmic_fast.config.yaml_reader import with_overrides
+from diffmic_fast.convert import FORMS, convert
 from diffmic_fast.data.bit_depth import warn_of_unused_bits
 from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.data.identity import check_unseen, missing_keys
@@ -307,6 +308,26 @@ def _predict(args: argparse.Namespace) -> int:
     return EXIT_UNREADABLE if failed else 0
 
 
+def _convert(args: argparse.Namespace) -> int:
+    path = _checkpoint(args.checkpoint)
+    form = args.to or ("checkpoint" if args.destination.lower().endswith(".pth") else "pretrained")
+    config = _own_config(args, path) if args.config or args.overrides else None
+    lines = convert(
+        path,
+        args.destination,
+        form,
+        config=config,
+        guidance=args.guidance,
+        ema=args.ema,
+        evaluation=args.evaluation,
+        overwrite=args.overwrite,
+    )
+    print(f"{args.destination}: {FORMS[form]}")
+    for line in lines:
+        print(line)
+    return 0
+
+
 def _demo(args: argparse.Namespace) -> int:
     for module in ("sklearn", "rich", "matplotlib"):
         require(module, extra="all", purpose="demo")
@@ -319,6 +340,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "calibrate": _calibrate,
     "evaluate": _evaluate,
     "predict": _predict,
+    "convert": _convert,
     "demo": _demo,
 }
 

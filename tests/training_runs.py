@@ -62,6 +62,17 @@ def flat(value, prefix=""):
     return {k: v for key, inner in items for k, v in flat(inner, f"{prefix}/{key}").items()}
 
 
+def assert_same_values(one, other):
+    """Nested values are equal bit by bit."""
+    a, b = flat(one), flat(other)
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, b[key]) and value.dtype == b[key].dtype, key
+        else:
+            assert value == b[key], key
+
+
 def assert_same_run(one, other):
     """Checkpoints are equal bit by bit, logs except for the times."""
     a, b = (flat(torch.load(p / "ckpt.pth", weights_only=True)) for p in (one, other))
