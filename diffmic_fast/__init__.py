@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from diffmic_fast.estimator import DiffMICClassifier
     from diffmic_fast.models import (
         DCG,
         ConditionalModel,
@@ -30,6 +31,7 @@ __all__ = [
     "DCG",
     "ConditionalModel",
     "DiffMIC",
+    "DiffMICClassifier",
     "DiffMICConfig",
     "DiffMICLoss",
     "Prediction",
@@ -41,5 +43,6 @@ __all__ = [
 def __getattr__(name: str) -> object:
     # The models import torchvision, which `info` must be able to do without.
     if name in __all__:
-        return getattr(importlib.import_module("diffmic_fast.models"), name)
+        module = "estimator" if name == "DiffMICClassifier" else "models"
+        return getattr(importlib.import_module(f"diffmic_fast.{module}"), name)
     raise AttributeError(f"module 'diffmic_fast' has no attribute {name!r}")
