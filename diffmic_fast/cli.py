@@ -1,4 +1,4 @@
-"""The command line: train, calibrate, evaluate, predict, convert, info, demo.
+"""The command line: train, calibrate, evaluate, predict, convert, export, info, demo.
 
 Exit status: 0 success; 1 failure (training stopped, no image was readable, a process
 that loads images died); 2 invalid command, configuration, file or installation; 3 predictions were
@@ -41,7 +41,7 @@ _LESS_MEMORY = (
         ("train", "demo", "info"),
         "use a smaller training.batch_size, or training.accumulation; see data.cache, too",
     )
-    | dict.fromkeys(("convert",), "it takes twice the size of the model")
+    | dict.fromkeys(("convert", "export"), "it takes a few times the size of the model")
 )
 
 
@@ -125,17 +125,23 @@ def make_parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="write a model in another form")
     _add_conversion(convert)
 
+    export = commands.add_parser("export", help="write ONNX files of a model")
+    export.add_argument("checkpoint", metavar="SRC", help="checkpoint, run or pretrained folder")
+    export.add_argument("destination", metavar="DST", help="new folder")
+    for command in (convert, export):
+        _add_source_options(command)
+
     info = commands.add_parser("info", help="versions, build, backends")
     info.add_argument("--json", action="store_true", help="as JSON")
 
     demo = commands.add_parser("demo", help="train and use a small model on synthetic images")
     demo.add_argument("--out", default="diffmic-fast-demo", help="folder (default: %(default)s)")
 
-    for command in (train, calibrate, evaluate, predict, convert):
+    for command in (train, calibrate, evaluate, predict, convert, export):
         _add_config_options(command)
     for command in (train, calibrate, evaluate, predict, demo):
         _add_compute_options(command)
-    for command in (train, calibrate, evaluate, predict, convert, info, demo):
+    for command in (train, calibrate, evaluate, predict, convert, export, info, demo):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -149,18 +155,20 @@ def _add_conversion(command: argparse.ArgumentParser) -> None:
         "package; published: files of the published program (default: checkpoint if DST ends in .pth, else "
         "pretrained)",
     )  # fmt: skip
-    command.add_argument("--guidance", help="guidance file, where SRC has none inside or beside it")
-    command.add_argument(
-        "--no-ema", dest="ema", action="store_false",
-        help="for a pretrained folder: the weights, not their average",
-    )  # fmt: skip
-    command.add_argument(
-        "--override", action="store_true",
-        help="accept changes of SRC's own model or preprocessing by --config or --set; otherwise an error",
-    )  # fmt: skip
     command.add_argument(
         "--evaluation", metavar="FILE.json",
         help="for a pretrained folder: measures for its model card, of evaluate --json",
+    )  # fmt: skip
+
+
+def _add_source_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--guidance", help="guidance file, where SRC has none inside or beside it")
+    command.add_argument(
+        "--no-ema", dest="ema", action="store_false", help="use the weights, not their average"
+    )
+    command.add_argument(
+        "--override", action="store_true",
+        help="accept changes of SRC's own model or preprocessing by --config or --set; otherwise an error",
     )  # fmt: skip
     command.add_argument("--overwrite", action="store_true", help="replace DST")
     command.set_defaults(device="cpu", threads=None)

@@ -44,6 +44,8 @@ from diffmic_fast.inference.output import check_suffix
 from diffmic_fast.inference.pictures import Pictures
 from diffmic_fast.inference.predict import FilePredictor, ProbabilityOptions, collect_files
 from diffmic_fast.inference.prediction_run import predict_to
+from diffmic_fast.onnx_export import NAMES as ONNX_NAMES
+from diffmic_fast.onnx_export import OPSET
 from diffmic_fast.pretrained_folder import is_pretrained_folder
 from diffmic_fast.training.allocator import keep_freed_memory
 from diffmic_fast.training.datasets import digest, make_dataset
@@ -328,6 +330,15 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export(args: argparse.Namespace) -> int:
+    path = _checkpoint(args.checkpoint)
+    config = _own_config(args, path) if args.config or args.overrides else None
+    model, _ = load_model(path, args.guidance, config, ema=args.ema)
+    model.export_onnx(args.destination, overwrite=args.overwrite)
+    print(f"{args.destination}: {', '.join(ONNX_NAMES)}, opset {OPSET}")
+    return 0
+
+
 def _demo(args: argparse.Namespace) -> int:
     for module in ("sklearn", "rich", "matplotlib"):
         require(module, extra="all", purpose="demo")
@@ -341,6 +352,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "evaluate": _evaluate,
     "predict": _predict,
     "convert": _convert,
+    "export": _export,
     "demo": _demo,
 }
 

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from diffmic_fast.data.inputs import ImageInputs
 
 
+# Axes of [B, 3, H, W] along which each view is mirrored.
+FLIPS: tuple[tuple[int, ...], ...] = ((), (3,), (2,), (2, 3))
+
 _Number = TypeVar("_Number", int, float)
 
 
@@ -448,8 +451,7 @@ def _marks(images: Tensor) -> bool:
 
 def _mirrored(images: Tensor, views: int) -> Iterator[Tensor]:
     """Images [B, 3, H, W] and, for 2 or 4 views, their mirror images."""
-    flips = ((), (3,), (2,), (2, 3))
-    for axes in flips[:views]:
+    for axes in FLIPS[:views]:
         flipped = images.flip(axes) if axes else images
         yield flipped.contiguous(memory_format=torch.channels_last) if axes else flipped
 

@@ -136,6 +136,23 @@ class TrainedModel(nn.Module):
             name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
         )
 
+    def export_onnx(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write guidance, image encoder and one denoiser step as ONNX graphs of opset 18 (`onnx_export`).
+
+        With them is sampling.json, of the sampling options, or the whole chain where the model has none.
+
+        Args:
+            folder: Must not exist or be empty.
+            overwrite: Replace a folder that `export_onnx` has written.
+
+        Raises:
+            ValueError: The folder exists, layers were replaced, or PyTorch cannot export a network.
+            MissingPackageError: onnx or onnxscript is needed and not installed.
+        """
+        from diffmic_fast.onnx_export import export_onnx
+
+        export_onnx(self, folder, overwrite=overwrite)
+
     def calibration_obstacle(self, options: SamplingOptions) -> str | None:
         """Why `predict` has no calibrated probabilities for these options; None if it has."""
         if self.calibration is None:

@@ -82,15 +82,19 @@ def choose_windows(saliency: Tensor, window: tuple[int, int], count: int) -> Ten
         ValueError: the saliency of an image is not finite, or a size does not fit.
     """
     _check_windows(saliency, window, count)
-    saliency = saliency.detach()
+    return greedy_windows(saliency.detach(), window, count)
+
+
+def greedy_windows(saliency: Tensor, window: tuple[int, int], count: int) -> Tensor:
+    """`choose_windows` without checks, whose values a traced graph does not have."""
     batch, _, height, width = saliency.shape
     rows, columns = height - window[0] + 1, width - window[1] + 1
     remaining = class_map(saliency)
-    cells = torch.empty(batch, count, 2, dtype=torch.int64, device=saliency.device)
+    cells = []
     size = remaining.new_tensor(float(window[0] * window[1]))
     row_index = torch.arange(height, device=saliency.device)[:, None]
     column_index = torch.arange(width, device=saliency.device)
-    for k in range(count):
+    for _ in range(count):
         total = remaining.new_zeros(batch, rows, columns)
         for i in range(window[0]):
             for j in range(window[1]):
@@ -99,12 +103,12 @@ def choose_windows(saliency: Tensor, window: tuple[int, int], count: int) -> Ten
         # argmax guarantees no order among equal values; this takes the first.
         first = (mean == mean.amax(dim=1, keepdim=True)).int().cumsum(1).eq(0).sum(1)
         row, column = first // columns, first % columns
-        cells[:, k, 0], cells[:, k, 1] = row, column
+        cells.append(torch.stack((row, column), dim=1))
         inside = (row_index >= row[:, None, None]) & (row_index < row[:, None, None] + window[0])
         inside = inside & (column_index >= column[:, None, None])
         inside = inside & (column_index < column[:, None, None] + window[1])
         remaining = remaining.masked_fill(inside, 0.0)
-    return cells
+    return torch.stack(cells, dim=1)
 
 
 def _check_windows(saliency: Tensor, window: tuple[int, int], count: int) -> None:
