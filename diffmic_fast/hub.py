@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from diffmic_fast.checkpoint import Checkpoint, build_model, weights_digest
 from diffmic_fast.config.description import ModelDescription, without_initial_weights
 from diffmic_fast.config.sampling import SamplingConfig
 from diffmic_fast.model_card import make_card, read_evaluation
-from diffmic_fast.models import DiffMIC
+from diffmic_fast.models import DiffMIC, DiffMICConfig
 from diffmic_fast.models.trained import TrainedModel
 from diffmic_fast.pretrained_folder import (
     CALIBRATION_NAME,
@@ -92,12 +93,13 @@ def save_content(
     write_folder(folder, content, card, overwrite=overwrite)
 
 
+_Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype by name
+
+
 def _check_buildable(model: TrainedModel) -> None:
     """Raise ValueError unless a model built from the configuration has the same tensors."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        built = DiffMIC(without_initial_weights(model.config), pretrained=False).float()
-    wanted = {name: (tuple(t.shape), t.dtype) for name, t in built.state_dict().items()}
-    found = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+    wanted = _built(tuple(vars(without_initial_weights(model.config)).items()))
+    found = _tensors(model)
     differing = [name for name in wanted.keys() | found if wanted.get(name) != found.get(name)]
     if differing:
         name = min(differing)
@@ -106,6 +108,17 @@ def _check_buildable(model: TrainedModel) -> None:
             f"{len(differing)} others, such as {name}: {found.get(name)} instead of {wanted.get(name)}; were layers "
             "replaced, or was the dtype changed?"
         )
+
+
+@functools.lru_cache(maxsize=8)
+def _built(config: tuple[tuple[str, Any], ...]) -> _Tensors:
+    """The tensors of a model built from the entries of a configuration."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        return _tensors(DiffMIC(DiffMICConfig(**dict(config)), pretrained=False).float())
+
+
+def _tensors(model: TrainedModel) -> _Tensors:
+    return {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
 
 
 def from_pretrained(

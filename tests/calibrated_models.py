@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+
 import torch
 from training_runs import MODEL
 
@@ -16,6 +19,11 @@ SAMPLING = SamplingOptions("ddim", 2, eta=0.25, samples=3, seed=5, views=2)
 
 
 def calibrated_model() -> DiffMIC:
+    return copy.deepcopy(_calibrated_model())
+
+
+@functools.cache
+def _calibrated_model() -> DiffMIC:
     torch.manual_seed(3)
     model = DiffMIC(MODEL).eval()
     for norm in (model.denoiser.norm, model.denoiser.unetnorm1):

@@ -225,6 +225,7 @@ def test_errors(sources, tmp_path, capsys, monkeypatch, arguments, message):
     assert sorted(root.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_overwrite(sources, tmp_path, capsys):
     for _ in range(2):
         convert(capsys, sources / "folder", tmp_path / "a.pth", "--overwrite")

@@ -105,6 +105,7 @@ def test_int_labels_a_pipeline_and_the_same_numbers(fitted, preset, paths, label
     assert_same_values(state, fitted.model_.state_dict())
 
 
+@pytest.mark.slow
 def test_a_given_folder_keeps_the_run(preset, paths, labels, tmp_path):
     classifier = DiffMICClassifier(
         preset, out=tmp_path / "run", validation_fraction=0, training__guidance_epochs=0
