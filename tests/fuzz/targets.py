@@ -6,8 +6,13 @@ user can act on. Everything else is a fault: another exception, a hang, a crash,
 
 from __future__ import annotations
 
+import atexit
+import functools
+import hashlib
 import io
+import json
 import pickle
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +24,7 @@ from PIL import Image
 from diffmic_fast.checkpoint import load_model, read_checkpoint, read_guidance
 from diffmic_fast.config.data import DataConfig
 from diffmic_fast.config.model import DiffMICConfig
+from diffmic_fast.config.preprocessing import Preprocessing
 from diffmic_fast.config.run import RunConfig, read_config
 from diffmic_fast.config.sampling import SamplingConfig
 from diffmic_fast.data.decode import UnreadableImageError, load_image
@@ -31,7 +37,9 @@ from diffmic_fast.data.readers import (
 )
 from diffmic_fast.data.scan import find_unreadable
 from diffmic_fast.data.table import ImageTable
+from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.models import DiffMIC
+from diffmic_fast.pretrained_folder import read_folder
 from tests.data_loading.image_files import png16, tiff
 
 _NAMES = ("a.png", "b.png", "dir/c.jpg")
@@ -240,11 +248,49 @@ def read_checkpoints(path: Path) -> None:
             assert names is None or len(names) == model.config.classes
 
 
+@functools.cache
+def _pretrained_folder() -> tuple[Path, bytes]:
+    """A folder of save_pretrained, removed when the process ends, and its config.json."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    path = Path(folder.name) / "model"
+    torch.manual_seed(0)
+    model = DiffMIC(_MODEL, pretrained=False)
+    model.class_names, model.preprocessing = ("a", "b"), Preprocessing()
+    model.sampling = SamplingOptions("ddim", 2)
+    model.save_pretrained(path)
+    return path, (path / "config.json").read_bytes()
+
+
+def config_json_seeds() -> list[bytes]:
+    """The config.json of a folder."""
+    return [_pretrained_folder()[1]]
+
+
+def read_config_json(path: Path) -> None:
+    """What is accepted describes the weights beside it. The digest is made to fit, so that more is reached."""
+    content = path.read_bytes()
+    try:
+        tree = json.loads(content)
+    except (ValueError, RecursionError):
+        tree = None
+    if isinstance(tree, dict) and "digest" in tree:
+        others = {key: value for key, value in tree.items() if key != "digest"}
+        digest = hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+        content = json.dumps(tree | {"digest": digest}).encode()
+    folder, _ = _pretrained_folder()
+    (folder / "config.json").write_bytes(content)
+    found = read_folder(folder)
+    names = found.description.class_names
+    assert names is None or len(names) == found.description.model.classes
+
+
 TARGETS = {
     "image": Target(".img", image_seeds, read_image),
     "csv": Target(".csv", csv_seeds, read_tables),
     "yaml": Target(".yml", yaml_seeds, read_yaml),
     "pickle": Target(".pkl", pickle_seeds, read_pickles),
     "npz": Target(".npz", npz_seeds, read_npz),
+    "config_json": Target(".json", config_json_seeds, read_config_json),
     "checkpoint": Target(".pth", checkpoint_seeds, read_checkpoints),
 }
