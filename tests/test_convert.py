@@ -21,6 +21,7 @@ from diffmic_fast.checkpoint import (
 )
 from diffmic_fast.cli import main
 from diffmic_fast.config.run import RunConfig
+from diffmic_fast.inference.predict import FilePredictor
 
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -85,6 +86,13 @@ def assert_same_model(model: DiffMIC, path: Path, config: RunConfig | None = Non
         assert b.calibrated and torch.equal(a.probabilities, b.probabilities)
 
 
+def digest_of_rows(path: Path) -> str:
+    """Of the rows of `predict`, which an interrupted run continues only with an equal one."""
+    model, names = load_model(path)
+    augmentation = model.preprocessing.to_augmentation()
+    return FilePredictor(model, names, augmentation, model.sampling).heading.digest
+
+
 def test_a_folder_becomes_a_checkpoint_and_a_folder_again(model, sources, tmp_path, capsys):
     assert convert(capsys, sources / "folder", tmp_path / "ckpt.pth") == [
         f"{tmp_path / 'ckpt.pth'}: a checkpoint"
@@ -105,6 +113,7 @@ def test_a_run_becomes_a_folder_and_a_checkpoint_again(model, sources, tmp_path,
         assert any(line.startswith("not kept: ") and part in line for line in lines), part
     assert not any("not known" in line for line in lines)
     assert_same_model(model, tmp_path / "folder")
+    assert digest_of_rows(sources / "run" / "ckpt.pth") == digest_of_rows(tmp_path / "folder")
     convert(capsys, tmp_path / "folder", tmp_path / "back.pth", "--to", "checkpoint")
     assert_same_model(model, tmp_path / "back.pth")
     assert (

@@ -31,7 +31,7 @@ class TrainedModel(nn.Module):
         calibration: Fitted on validation images for these weights; training makes it stale.
         class_names: Names of the C classes, in order.
         preprocessing: What happens to the pixels of an image before the model sees them.
-        sampling: How `predict` samples where it is not told.
+        sampling: How `predict` samples where it is not told; its precision and `compile` have no effect.
     """
 
     config: DiffMICConfig
