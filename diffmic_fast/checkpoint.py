@@ -419,7 +419,7 @@ def build_model(
     ema: bool = True,
 ) -> DiffMIC:
     """The model of `load_model`, of a checkpoint that was read."""
-    description = file.description
+    description = None if isinstance(config, RunConfig) else file.description
     if config is None and description is not None:
         config = description.model
     if config is None:
@@ -430,6 +430,8 @@ def build_model(
         )
     model_config = config.model if isinstance(config, RunConfig) else config
     check_sizes(file, model_config)
+    if isinstance(config, RunConfig):
+        description = ModelDescription.from_run(config, file.class_names)
     # As in the file, float32 on the CPU, whatever torch's defaults are.
     with torch.device("cpu"):
         model = DiffMIC(model_config, pretrained=False).float()
@@ -445,8 +447,6 @@ def build_model(
         )
     load_state(model.guidance, *guidance_state(file, guidance))
     model.calibration = _fitting_calibration(file, model)
-    if isinstance(config, RunConfig):
-        description = ModelDescription.from_run(config, file.class_names)
     if description is not None:
         model.class_names, model.preprocessing = description.class_names, description.preprocessing
         if description.sampling is not None:

@@ -35,18 +35,14 @@ class TrainedModel(nn.Module):
     """
 
     config: DiffMICConfig
-    calibration: Calibration | None
-    class_names: tuple[str, ...] | None
-    preprocessing: Preprocessing | None
-    sampling: SamplingOptions | None
+    calibration: Calibration | None = None
+    class_names: tuple[str, ...] | None = None
+    preprocessing: Preprocessing | None = None
+    sampling: SamplingOptions | None = None
 
     def __init__(self, config: DiffMICConfig) -> None:
         super().__init__()
         self.config = config
-        self.calibration = None
-        self.class_names = None
-        self.preprocessing = None
-        self.sampling = None
 
     def preprocess(self, images: ImageInputs) -> Tensor:
         """Image files or Pillow images as the tensor that the model takes.
