@@ -26,7 +26,7 @@ from mutation.mutants import Mutant, all_mutants, sample
 TESTS = Path(__file__).resolve().parents[1]
 SURVIVORS = Path(__file__).with_name("survivors.txt")
 # Without the tests of 50 schedules, which take long and catch nothing that one checked schedule does not.
-_SELECTED = "(cuda-emulated or counts_are) and not schedule"
+_SELECTED = "(cuda-emulated or counts_are or rounds_are or shared_memory) and not schedule"
 # Memory traffic, which every mutant may change.
 _COUNTS = "build/test_traffic.py"
 # A mutant whose tests take this many times as long as those of all operations is considered to hang.
@@ -35,7 +35,11 @@ PATIENCE = 2
 # Tests by the beginning of a kernel file's name.
 _TESTS = {
     "conditioning": ["ops/test_conditioning_cuda.py", "ops/test_noised_conditioning.py"],
-    "denoise": ["ops/test_denoise_cuda.py", "ops/test_denoise_weight_ring.py"],
+    "denoise": [
+        "ops/test_denoise_cuda.py",
+        "ops/test_denoise_weight_ring.py",
+        "build/test_step_time.py",
+    ],
     "grid_barrier": ["ops/test_denoise_cuda.py"],
     "image_ids": ["ops/test_image_ids.py"],
     "mmd": ["ops/test_mmd_cuda.py", "ops/test_mmd.py", "ops/test_noise_losses.py"],

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Files without kernels: host code and declarations.
-_NO_KERNELS = {"device_query.cu", "launch.cuh", "ptx.cuh"}
+_NO_KERNELS = {"device_query.cu", "launch.cuh", "loads.cuh", "ptx.cuh"}
 
 
 @dataclass(frozen=True)
