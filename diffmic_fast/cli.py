@@ -121,6 +121,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--figure", metavar="PNG", help="draw saliency, patches and trajectories of the first 16"
     )
     predict.add_argument("--images-out", metavar="DIR", help="draw this picture for every image")
+    predict.add_argument(
+        "--report", metavar="DIR",
+        help="write a page of HTML with image, saliency, probabilities and path of each label",
+    )  # fmt: skip
 
     convert = commands.add_parser("convert", help="write a model in another form")
     _add_conversion(convert)

@@ -6,6 +6,7 @@ A command asks for its optional packages before the work whose results need them
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -47,6 +48,12 @@ from diffmic_fast.inference.prediction_run import predict_to
 from diffmic_fast.onnx_export import NAMES as ONNX_NAMES
 from diffmic_fast.onnx_export import OPSET
 from diffmic_fast.pretrained_folder import is_pretrained_folder
+from diffmic_fast.reports.prediction_report import (
+    PredictionReport,
+    check_folder,
+    say_of_replaced,
+)
+from diffmic_fast.reports.settings import sampling_settings
 from diffmic_fast.training.allocator import keep_freed_memory
 from diffmic_fast.training.datasets import digest, make_dataset
 from diffmic_fast.training.trainer import Trainer
@@ -257,6 +264,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _predict(args: argparse.Namespace) -> int:
     if args.figure or args.images_out:
         require("matplotlib", extra="figures", purpose="predict: --figure or --images-out")
+    if args.report:
+        _require_report("predict")
     if args.resume and not args.out:
         raise ValueError("predict: --resume continues a file; name it with --out")
     if args.resume and args.figure:
@@ -266,9 +275,10 @@ def _predict(args: argparse.Namespace) -> int:
     _make_parents(args.out, args.figure)
     if args.out:
         check_suffix(args.out)
+    earlier = check_folder(args.report) if args.report else []
     files = collect_files(
         args.inputs,
-        outputs=[path for path in (args.out, args.figure) if path],
+        outputs=[*(path for path in (args.out, args.figure) if path), *earlier],
         output_folder=args.images_out,
     )
     path = _checkpoint(args.checkpoint)
@@ -280,9 +290,9 @@ def _predict(args: argparse.Namespace) -> int:
         options = options.with_sampler(args.sampler)
     pictures = Pictures(classes, config.data.augmentation, args.figure, args.images_out)
     with process_group(args.device) as device:
-        if pictures.wanted and current().world_size > 1:
+        if (pictures.wanted or args.report) and current().world_size > 1:
             raise ValueError(
-                "predict: --figure and --images-out are for a single process; leave them out, or torchrun"
+                "predict: --figure, --images-out and --report are for a single process; leave them out, or torchrun"
             )
         predictor = FilePredictor(
             model,
@@ -292,15 +302,26 @@ def _predict(args: argparse.Namespace) -> int:
             probabilities=ProbabilityOptions(args.probability, args.coverage),
             device=choose_device(device),
         )
-        written, failed = predict_to(
-            predictor,
-            files,
-            args.out,
-            resume=args.resume,
-            batch_size=args.batch_size or config.sampling.batch_size,
-            workers=args.workers,
-            pictures=pictures,
-        )
+        report = None
+        if args.report:
+            if not args.resume:
+                say_of_replaced(args.report)
+            settings = sampling_settings(options, path)
+            augmentation = config.data.augmentation
+            report = PredictionReport(args.report, predictor.heading, augmentation, settings)
+        with contextlib.closing(report) if report else contextlib.nullcontext():
+            written, failed = predict_to(
+                predictor,
+                files,
+                args.out,
+                resume=args.resume,
+                batch_size=args.batch_size or config.sampling.batch_size,
+                workers=args.workers,
+                pictures=pictures,
+                report=report,
+            )
+            if report:
+                print(f"the report is {report.finish()}", file=sys.stderr)
         first = current().is_rank_zero
     if first:
         warn_of_unused_bits(files, config.data.augmentation.bit_depth)
@@ -337,6 +358,11 @@ def _export(args: argparse.Namespace) -> int:
     model.export_onnx(args.destination, overwrite=args.overwrite)
     print(f"{args.destination}: {', '.join(ONNX_NAMES)}, opset {OPSET}")
     return 0
+
+
+def _require_report(command: str) -> None:
+    for module in ("jinja2", "matplotlib"):
+        require(module, extra="report", purpose=f"{command}: --report")
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -6,12 +6,29 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from diffmic_fast.distributed.processes import current
 from diffmic_fast.inference.output import FORMATS
 from diffmic_fast.inference.pictures import Pictures
-from diffmic_fast.inference.predict import FilePredictor, Heading, Row
+from diffmic_fast.inference.predict import FilePredictor, Heading, PredictedBatch, Row
 from diffmic_fast.inference.row_file import RowFile
+
+
+class BatchReport(Protocol):
+    """What `predict_to` needs of a report; `reports.prediction_report.PredictionReport` is one."""
+
+    def begin(self, done: Sequence[str] | None) -> None:
+        """Prepare, with the files of the rows that an interrupted run has written; None begins anew."""
+        ...
+
+    def add(self, batch: PredictedBatch) -> None:
+        """Take a batch, whose prediction has trajectory, saliency and boxes."""
+        ...
+
+    def close(self) -> None:
+        """Close files; the run may be continued."""
+        ...
 
 
 class _StandardOutput:
@@ -46,6 +63,7 @@ def predict_to(
     batch_size: int,
     workers: int,
     pictures: Pictures,
+    report: BatchReport | None = None,
 ) -> tuple[int, int]:
     """Classify files and write a row for each, unreadable ones to standard error.
 
@@ -59,6 +77,7 @@ def predict_to(
         batch_size: images at a time and process.
         workers: processes that decode files.
         pictures: drawn of this process's images.
+        report: takes every batch before its rows are written; for a single process.
 
     Returns:
         The number of rows in `out` and the number of unreadable files.
@@ -80,15 +99,20 @@ def predict_to(
     done = processes.all_gather(list(target.files) if target is not None else [])[0]
     rest = _remaining(files, done, out)
     pictures.skip(len(done))
+    if report is not None:
+        report.begin(done if resume else None)
+    explain = pictures.wanted or report is not None
     written, unreadable = len(done), list[tuple[str, str]]()
     with contextlib.closing(target) if target is not None else contextlib.nullcontext():
         try:
             for batch in predictor.batches(
-                rest, batch_size=batch_size, workers=workers, explain=pictures.wanted
+                rest, batch_size=batch_size, workers=workers, explain=explain
             ):
                 # A killed run draws a picture again, rather than leave one out.
                 if pictures.wanted and batch.images is not None and batch.prediction is not None:
                     pictures.add(batch.paths, batch.images, batch.prediction)
+                if report is not None:
+                    report.add(batch)
                 written += len(batch.rows)
                 unreadable += batch.unreadable
                 if target is not None:

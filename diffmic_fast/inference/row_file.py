@@ -66,24 +66,10 @@ class RowFile:
             with contextlib.ExitStack() as stack:
                 self._file = open(self.path, "r+b")  # noqa: SIM115 (closed by `close`)
                 stack.callback(self.close)
-                self._lock(self._file)
+                lock_file(self._file, self.path)
                 self._read(self._file)
                 stack.pop_all()
         self._rows = len(self.files)
-
-    def _lock(self, file: BinaryIO) -> None:
-        """Lock the file, where the file system can, against other processes."""
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"predict: {self.path} is being written by another process; wait for it, or use another --out"
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
 
     def _read(self, file: BinaryIO) -> None:
         """Find the complete rows."""
@@ -157,7 +143,7 @@ class RowFile:
                 # Not truncated before it is locked.
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
                 self._file = open(descriptor, "r+b")  # noqa: SIM115 (closed by `close`)
-                self._lock(self._file)
+                lock_file(self._file, self.path)
             if not self._begun:
                 self._file.seek(self._end)
                 self._file.truncate()
@@ -168,6 +154,25 @@ class RowFile:
             self._file.flush()
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+
+def lock_file(file: BinaryIO, path: Path) -> None:
+    """Lock an output of `predict`, where the file system can, against other processes.
+
+    Raises:
+        ValueError: another process has locked it.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"predict: {path} is being written by another process; wait for it, or name another output"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
 
 
 def _csv_records(file: BinaryIO, path: Path, begin: str) -> Iterator[_Record]:
