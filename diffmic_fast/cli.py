@@ -97,6 +97,9 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--confusion", metavar="PNG", help="draw the confusion matrix of the first sampler"
     )
+    evaluate.add_argument(
+        "--report", metavar="DIR", help="write a page of HTML with measures, curves and mistakes"
+    )
     _add_allow_seen(evaluate)
 
     predict = commands.add_parser("predict", help="label image files or folders")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +48,7 @@ from diffmic_fast.inference.prediction_run import predict_to
 from diffmic_fast.onnx_export import NAMES as ONNX_NAMES
 from diffmic_fast.onnx_export import OPSET
 from diffmic_fast.pretrained_folder import is_pretrained_folder
+from diffmic_fast.reports.evaluation_report import write_evaluation_report
 from diffmic_fast.reports.prediction_report import (
     PredictionReport,
     check_folder,
@@ -224,6 +225,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         require(module, extra="evaluate", purpose="evaluate")
     if args.confusion:
         require("matplotlib", extra="figures", purpose="evaluate: --confusion")
+    if args.report:
+        _require_report("evaluate")
+        check_folder(args.report)
     if args.predictions and not args.predictions.lower().endswith(".csv"):
         raise ValueError(f"evaluate: --predictions must end in .csv, got {args.predictions!r}")
     _make_parents(args.json, args.predictions, args.confusion)
@@ -237,9 +241,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     methods = [options.with_sampler(text) for text in args.sampler or []] or [options]
     with process_group(args.device) as device:
         _report(config, table)
+        dataset = make_dataset(config, table, train=False)
         evaluation = evaluate(
             model,
-            make_dataset(config, table, train=False),
+            dataset,
             methods,
             batch_size=args.batch_size or config.sampling.batch_size,
             workers=args.workers,
@@ -258,6 +263,18 @@ def _evaluate(args: argparse.Namespace) -> int:
         result = evaluation.primary
         confusion = result.metrics.confusion
         draw_to(args.confusion, lambda: draw_confusion(confusion, table.classes, result.method))
+    if args.report:
+        say_of_replaced(args.report)
+        page = write_evaluation_report(
+            args.report,
+            evaluation,
+            dataset,
+            methods,
+            timesteps=config.model.timesteps,
+            split=args.split,
+            settings=sampling_settings(methods[0], path),
+        )
+        print(f"the report is {page}", file=sys.stderr)
     return 0
 
 
@@ -302,26 +319,9 @@ def _predict(args: argparse.Namespace) -> int:
             probabilities=ProbabilityOptions(args.probability, args.coverage),
             device=choose_device(device),
         )
-        report = None
-        if args.report:
-            if not args.resume:
-                say_of_replaced(args.report)
-            settings = sampling_settings(options, path)
-            augmentation = config.data.augmentation
-            report = PredictionReport(args.report, predictor.heading, augmentation, settings)
-        with contextlib.closing(report) if report else contextlib.nullcontext():
-            written, failed = predict_to(
-                predictor,
-                files,
-                args.out,
-                resume=args.resume,
-                batch_size=args.batch_size or config.sampling.batch_size,
-                workers=args.workers,
-                pictures=pictures,
-                report=report,
-            )
-            if report:
-                print(f"the report is {report.finish()}", file=sys.stderr)
+        written, failed = _predict_files(
+            args, predictor, files, pictures, config, sampling_settings(options, path)
+        )
         first = current().is_rank_zero
     if first:
         warn_of_unused_bits(files, config.data.augmentation.bit_depth)
@@ -358,6 +358,37 @@ def _export(args: argparse.Namespace) -> int:
     model.export_onnx(args.destination, overwrite=args.overwrite)
     print(f"{args.destination}: {', '.join(ONNX_NAMES)}, opset {OPSET}")
     return 0
+
+
+def _predict_files(
+    args: argparse.Namespace,
+    predictor: FilePredictor,
+    files: Sequence[Path],
+    pictures: Pictures,
+    config: RunConfig,
+    settings: Sequence[tuple[str, str]],
+) -> tuple[int, int]:
+    """Write rows and, with --report, pages; returns the number of rows and of unreadable files."""
+    report = None
+    if args.report:
+        if not args.resume:
+            say_of_replaced(args.report)
+        augmentation = config.data.augmentation
+        report = PredictionReport(args.report, predictor.heading, augmentation, settings)
+    with contextlib.closing(report) if report else contextlib.nullcontext():
+        written, failed = predict_to(
+            predictor,
+            files,
+            args.out,
+            resume=args.resume,
+            batch_size=args.batch_size or config.sampling.batch_size,
+            workers=args.workers,
+            pictures=pictures,
+            report=report,
+        )
+        if report:
+            print(f"the report is {report.finish()}", file=sys.stderr)
+    return written, failed
 
 
 def _require_report(command: str) -> None:

@@ -21,7 +21,7 @@ class Page(HTMLParser):
 
     Attributes:
         elements: (tag, attributes) in their order.
-        text: of everything but styles and scripts.
+        text: of everything but styles and scripts, with single spaces.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,6 +31,7 @@ class Page(HTMLParser):
         self._raw = False
         self.feed(path.read_text("utf-8"))
         self.close()
+        self.text = " ".join(self.text.split())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, {name: value or "" for name, value in attrs}))

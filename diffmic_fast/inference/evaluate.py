@@ -219,7 +219,15 @@ def _sampled(
             novelty=None if found.novelty is None else _to_numpy(found.novelty),
             flagged=_flags(found.flagged),
         ),
+        None if prediction.calibrated else _labels_by_samples(prediction.samples),
     )
+
+
+def _labels_by_samples(samples: Tensor) -> NDArray[np.int64]:
+    """[B, S], the published label by the first 1 ... S of the samples [B, S, C]."""
+    each = samples.double().softmax(dim=2)
+    labels: NDArray[np.int64] = each.cumsum(dim=1).argmax(dim=2).cpu().numpy()
+    return labels
 
 
 def _calibrated_guidance(calibration: Calibration, fused: Tensor, seconds: float) -> Output:

@@ -116,9 +116,7 @@ def predict_to(
                 written += len(batch.rows)
                 unreadable += batch.unreadable
                 if target is not None:
-                    for file, reason in batch.unreadable:
-                        print(f"unreadable: {file}: {reason}", file=sys.stderr)
-                    target.write(batch.rows)
+                    _write(target, batch)
         except BaseException:
             if target is not None and out and written:
                 print(f"{written} rows are in {out}; go on with --resume", file=sys.stderr)
@@ -127,6 +125,13 @@ def predict_to(
             target.finish(unreadable)
             _report(heading, out, len(done), written, len(unreadable))
     return written, len(unreadable)
+
+
+def _write(target: RowFile | _StandardOutput, batch: PredictedBatch) -> None:
+    """Write the rows of a batch, and the unreadable files to standard error."""
+    for file, reason in batch.unreadable:
+        print(f"unreadable: {file}: {reason}", file=sys.stderr)
+    target.write(batch.rows)
 
 
 def _remaining(files: Sequence[Path], done: Sequence[str], out: str | Path | None) -> list[Path]:

@@ -27,6 +27,8 @@ class Output(NamedTuple):
         seconds: time of the model alone.
         calibrated: whether the probabilities are the calibrated ones.
         uncertainty: of each image, or None.
+        labels_by_samples: [N, S], the label by the first 1 ... S samples alone, of the published probabilities of a
+            sampler; otherwise None.
     """
 
     method: str
@@ -34,6 +36,7 @@ class Output(NamedTuple):
     seconds: float
     calibrated: bool = False
     uncertainty: Uncertainty | None = None
+    labels_by_samples: NDArray[np.int64] | None = None
 
     @classmethod
     def concatenate(cls, parts: Sequence[Output]) -> Output:
@@ -43,10 +46,12 @@ class Output(NamedTuple):
         if uncertainties:
             columns = zip(*uncertainties, strict=True)
             together = Uncertainty(*(None if c[0] is None else np.concatenate(c) for c in columns))
+        labels = [p.labels_by_samples for p in parts if p.labels_by_samples is not None]
         return parts[0]._replace(
             probabilities=np.concatenate([part.probabilities for part in parts]),
             seconds=sum(part.seconds for part in parts),
             uncertainty=together,
+            labels_by_samples=np.concatenate(labels) if labels else None,
         )
 
 
@@ -64,6 +69,7 @@ class Result:
         intervals: bootstrap interval of each of `bootstrap.MEASURES`; empty without a bootstrap.
         comparison: with the guidance alone, by the same kind of probabilities; None for the guidance itself.
         uncertainty: of each image, or None.
+        labels_by_samples: as in `Output`.
     """
 
     method: str
@@ -75,6 +81,7 @@ class Result:
     intervals: dict[str, Interval]
     comparison: Comparison | None = None
     uncertainty: Uncertainty | None = None
+    labels_by_samples: NDArray[np.int64] | None = None
 
 
 def make_results(
@@ -134,4 +141,5 @@ def _result(
         {name: Interval.from_replicates(values) for name, values in replicates.items()},
         None if measured is baseline else compare(measured, baseline),
         output.uncertainty,
+        output.labels_by_samples,
     )

@@ -64,3 +64,33 @@ def test_a_folder_that_has_another_page_is_an_error_before_any_work(work, tmp_pa
     command = ["predict", "nowhere.pth", str(work / "images/test"), "--report", str(tmp_path)]
     one_error(capsys, command, "--report", "of something else")
     assert (tmp_path / "index.html").read_text() == "mine"
+
+
+def test_evaluate_reports_the_split_and_its_mistakes(work, tmp_path, capsys):
+    command = [
+        "evaluate",
+        str(work / "run"),
+        "--sampler",
+        "ddim:2",
+        "--sampler",
+        "ddim:5",
+        "--bootstrap",
+        "20",
+    ]
+    report = tmp_path / "new" / "report"
+    assert main([*command, "--report", str(report)]) == 0
+    assert f"the report is {report / 'index.html'}" in capsys.readouterr().err
+    page = Page(report / "index.html")
+    assert_inert(page)
+    for text in (
+        "4 test images of 2 classes",
+        "Accuracy by the number of steps",
+        "dark",
+        "ckpt.pth",
+    ):
+        assert text in page.text
+    assert main([*command, "--report", str(report)]) == 0
+    assert "is replaced" in capsys.readouterr().err
+    (report / "index.html").write_text("mine")
+    one_error(capsys, [*command, "--report", str(report)], "of something else")
+    assert (report / "index.html").read_text() == "mine"
