@@ -9,64 +9,14 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from report_cases import METHODS, make_dataset, make_evaluation
 from report_pages import HOSTILE, Page, assert_inert
 
-from diffmic_fast.data.dataset import ImageDataset
-from diffmic_fast.data.table import ImageEntry, ImageTable
-from diffmic_fast.data.transforms import evaluation_transform
-from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.inference.evaluate import _labels_by_samples
-from diffmic_fast.inference.evaluation import Evaluation
-from diffmic_fast.inference.report import Uncertainty
-from diffmic_fast.inference.results import CALIBRATED, GUIDANCE, Output, make_results
+from diffmic_fast.inference.results import GUIDANCE, Output, make_results
 from diffmic_fast.reports.evaluation_figures import draw_curves, draw_samples
 from diffmic_fast.reports.evaluation_report import find_mistakes, write_evaluation_report
 from diffmic_fast.reports.svg import label, new_figure, style, to_svg
-
-METHODS = [SamplingOptions("ddim", 5, samples=3), SamplingOptions("ddim", 20, samples=3)]
-
-
-def make_evaluation(labels, *, classes=("a", "b", "c"), samples=3, calibrated=True, bootstrap=20):
-    """Guidance and two samplers; the images of a class have mostly its label."""
-    rng = np.random.default_rng(1)
-    labels = np.array(labels)
-    count, c = len(labels), len(classes)
-
-    def probabilities():
-        p = rng.random((count, c)) + 0.5 * np.eye(c)[labels]
-        return p / p.sum(axis=1, keepdims=True)
-
-    by_samples = np.stack([labels] * samples, axis=1)
-    by_samples[:, 0] = 0
-    own = Uncertainty(prediction_set=np.ones((count, c), bool), flagged=labels == 0)
-    outputs = [Output(GUIDANCE, probabilities(), 0.5)]
-    outputs += [
-        Output(m.method, probabilities(), 1.0, labels_by_samples=by_samples) for m in METHODS
-    ]
-    if calibrated:
-        outputs += [
-            Output(GUIDANCE + CALIBRATED, probabilities(), 0.5, True, own),
-            Output(METHODS[0].method + CALIBRATED, probabilities(), 1.0, True, own),
-        ]
-    results = make_results(outputs, labels, np.arange(count), bootstrap)
-    names = tuple(f"{i}.png" for i in range(count))
-    reasons = () if calibrated else ("the model has no calibration",)
-    return Evaluation(
-        tuple(classes), labels, results, samples, 0, names=names, bootstrap=bootstrap,
-        calibration="fitted somewhere" if calibrated else None, not_calibrated=reasons,
-    )  # fmt: skip
-
-
-def make_dataset(folder, evaluation, names=None):
-    """An image of one colour for each of the evaluation, whose red is four times its number."""
-    entries = []
-    for i, label_ in enumerate(evaluation.labels.tolist()):
-        path = folder / f"{i}.png"
-        Image.new("RGB", (20, 20), (4 * i, 0, 0)).save(path)
-        entries.append(ImageEntry(names[i] if names else f"{i}.png", label_, path))
-    table = ImageTable(evaluation.classes, tuple(entries))
-    return ImageDataset(table, evaluation_transform(20))
 
 
 def write(folder, evaluation, dataset, split="test", settings=()):

@@ -9,52 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from report_cases import HEADING, make_batch
 from report_pages import HOSTILE, Page, assert_inert
 
 from diffmic_fast.config.data import AugmentationConfig
-from diffmic_fast.data.files import file_version
-from diffmic_fast.inference.predict import Heading, PredictedBatch, Row
-from diffmic_fast.models import Prediction
 from diffmic_fast.reports import html, prediction_report
 from diffmic_fast.reports.prediction_report import CARDS, PredictionReport, check_folder
 from diffmic_fast.reports.thumbnails import MAX_BYTES, heat_map, thumbnail
-
-CLASSES = ("dark", HOSTILE[0], HOSTILE[1])
-HEADING = Heading(CLASSES, 0.9, None, "digest")
-
-
-def make_batch(files, *, classes=CLASSES, size=32, noise=False, unreadable=(), calibrated=True):
-    """Random predictions for files."""
-    generator = torch.Generator().manual_seed(len(files))
-    count, c = len(files), len(classes)
-    probabilities = torch.randn(count, c, generator=generator).softmax(dim=1)
-    label = probabilities.argmax(dim=1)
-    images = torch.zeros(count, 3, size, size)
-    if noise:
-        images = 3 * torch.randn(count, 3, size, size, generator=generator)
-    prediction = Prediction(
-        probabilities=probabilities,
-        label=label,
-        spread=torch.full((count, c), 0.05),
-        samples=torch.rand(count, 2, c, generator=generator),
-        guidance=torch.full((count, 3, c), 1 / c),
-        trajectory=torch.rand(count, 2, 41, c, generator=generator),
-        saliency=torch.rand(count, c, 7, 7, generator=generator),
-        boxes=torch.tensor([[[0, 0, 8, 8], [8, 0, 16, 8]]]).expand(count, -1, -1),
-    )
-    rows = [
-        Row(
-            file, int(label[i]), classes[label[i]], tuple(probabilities[i].tolist()), (0.05,) * c,
-            calibrated, classes[0], 0.5, 0.1, 0.01, 1.0, classes[:2] if calibrated else None,
-            0.02 if calibrated else None, True if calibrated else None,
-            file_version(file) if Path(file).exists() else "",
-        )
-        for i, file in enumerate(files)
-    ]  # fmt: skip
-    if not files:
-        return PredictedBatch([], list(unreadable), [], None, None)
-    return PredictedBatch(rows, list(unreadable), [Path(f) for f in files], images, prediction)
 
 
 def write(folder, *batches, heading=HEADING, done=None, settings=()):

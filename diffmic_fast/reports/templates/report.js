@@ -111,6 +111,9 @@
   });
   tools.addEventListener("submit", (event) => event.preventDefault());
   tools.addEventListener("input", (event) => {
+    if (["least", "most", "text"].includes(event.target.id)) filter();
+  });
+  tools.addEventListener("change", (event) => {
     if (event.target.id === "sort") sort();
     else if (event.target.id.startsWith("show-")) show();
     else filter();
