@@ -48,6 +48,7 @@ from diffmic_fast.inference.prediction_run import predict_to
 from diffmic_fast.onnx_export import NAMES as ONNX_NAMES
 from diffmic_fast.onnx_export import OPSET
 from diffmic_fast.pretrained_folder import is_pretrained_folder
+from diffmic_fast.progress_bar import ProgressBar
 from diffmic_fast.reports.evaluation_report import write_evaluation_report
 from diffmic_fast.reports.prediction_report import (
     PredictionReport,
@@ -242,15 +243,17 @@ def _evaluate(args: argparse.Namespace) -> int:
     with process_group(args.device) as device:
         _report(config, table)
         dataset = make_dataset(config, table, train=False)
-        evaluation = evaluate(
-            model,
-            dataset,
-            methods,
-            batch_size=args.batch_size or config.sampling.batch_size,
-            workers=args.workers,
-            device=choose_device(device),
-            resamples=args.bootstrap,
-        )
+        with _progress("evaluate", len(dataset)) as bar:
+            evaluation = evaluate(
+                model,
+                dataset,
+                methods,
+                batch_size=args.batch_size or config.sampling.batch_size,
+                workers=args.workers,
+                device=choose_device(device),
+                on_batch=bar.update,
+                resamples=args.bootstrap,
+            )
         first = current().is_rank_zero
     if not first:
         return 0
@@ -389,6 +392,12 @@ def _predict_files(
         if report:
             print(f"the report is {report.finish()}", file=sys.stderr)
     return written, failed
+
+
+def _progress(title: str, images: int) -> ProgressBar:
+    """How far rank 0 has come, with its share of the images."""
+    share = -(-images // current().world_size)
+    return ProgressBar(title, share, quiet=not current().is_rank_zero)
 
 
 def _require_report(command: str) -> None:

@@ -13,6 +13,7 @@ from diffmic_fast.inference.output import FORMATS
 from diffmic_fast.inference.pictures import Pictures
 from diffmic_fast.inference.predict import FilePredictor, Heading, PredictedBatch, Row
 from diffmic_fast.inference.row_file import RowFile
+from diffmic_fast.progress_bar import ProgressBar
 
 
 class BatchReport(Protocol):
@@ -103,7 +104,10 @@ def predict_to(
         report.begin(done if resume else None)
     explain = pictures.wanted or report is not None
     written, unreadable = len(done), list[tuple[str, str]]()
-    with contextlib.closing(target) if target is not None else contextlib.nullcontext():
+    # Rows and a bar on one terminal would mix.
+    quiet = not processes.is_rank_zero or (not out and sys.stdout.isatty())
+    bar = ProgressBar("predict", len(files), len(done), quiet=quiet)
+    with contextlib.closing(target) if target is not None else contextlib.nullcontext(), bar:
         try:
             for batch in predictor.batches(
                 rest, batch_size=batch_size, workers=workers, explain=explain
@@ -115,6 +119,7 @@ def predict_to(
                     report.add(batch)
                 written += len(batch.rows)
                 unreadable += batch.unreadable
+                bar.update(len(batch.rows) + len(batch.unreadable))
                 if target is not None:
                     _write(target, batch)
         except BaseException:
@@ -130,7 +135,7 @@ def predict_to(
 def _write(target: RowFile | _StandardOutput, batch: PredictedBatch) -> None:
     """Write the rows of a batch, and the unreadable files to standard error."""
     for file, reason in batch.unreadable:
-        print(f"unreadable: {file}: {reason}", file=sys.stderr)
+        ProgressBar.say(f"unreadable: {file}: {reason}")
     target.write(batch.rows)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffmic_fast.checkpoint import Checkpoint, add_calibration, read_checkpoint
 from diffmic_fast.config.run import RunConfig
@@ -30,6 +29,7 @@ from diffmic_fast.distributed.processes import current
 from diffmic_fast.inference.evaluate import Evaluation
 from diffmic_fast.models import DiffMIC
 from diffmic_fast.ops._transfer import to_device
+from diffmic_fast.progress_bar import ProgressBar
 from diffmic_fast.training.batches import epoch_batches
 from diffmic_fast.training.calibration import calibrate_run
 from diffmic_fast.training.datasets import digest, make_dataset
@@ -383,7 +383,7 @@ class Trainer:
                 progress.seconds = time.perf_counter() - began
                 seen += count
                 mean = progress.sums[MAIN_LOSS[phase.name]] / seen
-                bar.set_postfix(loss=f"{mean:.4g}", refresh=False)
+                bar.set_postfix(loss=f"{mean:.4g}")
                 bar.update(count)
                 if self.on_step is not None:
                     self.on_step(progress.epoch, progress.position)
@@ -490,16 +490,9 @@ class Trainer:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
-    def _bar(self, title: str, images: int, done: int = 0) -> tqdm[Any]:
-        """A progress bar, on terminals only."""
-        return tqdm(
-            total=images,
-            initial=done,
-            desc=title,
-            unit="img",
-            leave=False,
-            disable=True if self.quiet else None,
-        )
+    def _bar(self, title: str, images: int, done: int = 0) -> ProgressBar:
+        """How far an epoch has come."""
+        return ProgressBar(title, images, done, quiet=self.quiet)
 
     def _error(self, reason: str, steps: int) -> TrainingError:
         saved = (
