@@ -56,6 +56,7 @@ from diffmic_fast.reports.prediction_report import (
     say_of_replaced,
 )
 from diffmic_fast.reports.settings import sampling_settings
+from diffmic_fast.reports.training_report import write_training_report
 from diffmic_fast.training.allocator import keep_freed_memory
 from diffmic_fast.training.datasets import digest, make_dataset
 from diffmic_fast.training.trainer import Trainer
@@ -89,7 +90,17 @@ def _train(args: argparse.Namespace) -> int:
             str(best) if best.is_file() else "of an epoch whose checkpoint is not in this folder"
         )
         print(f"best validation {config.training.select}: {trainer.best:.4f}, {where}")
+    _report_training(path.parent, trainer.classes)
     return 0
+
+
+def _report_training(folder: Path, classes: Sequence[str]) -> None:
+    """Write the report of a run; what keeps it from being written is a line, since the run is complete."""
+    try:
+        _require_report("train")
+        print(f"the report of the run is {write_training_report(folder, classes)}")
+    except (ImportError, OSError) as error:
+        print(f"there is no report of the run: {error}", file=sys.stderr)
 
 
 def _calibrate(args: argparse.Namespace) -> int:
@@ -402,7 +413,7 @@ def _progress(title: str, images: int) -> ProgressBar:
 
 def _require_report(command: str) -> None:
     for module in ("jinja2", "matplotlib"):
-        require(module, extra="report", purpose=f"{command}: --report")
+        require(module, extra="report", purpose=f"{command}: a report")
 
 
 def _demo(args: argparse.Namespace) -> int:

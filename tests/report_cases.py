@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from diffmic_fast.inference.predict import Heading, PredictedBatch, Row
 from diffmic_fast.inference.report import Uncertainty
 from diffmic_fast.inference.results import CALIBRATED, GUIDANCE, Output, make_results
 from diffmic_fast.models import Prediction
+from diffmic_fast.training.log import COLUMNS
 
 CLASSES = ("dark", HOSTILE[0], HOSTILE[1])
 HEADING = Heading(CLASSES, 0.9, None, "digest")
@@ -100,3 +102,16 @@ def make_dataset(folder, evaluation, names=None):
         entries.append(ImageEntry(names[i] if names else f"{i}.png", label_, path))
     table = ImageTable(evaluation.classes, tuple(entries))
     return ImageDataset(table, evaluation_transform(20))
+
+
+def write_run(folder, rows):
+    """The log and the configuration of a training run, 100 images and 50 seconds an epoch."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yml").write_text(f"note: {HOSTILE[0]}\n")
+    with open(folder / "log.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for epoch, row in enumerate(rows):
+            values = {"epoch": epoch, "images": 100, "seconds": 50.0, "images_per_second": 2.0}
+            writer.writerow(values | row)
+    return folder

@@ -36,6 +36,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, {name: value or "" for name, value in attrs}))
         self._raw = tag in ("style", "script")
+        if tag in ("td", "th", "dd", "span"):
+            self.text += " "
 
     def handle_endtag(self, tag: str) -> None:
         self._raw = False

@@ -8,6 +8,8 @@ import pytest
 from command_line import one_error
 from report_pages import HOSTILE, Page, assert_inert
 
+from diffmic_fast import commands
+from diffmic_fast._optional import MissingPackageError
 from diffmic_fast.cli import main
 from diffmic_fast.inference.predict import FilePredictor
 
@@ -94,3 +96,18 @@ def test_evaluate_reports_the_split_and_its_mistakes(work, tmp_path, capsys):
     (report / "index.html").write_text("mine")
     one_error(capsys, [*command, "--report", str(report)], "of something else")
     assert (report / "index.html").read_text() == "mine"
+
+
+def test_train_ends_with_a_report_of_the_run(work, tmp_path, capsys, monkeypatch):
+    page = Page(work / "run" / "report.html")
+    assert_inert(page)
+    assert "2 epochs of 2 classes: dark, light" in page.text
+
+    def missing(module, *, extra, purpose):
+        raise MissingPackageError(f"{purpose} needs {module}: pip install 'diffmic_fast[{extra}]'")
+
+    monkeypatch.setattr(commands, "require", missing)
+    out = tmp_path / "run"
+    assert main(["train", "--config", str(work / "c.yml"), "--out", str(out)]) == 0
+    assert "there is no report of the run: train: a report needs jinja2" in capsys.readouterr().err
+    assert (out / "ckpt.pth").is_file() and not (out / "report.html").exists()

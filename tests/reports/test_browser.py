@@ -1,4 +1,4 @@
-"""Both reports in Debian's Chromium: nothing runs or is requested; controls, keyboard and accessibility."""
+"""All reports in Debian's Chromium: nothing runs or is requested; controls, keyboard and accessibility."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from report_cases import HEADING, METHODS, make_batch, make_dataset, make_evaluation
+from report_cases import HEADING, METHODS, make_batch, make_dataset, make_evaluation, write_run
 from report_pages import HOSTILE
 
 from diffmic_fast.config.data import AugmentationConfig
 from diffmic_fast.reports.evaluation_report import write_evaluation_report
 from diffmic_fast.reports.prediction_report import PredictionReport
+from diffmic_fast.reports.training_report import write_training_report
 
 pytestmark = pytest.mark.slow
 
 CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-TITLES = {"predictions": "Predictions", "evaluation": "Evaluation, 24 test images"}
+TITLES = {
+    "predictions": "Predictions",
+    "evaluation": "Evaluation, 24 test images",
+    "training": "Training, 2 epochs",
+}
 FILES = [f"{i:02d}.png" for i in range(12)]
 
 
@@ -41,7 +46,10 @@ def pages(tmp_path_factory):
         root / "evaluation", evaluation, make_dataset(root, evaluation, names), METHODS,
         timesteps=100, split="test", settings=[("Checkpoint", HOSTILE[3])],
     )  # fmt: skip
-    return {"predictions": predictions.as_uri(), "evaluation": evaluated.as_uri()}
+    losses = {"phase": "joint", "loss": 0.5, "guidance_loss": 1.0, "learning_rate": 0.1}
+    trained = write_training_report(write_run(root / "run", [losses, losses]), HOSTILE[:2])
+    found = {"predictions": predictions, "evaluation": evaluated, "training": trained}
+    return {name: path.as_uri() for name, path in found.items()}
 
 
 @pytest.fixture(scope="module")
