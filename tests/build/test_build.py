@@ -289,6 +289,7 @@ def test_sdist_contains_what_a_build_needs(sdist: Path) -> None:
         "benchmarks/bench_rois.py",
         "diffmic_fast/py.typed",
         "diffmic_fast/config/presets/demo.yml",
+        "diffmic_fast/reports/templates/report.js",
         "tests/conftest.py",
         "tests/data/guidance.npz",
         "tests/build/test_build.py",
@@ -314,11 +315,9 @@ def test_wheel_of_the_sdist_passes_tests_outside_the_sources(
     with zipfile.ZipFile(wheel) as packed:
         names = packed.namelist()
         packed.extractall(tmp_path / "site")
-    presets = {
-        f"diffmic_fast/config/presets/{p.name}"
-        for p in SOURCE.glob("diffmic_fast/config/presets/*.yml")
-    }
-    assert presets and presets <= set(names)
+    for folder in ("diffmic_fast/config/presets", "diffmic_fast/reports/templates"):
+        files = {f"{folder}/{p.name}" for p in (SOURCE / folder).iterdir() if p.is_file()}
+        assert files and files <= set(names)
     assert "diffmic_fast/py.typed" in names
     assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks"))]
 
