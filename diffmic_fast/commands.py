@@ -99,8 +99,11 @@ def _report_training(folder: Path, classes: Sequence[str]) -> None:
     try:
         _require_report("train")
         print(f"the report of the run is {write_training_report(folder, classes)}")
-    except (ImportError, OSError) as error:
-        print(f"there is no report of the run: {error}", file=sys.stderr)
+    except (
+        Exception
+    ) as error:  # matplotlib raises many types, for instance on fonts and configurations
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        print(f"there is no report of the run: {reason}", file=sys.stderr)
 
 
 def _calibrate(args: argparse.Namespace) -> int:
