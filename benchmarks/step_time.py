@@ -43,7 +43,7 @@ class Chip(NamedTuple):
         multiprocessors: of which each runs one block.
         shared: bytes of shared memory of a block.
         dram, l2: bandwidth in bytes per microsecond.
-        l2_latency, dram_latency: of a load, in microseconds, while weights stream.
+        l2_latency, dram_latency: of a load, in microseconds.
     """
 
     multiprocessors: int
@@ -55,14 +55,15 @@ class Chip(NamedTuple):
 
     @property
     def barrier(self) -> float:
-        """Of the grid, in microseconds: fence, atomic operations on one address, poll; six rounds to the L2 cache."""
+        """Of the grid, in microseconds: six rounds are assumed, for fence, atomic operations on one address, polls."""
         return 6 * self.l2_latency
 
 
-# DRAM: 90 % of the data sheet's 3.35 TB/s. L2: a read at 5.5 TB/s (Chips and Cheese, "Nvidia's H100: Funny L2, and Tons
-# of Bandwidth", 2023). Latencies: twice those of an idle chip, 200 and 400 cycles at 1.755 GHz (doi:
-# 10.1007/s11227-023-05587-4, table 3).
-H100 = Chip(132, 227 * 1024, 0.9 * 3.35e6, 5.5e6, 2 * 200 / 1755, 2 * 400 / 1755)
+# The multiprocessors of an H100 SXM, and 90 % of its data sheet's 3.35 TB/s. L2 cache and latencies as measured on an
+# H100 PCIe, which has 114 multiprocessors, at 1.755 GHz (github.com/te42kyfo/gpu-benches, h100_pcie.txt of gpu-l2-cache
+# and gpu-latency): 6.9 TB/s; 475 cycles for the far half of the L2 cache (266 for the near one), 650 for DRAM. The chip
+# was idle otherwise; what the stream of weights adds to a latency is not known.
+H100 = Chip(132, 227 * 1024, 0.9 * 3.35e6, 6.9e6, 475 / 1755, 650 / 1755)
 
 
 class Rounds(NamedTuple):

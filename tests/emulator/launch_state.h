@@ -177,8 +177,9 @@ void ForgetOrder();
 // rounds.cpp
 void CountRound(const void* address, bool write);
 void CountCommit(bool empty);
-void CountDelivery();                                               // of the oldest group of copies
-void JoinRounds(Block& block, unsigned first, std::uint32_t mask);  // of threads that meet
+void CountDelivery();  // of the oldest group of copies
+// Threads of a block that meet: those of `lanes` from `first` to before `past_last`, or all.
+void JoinRounds(Block& block, unsigned first, unsigned past_last, std::uint32_t lanes);
 void JoinRounds(Block& block);
 void EndInterval();  // the running thread's block releases
 void EndRounds(Block& block);

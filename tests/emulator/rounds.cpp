@@ -7,7 +7,6 @@
 // before, else from the L2 cache, whose size is not modelled. Threads that meet, at a barrier or in
 // a collective operation of a warp, continue after the last of them.
 #include <algorithm>
-#include <bit>
 #include <unordered_set>
 #include <utility>
 
@@ -89,13 +88,13 @@ void CountDelivery() {
   running->group_arrivals.pop_front();
 }
 
-void JoinRounds(Block& block, unsigned first, std::uint32_t mask) {
-  if (!Counts()) return;
+void JoinRounds(Block& block, unsigned first, unsigned past_last, std::uint32_t lanes) {
+  if (config.mode != Mode::kCounted) return;
   Rounds last;
   std::uint32_t copies = 0;
   const auto each = [&](auto&& visit) {
-    for (std::uint32_t rest = mask; rest != 0; rest &= rest - 1) {
-      visit(block.threads[first + static_cast<unsigned>(std::countr_zero(rest))]);
+    for (unsigned id = first; id < past_last; ++id) {
+      if ((lanes >> id % 32 & 1) != 0) visit(block.threads[id]);
     }
   };
   each([&](const Thread& thread) {
@@ -109,17 +108,7 @@ void JoinRounds(Block& block, unsigned first, std::uint32_t mask) {
 }
 
 void JoinRounds(Block& block) {
-  if (!Counts()) return;
-  Rounds last;
-  std::uint32_t copies = 0;
-  for (const Thread& thread : block.threads) {
-    last = Later(last, thread.rounds);
-    copies = std::max(copies, thread.copy_rounds);
-  }
-  for (Thread& thread : block.threads) {
-    thread.rounds = last;
-    thread.copy_rounds = copies;
-  }
+  JoinRounds(block, 0, static_cast<unsigned>(block.threads.size()), ~std::uint32_t{0});
 }
 
 void EndInterval() {
@@ -127,13 +116,8 @@ void EndInterval() {
 }
 
 void EndRounds(Block& block) {
-  Rounds last;
-  std::uint32_t copies = 0;
-  for (const Thread& thread : block.threads) {
-    last = Later(last, thread.rounds);
-    copies = std::max(copies, thread.copy_rounds);
-  }
-  Record(block, last, copies);
+  JoinRounds(block);
+  Record(block, block.threads.front().rounds, block.threads.front().copy_rounds);
 }
 
 void ForgetRounds() { sectors.clear(); }

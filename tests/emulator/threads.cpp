@@ -1,4 +1,5 @@
 // Operations of a kernel's thread: barriers, warp collectives and asynchronous copies.
+#include <algorithm>
 #include <cstring>
 
 #include "fibers.h"
@@ -102,7 +103,8 @@ const unsigned char* Exchange(std::uint32_t mask, const char* operation, const v
     return results;
   }
   if (std::strcmp(operation, "__syncwarp") == 0) JoinWarp(block, warp, mask);
-  JoinRounds(block, warp * 32, mask);
+  JoinRounds(block, warp * 32,
+             std::min(warp * 32 + 32, static_cast<unsigned>(block.threads.size())), mask);
   for (unsigned other = 0; other < 32; ++other) {
     if ((mask >> other & 1) == 0) continue;
     Thread& thread = block.threads[warp * 32 + other];

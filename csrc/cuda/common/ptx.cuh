@@ -61,8 +61,8 @@ __device__ __forceinline__ std::uint32_t LoadAcquire(const std::uint32_t* counte
   return value;
 }
 
-// The same value. What is computed from it stays where it is: the compiler would hoist it out of a
-// loop, and keep it in registers that the rest of the loop needs.
+// Returns `value`, of which the compiler then knows nothing: it cannot hoist what is computed from
+// it out of a loop, and hold that in registers which the rest of the loop needs.
 __device__ __forceinline__ int Opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;

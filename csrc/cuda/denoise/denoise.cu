@@ -19,8 +19,8 @@ namespace {
 
 constexpr char kOperation[] = "denoise";
 
-// Channels' records stay in shared memory up to this size; larger ones are read from the L2 cache
-// rather than take that much from the pipeline of weights.
+// Records of a block's channels are in shared memory up to this size. Larger ones stay in global
+// memory and leave the space to the pipeline of weights.
 constexpr std::int64_t kMostRecordBytes = 32 * 1024;
 
 template <class Product>
@@ -134,8 +134,7 @@ bool Fit(std::int64_t features, std::int64_t classes, Precision precision, bool 
 Shape Plan(std::int64_t features, std::int64_t classes, std::int64_t rows, std::int64_t steps,
            std::int64_t window, Precision precision) {
   const std::int64_t most_tiles = precision == Precision::kFloat32 ? 4 : 8;
-  std::int64_t most_rows =
-      std::min(most_tiles * kTileRows, std::max<std::int64_t>(kMostLabels / classes, 1));
+  std::int64_t most_rows = std::min(most_tiles * kTileRows, kMostLabels / classes);
   // Fewer rows per launch where shared memory is small: their activations take less of it.
   for (;; most_rows /= 2) {
     Shape shape{};

@@ -17,10 +17,9 @@
 // stages in flight as shared memory holds, across barriers and sweeps. Activations come from L2:
 // rows * F * 2 or 4 bytes per product and block.
 //
-// What is not streamed costs latency, which the copies in flight hide up to the capacity of the
-// ring. A block therefore keeps the records of its channels, the steps and the noise in shared
-// memory, brings gamma of the next step to the L2 cache in advance, and issues loads of the L2
-// cache together (docs/kernels.md, "Time on paper").
+// What is not streamed costs latency, of which the copies in flight hide a part. A block therefore
+// keeps the records of its channels, the steps and the noise in shared memory, prefetches gamma
+// into the L2 cache, and issues loads together (docs/kernels.md, "Time on paper").
 //
 // The order of a sum is fixed: within a warp's eighth of the depth, over the eighths, over the
 // tiles of a block, over the blocks of each sixteenth of the grid, over these sixteenths; the first
@@ -324,7 +323,7 @@ class Block {
     }
   }
 
-  // Writes the block's partial sums of eps. Those after the last are not used.
+  // Writes the block's partial sums of eps, padded with zeros to a multiple of four.
   __device__ void WriteParts() {
     __syncthreads();
     float* to = reinterpret_cast<float*>(a_.parts + std::int64_t{blockIdx.x} * a_.part_quads);

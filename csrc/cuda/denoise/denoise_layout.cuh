@@ -24,7 +24,7 @@ inline constexpr int kTileRows = 8;
 inline constexpr int kMostPassTiles = 4;
 inline constexpr int kPiece = 32;             // in uint4: one copy of a warp, 16 bytes per lane
 inline constexpr int kActivationBytes = 512;  // a stage of 8 rows
-inline constexpr int kMostLabels = 512;       // rows x classes of a launch, unless it has one row
+inline constexpr int kMostLabels = 512;       // rows x classes of a launch
 static_assert(kMostLabels >= kMostClasses);
 
 __host__ __device__ constexpr int StageDepth(Precision precision) {
@@ -66,12 +66,14 @@ __device__ __forceinline__ int LaneUnit(int lane, int i) {
   return 2 * (lane & 3) + (i & 1) + 8 * (i >> 1);
 }
 
-// What an output channel u needs besides its hidden weights, in floats:
+// The record of an output channel, what it needs besides its hidden weights, in floats:
 //   gain, bias, offset and scale of each of the three layers; the row of the first weight, [2 C];
 //   the column of the last weight, [C]
 // A layer is softplus(gamma_t gain (sum scale + bias) + offset), where scale is 1 except for float8
 // weights. The stride is an odd multiple of 4 floats, free of bank conflicts for LaneUnit.
-inline constexpr int kFirstWeight = 12;
+inline constexpr int kAffine = 4;  // gain, bias, offset, scale
+inline constexpr int kScale = 3;
+inline constexpr int kFirstWeight = 3 * kAffine;
 __host__ __device__ constexpr int ChannelStride(int classes) {
   return 4 * ((kFirstWeight + 3 * classes + 3) / 4 | 1);
 }

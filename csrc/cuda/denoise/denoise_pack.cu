@@ -1,6 +1,6 @@
 // Preparation of a run: packs the hidden weights in the order of the fragments of the matrix
-// products, folds BatchNorm into a gain and an offset per output channel, and gathers what else an
-// output channel needs.
+// products, and writes the record of every output channel, with BatchNorm folded into a gain and an
+// offset.
 //
 // A thread writes 16 bytes of packed weights: 4 elements of float32, 8 rounded to bfloat16, or 16
 // to float8. A warp reads 16 rows of 64 bytes or more and writes 512 contiguous bytes. The scales
@@ -32,8 +32,8 @@ struct PackArguments {
   Matrix first, second;
   std::int64_t features;
   int unit_tiles, stages;
-  const float* scales;  // of the first product's channels, for float8; `scale_stride` apart
-  int scale_stride;
+  const float* scales;  // of the channels' first product, for float8
+  int stride;           // of a record
   uint4* packed;
 };
 
@@ -96,8 +96,8 @@ __global__ void Pack(const PackArguments a) {
       // Two such fragments, 32 columns.
       const std::int64_t unit = first_unit + lane / 4;
       const std::int64_t column = stage * 32 + 2 * (lane % 4);
-      const float* from = a.scales + rest / a.unit_tiles * 4 + unit * a.scale_stride;
-      const float scale[2] = {from[0], from[8 * a.scale_stride]};
+      const float* from = a.scales + rest / a.unit_tiles * kAffine + unit * a.stride;
+      const float scale[2] = {from[0], from[8 * a.stride]};
       words.x = Quarter(weight, a.features, unit, column, scale);
       words.y = Quarter(weight, a.features, unit, column + 8, scale);
       words.z = Quarter(weight, a.features, unit, column + 16, scale);
@@ -115,10 +115,10 @@ __global__ void Pack(const PackArguments a) {
   }
 }
 
-// Element i of a conditional layer's part of a record: gain, bias, offset, scale.
+// Element i of a conditional layer's part of a record.
 __device__ float Affine(const ConditionalLayer& layer, int unit, int i) {
   if (i == 1) return layer.bias[unit];
-  if (i == 3) return 1.0f;
+  if (i == kScale) return 1.0f;
   const float gain =
       layer.norm_weight[unit] / sqrtf(layer.running_var[unit] + static_cast<float>(layer.eps));
   return i == 0 ? gain : layer.norm_bias[unit] - layer.running_mean[unit] * gain;
@@ -135,9 +135,9 @@ __global__ void PackChannels(const DenoiserWeights weights, int units, float* ch
   const int c = i - kFirstWeight;
   float value = 0.0f;
   if (unit >= weights.features) {
-    value = i < kFirstWeight && i % 4 == 3 ? 1.0f : 0.0f;
+    value = i < kFirstWeight && i % kAffine == kScale ? 1.0f : 0.0f;
   } else if (i < kFirstWeight) {
-    value = Affine(weights.layers[i / 4], unit, i % 4);
+    value = Affine(weights.layers[i / kAffine], unit, i % kAffine);
   } else if (c < 2 * classes) {
     value = weights.layers[0].weight[unit * weights.layers[0].weight_stride[0] + c];
   } else if (c < 3 * classes) {
@@ -147,7 +147,8 @@ __global__ void PackChannels(const DenoiserWeights weights, int units, float* ch
 }
 
 // The float8 scale of each output channel, amax / 448; NaN if a weight of it is not finite. One
-// warp per output channel, after PackChannels. `scales` is the first product's first one.
+// warp per output channel and product, after PackChannels. `scales` is that of the first channel's
+// first product.
 __global__ void ScaleUnits(const Matrix first, const Matrix second, std::int64_t features,
                            int units, float* scales, int stride) {
   const int i = static_cast<int>((blockIdx.x * blockDim.x + threadIdx.x) / 32);
@@ -165,7 +166,7 @@ __global__ void ScaleUnits(const Matrix first, const Matrix second, std::int64_t
   finite = __all_sync(0xFFFFFFFFu, finite) != 0;
   if (threadIdx.x % 32 != 0) return;
   const float scale = __fdiv_rn(largest, kLargestFloat8);
-  scales[i / units * 4 + unit * stride] = !finite ? nanf("") : scale > 0.0f ? scale : 1.0f;
+  scales[i / units * kAffine + unit * stride] = !finite ? nanf("") : scale > 0.0f ? scale : 1.0f;
 }
 
 }  // namespace
@@ -184,7 +185,7 @@ void PackWeights(const DenoiserWeights& weights, Precision precision, uint4* pac
   const std::int64_t elements = std::int64_t{units} * stride;
   shape.grid = dim3(static_cast<unsigned>((elements + kBlock - 1) / kBlock));
   Launch("denoise", PackChannels, shape, weights, units, channels);
-  float* scales = channels + 7;  // of layer 1
+  float* scales = channels + kAffine + kScale;  // of layer 1
   if (precision == Precision::kFloat8) {
     shape.grid = dim3((2 * units + kBlock / 32 - 1) / (kBlock / 32));
     Launch("denoise", ScaleUnits, shape, first, second, weights.features, units, scales, stride);

@@ -13,7 +13,7 @@ class InFlight {
  public:
   EMULATED InFlight() = default;
   EMULATED InFlight(const T& value) : value_(value) {}
-  // A copy is a use: an instruction reads the register.
+  // A copy reads the register, and so waits.
   EMULATED InFlight(const InFlight& other) : value_(other) {}
   EMULATED InFlight(InFlight&& other) = default;
   EMULATED InFlight& operator=(const InFlight& other) {
