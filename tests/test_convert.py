@@ -20,6 +20,7 @@ from diffmic_fast.checkpoint import (
     save_checkpoint,
 )
 from diffmic_fast.cli import main
+from diffmic_fast.config.data import AugmentationConfig
 from diffmic_fast.config.run import RunConfig
 from diffmic_fast.inference.predict import FilePredictor
 
@@ -34,7 +35,7 @@ def sources(tmp_path_factory) -> Path:
     model.save_pretrained(root / "folder")
     run = make_config(root / "images")
     run = RunConfig(run.data, run.model, run.training, run.sampling)
-    run.data.augmentation = model.preprocessing.to_augmentation()
+    run.data.augmentation = AugmentationConfig(**vars(model.preprocessing))
     run.data.augmentation.rotation = 7.0
     run.sampling.sampler, run.sampling.steps, run.sampling.eta = "ddim", 2, 0.25
     run.sampling.samples, run.sampling.seed, run.sampling.views = 3, 5, 2
@@ -89,8 +90,7 @@ def assert_same_model(model: DiffMIC, path: Path, config: RunConfig | None = Non
 def digest_of_rows(path: Path) -> str:
     """Of the rows of `predict`, which an interrupted run continues only with an equal one."""
     model, names = load_model(path)
-    augmentation = model.preprocessing.to_augmentation()
-    return FilePredictor(model, names, augmentation, model.sampling).heading.digest
+    return FilePredictor(model, names, model.preprocessing, model.sampling).heading.digest
 
 
 def test_a_folder_becomes_a_checkpoint_and_a_folder_again(model, sources, tmp_path, capsys):

@@ -15,15 +15,11 @@ from diffmic_fast.config.fields import (
     Fraction,
     Name,
     Natural,
-    Number,
-    Positive,
 )
+from diffmic_fast.config.preprocessing import Preprocessing
 from diffmic_fast.limits import MAX_WORKERS
 
 SPLITS = ("train", "validation", "test")
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def check_class_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -45,20 +41,14 @@ def check_class_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 @dataclass(config=SECTION)
-class AugmentationConfig:
+class AugmentationConfig(Preprocessing):
     """What happens to an image between its file and the model (docs/algorithm.md, "Training step").
 
-    The first group applies to every image, the second to training images only. The defaults are the published
-    settings; each can be switched off or set to its neutral value.
+    The entries of `Preprocessing` apply to every image, those below to training images only. The defaults are the
+    published settings; each can be switched off or set to its neutral value.
 
     Attributes:
-        centre_square: crop the largest centred square before resizing. False resizes the whole image to a square,
-            which changes its aspect ratio.
-        bit_depth: bits in use of 16-bit images, gray or colour, whose file declares no other depth (12 for most
-            radiography and CT). Pixels are divided by 2**bit_depth - 1; an image with a larger pixel is rejected, never
-            clipped. No effect on 8-bit images.
-        mean: subtracted from pixels in [0, 1], by channel.
-        std: divided into the result, by channel.
+        centre_square, bit_depth, mean, std: see `Preprocessing`.
         horizontal_flip: with probability 1/2.
         vertical_flip: with probability 1/2.
         rotation: largest angle in degrees, uniform in [-rotation, rotation]; exposed corners are black. 0 is off.
@@ -70,11 +60,6 @@ class AugmentationConfig:
     Raises:
         ValueError: from the constructor, for a value of another type or out of its range.
     """
-
-    centre_square: Flag = True
-    bit_depth: Annotated[int, Strict(), Field(ge=8, le=16)] = 16
-    mean: tuple[Number, Number, Number] = IMAGENET_MEAN
-    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
 
     horizontal_flip: Flag = True
     vertical_flip: Flag = True

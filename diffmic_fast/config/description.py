@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import AfterValidator, TypeAdapter, ValidationError
+from pydantic import AfterValidator
 from pydantic.dataclasses import dataclass
 
-from diffmic_fast.config.data import DataConfig, check_class_names
-from diffmic_fast.config.errors import describe
+from diffmic_fast.config.data import AugmentationConfig, DataConfig, check_class_names
 from diffmic_fast.config.fields import SECTION, Name
 from diffmic_fast.config.model import DiffMICConfig
 from diffmic_fast.config.preprocessing import Preprocessing
 from diffmic_fast.config.run import RunConfig
 from diffmic_fast.config.sampling import SamplingConfig
+from diffmic_fast.config.tree import Tree
 from diffmic_fast.diffusion.samplers import check_sampler
 
 
 @dataclass(config=SECTION)
-class ModelDescription:
+class ModelDescription(Tree):
     """The part of a run that others need to use its model; what is not known is None.
 
     Attributes:
@@ -60,29 +59,11 @@ class ModelDescription:
         """A configuration for evaluation and prediction; None where the preprocessing is not known."""
         if self.preprocessing is None:
             return None
-        data = DataConfig(
-            class_names=self.class_names, augmentation=self.preprocessing.to_augmentation()
-        )
+        augmentation = AugmentationConfig(**vars(self.preprocessing))
+        data = DataConfig(class_names=self.class_names, augmentation=augmentation)
         # As `DiffMIC.predict` of a model without sampling options.
         sampling = self.sampling or SamplingConfig(sampler="ddpm", steps=None)
         return RunConfig(data, self.model, sampling=sampling)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, numbers and text."""
-        tree: dict[str, Any] = TypeAdapter(ModelDescription).dump_python(self, mode="json")
-        return tree
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ModelDescription:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: unknown keys with the nearest known one, missing keys, values of another type or out of range.
-        """
-        try:
-            return TypeAdapter(cls).validate_python(values)
-        except ValidationError as error:
-            raise ValueError(describe(error, cls)) from error
 
 
 def without_initial_weights(config: DiffMICConfig) -> DiffMICConfig:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, NamedTuple
+
+from diffmic_fast.config.preprocessing import Preprocessing
 
 # Keys of the initial weights.
 _INITIAL = ("model.encoder_weights", "model.guidance_weights")
 # The preprocessing at evaluation, of the section data.
-_PIXELS = tuple(
-    f"data.augmentation.{name}" for name in ("centre_square", "bit_depth", "mean", "std")
-)
+_PIXELS = tuple(f"data.augmentation.{item.name}" for item in fields(Preprocessing))
 
 
 class Difference(NamedTuple):

@@ -1,4 +1,4 @@
-"""`Preprocessing`: what happens to the pixels of an image before a trained model sees them."""
+"""`Preprocessing`: how the pixels of an image become the input of a model."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from typing import Annotated
 from pydantic import Field, Strict
 from pydantic.dataclasses import dataclass
 
-from diffmic_fast.config.data import IMAGENET_MEAN, IMAGENET_STD, AugmentationConfig
 from diffmic_fast.config.fields import SECTION, Flag, Number, Positive
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
-@dataclass(config=SECTION, frozen=True)
+
+@dataclass(config=SECTION)
 class Preprocessing:
-    """The pixel pipeline that a model was trained with; the side of its images is `DiffMICConfig.image_size`.
+    """The preprocessing of every image, in training and prediction; the defaults are the published settings.
 
-    The entries are those of `data.augmentation` that apply to every image (`AugmentationConfig`), with the same
-    defaults, the published settings.
+    The size of the images is `DiffMICConfig.image_size`.
 
     Attributes:
-        centre_square: crop the largest centred square before resizing.
-        bit_depth: bits in use of images of more than 8 bits whose file declares no other depth.
+        centre_square: crop the largest centred square before resizing. False resizes the whole image to a square,
+            which changes its aspect ratio.
+        bit_depth: bits in use of 16-bit images, gray or colour, whose file declares no other depth (12 for most
+            radiography and CT). Pixels are divided by 2**bit_depth - 1; an image with a larger pixel is rejected, never
+            clipped. No effect on 8-bit images.
         mean: subtracted from pixels in [0, 1], by channel.
         std: divided into the result, by channel.
 
@@ -35,10 +39,8 @@ class Preprocessing:
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD
 
     @classmethod
-    def from_augmentation(cls, config: AugmentationConfig) -> Preprocessing:
-        """The entries of a configuration's `data.augmentation` that apply to every image."""
-        return cls(**{item.name: getattr(config, item.name) for item in fields(cls)})
-
-    def to_augmentation(self) -> AugmentationConfig:
-        """A section `data.augmentation` with these entries; its other entries have their defaults."""
-        return AugmentationConfig(**{item.name: getattr(self, item.name) for item in fields(self)})
+    def from_augmentation(cls, config: Preprocessing) -> Preprocessing:
+        """The preprocessing alone of an `AugmentationConfig`."""
+        return Preprocessing(
+            **{item.name: getattr(config, item.name) for item in fields(Preprocessing)}
+        )

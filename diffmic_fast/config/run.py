@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, Strict, TypeAdapter, ValidationError
+from pydantic import Field, Strict
 from pydantic.dataclasses import dataclass
 
 from diffmic_fast.config.authors import is_authors, translate
 from diffmic_fast.config.data import DataConfig
-from diffmic_fast.config.errors import describe
 from diffmic_fast.config.fields import SECTION
 from diffmic_fast.config.model import DiffMICConfig
 from diffmic_fast.config.sampling import SamplingConfig
 from diffmic_fast.config.training import TrainingConfig
+from diffmic_fast.config.tree import Tree
 from diffmic_fast.config.yaml_reader import parse_yaml, with_overrides
 from diffmic_fast.diffusion.samplers import check_sampler
 from diffmic_fast.limits import MAX_SEED
@@ -27,7 +27,7 @@ _PRESETS = importlib.resources.files("diffmic_fast.config") / "presets"
 
 
 @dataclass(config=SECTION)
-class RunConfig:
+class RunConfig(Tree):
     """Everything that decides a training run, by section.
 
     Attributes:
@@ -55,23 +55,6 @@ class RunConfig:
             )
         s = self.sampling
         check_sampler(s.sampler, s.steps, s.eta, m.timesteps)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, numbers and text, as in a YAML file or a checkpoint."""
-        tree: dict[str, Any] = TypeAdapter(RunConfig).dump_python(self, mode="json")
-        return tree
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """The inverse of `to_dict`; entries may be left out where there is a default.
-
-        Raises:
-            ValueError: unknown keys with the nearest known one, missing keys, values of another type or out of range.
-        """
-        try:
-            return TypeAdapter(cls).validate_python(values)
-        except ValidationError as error:
-            raise ValueError(describe(error, cls)) from error
 
     def save(self, path: str | Path) -> None:
         """Write the configuration as YAML, so that the run can be repeated from the file."""

@@ -43,7 +43,7 @@ def load_images(
         ValueError: the list is empty.
         UnreadableImageError: an image cannot be read.
     """
-    transform = evaluation_transform(size, preprocessing.to_augmentation())
+    transform = evaluation_transform(size, preprocessing)
     images, samples = [], []
     for number, each in enumerate(_listed(operation, inputs)):
         decoded = _decode(each, number, preprocessing.bit_depth)

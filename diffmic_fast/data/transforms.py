@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from diffmic_fast.config.data import AugmentationConfig
+from diffmic_fast.config.preprocessing import Preprocessing
 
 
 class ImageTransform:
@@ -22,11 +25,13 @@ class ImageTransform:
         bit_depth: of 16-bit files (`decode.load_image`).
     """
 
-    def __init__(self, size: int, config: AugmentationConfig, *, augment: bool) -> None:
+    def __init__(
+        self, size: int, config: Preprocessing, augmentations: Sequence[v2.Transform] = ()
+    ) -> None:
         self.size = size
         self.bit_depth = config.bit_depth
         self._centre_square = config.centre_square
-        self._augmentations = v2.Compose(_augmentations(config) if augment else [v2.Identity()])
+        self._augmentations = v2.Compose([v2.Identity(), *augmentations])
         self._normalize = v2.Normalize(config.mean, config.std)
 
     def __call__(self, pixels: np.ndarray) -> Tensor:
@@ -46,7 +51,7 @@ class ImageTransform:
 
 
 def _augmentations(config: AugmentationConfig) -> list[v2.Transform]:
-    steps: list[v2.Transform] = [v2.Identity()]
+    steps: list[v2.Transform] = []
     if config.horizontal_flip:
         steps.append(v2.RandomHorizontalFlip())
     if config.vertical_flip:
@@ -67,9 +72,10 @@ def _augmentations(config: AugmentationConfig) -> list[v2.Transform]:
 
 def training_transform(size: int, config: AugmentationConfig | None = None) -> ImageTransform:
     """The transform of training images, augmented as in `config` (default: as published)."""
-    return ImageTransform(size, config or AugmentationConfig(), augment=True)
+    config = config or AugmentationConfig()
+    return ImageTransform(size, config, _augmentations(config))
 
 
-def evaluation_transform(size: int, config: AugmentationConfig | None = None) -> ImageTransform:
+def evaluation_transform(size: int, config: Preprocessing | None = None) -> ImageTransform:
     """The transform of images to classify, which is deterministic."""
-    return ImageTransform(size, config or AugmentationConfig(), augment=False)
+    return ImageTransform(size, config or Preprocessing())

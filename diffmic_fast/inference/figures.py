@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffmic_fast._optional import require
 from diffmic_fast.atomic_files import atomic_file
-from diffmic_fast.config.data import AugmentationConfig
+from diffmic_fast.config.preprocessing import Preprocessing
 from diffmic_fast.models import Prediction
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def make_panels(
     images: Tensor,
     prediction: Prediction,
     names: Sequence[str],
-    augmentation: AugmentationConfig,
+    augmentation: Preprocessing,
     truths: Sequence[int | None],
 ) -> list[Panel]:
     """Make a panel for each image of a batch.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diffmic_fast.config.data import AugmentationConfig
+from diffmic_fast.config.preprocessing import Preprocessing
 from diffmic_fast.inference.figures import (
     MAX_ROWS,
     Panel,
@@ -38,7 +38,7 @@ class Pictures:
     """
 
     classes: Sequence[str]
-    augmentation: AugmentationConfig
+    augmentation: Preprocessing
     sheet: str | Path | None = None
     folder: str | Path | None = None
     truth: Mapping[Path, int] = field(default_factory=dict)

@@ -21,8 +21,8 @@ from diffmic_fast.calibration import Confidence, confidence
 from diffmic_fast.calibration.conformal import check_coverage
 from diffmic_fast.checkpoint import weights_digest
 from diffmic_fast.checks import finite_on_device
-from diffmic_fast.config.data import AugmentationConfig
 from diffmic_fast.config.differences import deciding_values
+from diffmic_fast.config.preprocessing import Preprocessing
 from diffmic_fast.data.decode import UnreadableImageError, load_image
 from diffmic_fast.data.files import IMAGE_SUFFIXES, file_version, scan_folder
 from diffmic_fast.data.loading import load_batches
@@ -201,7 +201,7 @@ class _Decoded(NamedTuple):
 class _Files(Dataset[_Decoded]):
     """Decoded files."""
 
-    def __init__(self, files: Sequence[Path], size: int, augmentation: AugmentationConfig) -> None:
+    def __init__(self, files: Sequence[Path], size: int, augmentation: Preprocessing) -> None:
         self.files = files
         self.transform = evaluation_transform(size, augmentation)
 
@@ -236,7 +236,7 @@ class FilePredictor:
         self,
         model: DiffMIC,
         classes: Sequence[str],
-        augmentation: AugmentationConfig,
+        augmentation: Preprocessing,
         options: SamplingOptions,
         *,
         probabilities: ProbabilityOptions | None = None,
@@ -354,7 +354,7 @@ def predict_files(
     model: DiffMIC,
     files: Sequence[Path],
     classes: Sequence[str],
-    augmentation: AugmentationConfig,
+    augmentation: Preprocessing,
     options: SamplingOptions,
     *,
     batch_size: int = 32,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffmic_fast.config.data import AugmentationConfig
+from diffmic_fast.config.preprocessing import Preprocessing
 from diffmic_fast.inference.figures import make_panels
 from diffmic_fast.inference.predict import Heading, PredictedBatch
 from diffmic_fast.reports.cards import MAX_CLASSES, Card, CardFile, ChainPath, most_probable
@@ -69,7 +69,7 @@ class PredictionReport:
     Attributes:
         folder: of the pages; the first one is `index.html`.
         heading: the fields that all predictions have in common.
-        augmentation: the preprocessing of the images.
+        preprocessing: of the images.
         settings: (name, value) of what the report says about its making.
     """
 
@@ -77,11 +77,11 @@ class PredictionReport:
         self,
         folder: str | Path,
         heading: Heading,
-        augmentation: AugmentationConfig,
+        preprocessing: Preprocessing,
         settings: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.folder, self.heading = Path(folder), heading
-        self.augmentation, self.settings = augmentation, tuple(settings)
+        self.preprocessing, self.settings = preprocessing, tuple(settings)
         self._cards = CardFile(self.folder / CARDS, heading)
 
     def begin(self, done: Sequence[str] | None = None) -> None:
@@ -102,7 +102,7 @@ class PredictionReport:
         if batch.images is not None and batch.prediction is not None:
             names = [path.name for path in batch.paths]
             panels = make_panels(
-                batch.images, batch.prediction, names, self.augmentation, [None] * len(names)
+                batch.images, batch.prediction, names, self.preprocessing, [None] * len(names)
             )
             cards = [
                 Card.from_panel(row, panel) for row, panel in zip(batch.rows, panels, strict=True)

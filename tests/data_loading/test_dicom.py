@@ -60,7 +60,7 @@ def lookup(values, first=0, bits=8):
 def test_a_path_becomes_the_tensor_of_the_command_line(write):
     path = write(ramp(4095), bits=16)
     settings = Preprocessing(bit_depth=12)
-    expected = evaluation_transform(6, settings.to_augmentation())(load_image(path, bit_depth=12))
+    expected = evaluation_transform(6, settings)(load_image(path, bit_depth=12))
     assert (load_images("test", [str(path)], 6, settings)[0] == expected).all()
 
 

@@ -58,8 +58,7 @@ SETTINGS = Preprocessing(bit_depth=16, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)
 def of_the_dataset(path: Path, preprocessing: Preprocessing) -> torch.Tensor:
     """As `evaluate` of the command line makes it."""
     table = ImageTable(("a", "b"), (ImageEntry("x", 0, path), ImageEntry("x", 1, path)))
-    augmentation = preprocessing.to_augmentation()
-    return ImageDataset(table, evaluation_transform(SIZE, augmentation))[0][0]
+    return ImageDataset(table, evaluation_transform(SIZE, preprocessing))[0][0]
 
 
 @pytest.fixture
@@ -228,7 +227,7 @@ def test_unused_bits_are_a_warning(write):
 def test_preprocessing_is_the_part_of_the_augmentation_for_every_image():
     augmentation = AugmentationConfig(bit_depth=12, centre_square=False, rotation=5.0)
     settings = Preprocessing.from_augmentation(augmentation)
+    assert type(settings) is Preprocessing
     assert settings == Preprocessing(centre_square=False, bit_depth=12)
-    assert settings.to_augmentation().bit_depth == 12
     with pytest.raises(ValueError, match="bit_depth"):
         Preprocessing(bit_depth=17)

@@ -12,6 +12,7 @@ from training_runs import MODEL
 import diffmic_fast
 from diffmic_fast import DiffMIC, Preprocessing
 from diffmic_fast.checkpoint import Checkpoint, load_model, save_checkpoint
+from diffmic_fast.config.data import AugmentationConfig
 from diffmic_fast.config.run import RunConfig
 from diffmic_fast.data.decode import UnreadableImageError
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
@@ -44,7 +45,7 @@ def checkpoint(built, shared_config, tmp_path):
     """A checkpoint as training writes it."""
     data = dataclasses.replace(
         shared_config.data,
-        augmentation=Preprocessing(bit_depth=12, mean=(0.1, 0.2, 0.3)).to_augmentation(),
+        augmentation=AugmentationConfig(bit_depth=12, mean=(0.1, 0.2, 0.3)),
     )
     config = RunConfig(data, shared_config.model, sampling=shared_config.sampling)
     extras = {
@@ -58,9 +59,7 @@ def checkpoint(built, shared_config, tmp_path):
 
 
 def test_predictions_for_paths_are_those_of_the_command_line(model, files):
-    expected = predict_files(
-        model, files, NAMES, Preprocessing().to_augmentation(), OWN, batch_size=len(files)
-    )
+    expected = predict_files(model, files, NAMES, Preprocessing(), OWN, batch_size=len(files))
     opened = [Image.open(path) for path in files]
     for inputs in (files, [str(path) for path in files], opened, model.preprocess(files)):
         found = model.predict(inputs)

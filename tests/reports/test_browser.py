@@ -12,7 +12,7 @@ import pytest
 from report_cases import HEADING, METHODS, make_batch, make_dataset, make_evaluation, write_run
 from report_pages import HOSTILE
 
-from diffmic_fast.config.data import AugmentationConfig
+from diffmic_fast.config.preprocessing import Preprocessing
 from diffmic_fast.reports.evaluation_report import write_evaluation_report
 from diffmic_fast.reports.prediction_report import PredictionReport
 from diffmic_fast.reports.training_report import write_training_report
@@ -33,7 +33,7 @@ def pages(tmp_path_factory):
     """The address of each report, with hostile names in it."""
     root = tmp_path_factory.mktemp("reports")
     report = PredictionReport(
-        root / "predictions", HEADING, AugmentationConfig(), [("Checkpoint", HOSTILE[0])]
+        root / "predictions", HEADING, Preprocessing(), [("Checkpoint", HOSTILE[0])]
     )
     report.begin()
     names = [name.replace("/", "_") + ".png" for name in HOSTILE]

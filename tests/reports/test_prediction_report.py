@@ -12,14 +12,14 @@ import pytest
 from report_cases import HEADING, make_batch
 from report_pages import HOSTILE, Page, assert_inert
 
-from diffmic_fast.config.data import AugmentationConfig
+from diffmic_fast.config.preprocessing import Preprocessing
 from diffmic_fast.reports import html, prediction_report
 from diffmic_fast.reports.prediction_report import CARDS, PredictionReport, check_folder
 from diffmic_fast.reports.thumbnails import MAX_BYTES, heat_map, thumbnail
 
 
 def write(folder, *batches, heading=HEADING, done=None, settings=()):
-    report = PredictionReport(folder, heading, AugmentationConfig(), settings)
+    report = PredictionReport(folder, heading, Preprocessing(), settings)
     report.begin(done)
     for batch in batches:
         report.add(batch)
@@ -121,7 +121,7 @@ def test_an_interrupted_run_is_continued_to_the_same_page(tmp_path):
     bad = make_batch([], unreadable=[("bad.png", "damaged")])
     whole = write(tmp_path / "whole", batches[0], batches[1], bad, batches[2], batches[3])
 
-    report = PredictionReport(tmp_path / "cut", HEADING, AugmentationConfig())
+    report = PredictionReport(tmp_path / "cut", HEADING, Preprocessing())
     report.begin()
     for batch in (batches[0], batches[1], bad, batches[2]):
         report.add(batch)
@@ -151,10 +151,10 @@ def test_rows_without_a_card_of_this_run_are_an_error(tmp_path):
 
 
 def test_a_report_is_written_by_one_process_at_a_time(tmp_path):
-    first = PredictionReport(tmp_path, HEADING, AugmentationConfig())
+    first = PredictionReport(tmp_path, HEADING, Preprocessing())
     first.begin()
     with pytest.raises(ValueError, match="is being written by another process"):
-        PredictionReport(tmp_path, HEADING, AugmentationConfig()).begin()
+        PredictionReport(tmp_path, HEADING, Preprocessing()).begin()
     first.close()
     write(tmp_path, make_batch(["a.png"]))
 
