@@ -41,7 +41,7 @@ _LESS_MEMORY = (
         ("train", "demo", "info"),
         "use a smaller training.batch_size, or training.accumulation; see data.cache, too",
     )
-    | dict.fromkeys(("convert", "export"), "it takes a few times the size of the model")
+    | dict.fromkeys(("convert", "export"), "the command needs a few times the size of the model")
 )
 
 
@@ -64,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
     calibrate = commands.add_parser(
         "calibrate", help="fit probabilities to labelled images and write them into the checkpoint"
     )
-    _add_model_options(calibrate)
+    _add_model_options(calibrate, "checkpoint or run")
     calibrate.add_argument(
         "--split", default="validation", choices=("train", "validation", "test"),
         help="the images of the configuration's data to fit to; they must not have trained the model "
@@ -130,13 +130,12 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
 
     convert = commands.add_parser("convert", help="write a model in another form")
+    _add_source_options(convert)
     _add_conversion(convert)
 
     export = commands.add_parser("export", help="write ONNX files of a model")
-    export.add_argument("checkpoint", metavar="SRC", help="checkpoint, run or pretrained folder")
+    _add_source_options(export)
     export.add_argument("destination", metavar="DST", help="new folder")
-    for command in (convert, export):
-        _add_source_options(command)
 
     info = commands.add_parser("info", help="versions, build, backends")
     info.add_argument("--json", action="store_true", help="as JSON")
@@ -154,7 +153,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_conversion(command: argparse.ArgumentParser) -> None:
-    command.add_argument("checkpoint", metavar="SRC", help="checkpoint, run or pretrained folder")
     command.add_argument("destination", metavar="DST", help="new folder, or new file .pth")
     command.add_argument(
         "--to", choices=("pretrained", "checkpoint", "published"),
@@ -169,16 +167,24 @@ def _add_conversion(command: argparse.ArgumentParser) -> None:
 
 
 def _add_source_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--guidance", help="guidance file, where SRC has none inside or beside it")
+    command.add_argument("checkpoint", metavar="SRC", help="checkpoint, run or pretrained folder")
+    _add_weights_options(command, "SRC")
+    command.add_argument("--overwrite", action="store_true", help="replace DST")
+    command.set_defaults(device="cpu", threads=None)
+
+
+def _add_weights_options(command: argparse.ArgumentParser, checkpoint: str) -> None:
+    """The options of `load_model`; `checkpoint` names the positional argument in their help."""
+    command.add_argument(
+        "--guidance", help=f"guidance file, where {checkpoint} has none inside or beside it"
+    )
     command.add_argument(
         "--no-ema", dest="ema", action="store_false", help="use the weights, not their average"
     )
     command.add_argument(
         "--override", action="store_true",
-        help="accept changes of SRC's own model or preprocessing by --config or --set; otherwise an error",
+        help=f"accept changes of the model or preprocessing of {checkpoint} by --config or --set; otherwise an error",
     )  # fmt: skip
-    command.add_argument("--overwrite", action="store_true", help="replace DST")
-    command.set_defaults(device="cpu", threads=None)
 
 
 def _add_allow_seen(command: argparse.ArgumentParser) -> None:
@@ -188,16 +194,11 @@ def _add_allow_seen(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _add_model_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("checkpoint", help="ckpt.pth, or the folder of a run")
-    command.add_argument("--guidance", help="guidance file, where the checkpoint has none inside")
-    command.add_argument(
-        "--no-ema", dest="ema", action="store_false", help="use the weights, not their average"
-    )
-    command.add_argument(
-        "--override", action="store_true",
-        help="accept changes of the checkpoint's own model or preprocessing by --config or --set; otherwise an error",
-    )  # fmt: skip
+def _add_model_options(
+    command: argparse.ArgumentParser, accepted: str = "checkpoint, run or pretrained folder"
+) -> None:
+    command.add_argument("checkpoint", help=accepted)
+    _add_weights_options(command, "the checkpoint")
     command.add_argument(
         "--samples", type=_between(1, MAX_SAMPLES), help="chains per image (default: config's)"
     )
