@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from diffmic_fast import demo
@@ -24,10 +23,15 @@ from diffmic_fast.checkpoint import (
     read_checkpoint,
 )
 from diffmic_fast.cli import EXIT_FAILED, EXIT_UNREADABLE
+from diffmic_fast.command_options import (
+    checkpoint_path,
+    make_parents,
+    run_config,
+    sampling_options,
+    trained_config,
+)
 from diffmic_fast.config.data import DataConfig
-from diffmic_fast.config.differences import model_differences
-from diffmic_fast.config.run import RunConfig, read_config
-from diffmic_fast.config.yaml_reader import with_overrides
+from diffmic_fast.config.run import RunConfig
 from diffmic_fast.convert import FORMS, convert
 from diffmic_fast.data.bit_depth import warn_of_unused_bits
 from diffmic_fast.data.dataset import ImageDataset
@@ -36,7 +40,6 @@ from diffmic_fast.data.sources import open_source
 from diffmic_fast.data.summary import skipped_lines
 from diffmic_fast.data.table import ImageTable
 from diffmic_fast.devices import choose_device
-from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.distributed.processes import current, is_first_process, process_group
 from diffmic_fast.inference.calibrate import calibrate
 from diffmic_fast.inference.evaluate import evaluate
@@ -47,7 +50,6 @@ from diffmic_fast.inference.predict import FilePredictor, ProbabilityOptions, co
 from diffmic_fast.inference.prediction_run import predict_to
 from diffmic_fast.onnx_export import NAMES as ONNX_NAMES
 from diffmic_fast.onnx_export import OPSET
-from diffmic_fast.pretrained_folder import is_pretrained_folder
 from diffmic_fast.progress_bar import ProgressBar
 from diffmic_fast.reports.evaluation_report import write_evaluation_report
 from diffmic_fast.reports.prediction_report import (
@@ -65,10 +67,10 @@ from diffmic_fast.training.trainer import Trainer
 def _train(args: argparse.Namespace) -> int:
     resume = None
     if args.resume is not None:
-        resume = _checkpoint(args.resume) if args.resume else Path(args.out) / NAME
+        resume = checkpoint_path(args.resume) if args.resume else Path(args.out) / NAME
     if args.config is None and resume is None:
         raise ValueError("train: give --config (a preset or a YAML file), or --resume")
-    config = _config(args, resume)
+    config = run_config(args, resume)
     if config.data.has_split("validation"):
         require("sklearn", extra="train", purpose="train: validation")
     keep_freed_memory()
@@ -95,21 +97,19 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _report_training(folder: Path, classes: Sequence[str]) -> None:
-    """Write the report of a run; what keeps it from being written is a line, since the run is complete."""
+    """Write the report of a run; an error is printed and not raised, since the training is complete."""
     try:
         _require_report("train")
         print(f"the report of the run is {write_training_report(folder, classes)}")
-    except (
-        Exception
-    ) as error:  # matplotlib raises many types, for instance on fonts and configurations
+    except Exception as error:  # matplotlib raises many types, for instance for fonts
         reason = (str(error) or type(error).__name__).strip().splitlines()[0]
         print(f"there is no report of the run: {reason}", file=sys.stderr)
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    path = _checkpoint(args.checkpoint)
+    path = checkpoint_path(args.checkpoint)
     check_takes_calibration(path)
-    config = _own_config(args, path)
+    config = trained_config(args, path)
     file = read_checkpoint(path, mmap=True)
     model, names = load_model(path, args.guidance, config, ema=args.ema)
     if args.images:
@@ -127,7 +127,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     _say_of_seen(check_unseen("calibrate", split, table, trained, allow=args.allow_seen))
     if not args.images:
         _warn_of_unknown_split(args.split, file, config)
-    options = _sampling(args, config)
+    options = sampling_options(args, config)
     if args.sampler:
         options = options.with_sampler(args.sampler)
     has_detector = model.calibration is not None and model.calibration.novelty is not None
@@ -245,14 +245,14 @@ def _evaluate(args: argparse.Namespace) -> int:
         check_folder(args.report)
     if args.predictions and not args.predictions.lower().endswith(".csv"):
         raise ValueError(f"evaluate: --predictions must end in .csv, got {args.predictions!r}")
-    _make_parents(args.json, args.predictions, args.confusion)
-    path = _checkpoint(args.checkpoint)
-    config = _own_config(args, path)
+    make_parents(args.json, args.predictions, args.confusion)
+    path = checkpoint_path(args.checkpoint)
+    config = trained_config(args, path)
     model, names = load_model(path, args.guidance, config, ema=args.ema)
     table = open_source(config.data, args.split)
     _check_classes("evaluate", table, names)
     _check_unseen(args.split, table, path, config, allow=args.allow_seen)
-    options = _sampling(args, config)
+    options = sampling_options(args, config)
     methods = [options.with_sampler(text) for text in args.sampler or []] or [options]
     with process_group(args.device) as device:
         _report(config, table)
@@ -306,7 +306,7 @@ def _predict(args: argparse.Namespace) -> int:
         raise ValueError(
             "predict: --figure draws the first images of a run; leave it out, or --resume"
         )
-    _make_parents(args.out, args.figure)
+    make_parents(args.out, args.figure)
     if args.out:
         check_suffix(args.out)
     earlier = check_folder(args.report) if args.report else []
@@ -315,11 +315,11 @@ def _predict(args: argparse.Namespace) -> int:
         outputs=[*(path for path in (args.out, args.figure) if path), *earlier],
         output_folder=args.images_out,
     )
-    path = _checkpoint(args.checkpoint)
-    config = _own_config(args, path)
+    path = checkpoint_path(args.checkpoint)
+    config = trained_config(args, path)
     model, names = load_model(path, args.guidance, config, ema=args.ema)
     classes = names or config.data.class_names or tuple(str(c) for c in range(config.model.classes))
-    options = _sampling(args, config)
+    options = sampling_options(args, config)
     if args.sampler:
         options = options.with_sampler(args.sampler)
     pictures = Pictures(classes, config.data.augmentation, args.figure, args.images_out)
@@ -349,9 +349,9 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    path = _checkpoint(args.checkpoint)
+    path = checkpoint_path(args.checkpoint)
     form = args.to or ("checkpoint" if args.destination.lower().endswith(".pth") else "pretrained")
-    config = _own_config(args, path) if args.config or args.overrides else None
+    config = trained_config(args, path) if args.config or args.overrides else None
     lines = convert(
         path,
         args.destination,
@@ -369,8 +369,8 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    path = _checkpoint(args.checkpoint)
-    config = _own_config(args, path) if args.config or args.overrides else None
+    path = checkpoint_path(args.checkpoint)
+    config = trained_config(args, path) if args.config or args.overrides else None
     model, _ = load_model(path, args.guidance, config, ema=args.ema)
     model.export_onnx(args.destination, overwrite=args.overwrite)
     print(f"{args.destination}: {', '.join(ONNX_NAMES)}, opset {OPSET}")
@@ -409,7 +409,7 @@ def _predict_files(
 
 
 def _progress(title: str, images: int) -> ProgressBar:
-    """How far rank 0 has come, with its share of the images."""
+    """The progress of rank 0 over its share of the images."""
     share = -(-images // current().world_size)
     return ProgressBar(title, share, quiet=not current().is_rank_zero)
 
@@ -435,74 +435,3 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "export": _export,
     "demo": _demo,
 }
-
-
-def _checkpoint(text: str) -> Path:
-    """A checkpoint given by its file or by the folder of its run, or a folder of `DiffMIC.save_pretrained`."""
-    path = Path(text)
-    return path / NAME if path.is_dir() and not is_pretrained_folder(path) else path
-
-
-def _config(args: argparse.Namespace, checkpoint: Path | None) -> RunConfig:
-    """The configuration of --config, or else the checkpoint's own, with the changes of --set."""
-    if args.config is not None or checkpoint is None:
-        return read_config(args.config, args.overrides)
-    file = read_checkpoint(checkpoint, mmap=True)
-    values = file.extras.get("config")
-    if values is None:
-        sizes = ", ".join(f"{k} {v}" for k, v in file.sizes.items())
-        raise ValueError(
-            f"checkpoint: {checkpoint} has no configuration inside (its weights say {sizes}); give --config with the "
-            "one it was trained with"
-        )
-    return RunConfig.from_dict(with_overrides(values, args.overrides))
-
-
-def _own_config(args: argparse.Namespace, checkpoint: Path) -> RunConfig:
-    """`_config` for a trained model, whose architecture and preprocessing may change with --override only.
-
-    Raises:
-        ValueError: --config or --set change the model or its preprocessing without --override, or the classes or their
-            order in any case.
-    """
-    config = _config(args, checkpoint)
-    file = read_checkpoint(checkpoint, mmap=True)
-    own, given = file.config, config.data.class_names
-    if file.class_names is not None and given is not None and given != file.class_names:
-        raise ValueError(
-            f"{args.command}: data.class_names must be those of {checkpoint}, in order: "
-            f"{', '.join(file.class_names)}, got {', '.join(given)}"
-        )
-    changed = [] if own is None else model_differences(own.to_dict(), config.to_dict())
-    lines = [
-        f"{key}: {before!r} in the checkpoint, {after!r} now" for key, before, after in changed
-    ]
-    if lines and not args.override:
-        raise ValueError(
-            f"{args.command}: --config and --set must leave model and preprocessing of {checkpoint} as they were "
-            f"trained, got {'; '.join(lines)}; remove these changes, or allow them with --override"
-        )
-    if is_first_process():
-        for line in lines:
-            print(f"--override: {line}", file=sys.stderr)
-    return config
-
-
-def _sampling(args: argparse.Namespace, config: RunConfig) -> SamplingOptions:
-    """The options of the configuration, with those of the command line in their place."""
-    options = SamplingOptions.from_config(config.sampling)
-    return replace(
-        options,
-        samples=args.samples or options.samples,
-        views=args.views or options.views,
-        seed=options.seed if args.seed is None else args.seed,
-        precision=args.precision,
-        compile=args.compile,
-    )
-
-
-def _make_parents(*paths: str | None) -> None:
-    """Create the folders of output files before the work whose results they will hold."""
-    for path in paths:
-        if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
