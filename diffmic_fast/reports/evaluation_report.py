@@ -98,7 +98,7 @@ def write_evaluation_report(
         "level": percent(LEVEL, 0),
         "coverage": percent(SET_COVERAGE, 0),
         "counts": list(zip(evaluation.classes, counts.tolist(), strict=True)),
-        "tiles": _tiles(result),
+        "primary": _tiles(result),
         "measures": _measures(evaluation),
         "probabilities": _probabilities(evaluation),
         "notes": sorted({f"{TITLES[k]}: {v}" for r in evaluation.results for k, v in r.metrics.notes.items()}),

@@ -46,7 +46,7 @@ def write_training_report(folder: str | Path, classes: Sequence[str]) -> Path:
     values: dict[str, Any] = {
         "rows": rows,
         "classes": list(classes),
-        "tiles": _tiles(rows),
+        "totals": _tiles(rows),
         "table": _phases(rows),
         "drawings": _drawings(rows),
         "configuration": (folder / "config.yml").read_text("utf-8"),
