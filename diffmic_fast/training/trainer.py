@@ -6,7 +6,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from diffmic_fast.config.run import RunConfig
 from diffmic_fast.data.bit_depth import warn_of_unused_bits
 from diffmic_fast.data.identity import image_keys
 from diffmic_fast.data.loading import load_batches
-from diffmic_fast.data.scan import describe, find_unreadable
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.data.summary import report_images
 from diffmic_fast.data.table import ImageTable
@@ -34,6 +33,7 @@ from diffmic_fast.training.batches import epoch_batches
 from diffmic_fast.training.calibration import calibrate_run
 from diffmic_fast.training.datasets import digest, make_dataset
 from diffmic_fast.training.feature_rows import FeatureRows, feature_rows
+from diffmic_fast.training.image_checks import check_readable, check_training_images
 from diffmic_fast.training.interruption import Interrupted, Interruption
 from diffmic_fast.training.log import MAIN_LOSS, epoch_row, summary
 from diffmic_fast.training.phases import Phase, guidance_epochs, phase_at, phases
@@ -126,7 +126,7 @@ class Trainer:
             if validation is None and config.data.has_split("validation"):
                 validation = open_source(config.data, "validation")
         self.classes, self.data_digest = train.classes, digest(train)
-        self._check_images(train, saved)
+        check_training_images(config, train, saved)
         report_images(
             config.data,
             {"train": train} | ({} if validation is None else {"validation": validation}),
@@ -135,7 +135,7 @@ class Trainer:
             say=None if self.quiet else self._print,
         )
         tables = {"training": train} | ({} if validation is None else {"validation": validation})
-        self._scan(list(tables.values()))
+        check_readable(config, tables.values(), self.processes)
         self._image_keys = {name: image_keys(table) for name, table in tables.items()}
         if self.processes.is_rank_zero:
             sources = [entry.source for entry in train.entries]
@@ -177,30 +177,6 @@ class Trainer:
     def best(self) -> float | None:
         """Best validation metric so far, or None."""
         return self.progress.best
-
-    def _check_images(self, table: ImageTable, saved: Checkpoint | None) -> None:
-        if len(table.classes) != self.config.model.classes:
-            raise ValueError(
-                f"training: the data has {len(table.classes)} classes ({', '.join(table.classes)}), the configuration "
-                f"says model.classes={self.config.model.classes}; set one of them"
-            )
-        if saved is not None and saved.extras["data_digest"] != self.data_digest:
-            raise ValueError(
-                f"resume: the training images are not those {saved.path} was trained with (their names, labels or "
-                f"order differ; {len(table)} images now); restore them, or start anew in another folder"
-            )
-
-    def _scan(self, tables: Sequence[ImageTable]) -> None:
-        """Collective: raise ValueError, with all names, if images cannot be read."""
-        reason = ""
-        if self.processes.is_rank_zero:
-            data = self.config.data
-            sources = [entry.source for table in tables for entry in table.entries]
-            unreadable = find_unreadable(
-                sources, bit_depth=data.augmentation.bit_depth, extent=data.scan
-            )
-            reason = f"data: {describe(unreadable)}" if unreadable else ""
-        self.processes.raise_together(reason)
 
     # -- checkpoints ---------------------------------------------------------------------------
 
@@ -491,7 +467,7 @@ class Trainer:
             print(text, file=sys.stderr, flush=True)
 
     def _bar(self, title: str, images: int, done: int = 0) -> ProgressBar:
-        """How far an epoch has come."""
+        """The progress over a number of images."""
         return ProgressBar(title, images, done, quiet=self.quiet)
 
     def _error(self, reason: str, steps: int) -> TrainingError:
