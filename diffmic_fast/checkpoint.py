@@ -88,7 +88,7 @@ class Checkpoint:
 
     @property
     def description(self) -> ModelDescription | None:
-        """What the file says of its model, or None; of a training run what its configuration says."""
+        """The description in the file, or that of its run's configuration; None if the file has neither."""
         values = self.extras.get(_DESCRIPTION)
         if values is not None:
             return ModelDescription.from_dict(values)
@@ -102,7 +102,9 @@ class Checkpoint:
         parts = {name: _part(content.weights, f"{name}.") for name in ("denoiser", "guidance")}
         others = content.weights.keys() - {f"{n}.{k}" for n, part in parts.items() for k in part}
         if others:
-            raise ValueError(f"{path}: there must be no weights {', '.join(sorted(others)[:4])}")
+            raise ValueError(
+                f"{path}: names of weights must begin with denoiser. or guidance., got {', '.join(sorted(others)[:4])}"
+            )
         description = content.description
         run = description.to_run()
         extras: dict[str, Any] = {
@@ -186,7 +188,7 @@ def check_takes_calibration(path: str | Path) -> None:
     """Raise ValueError for a folder of `DiffMIC.save_pretrained`, before the work of a calibration."""
     if Path(path).is_dir():
         raise ValueError(
-            f"checkpoint: {path} must be a checkpoint file to take a calibration, got a folder; make one of it with "
+            f"checkpoint: {path} must be a checkpoint file to take a calibration, got a folder; write one with "
             "diffmic-fast convert, or set model.calibration and save the model again"
         )
 
@@ -402,8 +404,8 @@ def load_model(
     Returns:
         The model, with the calibration in the file if it was fitted for the loaded weights, and the class names, None
         if the file has none. A calibration for other weights is left out with a UserWarning. The model's
-        `preprocessing` and `sampling` are those of `config` if it is a RunConfig, else those of the file, None if it
-        has none; so are its `class_names`, where those of the file come first.
+        `preprocessing`, `sampling` and `class_names` are those of `config` if it is a RunConfig, otherwise those of the
+        file, or None. Class names in the file take precedence over those of `config`.
 
     Raises:
         ValueError: a file that is not a checkpoint or has other sizes than `config`, or a damaged calibration.

@@ -30,7 +30,7 @@ FORMS = {
 
 
 def form_of(path: Path, file: Checkpoint) -> str:
-    """The form of a model that was read: a key of `FORMS`."""
+    """The format of a model that was read: a key of `FORMS`."""
     if is_pretrained_folder(path):
         return "pretrained"
     return "checkpoint" if file.extras else "published"
@@ -47,27 +47,27 @@ def convert(
     evaluation: Mapping[str, Any] | str | Path | None = None,
     overwrite: bool = False,
 ) -> list[str]:
-    """Write a model in another form; its tensors stay as they are, bit by bit.
+    """Write a model in another format; its tensors are copied bit by bit.
 
-    Between checkpoints weights, their moving average and the optimizers' states are kept, so that a training run that
-    becomes a published checkpoint has all that this form holds. A folder has the weights that predict.
+    Conversion between checkpoints keeps the weights, their moving average and the optimizers' states. A folder of
+    `save_pretrained` has only the weights that `predict` uses.
 
     Args:
         source: A folder of `save_pretrained`, or a checkpoint file.
         destination: A new folder, or a new file, beside which the guidance file aux_NAME is written.
-        form: Of the destination, a key of `FORMS`.
-        config: Of the run, in place of that in the source; needed where that has none.
+        form: Format of the destination, a key of `FORMS`.
+        config: Configuration of the run, instead of that in the source; required where the source has none.
         guidance: The guidance file, where the source has no guidance model inside and it is not beside it.
         ema: For a folder, take the moving average of the weights where there is one.
         evaluation: For a folder, as in `DiffMIC.save_pretrained`.
         overwrite: Replace the destination.
 
     Returns:
-        Lines about what the new form does not hold or know.
+        A line for each part of the model that the new format does not store or that is not known.
 
     Raises:
-        ValueError: The source cannot be read, has the form already, or lacks a configuration that it needs; the
-            destination exists; an option does not fit the form.
+        ValueError: The source cannot be read, has this format already, or lacks a configuration that it needs; the
+            destination exists; an option does not apply to the format.
     """
     source, destination = Path(source), Path(destination)
     file = read_checkpoint(source, mmap=True)
@@ -79,7 +79,7 @@ def convert(
     description = file.description
     if config is not None:
         description = ModelDescription.from_run(config, file.class_names)
-    assert description is not None  # of `build_model`, which raises without one
+    assert description is not None  # `build_model` raises without one
     if form == "pretrained":
         calibration = None if model.calibration is None else model.calibration.to_state()
         content = PretrainedFolder(description, model.state_dict(), calibration)
@@ -91,7 +91,7 @@ def convert(
         )
     if not ema:
         raise ValueError(
-            f"convert: without the moving average is for a folder of weights; {FORMS[form]} has both"
+            f"convert: --no-ema (ema=False) is for a folder of save_pretrained; {FORMS[form]} has both"
         )
     for path in (destination, guidance_path(destination)):
         if path.is_dir() or (path.exists() and not overwrite):
@@ -100,7 +100,7 @@ def convert(
     state, _ = guidance_state(file, guidance)
     if form == "checkpoint":
         extras = _extras(file, state, description, config)
-        if model.calibration is None:  # or of other weights
+        if model.calibration is None:  # none, or fitted for other weights
             extras.pop("calibration", None)
         save_checkpoint(replace(file, path=destination, extras=extras))
         return _unknown(description, model.calibration)
@@ -121,7 +121,7 @@ def _extras(
     description: ModelDescription,
     config: RunConfig | None,
 ) -> dict[str, Any]:
-    """What our checkpoint has beside the published entries."""
+    """The entries of this package's checkpoint beside the published ones."""
     run = config or file.config
     extras: dict[str, Any] = {
         **file.extras,
@@ -138,7 +138,7 @@ def _extras(
 
 
 def _of_training(file: Checkpoint, ema: bool) -> list[str]:
-    """Lines about what a folder does not hold of a checkpoint."""
+    """A line for each part of a checkpoint that a folder does not store."""
     lines = []
     if file.optimizer or "progress" in file.extras:
         lines.append("not kept: the state of the training, which cannot be resumed from the folder")
@@ -153,11 +153,11 @@ def _of_training(file: Checkpoint, ema: bool) -> list[str]:
 
 
 def _unknown(description: ModelDescription, calibration: Any) -> list[str]:
-    """Lines about what is not known of a model."""
+    """A line for each part of a model that is not known."""
     lines = []
     if description.preprocessing is None:
         lines.append(
-            "not known: the preprocessing of the images; preprocess raises until it is stated (--config)"
+            "not known: the preprocessing of the images; preprocess raises until it is set (--config)"
         )
     if description.class_names is None:
         lines.append("not known: the names of the classes")
@@ -167,7 +167,7 @@ def _unknown(description: ModelDescription, calibration: Any) -> list[str]:
 
 
 def _lost_by_publishing(file: Checkpoint, description: ModelDescription) -> list[str]:
-    """Lines about what a published checkpoint does not hold."""
+    """A line for each part that a published checkpoint does not store."""
     parts = {
         "the calibration": file.extras.get("calibration"),
         "the preprocessing of the images": description.preprocessing,
@@ -178,6 +178,6 @@ def _lost_by_publishing(file: Checkpoint, description: ModelDescription) -> list
     }
     lost = [name for name, part in parts.items() if part is not None]
     return [
-        *(f"not kept: {name}, for which the published form has no place" for name in lost),
+        *(f"not kept: {name}, which the published format does not store" for name in lost),
         "not kept: the architecture; pass its configuration with --config",
     ]

@@ -30,7 +30,7 @@ _multiclass = require("sklearn.utils.multiclass", extra="train", purpose="DiffMI
 _validation = require("sklearn.utils.validation", extra="train", purpose="DiffMICClassifier")
 
 _SECTIONS = ("data", "model", "training", "sampling")
-# Of the section `data`, what does not say where images are.
+# Entries of the section `data` that do not locate images.
 _DATA = ("augmentation", "cache", "workers", "scan", "duplicates", "split_seed")
 
 
@@ -41,8 +41,8 @@ class DiffMICClassifier(_base.ClassifierMixin, _base.BaseEstimator):  # type: ig
         classifier.fit(paths, grades).predict_proba(others)
 
     An input X is a sequence of paths, or an array or data frame with one column of them; labels may be text or whole
-    numbers. `sklearn.base.clone`, `cross_val_score`, `GridSearchCV` and `Pipeline` take it. The model is that after the
-    last epoch, as `diffmic-fast predict` of the run would use it, and samples as its configuration says.
+    numbers. Supports `sklearn.base.clone`, `cross_val_score`, `GridSearchCV` and `Pipeline`. The model is that of the
+    last epoch; predictions use the sampling options of the configuration.
 
     Attributes:
         classes_: [C], the labels, sorted; columns of `predict_proba` are in this order.
@@ -63,11 +63,11 @@ class DiffMICClassifier(_base.ClassifierMixin, _base.BaseEstimator):  # type: ig
         """Set parameters, which `fit` checks.
 
         Args:
-            preset: a preset, or the path of a YAML file; its section `data` says how images are augmented, read and
-                cached, and not where they are.
-            out: folder of the run, which must not hold one; by default a temporary folder, which is removed.
+            preset: a preset, or the path of a YAML file. Of its section `data` the entries for augmentation, reading
+                and caching apply.
+            out: folder of the run, which must not contain one; by default a temporary folder, which is removed.
             validation_fraction: share of the images of every class that are held out to select the best epoch and to
-                calibrate the probabilities, which takes 20 images; 0 for none.
+                calibrate the probabilities, which requires 20 images; 0 for none.
             device: "auto", "cpu", "cuda", "cuda:1".
             verbose: print the progress of the training to standard error.
             **overrides: `seed`, and entries of the configuration as section__key, such as training__epochs=5 or
@@ -118,7 +118,7 @@ class DiffMICClassifier(_base.ClassifierMixin, _base.BaseEstimator):  # type: ig
             y: [N] labels, text or whole numbers, of at least two classes.
 
         Raises:
-            ValueError: an argument or the configuration is invalid, an image is unreadable, or `out` holds a run.
+            ValueError: an argument or the configuration is invalid, an image is unreadable, or `out` contains a run.
             TrainingError: a loss is not finite.
             KeyboardInterrupt: a signal has stopped the training.
         """
@@ -155,7 +155,7 @@ class DiffMICClassifier(_base.ClassifierMixin, _base.BaseEstimator):  # type: ig
             )
         data = DataConfig(class_names=names, **{name: getattr(given.data, name) for name in _DATA})
         training = given.training
-        if self.out is None:  # nobody could read the logs
+        if self.out is None:  # the logs are removed with the folder
             training = dataclasses.replace(training, tensorboard=False)
         return RunConfig(data, given.model, training, given.sampling, given.seed)
 
@@ -177,7 +177,7 @@ class DiffMICClassifier(_base.ClassifierMixin, _base.BaseEstimator):  # type: ig
             )
             try:
                 path = trainer.fit()
-            except Interrupted as interrupted:  # which a search would take for a failed fit
+            except Interrupted as interrupted:  # GridSearchCV treats an Exception as a failed fit
                 raise KeyboardInterrupt(str(interrupted)) from interrupted
             return load_model(path)[0]
 
@@ -209,7 +209,7 @@ class DiffMICClassifier(_base.ClassifierMixin, _base.BaseEstimator):  # type: ig
 
 
 def _named() -> list[str]:
-    """Names of the parameters that are no overrides."""
+    """Names of the parameters other than the overrides."""
     parameters = inspect.signature(DiffMICClassifier.__init__).parameters.values()
     return [p.name for p in parameters if p.name != "self" and p.kind is not p.VAR_KEYWORD]
 
@@ -227,7 +227,7 @@ def _check_names(overrides: Iterable[str]) -> None:
 
 def _tree(name: str, value: Any) -> Mapping[str, Any]:
     """'training__epochs' and 3 as {'training': {'epochs': 3}}."""
-    if isinstance(value, np.generic):  # of a grid of parameters
+    if isinstance(value, np.generic):  # a NumPy scalar of a parameter grid
         value = value.item()
     for key in reversed(name.split("__")):
         value = {key: value}

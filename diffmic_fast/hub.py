@@ -143,7 +143,7 @@ def _download(
     name: str, revision: str | None, cache_dir: str | Path | None, local_files_only: bool
 ) -> Path:
     hub = require(
-        "huggingface_hub", extra="hub", purpose=f"from_pretrained: {name} is no folder; the hub"
+        "huggingface_hub", extra="hub", purpose=f"from_pretrained: {name} is not a folder; the hub"
     )
     try:
         path = hub.snapshot_download(

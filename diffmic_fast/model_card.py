@@ -71,11 +71,11 @@ them here.
 
 ## Limits
 
-- It is not a medical device. Nobody should be diagnosed or treated by its output.
-- It always names one of its classes, also for an image that shows none of them, or no body at all.
+- It is not a medical device. Its output must not be used for diagnosis or treatment.
+- It always predicts one of its classes, also for an image that shows none of them or is not a medical image.
 - Images of another device, population, preparation or preprocessing than those of the training may be classified
   wrongly with a high probability.
-- Measures hold for images like those that they were measured on.
+- The measures apply to images like those that they were measured on.
 {novelty}"""
 
 
@@ -150,8 +150,8 @@ def make_card(
 
 
 _NOVELTY = (
-    "- The calibration holds statistics of single training images (mean colours of a 4 x 4 grid, quantiles,\n"
-    "  gradients), by which unlike images are found.\n"
+    "- The calibration contains statistics of single training images (mean colours of a 4 x 4 grid, quantiles,\n"
+    "  gradients), with which unlike images are detected.\n"
 )
 
 
@@ -165,12 +165,12 @@ def escaped(text: str) -> str:
 def _usage(description: ModelDescription) -> str:
     if description.preprocessing is None:
         lines = [
-            "The preprocessing of the images is not known: set `model.preprocessing` as it was trained first."
+            "The preprocessing of the images is not known: set `model.preprocessing` to that of the training first."
         ]
     else:
         lines = ["`predict` also takes Pillow images, and tensors of `model.preprocess`."]
     if description.sampling is None:
-        lines.append("It states no sampling options: name a sampler.")
+        lines.append("It has no sampling options: pass a sampler to `predict`.")
     else:
         options = SamplingOptions.from_config(description.sampling)
         lines.append(
@@ -205,7 +205,7 @@ def _images(description: ModelDescription) -> str:
 
 def _probabilities(calibration: Calibration | None) -> str:
     if calibration is None:
-        return "They are not calibrated, but the softmax of the label vector, which is no measure of confidence."
+        return "They are not calibrated, but the softmax of the label vector, which is not a measure of confidence."
     fitted = f"{calibration.sampler}, steps {calibration.steps}, eta {calibration.eta:g}"
     return (
         f"Calibrated for {fitted}, samples {calibration.samples}, views {calibration.views}: {calibration.summary}.\n"

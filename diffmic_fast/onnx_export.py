@@ -34,13 +34,13 @@ from diffmic_fast.reference.rois import Channels, cell_to_pixel, greedy_windows,
 
 OPSET = 18
 NAMES = ("guidance.onnx", "encoder.onnx", "denoiser.onnx", "sampling.json")
-_MAX_ROWS = 2**31 - 1  # torch 2.7 wants a bound
+_MAX_ROWS = 2**31 - 1  # torch 2.7 requires an upper bound
 FORMAT = "diffmic_fast.onnx"
 FORMAT_VERSION = 1
 
 
 class _Graph(NamedTuple):
-    """What becomes a file.
+    """A network that is exported to one file.
 
     Attributes:
         module: with tensors as arguments and results.
@@ -212,7 +212,7 @@ def _export(name: str, graph: _Graph, path: Path) -> None:
     }
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of what the exporter itself uses
+            warnings.simplefilter("ignore")  # deprecations inside the exporter
             torch.onnx.export(
                 graph.module.eval(),
                 (),
@@ -237,7 +237,7 @@ def _export(name: str, graph: _Graph, path: Path) -> None:
 
 
 def _sampling(model: DiffMIC, options: SamplingOptions) -> dict[str, Any]:
-    """What a caller needs beside the graphs."""
+    """The content of sampling.json: what the loop of the caller needs beside the graphs."""
     table = options.step_table(model.schedule)
     calibration, pixels = model.calibration, model.preprocessing
     scaling = None

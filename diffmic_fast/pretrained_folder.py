@@ -1,12 +1,12 @@
-"""Folders of `DiffMIC.save_pretrained`: safetensors and JSON, read without running code, written at once.
+"""Folders of `DiffMIC.save_pretrained`: safetensors and JSON, read without running code, written atomically.
 
     config.json              description of the model, calibration without its arrays, checksums of the files
     model.safetensors        the state dict of `DiffMIC`
     calibration.safetensors  arrays of the calibration, where there is one
     README.md                model card
 
-The digest in config.json is that of its other entries; it has the size and SHA-256 of the safetensors files. So damage,
-truncation and files of two different folders are found. The model card has no checksum and may be edited.
+config.json has a digest of its other entries, and the size and SHA-256 of the safetensors files. These detect damage,
+truncation and files of two different folders. The model card has no checksum and may be edited.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def is_pretrained_folder(path: str | Path) -> bool:
 def write_folder(
     path: str | Path, content: PretrainedFolder, card: str, *, overwrite: bool = False
 ) -> None:
-    """Write a folder; when interrupted there is none, or with `overwrite` the old one.
+    """Write a folder atomically: after an interruption there is none, or with `overwrite` the previous one.
 
     Args:
         path: of the folder, which must not exist or be empty.

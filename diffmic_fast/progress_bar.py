@@ -1,4 +1,4 @@
-"""How far a command has come: a bar on a terminal, lines where standard error goes to a file."""
+"""Progress of a command: a bar on a terminal, lines where standard error goes to a file."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class ProgressBar:
     """Shows how many images are done, how fast, and how long the rest will take.
 
     On a terminal this is the bar of tqdm. Otherwise a line is written at most every `INTERVAL` seconds, so that a log
-    file has few of them, and none of a command that ends before.
+    file has few lines, and none of a command that ends earlier.
     """
 
     def __init__(self, title: str, total: int, done: int = 0, *, quiet: bool = False) -> None:
-        """Begin.
+        """Start.
 
         Args:
-            title: what is done.
-            total: number of images, those that are done included.
+            title: name of the work.
+            total: number of images, including `done`.
             done: images that were done before.
             quiet: show nothing.
         """

@@ -1,4 +1,4 @@
-"""A small model that knows everything a trained one does, with a calibration and a detector of unlike images."""
+"""A small model with all settings of a trained one, a calibration and a detector of unlike images."""
 
 from __future__ import annotations
 

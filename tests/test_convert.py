@@ -1,4 +1,4 @@
-"""Conversion of models: the same bits in every direction; what a form does not hold is said."""
+"""Conversion of models: the same bits in every direction; what a format cannot store is reported."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def test_a_published_checkpoint_without_preprocessing(sources, tmp_path, capsys)
     assert "has no configuration inside" in capsys.readouterr().err
 
 
-def test_preprocessing_can_be_stated_but_not_changed_quietly(sources, tmp_path, capsys):
+def test_preprocessing_changes_only_with_override(sources, tmp_path, capsys):
     change = ["--set", "data.augmentation.bit_depth=10"]
     arguments = ["convert", str(sources / "folder"), str(tmp_path / "a.pth"), *change]
     assert main(arguments) == 2

@@ -160,7 +160,7 @@ def fake_export(*arguments: Any, **options: Any) -> None:
     Path(arguments[2]).write_bytes(b"graph")
 
 
-def test_folders_are_not_replaced_quietly(model, tmp_path, monkeypatch):
+def test_folders_are_replaced_only_with_overwrite(model, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", fake_export)
     out = tmp_path / "out"
     model.export_onnx(out)
@@ -175,7 +175,7 @@ def test_folders_are_not_replaced_quietly(model, tmp_path, monkeypatch):
         model.export_onnx(out / "notes.txt")
 
 
-def test_what_cannot_be_exported_is_said(model, tmp_path, monkeypatch):
+def test_networks_that_cannot_be_exported_raise(model, tmp_path, monkeypatch):
     def fail(*arguments: Any, **options: Any) -> None:
         try:
             raise RuntimeError("No decomposition for aten::rot90\nmore")

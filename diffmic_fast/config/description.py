@@ -1,4 +1,4 @@
-"""`ModelDescription`: what a trained model is, without its weights and its training."""
+"""`ModelDescription`: architecture, class names, preprocessing and sampling options of a trained model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffmic_fast.diffusion.samplers import check_sampler
 
 @dataclass(config=SECTION)
 class ModelDescription(Tree):
-    """The part of a run that others need to use its model; what is not known is None.
+    """The part of a run's configuration that predictions with its model need; None where it is not known.
 
     Attributes:
         model: the architecture. Names of initial weights are left out by `from_run`: they may be paths.
@@ -47,7 +47,7 @@ class ModelDescription(Tree):
 
     @classmethod
     def from_run(cls, run: RunConfig, class_names: tuple[str, ...] | None) -> ModelDescription:
-        """The description of a run's model; `class_names` come before those of its section `data`."""
+        """The description of a run's model; `class_names` take precedence over those of its section `data`."""
         return cls(
             without_initial_weights(run.model),
             class_names or run.data.class_names,

@@ -17,14 +17,14 @@ from diffmic_fast.progress_bar import ProgressBar
 
 
 class BatchReport(Protocol):
-    """What `predict_to` needs of a report; `reports.prediction_report.PredictionReport` is one."""
+    """The interface of the report of `predict_to`, such as `reports.prediction_report.PredictionReport`."""
 
     def begin(self, done: Sequence[str] | None) -> None:
-        """Prepare, with the files of the rows that an interrupted run has written; None begins anew."""
+        """Prepare the report; `done` are the files of the rows that are kept from an interrupted run, or None."""
         ...
 
     def add(self, batch: PredictedBatch) -> None:
-        """Take a batch, whose prediction has trajectory, saliency and boxes."""
+        """Add a batch, whose prediction has trajectory, saliency and boxes."""
         ...
 
     def close(self) -> None:
@@ -78,7 +78,7 @@ def predict_to(
         batch_size: images at a time and process.
         workers: processes that decode files.
         pictures: drawn of this process's images.
-        report: takes every batch before its rows are written; for a single process.
+        report: gets every batch before its rows are written; for a single process.
 
     Returns:
         The number of rows in `out` and the number of unreadable files.

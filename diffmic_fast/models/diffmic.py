@@ -263,9 +263,9 @@ class DiffMIC(TrainedModel):
         Args:
             images: [B, 3, H, W] float32, finite; or what `preprocess` takes: a path, a Pillow image, or a list of
                 either. All of them are one batch.
-            sampler, steps, eta, samples, seed, views: As in `diffusion.sampling_options.SamplingOptions`. Without a
-                sampler, those that are None are the model's own (`sampling`), where it has them. With one, and for a
-                model without, they are those of `SamplingOptions()`: "ddpm", a single sample.
+            sampler, steps, eta, samples, seed, views: As in `diffusion.sampling_options.SamplingOptions`. Default:
+                those of the model's `sampling`. If a sampler is given, or `sampling` is None, those of
+                `SamplingOptions()`: "ddpm", a single sample.
             ids: [B] int64, key of each image's noise, on any device (default: a hash of its pixels).
             precision: Of the chain (see `ops.denoise`). With "bf16" the convolutions of guidance model and encoder are
                 in bfloat16 too if the device has such instructions (on a CPU AMX or those of AVX-512 or Arm:
@@ -276,7 +276,7 @@ class DiffMIC(TrainedModel):
                 tens of thousands of images.
             trajectory, saliency, boxes: Whether to return them.
             guidance, features: Results of `guide` and `encode` for these images; computed if None. With one of them
-                `views` is not the model's own, but 1 unless it is given.
+                the default of `views` is 1.
             probability: "published" for the mean softmax of y_0, "calibrated" for the probabilities of `calibration`.
                 None for the latter where `calibration` was fitted for this sampler, steps, eta, samples and views,
                 otherwise the former; `Prediction.calibrated` tells which.

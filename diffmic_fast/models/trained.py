@@ -1,4 +1,4 @@
-"""`TrainedModel`: what a trained model knows beside its weights."""
+"""`TrainedModel`: calibration, class names, preprocessing and sampling of a trained model; saving and loading it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class TrainedModel(nn.Module):
-    """A model with what its training decided beside its weights.
+    """A model with the settings of its training; the base class of `DiffMIC`.
 
     The attributes are None for a model built from its configuration alone; `checkpoint.load_model` sets those that the
     file has. They are not a part of the state dict.
@@ -31,7 +31,7 @@ class TrainedModel(nn.Module):
         calibration: Fitted on validation images for these weights; training makes it stale.
         class_names: Names of the C classes, in order.
         preprocessing: What happens to the pixels of an image before the model sees them.
-        sampling: How `predict` samples where it is not told; its precision and `compile` have no effect.
+        sampling: Default options of `predict`; its precision and `compile` have no effect.
     """
 
     config: DiffMICConfig
@@ -45,7 +45,7 @@ class TrainedModel(nn.Module):
         self.config = config
 
     def preprocess(self, images: ImageInputs) -> Tensor:
-        """Image files or Pillow images as the tensor that the model takes.
+        """Image files or Pillow images as the input tensor of the model.
 
         The pixels are those that `diffmic-fast predict` makes of the same files: bit depth, orientation, colour,
         centre square, size, mean and standard deviation (docs/usage.md, "From a file to the model").
@@ -70,9 +70,9 @@ class TrainedModel(nn.Module):
 
         if self.preprocessing is None:
             raise ValueError(
-                f"{operation}: the model does not know how its images were preprocessed; state it as it was trained: "
-                "model.preprocessing = diffmic_fast.Preprocessing(centre_square=..., bit_depth=..., mean=..., "
-                "std=...), or pass a tensor [B, 3, H, W]"
+                f"{operation}: model.preprocessing must be set for files and Pillow images, got None; set it to that "
+                "of the training, model.preprocessing = diffmic_fast.Preprocessing(centre_square=..., bit_depth=..., "
+                "mean=..., std=...), or pass a tensor [B, 3, H, W]"
             )
         loaded = load_images(operation, images, self.config.image_size, self.preprocessing)
         return finite_on_device(f"{operation}: images", loaded, next(self.parameters()).device)
@@ -87,17 +87,17 @@ class TrainedModel(nn.Module):
         """Write the model as safetensors and JSON, with a model card, for `from_pretrained`.
 
         The folder has weights, configuration, class names, preprocessing, sampling options and calibration
-        (`pretrained_folder`). It is written as a whole: an interruption leaves none, or the one before.
+        (`pretrained_folder`). It is written atomically: after an interruption there is none, or the previous one.
 
         Args:
             folder: Must not exist or be empty.
-            evaluation: Of which the card shows the measures: the result of `inference.evaluate.evaluate`, its
+            evaluation: Measures for the card: the result of `inference.evaluate.evaluate`, its
                 `to_dict()`, or the path of a file of `diffmic-fast evaluate --json`.
             overwrite: Replace a folder that `save_pretrained` has written.
 
         Raises:
-            ValueError: The folder exists, the model has other tensors than its configuration says, the calibration is
-                of other weights, or the evaluation cannot be read or is of other classes.
+            ValueError: The folder exists, the model has other tensors than its configuration says, the calibration
+                was fitted for other weights, or the evaluation cannot be read or is of other classes.
         """
         from diffmic_fast.hub import save_pretrained
 

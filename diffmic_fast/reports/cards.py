@@ -1,4 +1,4 @@
-"""What a report shows of each image, in a file from which its pages are made and an interrupted run continued."""
+"""Cards: the content of a report for each image, in a file from which pages are written and a run is resumed."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _path(panel: Panel) -> ChainPath:
 class CardFile:
     """The cards of a report, a line each, after a line with the digest of the predictions.
 
-    Memory takes 8 bytes a card. The file is locked (flock) from `begin` on.
+    Uses 8 bytes of memory per card. The file is locked (flock) from `begin` on.
 
     Attributes:
         path: of the file.
@@ -188,7 +188,7 @@ class CardFile:
         self._offsets.extend(found[name] for name in done)
 
     def add(self, cards: Sequence[Card]) -> None:
-        """Append cards, which are then in the hands of the operating system."""
+        """Append cards and pass them to the operating system."""
         assert self._file is not None, "begin must be called first"
         self._file.seek(0, os.SEEK_END)
         for card in cards:
@@ -214,7 +214,7 @@ class CardFile:
 
 
 def _is_current(row: Row) -> bool:
-    """Whether the image is the one that was classified; of a removed one, yes."""
+    """Whether an image file has not changed since its prediction; True if it was removed."""
     try:
         return file_version(row.file) == row.version
     except OSError:

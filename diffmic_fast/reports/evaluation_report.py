@@ -81,7 +81,7 @@ def write_evaluation_report(
         methods: the samplers.
         timesteps: of the model's schedule.
         split: name of the images' split.
-        settings: (name, value) of what the report says about its making.
+        settings: (name, value) pairs that the page lists, such as those of `sampling_settings`.
 
     Returns:
         The page.
@@ -248,7 +248,7 @@ def _reliability(evaluation: Evaluation) -> list[Drawing]:
 
 
 def _confidence(result: Result) -> list[Table]:
-    """Accuracy in groups of images by what `predict` gives of each."""
+    """Accuracy in groups of images by confidence, interval width, t-test and agreement of the samples."""
     titles = {
         "confidence": "by probability",
         "interval_width": "by interval width",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 GENERATOR = "diffmic-fast"
 DISCLAIMER = "For research. This is not a medical device, and nothing here has been validated for clinical use."
 _UNDEFINED = "-"
-_BEGINNING = 2048  # bytes of a page that have its generator
+_BEGINNING = 2048  # bytes of a page that contain its generator
 
 
 def write_page(path: str | Path, template: str, values: Mapping[str, Any]) -> None:
@@ -89,7 +89,7 @@ def _environment() -> Environment:
     environment.filters.update(shown=shown, percent=percent, number=number, whole="{:,}".format)
     style, script = _asset("report.css"), _asset("report.js")
     environment.globals.update(
-        # These files are of the package: no text of a user is in them.
+        # Files of the package, without text of a user.
         style=jinja2.utils.markupsafe.Markup(style),
         script=jinja2.utils.markupsafe.Markup(script),
         policy="; ".join(

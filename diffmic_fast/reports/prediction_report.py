@@ -1,4 +1,4 @@
-"""The report of `predict`: pages of images with what the model says of each."""
+"""The report of `predict`: pages with the prediction of each image."""
 
 from __future__ import annotations
 
@@ -61,16 +61,16 @@ class PathPlot(NamedTuple):
 
 
 class PredictionReport:
-    """Collects predictions batch by batch, and writes pages of at most 1,000 images when all are there.
+    """Collects predictions batch by batch, and writes pages of at most 1,000 images at the end.
 
-    The cards of the images are in the file `cards.jsonl` of the folder as soon as they are made; an interrupted run is
-    continued from there. Neither collecting nor writing holds more than one batch of images in memory.
+    The cards of the images are appended to the file `cards.jsonl` of the folder, from which an interrupted run is
+    continued. Neither collecting nor writing holds more than one batch of images in memory.
 
     Attributes:
         folder: of the pages; the first one is `index.html`.
         heading: the fields that all predictions have in common.
         preprocessing: of the images.
-        settings: (name, value) of what the report says about its making.
+        settings: (name, value) pairs that the pages list, such as those of `sampling_settings`.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class PredictionReport:
         self._cards.begin(done)
 
     def add(self, batch: PredictedBatch) -> None:
-        """Take a batch, whose prediction has trajectory, saliency and boxes, of a single process."""
+        """Add a batch, whose prediction has trajectory, saliency and boxes, of a single process."""
         cards: list[Card] = []
         if batch.images is not None and batch.prediction is not None:
             names = [path.name for path in batch.paths]
@@ -134,7 +134,7 @@ class PredictionReport:
         self._cards.close()
 
     def _summary(self) -> dict[str, Any]:
-        """What all pages show; reads the cards once."""
+        """Values of the template that all pages share; reads the cards once."""
         labels: Counter[int] = Counter()
         unreadable = flagged = undecided = 0
         has_novelty = False
@@ -163,7 +163,7 @@ class PredictionReport:
         }
 
     def _views(self, first: int) -> Iterator[dict[str, Any]]:
-        """What the template shows of the cards of a page."""
+        """Values of the template for each card of a page."""
         for number, card in enumerate(self._cards.cards(first, first + PAGE_IMAGES), first + 1):
             path = Path(card.file)
             view: dict[str, Any] = {
@@ -197,7 +197,7 @@ def check_folder(folder: str | Path) -> list[Path]:
     first = folder / _FIRST_PAGE
     if first.exists() and not is_own_page(first):
         raise ValueError(
-            f"--report: {folder} must be a folder without an index.html of something else; name another one"
+            f"--report: {folder} must not contain an index.html that is not of a report; name another folder"
         )
     cards = folder / CARDS
     return [*([cards] if cards.exists() else []), *_pages(folder)]

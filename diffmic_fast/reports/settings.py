@@ -1,4 +1,4 @@
-"""What a report says about how its results were made."""
+"""The settings that a report lists: model, sampling, versions and time."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def _local(name: str) -> str:
 
 
 def _adapt(element: ET.Element, name: str) -> None:
-    """Attributes in place of styles, unique identifiers, no namespaces: what HTML and the page's policy take."""
+    """Attributes in place of styles, unique identifiers, no namespaces, as HTML and the page's policy require."""
     element.tag = _local(element.tag)
     given = {_local(key): value for key, value in element.attrib.items()}
     for part in given.pop("style", "").split(";"):

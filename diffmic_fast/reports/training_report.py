@@ -131,7 +131,7 @@ def _draw(key: str, caption: str, points: Points, unit: str, logarithmic: bool) 
         axis = figure.add_subplot()
         axis.set(xlabel="epoch", ylabel=unit)
         for title, line in points.items():
-            # That of the guidance has the colour of the diffusion's.
+            # Guidance and diffusion have the same colour for a measure.
             measure = title.removeprefix(_GUIDANCE)
             own = style(order.index(measure if measure in order else title))
             if title.startswith(_GUIDANCE):

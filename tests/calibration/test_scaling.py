@@ -153,8 +153,8 @@ def test_a_likelihood_that_gives_up_a_rare_class_is_not_chosen() -> None:
     assert kind == "temperature"
 
 
-def test_the_guidance_counts_though_a_label_or_two_are_lost() -> None:
-    """Means of y_0 that are nearly one-hot, 85 % of them right, and a weak guidance that knows where they are wrong."""
+def test_stacked_is_chosen_though_its_accuracy_is_slightly_lower() -> None:
+    """Means of y_0 that are nearly one-hot, 85 % of them right, and a weak guidance that is informative where not."""
     generator = torch.Generator().manual_seed(3)
     prior = 0.8 * torch.randn(300, 3, generator=generator).double()
     labels = torch.multinomial(prior.softmax(1), 1, generator=generator)[:, 0]

@@ -64,7 +64,7 @@ def test_predict_reports_images_and_unreadable_files_and_continues(
 def test_a_folder_that_has_another_page_is_an_error_before_any_work(work, tmp_path, capsys):
     (tmp_path / "index.html").write_text("mine")
     command = ["predict", "nowhere.pth", str(work / "images/test"), "--report", str(tmp_path)]
-    one_error(capsys, command, "--report", "of something else")
+    one_error(capsys, command, "--report", "that is not of a report")
     assert (tmp_path / "index.html").read_text() == "mine"
 
 
@@ -94,7 +94,7 @@ def test_evaluate_reports_the_split_and_its_mistakes(work, tmp_path, capsys):
     assert main([*command, "--report", str(report)]) == 0
     assert "is replaced" in capsys.readouterr().err
     (report / "index.html").write_text("mine")
-    one_error(capsys, [*command, "--report", str(report)], "of something else")
+    one_error(capsys, [*command, "--report", str(report)], "that is not of a report")
     assert (report / "index.html").read_text() == "mine"
 
 

@@ -1,4 +1,4 @@
-"""What a model knows beside its weights: preprocessing, names, sampling; predictions for files and Pillow images."""
+"""Settings of a trained model: preprocessing, names, sampling; predictions for files and Pillow images."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_one_image_is_a_batch_of_one(model, files):
         assert model.predict(image).label.shape == (1,)
 
 
-def test_a_model_without_preprocessing_says_how_to_state_it(built, files):
+def test_files_require_preprocessing(built, files):
     for call in (built.preprocess, built.predict):
         with pytest.raises(ValueError, match=r"model\.preprocessing = diffmic_fast\.Preprocessing"):
             call(files[0])

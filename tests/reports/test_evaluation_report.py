@@ -1,4 +1,4 @@
-"""The page of an evaluation: what it says, names that are markup, classes without images, one sample."""
+"""The page of an evaluation: its content, names that are markup, classes without images, one sample."""
 
 from __future__ import annotations
 

@@ -188,7 +188,9 @@ def test_a_page_without_an_image_that_was_read(tmp_path):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "index.html").write_text("<title>My page</title>")
-    with pytest.raises(ValueError, match=r"without an index\.html of something else"):
+    with pytest.raises(
+        ValueError, match=r"must not contain an index\.html that is not of a report"
+    ):
         check_folder(tmp_path)
     (tmp_path / "index.html").unlink()
     assert check_folder(tmp_path) == []
