@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -81,6 +81,30 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
     shutil.rmtree(replaced, ignore_errors=True)
     if hasattr(os, "O_DIRECTORY"):
         _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def check_target(operation: str, folder: Path, names: Collection[str], *, overwrite: bool) -> None:
+    """Raise ValueError unless `operation` may write a folder.
+
+    Args:
+        operation: begins the messages of errors.
+        folder: must not exist or be empty, or with `overwrite` have files of `names` alone.
+        names: of the files that `operation` writes.
+        overwrite: replace a folder with content.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{operation}: {folder} must be a folder, got a file")
+    present = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
+    others = [name for name in present if name not in names]
+    if present and not overwrite:
+        raise ValueError(
+            f"{operation}: {folder} must be a new or empty folder, got one with {', '.join(present[:4])}; use another "
+            "one, or overwrite it (overwrite=True, --overwrite)"
+        )
+    if others:
+        raise ValueError(
+            f"{operation}: {folder} must have files of {operation} alone to be overwritten, got {', '.join(others[:4])}"
+        )
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 # "name" or "owner/name"; a path of more parts, or one that begins with a dot, is that of a folder.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Options of `SamplingOptions` that are saved; precision and `compile` depend on the machine.
+_SAMPLING = ("sampler", "steps", "eta", "samples", "views", "seed")
 
 
 def save_pretrained(
@@ -44,21 +46,11 @@ def save_pretrained(
     """As `DiffMIC.save_pretrained`."""
     state = model.state_dict()
     _check_buildable(model)
-    sampling = model.sampling
+    sampling = None
+    if model.sampling is not None:
+        sampling = SamplingConfig(**{name: getattr(model.sampling, name) for name in _SAMPLING})
     description = ModelDescription(
-        without_initial_weights(model.config),
-        model.class_names,
-        model.preprocessing,
-        None
-        if sampling is None
-        else SamplingConfig(
-            sampling.sampler,
-            sampling.steps,
-            sampling.eta,
-            sampling.samples,
-            sampling.views,  # type: ignore[arg-type]
-            sampling.seed,
-        ),
+        without_initial_weights(model.config), model.class_names, model.preprocessing, sampling
     )
     calibration = model.calibration
     if calibration is not None and calibration.weights != weights_digest(model):

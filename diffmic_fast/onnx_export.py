@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from diffmic_fast import __version__
 from diffmic_fast._optional import require
-from diffmic_fast.atomic_files import atomic_folder
+from diffmic_fast.atomic_files import atomic_folder, check_target
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.models import DCG, ConditionalModel, DiffMIC
 from diffmic_fast.models.diffmic import FLIPS
@@ -148,7 +148,7 @@ def gathered_crops(images: Tensor, origins: Tensor, size: int, channels: Channel
 def export_onnx(model: TrainedModel, folder: str | Path, *, overwrite: bool = False) -> None:
     """As `DiffMIC.export_onnx`."""
     folder = Path(folder)
-    _check_target(folder, overwrite)
+    check_target("export_onnx", folder, NAMES, overwrite=overwrite)
     for module in ("onnx", "onnxscript"):
         require(module, extra="onnx", purpose="export_onnx")
     if not isinstance(model, DiffMIC):
@@ -167,18 +167,6 @@ def export_onnx(model: TrainedModel, folder: str | Path, *, overwrite: bool = Fa
                 _export(name, graph, written / f"{name}.onnx")
             text = json.dumps(_sampling(model, options), indent=2, ensure_ascii=False)
             (written / "sampling.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _check_target(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"export_onnx: {folder} must be a folder, got a file")
-    present = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
-    others = [name for name in present if name not in NAMES]
-    if present and (others or not overwrite):
-        raise ValueError(
-            f"export_onnx: {folder} must be a new or empty folder, or with overwrite one of export_onnx, got one with "
-            f"{', '.join((others or present)[:4])}"
-        )
 
 
 def _graphs(model: DiffMIC, views: int) -> dict[str, _Graph]:

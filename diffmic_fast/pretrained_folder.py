@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diffmic_fast import __version__
 from diffmic_fast._optional import require
-from diffmic_fast.atomic_files import atomic_folder
+from diffmic_fast.atomic_files import atomic_folder, check_target
 from diffmic_fast.calibration import Calibration
 from diffmic_fast.config.description import ModelDescription
 
@@ -84,7 +84,12 @@ def write_folder(
         OSError: it cannot be written.
     """
     path = Path(path)
-    _check_target(path, overwrite)
+    check_target("save_pretrained", path, NAMES, overwrite=overwrite)
+    if path.is_dir() and any(path.iterdir()) and not is_pretrained_folder(path):
+        raise ValueError(
+            f"save_pretrained: {path} must be a folder of save_pretrained to be overwritten, got another "
+            f"{CONFIG_NAME} or none"
+        )
     save_file = require("safetensors.torch", extra="hub", purpose="save_pretrained").save_file
     _check_dtypes(content.weights, "the model")
     calibration, arrays = _split(content.calibration)
@@ -107,23 +112,6 @@ def write_folder(
         text = json.dumps(tree, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
-
-
-def _check_target(path: Path, overwrite: bool) -> None:
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"save_pretrained: {path} must be a folder, got a file")
-    present = sorted(each.name for each in path.iterdir()) if path.is_dir() else []
-    others = [name for name in present if name not in NAMES]
-    if present and not overwrite:
-        raise ValueError(
-            f"save_pretrained: {path} must be a new or empty folder, got one with {', '.join(present[:4])}; use "
-            "another one, or overwrite it (overwrite=True)"
-        )
-    if present and (others or not is_pretrained_folder(path)):
-        raise ValueError(
-            f"save_pretrained: {path} must hold a model of save_pretrained alone to be overwritten, got "
-            f"{', '.join(others[:4]) or f'another {CONFIG_NAME} or none'}"
-        )
 
 
 def read_folder(path: str | Path) -> PretrainedFolder:

@@ -268,7 +268,7 @@ def test_an_existing_folder_is_replaced_only_with_overwrite(model, folder):
         model.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"a model of save_pretrained alone .* got notes\.txt"):
+    with pytest.raises(ValueError, match=r"files of save_pretrained alone .* got notes\.txt"):
         model.save_pretrained(folder, overwrite=True)
     (folder / "notes.txt").unlink()
     model.save_pretrained(folder, overwrite=True)
