@@ -55,7 +55,7 @@ from diffmic_fast.reports.evaluation_report import write_evaluation_report
 from diffmic_fast.reports.prediction_report import (
     PredictionReport,
     check_folder,
-    say_of_replaced,
+    print_if_replaced,
 )
 from diffmic_fast.reports.settings import sampling_settings
 from diffmic_fast.reports.training_report import write_training_report
@@ -281,7 +281,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         confusion = result.metrics.confusion
         draw_to(args.confusion, lambda: draw_confusion(confusion, table.classes, result.method))
     if args.report:
-        say_of_replaced(args.report)
+        print_if_replaced(args.report)
         page = write_evaluation_report(
             args.report,
             evaluation,
@@ -389,7 +389,7 @@ def _predict_files(
     report = None
     if args.report:
         if not args.resume:
-            say_of_replaced(args.report)
+            print_if_replaced(args.report)
         augmentation = config.data.augmentation
         report = PredictionReport(args.report, predictor.heading, augmentation, settings)
     with contextlib.closing(report) if report else contextlib.nullcontext():

@@ -225,7 +225,7 @@ def _export(name: str, graph: _Graph, path: Path) -> None:
 
 
 def _sampling(model: DiffMIC, options: SamplingOptions) -> dict[str, Any]:
-    """The content of sampling.json: what the loop of the caller needs beside the graphs."""
+    """The content of sampling.json, for the loop of the caller."""
     table = options.step_table(model.schedule)
     calibration, pixels = model.calibration, model.preprocessing
     scaling = None

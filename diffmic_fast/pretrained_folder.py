@@ -64,7 +64,7 @@ def is_pretrained_folder(path: str | Path) -> bool:
     try:
         tree = json.loads(file.read_bytes())
     except (ValueError, RecursionError):
-        return True  # damaged; reading it says why
+        return True  # damaged: `read_folder` raises with the reason
     return isinstance(tree, dict) and tree.get("format") == FORMAT
 
 

@@ -55,7 +55,7 @@ class ProgressBar:
         self._bar.set_postfix(refresh=False, **values)
 
     @staticmethod
-    def say(text: str) -> None:
+    def write(text: str) -> None:
         """Write a line to standard error, above the bars of a terminal."""
         tqdm.write(text, file=sys.stderr)
 

@@ -135,7 +135,7 @@ def predict_to(
 def _write(target: RowFile | _StandardOutput, batch: PredictedBatch) -> None:
     """Write the rows of a batch, and the unreadable files to standard error."""
     for file, reason in batch.unreadable:
-        ProgressBar.say(f"unreadable: {file}: {reason}")
+        ProgressBar.write(f"unreadable: {file}: {reason}")
     target.write(batch.rows)
 
 

@@ -133,7 +133,7 @@ class CardFile:
         """Open the file.
 
         Args:
-            done: files of the rows of an interrupted run, in their order, whose cards are kept. None begins anew.
+            done: files of the rows of an interrupted run, in their order, whose cards are kept. None starts a new file.
 
         Raises:
             ValueError: the file lacks a card of `done`, has another digest, or is written by another process.

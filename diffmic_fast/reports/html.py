@@ -29,7 +29,7 @@ _BEGINNING = 2048  # bytes of a page that contain its generator
 
 
 def write_page(path: str | Path, template: str, values: Mapping[str, Any]) -> None:
-    """Write a page; an interrupted write leaves no file. The page is not held in memory as a whole.
+    """Write a page; an interrupted write leaves no file. The page is written in parts, not built in memory.
 
     Args:
         path: of the page.

@@ -203,7 +203,7 @@ def check_folder(folder: str | Path) -> list[Path]:
     return [*([cards] if cards.exists() else []), *_pages(folder)]
 
 
-def say_of_replaced(folder: str | Path) -> None:
+def print_if_replaced(folder: str | Path) -> None:
     """Print to standard error that an earlier report is replaced, if there is one."""
     if (Path(folder) / _FIRST_PAGE).exists():
         print(f"the earlier report in {folder} is replaced", file=sys.stderr)

@@ -82,9 +82,9 @@ def to_svg(figure: Figure, name: str, title: str) -> str:
     Called within the block of `new_figure`.
 
     Args:
-        figure: what to draw.
+        figure: of `new_figure`.
         name: a prefix that makes the identifiers unique on the page.
-        title: what the figure shows, for readers who do not see it.
+        title: accessible name of the figure.
     """
     file = io.StringIO()
     empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
