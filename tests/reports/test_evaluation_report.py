@@ -12,11 +12,23 @@ import torch
 from report_cases import METHODS, make_dataset, make_evaluation
 from report_pages import HOSTILE, Page, assert_inert
 
+from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.inference.evaluate import _labels_by_samples
-from diffmic_fast.inference.results import GUIDANCE, Output, make_results
-from diffmic_fast.reports.evaluation_figures import draw_curves, draw_samples
+from diffmic_fast.inference.evaluation import Evaluation
+from diffmic_fast.inference.report import Uncertainty
+from diffmic_fast.inference.results import CALIBRATED, GUIDANCE, Output, make_results
+from diffmic_fast.reports import evaluation_figures
+from diffmic_fast.reports.evaluation_figures import (
+    draw_curves,
+    draw_reliability,
+    draw_risk,
+    draw_samples,
+    draw_steps,
+)
 from diffmic_fast.reports.evaluation_report import find_mistakes, write_evaluation_report
 from diffmic_fast.reports.svg import label, new_figure, style, to_svg
+
+CHAIN = [SamplingOptions("ddim", 5, samples=2), SamplingOptions(samples=2)]
 
 
 def write(folder, evaluation, dataset, split="test", settings=()):
@@ -75,6 +87,163 @@ def test_mistakes_are_the_most_confident_ones_in_order(tmp_path):
     assert found[0].confidence == pytest.approx(p[59].max())
     assert found[0].of_truth == pytest.approx(p[59, 2])
     assert len({m.picture for m in found}) > 15
+
+
+def known_evaluation():
+    """Ten images of three classes, of which the guidance has 8 right, ddim 5 has 6 and the whole chain 7."""
+    labels = np.array([0, 0, 0, 0, 0, 1, 1, 1, 2, 2])
+    predicted = {
+        GUIDANCE: [0, 0, 0, 0, 1, 1, 1, 1, 2, 0],
+        CHAIN[0].method: [0, 0, 0, 1, 1, 1, 1, 2, 0, 2],
+        CHAIN[1].method: [0, 0, 0, 1, 1, 1, 1, 1, 0, 2],
+    }
+    rng = np.random.default_rng(0)
+
+    def probabilities(method):
+        p = 0.5 * rng.dirichlet(np.ones(3), 10)
+        p[np.arange(10), predicted[method]] += 0.5
+        return p
+
+    sets = np.eye(3, dtype=bool)[predicted[CHAIN[0].method]]
+    sets[3:5, 0] = True  # both right
+    sets[8] = False
+    own = Uncertainty(prediction_set=sets, flagged=labels == 2)
+    by_samples = np.stack([labels, predicted[CHAIN[0].method]], axis=1)
+    outputs = [
+        Output(GUIDANCE, probabilities(GUIDANCE), 0.1),
+        Output(CHAIN[0].method, probabilities(CHAIN[0].method), 0.5, labels_by_samples=by_samples),
+        Output(CHAIN[1].method, probabilities(CHAIN[1].method), 4.0),
+        Output(GUIDANCE + CALIBRATED, probabilities(GUIDANCE), 0.1, True),
+        Output(CHAIN[0].method + CALIBRATED, probabilities(CHAIN[0].method), 0.5, True, own),
+    ]
+    results = make_results(outputs, labels, np.arange(10), 50)
+    names = tuple(f"{i}.png" for i in range(10))
+    return Evaluation(("a", "b", "c"), labels, results, 2, 0, names=names, bootstrap=50)
+
+
+def test_numbers_stand_in_their_rows_and_columns(tmp_path):
+    evaluation = known_evaluation()
+    path = write_evaluation_report(
+        tmp_path / "report", evaluation, make_dataset(tmp_path, evaluation), CHAIN, timesteps=100, split="test",
+    )  # fmt: skip
+    page = Page(path)
+    guidance, first, chain, _, calibrated = evaluation.results
+    assert evaluation.primary is calibrated
+    rows = [
+        "a 3 2 0 60.0 %", "b 0 2 1 66.7 %", "c 1 0 1 50.0 %",  # confusion: recall of the true class
+        "ddim 5 5 60.0 %", f"{CHAIN[1].method} 100 70.0 %",  # steps
+        "ddim 5, calibrated 1 3 0.62",  # only this one right, only the guidance right
+        "ddim 5 100.0 % 60.0 %",  # by samples
+        "all 10 80.0 % 1.10 1", "a 5 100.0 % 1.40 0", "b 3 66.7 % 1.00 0", "c 2 50.0 % 0.50 1",  # sets
+        "Unlike the training images: 20.0 %", "4 of 4 images with a wrong label", "a 5 b 3 c 2 ",
+        f"Before calibration: calibration error {first.metrics.ece:.3f}",
+        f"After calibration: calibration error {calibrated.metrics.ece:.3f}",
+    ]  # fmt: skip
+    for result, speed in ((first, "50.0 20.0"), (chain, "400.0 2.5")):
+        m = result.metrics
+        rows.append(
+            f"{result.method} {m.ece:.3f} {m.nll:.3f} {m.brier:.3f} {result.report.risk.area:.3f} {speed}"
+        )
+    for title, result in (("accuracy", calibrated), (guidance.method, guidance)):
+        ends = result.intervals["accuracy"]
+        assert ends.low < ends.high
+        rows.append(
+            f"{title} {100 * result.metrics.accuracy:.1f} % {100 * ends.low:.1f} % to {100 * ends.high:.1f} %"
+        )
+    balanced = calibrated.intervals["balanced_accuracy"]
+    rows.append(
+        f"balanced accuracy 58.9 % {100 * balanced.low:.1f} % to {100 * balanced.high:.1f} %"
+    )
+    for result in (evaluation.results[3], calibrated):
+        risk = [f"{100 * result.report.risk.at(c):.1f} %" for c in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)]
+        rows.append(f"{result.method} {' '.join(risk)} {100 - 100 * result.metrics.accuracy:.1f} %")
+    groups = [g for g in calibrated.report.table if g.images]
+    groups += calibrated.report.groups["confidence"]
+    for g in groups:
+        rows.append(f"{g.name} {g.images} {100 * g.accuracy:.1f} % {100 * g.confidence:.1f} %")
+    for row in rows:
+        assert row in page.text, row
+    cells = [a["class"] for a in page.all("td") if a.get("class", "").startswith("shade")]
+    assert cells == [
+        "shade6 right", "shade4", "shade0", "shade0", "shade6 right", "shade3", "shade5", "shade0", "shade5 right",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures of a report, by their prefix, before they become text."""
+    figures = {}
+
+    def keep(figure, name, title):
+        figures[name] = figure
+        return ""
+
+    monkeypatch.setattr(evaluation_figures, "to_svg", keep)
+    return figures
+
+
+def test_curves_are_those_of_each_class(drawn):
+    evaluation = known_evaluation()
+    roc, _ = draw_curves(evaluation.primary, evaluation)
+    areas = {row[0]: row[2:] for row in roc.table.rows}
+    (axis,) = drawn["roc"].axes
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("false positives", "sensitivity")
+    diagonal, *lines = axis.lines
+    assert diagonal.get_xydata().tolist() == [[0, 0], [1, 1]]
+    for line in lines:
+        x, y = line.get_xydata().T
+        area = ((x[1:] - x[:-1]) * (y[1:] + y[:-1]) / 2).sum()
+        assert f"{area:.3f}" == areas[line.get_label()][0]
+    assert [line.get_label() for line in lines] == ["a", "b", "c"]
+    (axis,) = drawn["pr"].axes
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("recall", "precision")
+    for line in axis.lines:
+        x, y = line.get_xydata().T
+        assert f"{((x[:-1] - x[1:]) * y[:-1]).sum():.3f}" == areas[line.get_label()][1]
+    assert len(axis.lines) == 3
+
+
+def test_reliability_risk_samples_and_steps_are_drawn_to_scale(drawn):
+    evaluation = known_evaluation()
+    guidance, first, chain, *_ = evaluation.results
+    draw_reliability(first, "reliability", "x")
+    axis, below = drawn["reliability"].axes
+    groups = [g for g in first.report.table if g.images]
+    assert axis.lines[1].get_xydata().tolist() == [[g.confidence, g.accuracy] for g in groups]
+    bars = [bar for bar in below.patches if bar.get_height()]
+    assert [bar.get_height() for bar in bars] == [g.images for g in groups]
+    for bar, g in zip(bars, groups, strict=True):
+        assert bar.get_x() < g.confidence < bar.get_x() + bar.get_width()
+    draw_risk([guidance, first])
+    (axis,) = drawn["risk"].axes
+    assert [line.get_label() for line in axis.lines] == [GUIDANCE, "ddim 5"]
+    for line, error in zip(axis.lines, (0.2, 0.4), strict=True):
+        assert line.get_xydata()[-1].tolist() == pytest.approx([1, error])
+    draw_samples(evaluation)
+    samples, level = drawn["samples"].axes[0].lines
+    assert samples.get_xydata().tolist() == [[1, 1], [2, 0.6]]
+    assert list(level.get_ydata()) == [0.8, 0.8] and level.get_label() == GUIDANCE
+    draw_steps([("ddim", 5, first), ("ddim", 100, chain)])
+    (bars,) = drawn["steps"].axes[0].containers
+    line, _, (ranges,) = bars.lines
+    assert line.get_xydata().tolist() == [[5, 0.6], [100, 0.7]]
+    ends = [result.intervals["accuracy"] for result in (first, chain)]
+    np.testing.assert_allclose(
+        [segment[:, 1] for segment in ranges.get_segments()], [[e.low, e.high] for e in ends]
+    )
+
+
+def test_long_lines_keep_their_shape_and_ends(drawn):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 1500)
+    p = rng.random(1500)
+    p = np.stack([1 - p, p], axis=1)
+    (result,) = make_results([Output(GUIDANCE, p, 1.0)], labels, np.arange(1500), 0)
+    draw_risk([result])
+    x, y = drawn["risk"].axes[0].lines[0].get_xydata().T
+    risk = result.report.risk
+    assert len(x) < 500 and x[-1] == risk.coverage[-1] and y[-1] == risk.risk[-1]
+    np.testing.assert_array_equal(y, np.interp(x, risk.coverage, risk.risk))
 
 
 def test_names_are_text_alone(tmp_path):

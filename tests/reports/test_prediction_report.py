@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from dataclasses import replace
@@ -9,11 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from report_cases import HEADING, make_batch
 from report_pages import HOSTILE, Page, assert_inert
 
 from diffmic_fast.config.preprocessing import Preprocessing
+from diffmic_fast.inference.figures import Panel
 from diffmic_fast.reports import html, prediction_report
+from diffmic_fast.reports.cards import MAX_CLASSES, MAX_POINTS, Card
 from diffmic_fast.reports.prediction_report import CARDS, PredictionReport, check_folder
 from diffmic_fast.reports.thumbnails import MAX_BYTES, heat_map, thumbnail
 
@@ -47,6 +53,108 @@ def test_a_page_shows_what_is_known_of_each_image(tmp_path):
     assert [item["data-label"] for item in page.all("li") if "data-name" in item][
         -1
     ] == "unreadable"
+
+
+def test_the_summary_counts_images_by_class_and_what_is_doubtful(tmp_path):
+    batch = make_batch([f"{i}.png" for i in range(4)], unreadable=[("bad.png", "damaged")])
+    classes = ("dark", "mid", "light")
+    labels, sets, flags = (2, 0, 2, 2), ((), ("mid",), classes[:2], ("mid",)), (False, True, False, False)  # fmt: skip
+    rows = [
+        replace(
+            row, label=labels[i], name=classes[labels[i]], guidance_name=classes[2],
+            prediction_set=sets[i], flagged=flags[i],
+        )
+        for i, row in enumerate(batch.rows)
+    ]  # fmt: skip
+    heading = replace(HEADING, classes=classes)
+    page = Page(write(tmp_path, batch._replace(rows=rows), heading=heading))
+    for text in (
+        "dark 1 25.0 %", "mid 0 0.0 %", "light 3 75.0 %", "Images read 4", "Unreadable 1",
+        "Unlike the training images 1", "More than one class in the prediction set 1",
+    ):  # fmt: skip
+        assert text in page.text, text
+    marks = ("data-flagged", "data-undecided", "data-disagree")
+    cards = [item for item in page.all("li") if "data-name" in item]
+    assert [tuple(name in card for name in marks) for card in cards] == [
+        (False, False, False), (True, False, True), (False, True, False), (False, False, False), (False,) * 3,
+    ]  # fmt: skip
+    for card, row in zip(cards, rows, strict=False):
+        assert float(card["data-confidence"]) == pytest.approx(
+            row.probabilities[row.label], abs=1e-6
+        )
+
+
+def test_bars_are_the_most_probable_classes_in_the_order_of_the_model(tmp_path):
+    """With the ends of the spread cut off at 0 and 1."""
+    classes = tuple(f"class {c}" for c in range(MAX_CLASSES + 2))
+    p = [0.01, 0.1, 0.02, 0.11, 0.12, 0.03, 0.97, 0.14, 0.15]
+    batch = make_batch(["a.png"], classes=classes)
+    row = replace(batch.rows[0], label=6, name=classes[6], probabilities=tuple(p))
+    heading = replace(HEADING, classes=classes)
+    page = Page(write(tmp_path, batch._replace(rows=[row]), heading=heading))
+    _, _, bars = page.text.partition("Probability and spread")
+    order = [1, 3, 4, 5, 6, 7, 8]  # the least probable ones are 0 and 2
+    assert re.findall(r"class (\d) (\S+) % ± 5\.0", bars) == [
+        (f"{c}", f"{100 * p[c]:.1f}") for c in order
+    ]
+    own = [a.get("class") == "own" for a in page.all("tr")]
+    assert own[-len(order) - 1 : -1] == [c == 6 for c in order]
+    fills = [a["width"] for a in page.all("rect", **{"class": "fill"})]
+    assert fills[-len(order) :] == [f"{100 * p[c]:.2f}" for c in order]
+    whiskers = [(a["x"], a["width"]) for a in page.all("rect", **{"class": "whisker"})]
+    assert whiskers[0] == ("5.00", "10.00")
+    assert whiskers[3] == ("0.00", "8.00") and whiskers[4] == ("92.00", "8.00")
+
+
+def test_the_path_has_the_most_probable_classes_at_evenly_spaced_steps():
+    """Two chains: class c goes from 0 to c + 1, with a deviation of 0.1 (c + 1)."""
+    states, slope = np.linspace(0, 1, 101)[:, None], np.arange(1, MAX_CLASSES + 3)
+    trajectory = np.stack([(states + 0.1) * slope, (states - 0.1) * slope]).astype(np.float32)
+    probabilities = np.array([0.1, 0.02, 0.12, 0.01, 0.2, 0.11, 0.13, 0.15, 0.16], np.float32)
+    order = [4, 8, 7, 6, 2, 5, 0]
+    image = np.zeros((6, 10, 3), np.uint8)
+    image[..., 0] = 200
+    boxes, saliency = np.array([[1, 2, 3, 5]]), np.zeros((2, 2), np.float32)
+    panel = Panel("a", image, saliency, boxes, trajectory, probabilities, probabilities)
+    row = make_batch(["a.png"]).rows[0]
+    card = Card.from_panel(row, panel)
+    assert (card.width, card.height, card.boxes) == (10, 6, ((1, 2, 3, 5),))
+    assert card.path.steps == 100
+    mean = np.array(card.path.mean)
+    assert mean.shape == (MAX_CLASSES, MAX_POINTS)
+    np.testing.assert_allclose(mean[:, -1], slope[order], atol=1e-4)
+    even = np.linspace(0, 1, MAX_POINTS) * slope[order][:, None]
+    np.testing.assert_allclose(mean, even, atol=0.005 * slope.max() + 1e-4)
+    np.testing.assert_allclose(card.path.deviation, 0.1 * slope[4], atol=1e-4)
+    short = Card.from_panel(row, replace(panel, trajectory=trajectory[:, :3]))
+    assert short.path.steps == 2 and len(short.path.deviation) == 3
+
+
+def test_the_plot_of_a_path_is_to_scale(tmp_path):
+    """Two chains of two steps: 0 is 6 from the lower edge, 1 is 6 from the upper one."""
+    mean = torch.tensor([[0.0, 0.5, 1.0], [0.25, 0.5, 0.75], [1.0, 0.5, 0.0]]).T
+    shift = torch.tensor([0.0, 0.125, 0.0])
+    batch = make_batch(["a.png"])
+    prediction = batch.prediction._replace(
+        probabilities=torch.tensor([[0.3, 0.5, 0.2]]),
+        label=torch.tensor([1]),
+        trajectory=torch.stack([mean + shift, mean - shift])[None],
+    )
+    page = Page(write(tmp_path, batch._replace(prediction=prediction)))
+    low, high = page.all("line", **{"class": "rule"})
+    assert (float(low["y1"]), float(high["y2"])) == (90.0, 6.0)  # zero, one
+    *others, own = page.all("polyline")
+    assert own["class"] == "own" and not any("class" in line for line in others)
+    assert own["points"] == "0.0,69.0 120.0,48.0 240.0,27.0"
+    assert {line["points"] for line in others} == {
+        "0.0,90.0 120.0,48.0 240.0,6.0", "0.0,6.0 120.0,48.0 240.0,90.0",
+    }  # fmt: skip
+    (band,) = page.all("polygon")
+    assert band["points"] == (
+        "0.0,58.5 120.0,37.5 240.0,16.5 240.0,37.5 120.0,58.5 0.0,79.5"
+    )  # there and back
+    (plot,) = page.all("svg", role="img")
+    assert plot["aria-label"].endswith("in 2 steps: the predicted class goes from 0.25 to 0.75")
 
 
 def test_names_of_files_and_classes_are_text_alone(tmp_path):
@@ -93,6 +201,30 @@ def test_pictures_keep_to_their_size():
     assert heat_map(np.zeros((3, 5), np.float32)).startswith("data:image/png;base64,")
 
 
+def test_pictures_show_the_image_and_where_saliency_is_high():
+    image = np.zeros((40, 20, 3), np.uint8)
+    image[:20, :, 0], image[20:, :, 2] = 255, 255
+    picture = decoded(thumbnail(image)).convert("RGB")
+    assert picture.size == (20, 40)
+    for y, expected in ((5, (255, 0, 0)), (35, (0, 0, 255))):
+        np.testing.assert_allclose(picture.getpixel((10, y)), expected, atol=30)
+    alpha = np.asarray(decoded(heat_map(np.array([[0, 0], [3, 0]], np.float32))).convert("RGBA"))[
+        ..., 3
+    ]
+    assert alpha[-1, 0] > 150 and alpha[0, 0] == alpha[0, -1] == alpha[-1, -1] == 0
+
+
+def test_pictures_have_the_best_quality_that_fits():
+    flat = thumbnail(np.zeros((224, 224, 3), np.uint8))
+    tables = decoded(flat).quantization
+    noise = decoded(thumbnail(np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)))
+    assert max(tables[0]) < max(noise.quantization[0])
+
+
+def decoded(uri):
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+
 def test_further_pages_are_linked_and_those_of_an_earlier_report_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(prediction_report, "PAGE_IMAGES", 3)
     files = [f"{i}.png" for i in range(7)]
@@ -101,6 +233,10 @@ def test_further_pages_are_linked_and_those_of_an_earlier_report_removed(tmp_pat
     assert sorted(path.name for path in tmp_path.glob("*.html")) == pages
     found = [Page(tmp_path / name) for name in pages]
     assert [names(page) for page in found] == [files[:3], files[3:6], files[6:]]
+    for page, first, last in zip(found, (1, 4, 7), (3, 6, 7), strict=True):
+        assert f"7 images, of which this page has {first} to {last}" in page.text
+        numbers = [item["data-number"] for item in page.all("li") if "data-name" in item]
+        assert numbers == [str(n) for n in range(first, last + 1)]
     for name, page in zip(pages, found, strict=True):
         assert_inert(page)
         assert {link["href"] for link in page.all("a")} >= set(pages)
@@ -130,6 +266,25 @@ def test_an_interrupted_run_is_continued_to_the_same_page(tmp_path):
     cards.write_bytes(cards.read_bytes()[:-100])
     cut = write(tmp_path / "cut", bad, batches[2], batches[3], done=files[:2])
     assert cut.read_bytes() == whole.read_bytes()
+    again = write(tmp_path / "cut", bad, done=files)  # the incomplete card is gone
+    assert names(Page(again)) == [*(Path(file).name for file in files), "bad.png"]
+
+
+def test_a_continued_run_takes_the_last_card_of_each_row_in_the_order_of_the_rows(tmp_path):
+    """A row that was not written is classified again."""
+    first, second = (make_batch([name, "b.png"]) for name in ("a.png", "a.png"))
+    again = replace(second.rows[0], label=1 - min(first.rows[0].label, 1))
+    second = second._replace(rows=[again, second.rows[1]])
+    for batch in (first, second):
+        report = PredictionReport(tmp_path, HEADING, Preprocessing())
+        report.begin(["b.png"] if batch is second else None)
+        report.add(batch)
+        report.close()
+    page = Page(write(tmp_path, make_batch(["c.png"]), done=["b.png", "a.png"]))
+    assert names(page) == ["b.png", "a.png", "c.png"]
+    assert [item["data-label"] for item in page.all("li") if "data-name" in item][1] == str(
+        again.label
+    )
 
 
 def test_rows_without_a_card_of_this_run_are_an_error(tmp_path):

@@ -32,6 +32,21 @@ def test_a_run_of_two_phases_with_validation(tmp_path):
     assert len(page.all("svg", role="img")) == 4
 
 
+def test_the_tiles_have_the_last_measures_and_the_hours(tmp_path):
+    rows = [
+        {"phase": "joint", "loss": 0.5, "seconds": 4000.0, **measures(accuracy)}
+        for accuracy in (0.25, 0.75)
+    ]
+    page = Page(write_training_report(write_run(tmp_path, [*rows, {"phase": "joint"}]), "ab"))
+    for text in ("2 h 14 min", "Validation: accuracy 75.0 % epoch 1", "Validation: macro F1 0.750"):
+        assert text in page.text, text
+
+
+def measures(value):
+    names = ("accuracy", "macro_f1", "kappa", "balanced_accuracy", "auc_ovo", "ece")
+    return {f"validation_{name}": value for name in names}
+
+
 def test_a_run_without_validation_and_one_without_epochs(tmp_path):
     page = Page(
         write_training_report(
