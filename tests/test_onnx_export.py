@@ -20,6 +20,7 @@ from training_runs import MODEL
 from diffmic_fast import DiffMIC
 from diffmic_fast._optional import MissingPackageError
 from diffmic_fast.cli import main
+from diffmic_fast.models import DCG
 from diffmic_fast.onnx_export import NAMES as FILES
 from diffmic_fast.onnx_export import gathered_crops
 from diffmic_fast.ops.image_ids import image_ids
@@ -156,6 +157,83 @@ def test_gathered_crops_are_those_of_the_reference(channels, size, image):
     assert torch.equal(gathered_crops(images, origins, size, channels), expected)
 
 
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+    """Networks and options that `export_onnx` passes to PyTorch, by the name of the file."""
+    found = {}
+
+    def keep(module: nn.Module, arguments: Any, path: Path, **options: Any) -> None:
+        found[path.stem] = (module, options)
+        path.write_bytes(b"graph")
+
+    monkeypatch.setattr(torch.onnx, "export", keep)
+    return found
+
+
+@pytest.mark.parametrize("foreground", [False, True])
+def test_exported_networks_are_those_of_the_model(model, tmp_path, graphs, foreground):
+    own = model
+    if foreground:
+        torch.manual_seed(0)
+        own = DiffMIC(dataclasses.replace(MODEL, crop_foreground=True)).eval()
+        own.sampling = dataclasses.replace(model.sampling, views=4)
+    own.export_onnx(tmp_path / "out")
+    images, views = batch(5), own.sampling.views
+    detail, features = own.guide(images, views=views), own.encode(images, views=views)
+    for one, several in (
+        (own.guide(images).logits.fused, detail.logits.fused),
+        (own.encode(images), features),
+    ):
+        assert not torch.allclose(one, several, rtol=1e-3)
+    with torch.no_grad():
+        *found, boxes = graphs["guidance"][0](images)
+        for each, expected in zip(found, (*detail.logits, detail.saliency), strict=True):
+            close(each.numpy(), expected)
+        assert (
+            boxes.tolist()
+            == torch.cat((detail.origins, detail.origins + own.config.crop_size), -1).tolist()
+        )
+        close(graphs["encoder"][0](images).numpy(), features)
+        y, prior, at = torch.randn(5, 3), detail.logits.fused.softmax(dim=1), torch.tensor([4])
+        eps = graphs["denoiser"][0](features, y, prior, at)
+        close(eps.numpy(), own.denoiser.denoise_features(features, y, at, prior))
+    rows = {
+        "guidance": {"images"},
+        "encoder": {"images"},
+        "denoiser": {"features", "y", "guidance"},
+    }
+    for name, inputs in rows.items():
+        options = graphs[name][1]
+        assert {key for key, shape in options["dynamic_shapes"].items() if shape} == inputs
+        assert options["opset_version"] == 18
+
+
+@pytest.mark.usefixtures("graphs")
+def test_sampling_json_says_what_the_caller_needs(model, tmp_path):
+    model.export_onnx(tmp_path / "a")
+    tree = json.loads((tmp_path / "a" / "sampling.json").read_text(encoding="utf-8"))
+    table = model.sampling.step_table(model.schedule)
+    expected = {
+        "sampler": model.sampling.method, "samples": 3, "views": 2, "classes": 3, "class_names": list(NAMES),
+        "image_size": 32, "preprocessing": {
+            "centre_square": False, "bit_depth": 12, "mean": [0.1, 0.2, 1 / 3], "std": [0.5, 0.25, 0.7],
+        },
+    }  # fmt: skip
+    assert expected.items() <= tree.items()
+    assert tree["steps"]["timesteps"] == table.timesteps.tolist()
+    fitted = model.calibration.diffusion
+    assert tree["calibration"] == {
+        "factor": fitted.factor, "prior_factor": fitted.prior_factor, "bias": fitted.bias.tolist(),
+    }  # fmt: skip
+    assert fitted.factor != fitted.prior_factor
+    assert fitted.factor != model.calibration.guidance.factor
+    other = copy.deepcopy(model)
+    other.sampling = dataclasses.replace(model.sampling, steps=3)  # of which it is no calibration
+    other.export_onnx(tmp_path / "b")
+    tree = json.loads((tmp_path / "b" / "sampling.json").read_text(encoding="utf-8"))
+    assert tree["calibration"] is None and len(tree["steps"]["timesteps"]) == 3
+
+
 def fake_export(*arguments: Any, **options: Any) -> None:
     Path(arguments[2]).write_bytes(b"graph")
 
@@ -191,6 +269,10 @@ def test_networks_that_cannot_be_exported_raise(model, tmp_path, monkeypatch):
     replaced.denoiser.lin2 = nn.Identity()
     with pytest.raises(ValueError, match="layers must be as they were built"):
         replaced.export_onnx(tmp_path / "out")
+    subclass = copy.deepcopy(model)
+    subclass.guidance.__class__ = type("Own", (DCG,), {"detail": lambda *arguments: None})
+    with pytest.raises(ValueError, match="must be a DCG, got a subclass"):
+        subclass.export_onnx(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
