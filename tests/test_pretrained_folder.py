@@ -222,6 +222,18 @@ def test_descriptions_of_other_programs_are_checked(folder, path, value, message
         DiffMIC.from_pretrained(folder)
 
 
+def test_a_calibration_of_other_classes_and_further_files_are_rejected(folder):
+    tree = json.loads((folder / "config.json").read_text())
+    redigest(folder, files={**tree["files"], "README.md": {}})
+    with pytest.raises(ValueError, match=r"files must be .*, got .*README\.md"):
+        Checkpoint.from_folder(folder)
+    description = tree["description"]
+    description["model"]["classes"], description["class_names"] = 4, None
+    redigest(folder, description=description, files=tree["files"])
+    with pytest.raises(ValueError, match="calibration"):
+        Checkpoint.from_folder(folder)
+
+
 def test_tensors_of_other_programs_are_checked(folder):
     weights = load_file(folder / "model.safetensors")
     first = "denoiser.lin2.lin.weight"
@@ -357,6 +369,8 @@ def test_models_of_the_hub(model, saved, monkeypatch):
     assert set(options["allow_patterns"]) == set(FILES)
     DiffMIC.from_pretrained(saved)
     assert len(calls) == 1
+    DiffMIC.from_pretrained("retina", local_files_only=True)
+    assert calls[1][0] == "retina" and calls[1][1]["local_files_only"] is True
 
 
 def test_errors_of_the_hub_are_one_sentence(monkeypatch):
@@ -436,6 +450,29 @@ def test_the_card_shows_the_measures(model, tmp_path):
     front_matter = yaml.safe_load(cards[0].split("---\n")[1])
     assert front_matter["library_name"] == "diffmic_fast"
     assert "<b>" not in cards[0]
+
+
+def test_the_card_is_of_this_model_and_its_names_are_text(model, tmp_path):
+    folder = tmp_path / "<b>retina_1"
+    evaluation = {**EVALUATION, "results": [{"method": "own | <i>", "accuracy": 0.5}]}
+    model.save_pretrained(folder, evaluation=evaluation)
+    card = (folder / "README.md").read_text()
+    for part in (
+        "# &lt;b&gt;retina\\_1\n",
+        r"| own \| &lt;i&gt; | 0.500 |",
+        "32 x 32 pixels, RGB; the image is resized.",
+        f"Mean {[0.1, 0.2, 1 / 3]}, standard deviation {[0.5, 0.25, 0.7]}",
+        "Calibrated for ddim, steps 2, eta 0.25, samples 3, views 2: ",
+    ):
+        assert part in card, part
+    plain = DiffMIC(dataclasses.replace(MODEL, classes=203))
+    plain.class_names = tuple(f"grade {c}" for c in range(203))
+    plain.preprocessing = Preprocessing()
+    plain.save_pretrained(tmp_path / "plain")
+    card = (tmp_path / "plain" / "README.md").read_text()
+    assert "| 199 | grade 199 |\n\n3 more." in card and "grade 200" not in card
+    assert "the largest centred square is resized" in card
+    assert "statistics of single training images" not in card
 
 
 def test_evaluations_that_do_not_fit(model, tmp_path):
