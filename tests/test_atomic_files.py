@@ -35,6 +35,19 @@ def test_content_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
         assert not (tmp_path / "f").exists()
     assert calls[:2] == ["fsync", "replace"]
     assert (tmp_path / "f").read_bytes() == b"x"
+    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o666 & ~current_mask()
+
+
+def test_files_of_a_folder_are_on_the_disk_before_the_rename(tmp_path, monkeypatch):
+    calls = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda f: (calls.append(os.fstat(f).st_ino), fsync(f)))
+    monkeypatch.setattr(os, "rename", lambda *a: (calls.append("rename"), rename(*a)))
+    with atomic_folder(tmp_path / "a") as folder:
+        for name in "xy":
+            (folder / name).write_text(name)
+    files = {(tmp_path / "a" / name).stat().st_ino for name in "xy"}
+    assert set(calls[:2]) == files and calls[2] == "rename"
 
 
 def test_a_kept_copy_survives_the_next_checkpoint(tmp_path):

@@ -172,6 +172,12 @@ def test_stacked_is_chosen_though_its_accuracy_is_slightly_lower() -> None:
     assert right[0] - 3 < right[1] < right[0]
 
 
+def test_a_gain_within_one_standard_error_changes_nothing() -> None:
+    scores, prior = scores_of(200, 3), scores_of(200, 3, 10)
+    kind, losses = choose_kind(scores, drawn(scores + 0.15 * prior), prior)
+    assert kind == "temperature" and losses["stacked"] < losses["temperature"]
+
+
 def test_few_images_and_absent_classes_limit_the_kinds() -> None:
     scores, prior = scores_of(300, 4), scores_of(300, 4, 1)
     labels = drawn(scores + prior)

@@ -173,6 +173,18 @@ def test_a_draft_and_another_frame_are_taken_as_they_are(tmp_path):
         )
 
 
+def test_another_frame_of_more_bits_is_rejected(tmp_path):
+    """Pillow alone would decode it, without the depth of its file."""
+    frames = [Image.fromarray(DEEP[:, :, channel]) for channel in (0, 1)]
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "a.tif") as image:
+        image.seek(1)
+        with pytest.raises(
+            UnreadableImageError, match=r"a\.tif: .*frame 1 of a file of more than 8"
+        ):
+            load_images("test", image, SIZE, Preprocessing(bit_depth=12))
+
+
 def test_the_order_is_that_of_the_list(write):
     paths = [write("colour.png"), write("grey.jpg"), write("turned.jpg")]
     together = load_images("test", paths, SIZE, SETTINGS)
@@ -224,6 +236,15 @@ def test_unused_bits_are_a_warning(write):
         load_images("test", write("colour.png"), SIZE, SETTINGS)
 
 
+def test_unused_bits_are_those_of_all_images_together(write):
+    dim, white, colour = (write(name) for name in ("grey16.png", "white16.tif", "colour.png"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_images("test", [white, dim], SIZE, SETTINGS)
+    with pytest.warns(UserWarning, match=r"preprocessing\.bit_depth is 16"):
+        load_images("test", [dim, colour], SIZE, SETTINGS)
+
+
 def test_preprocessing_is_the_part_of_the_augmentation_for_every_image():
     augmentation = AugmentationConfig(bit_depth=12, centre_square=False, rotation=5.0)
     settings = Preprocessing.from_augmentation(augmentation)
@@ -231,3 +252,7 @@ def test_preprocessing_is_the_part_of_the_augmentation_for_every_image():
     assert settings == Preprocessing(centre_square=False, bit_depth=12)
     with pytest.raises(ValueError, match="bit_depth"):
         Preprocessing(bit_depth=17)
+    with pytest.raises(ValueError, match="std"):
+        Preprocessing(std=(0.5, 0.0, 0.5))
+    pixels = Preprocessing(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    assert Preprocessing.from_augmentation(pixels.to_augmentation()) == pixels
