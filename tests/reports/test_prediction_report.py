@@ -132,7 +132,7 @@ def test_the_path_has_the_most_probable_classes_at_evenly_spaced_steps():
 
 def test_the_plot_of_a_path_is_to_scale(tmp_path):
     """Two chains of two steps: 0 is 6 from the lower edge, 1 is 6 from the upper one."""
-    mean = torch.tensor([[0.0, 0.5, 1.0], [0.25, 0.5, 0.75], [1.0, 0.5, 0.0]]).T
+    mean = torch.tensor([[0.125, 0.5, 0.875], [0.25, 0.5, 0.75], [0.875, 0.5, 0.125]]).T
     shift = torch.tensor([0.0, 0.125, 0.0])
     batch = make_batch(["a.png"])
     prediction = batch.prediction._replace(
@@ -147,7 +147,7 @@ def test_the_plot_of_a_path_is_to_scale(tmp_path):
     assert own["class"] == "own" and not any("class" in line for line in others)
     assert own["points"] == "0.0,69.0 120.0,48.0 240.0,27.0"
     assert {line["points"] for line in others} == {
-        "0.0,90.0 120.0,48.0 240.0,6.0", "0.0,6.0 120.0,48.0 240.0,90.0",
+        "0.0,79.5 120.0,48.0 240.0,16.5", "0.0,16.5 120.0,48.0 240.0,79.5",
     }  # fmt: skip
     (band,) = page.all("polygon")
     assert band["points"] == (
