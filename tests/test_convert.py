@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibrated_models import NAMES, calibrated_model
+from calibrated_models import NAMES, calibrated_model, redigest
+from safetensors.torch import load_file, save_file
 from training_runs import MODEL, assert_same_values, make_config
 
 from diffmic_fast import DiffMIC
@@ -182,6 +183,29 @@ def test_a_published_checkpoint_becomes_a_folder_and_published_again(
     assert_same_values(parts[-1], {k: p.detach() for k, p in model.denoiser.named_parameters()})
 
 
+@pytest.mark.parametrize("form", ["pretrained", "checkpoint"])
+def test_a_guidance_file_of_another_folder(model, sources, tmp_path, capsys, form):
+    alone = Path(shutil.copy(sources / "theirs" / "ckpt.pth", tmp_path))
+    options = ("--to", form, "--config", sources / "config.yml")
+    assert main(["convert", str(alone), str(tmp_path / "new"), *map(str, options)]) == 2
+    assert "guidance" in capsys.readouterr().err
+    guidance = sources / "theirs" / "aux_ckpt.pth"
+    convert(capsys, alone, tmp_path / "new", *options, "--guidance", guidance)
+    loaded, _ = load_model(tmp_path / "new")
+    assert_same_values(model.state_dict(), loaded.state_dict())
+
+
+def test_a_calibration_of_other_weights_is_not_carried_into_a_checkpoint(sources, tmp_path, capsys):
+    folder = Path(shutil.copytree(sources / "folder", tmp_path / "folder"))
+    weights = load_file(folder / "model.safetensors")
+    weights["denoiser.lin4.bias"] += 1
+    save_file(weights, folder / "model.safetensors")
+    redigest(folder)
+    lines = convert(capsys, folder, tmp_path / "ckpt.pth")
+    assert any("not known: a calibration" in line for line in lines)
+    assert "calibration" not in read_checkpoint(tmp_path / "ckpt.pth").extras
+
+
 def test_a_published_checkpoint_without_preprocessing(sources, tmp_path, capsys):
     from diffmic_fast.convert import convert as function
 
@@ -206,6 +230,7 @@ def test_preprocessing_changes_only_with_override(sources, tmp_path, capsys):
     assert "data.augmentation.bit_depth: 12 in the checkpoint, 10 now" in capsys.readouterr().err
     assert main([*arguments, "--override"]) == 0
     assert load_model(tmp_path / "a.pth")[0].preprocessing.bit_depth == 10
+    assert read_checkpoint(tmp_path / "a.pth").config.data.augmentation.bit_depth == 10
 
 
 @pytest.mark.parametrize(
