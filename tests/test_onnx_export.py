@@ -175,10 +175,11 @@ def test_exported_networks_are_those_of_the_model(model, tmp_path, graphs, foreg
     own = model
     if foreground:
         torch.manual_seed(0)
-        own = DiffMIC(dataclasses.replace(MODEL, crop_foreground=True)).eval()
+        sizes = {"image_size": 64, "crop_size": 16, "crops": 3}
+        own = DiffMIC(dataclasses.replace(MODEL, crop_foreground=True, **sizes)).eval()
         own.sampling = dataclasses.replace(model.sampling, views=4)
     own.export_onnx(tmp_path / "out")
-    images, views = batch(5), own.sampling.views
+    images, views = batch(5, own.config.image_size), own.sampling.views
     detail, features = own.guide(images, views=views), own.encode(images, views=views)
     for one, several in (
         (own.guide(images).logits.fused, detail.logits.fused),
@@ -186,6 +187,7 @@ def test_exported_networks_are_those_of_the_model(model, tmp_path, graphs, foreg
     ):
         assert not torch.allclose(one, several, rtol=1e-3)
     with torch.no_grad():
+        assert detail.origins.any() == foreground  # the smaller images have a single cell
         *found, boxes = graphs["guidance"][0](images)
         for each, expected in zip(found, (*detail.logits, detail.saliency), strict=True):
             close(each.numpy(), expected)
