@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils import estimator_checks
 from training_runs import assert_same_values
 
-from diffmic_fast import DiffMICClassifier, Preprocessing
+from diffmic_fast import DiffMICClassifier, Preprocessing, estimator
 from diffmic_fast.checkpoint import load_model
 from diffmic_fast.training.interruption import Interrupted
 from diffmic_fast.training.trainer import Trainer
@@ -148,6 +149,63 @@ def test_validation_images_are_a_share_of_every_class(preset, paths, labels, mon
     assert sources[0].isdisjoint(sources[1]) and sources[0] | sources[1] == set(paths)
 
 
+@pytest.fixture
+def untrained(monkeypatch):
+    """In place of training and of its model: runs by number, and sizes of the batches that were checked.
+
+    The model gives the image n.png, or n_more.png, the class n.
+    """
+    runs, checked = [], []
+
+    class Run:
+        def __init__(self, config, out, **options):
+            self.config, self.options = config, options
+            runs.append(self)
+
+        def fit(self):
+            return Path("ckpt.pth")
+
+    class Model:
+        def to(self, device):
+            return self
+
+        def predict(self, paths):
+            p = torch.eye(3)[[int(path.name[0]) for path in paths]]
+            return SimpleNamespace(probabilities=p, check=lambda: checked.append(len(paths)))
+
+    monkeypatch.setattr(estimator, "Trainer", Run)
+    monkeypatch.setattr(estimator, "load_model", lambda path: (Model(), None))
+    return runs, checked
+
+
+def test_labels_in_any_order_keep_to_their_images(untrained, preset):
+    """Classes are sorted, batches as large as the configuration says, each of them checked."""
+    runs, checked = untrained
+    labels = ["red", "blue", "green", "blue", "red", "green"]
+    paths = [f"{['blue', 'green', 'red'].index(label)}_{i}.png" for i, label in enumerate(labels)]
+    classifier = DiffMICClassifier(
+        preset, validation_fraction=0, sampling__batch_size=4, sampling__samples=7
+    ).fit(paths, labels)
+    table = runs[0].options["train"]
+    assert table.classes == ("blue", "green", "red") and runs[0].options["validation"] is None
+    assert [table.classes[entry.label] for entry in table.entries] == labels
+    assert [str(entry.source) for entry in table.entries] == paths
+    assert classifier.classes_.tolist() == ["blue", "green", "red"]
+    assert classifier.predict(paths).tolist() == labels and checked == [4, 2]
+    assert runs[0].config.sampling.samples == classifier.config_.sampling.samples == 7
+
+
+def test_the_split_follows_its_seed(untrained, preset):
+    runs, _ = untrained
+    paths, labels = [f"{i % 3}_{i}.png" for i in range(60)], [i % 3 for i in range(60)]
+    for seed in (1, 2, 1):
+        DiffMICClassifier(preset, validation_fraction=0.5, data__split_seed=seed).fit(paths, labels)
+    first, second, again = (
+        {entry.source for entry in run.options["validation"].entries} for run in runs
+    )
+    assert first == again != second and len(first) == len(second) == 30
+
+
 def test_arguments_of_fit(preset, paths, labels):
     classifier = DiffMICClassifier(preset)
     for y, message in (
@@ -179,6 +237,10 @@ def test_parameters():
     assert copy.get_params() == classifier.get_params()
     copy.set_params(training__epochs=np.int64(3), verbose=True, sampling__samples=4)
     assert copy.get_params()["training__epochs"] == 3 and copy.verbose
+    assert copy.get_params()["seed"] == 5 and copy.get_params()["sampling__samples"] == 4
+    with pytest.raises(TypeError, match="got nothere"):
+        copy.set_params(verbose=False, nothere=1)
+    assert copy.verbose  # nothing is set
     assert classifier.get_params()["training__epochs"] == 2  # clones share nothing
     assert "training__epochs=2" in repr(classifier)
     for name in ("presett", "training", "training__", "other__key", "data__root", "epochs"):
