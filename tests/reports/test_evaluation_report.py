@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from dataclasses import replace
 from xml.etree import ElementTree as ET
@@ -9,9 +11,14 @@ from xml.etree import ElementTree as ET
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from report_cases import METHODS, make_dataset, make_evaluation
 from report_pages import HOSTILE, Page, assert_inert
 
+from diffmic_fast.config.data import AugmentationConfig
+from diffmic_fast.data.dataset import ImageDataset
+from diffmic_fast.data.table import ImageEntry, ImageTable
+from diffmic_fast.data.transforms import evaluation_transform
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.inference.evaluate import _labels_by_samples
 from diffmic_fast.inference.evaluation import Evaluation
@@ -244,6 +251,20 @@ def test_long_lines_keep_their_shape_and_ends(drawn):
     risk = result.report.risk
     assert len(x) < 500 and x[-1] == risk.coverage[-1] and y[-1] == risk.risk[-1]
     np.testing.assert_array_equal(y, np.interp(x, risk.coverage, risk.risk))
+
+
+def test_a_mistake_of_more_than_8_bits_is_shown_as_the_model_saw_it(tmp_path):
+    """A grey of 4,095 is white where the images have 12 bits."""
+    p = np.array([[0.1, 0.9], [0.2, 0.8]])
+    labels = np.array([0, 1])
+    results = make_results([Output(GUIDANCE, p, 1.0)], labels, np.arange(2), 0)
+    evaluation = Evaluation(("a", "b"), labels, results, 1, 0)
+    Image.fromarray(np.full((20, 20), 4095, np.uint16)).save(tmp_path / "a.png")
+    entry = ImageEntry("a.png", 0, tmp_path / "a.png")
+    transform = evaluation_transform(20, AugmentationConfig(bit_depth=12))
+    (found,) = find_mistakes(evaluation, ImageDataset(ImageTable(("a", "b"), (entry,)), transform))
+    picture = Image.open(io.BytesIO(base64.b64decode(found.picture.partition(",")[2])))
+    assert picture.size == (20, 20) and np.asarray(picture).min() > 240
 
 
 def test_names_are_text_alone(tmp_path):
