@@ -65,8 +65,11 @@ def test_a_folder_appears_as_a_whole(tmp_path):
         assert not (tmp_path / "a" / "b").exists()
     assert (tmp_path / "a" / "b" / "x").read_text() == "1"
     assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o777 & ~current_mask()
-    for target in (tmp_path / "a" / "b", tmp_path / "a" / "b" / "x"):
-        with pytest.raises(FileExistsError), atomic_folder(target):
+    for target, message in (
+        (tmp_path / "a" / "b", "exists and is not empty"),
+        (tmp_path / "a" / "b" / "x", "exists and is not a folder"),
+    ):
+        with pytest.raises(FileExistsError, match=message), atomic_folder(target):
             pass
 
 

@@ -81,7 +81,7 @@ def test_paths_and_opened_images_give_the_bits_of_the_data_set(write, name, dept
     try:
         expected = of_the_dataset(path, settings)
     except UnreadableImageError as error:  # a sample above 12 bits
-        assert depth == 12
+        assert (depth, name) == (12, "white16.tif")
         for image in (path, Image.open(path)):
             with pytest.raises(UnreadableImageError) as found:
                 load_images("test", image, SIZE, settings)

@@ -60,6 +60,7 @@ def checkpoint(built, shared_config, tmp_path):
 
 def test_predictions_for_paths_are_those_of_the_command_line(model, files):
     expected = predict_files(model, files, NAMES, Preprocessing(), OWN, batch_size=len(files))
+    assert len(expected.rows) == len(files) > 0
     opened = [Image.open(path) for path in files]
     for inputs in (files, [str(path) for path in files], opened, model.preprocess(files)):
         found = model.predict(inputs)

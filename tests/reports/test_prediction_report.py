@@ -49,7 +49,8 @@ def test_a_page_shows_what_is_known_of_each_image(tmp_path):
     assert f"{100 * row.probabilities[row.label]:.1f} %" in page.text
     assert len(page.all("rect", width="8", height="8")) == 2 * 2 * 2  # each box and its halo
     assert len(page.all("svg", role="img")) == 2
-    assert all(image["alt"] or "heat" in image["class"] for image in page.all("img"))
+    pictures = page.all("img")
+    assert len(pictures) == 4 and all(p["alt"] or "heat" in p["class"] for p in pictures)
     assert [item["data-label"] for item in page.all("li") if "data-name" in item][
         -1
     ] == "unreadable"
