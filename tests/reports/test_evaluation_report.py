@@ -168,6 +168,8 @@ def test_numbers_stand_in_their_rows_and_columns(tmp_path):
     groups += calibrated.report.groups["confidence"]
     for g in groups:
         rows.append(f"{g.name} {g.images} {100 * g.accuracy:.1f} % {100 * g.confidence:.1f} %")
+    p = calibrated.probabilities[3]
+    rows.append(f"predicted b, {100 * p[1]:.1f} % true class a, {100 * p[0]:.1f} % 3.png")
     for row in rows:
         assert row in page.text, row
     cells = [a["class"] for a in page.all("td") if a.get("class", "").startswith("shade")]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from report_cases import HEADING, make_batch
+from report_cases import CLASSES, HEADING, make_batch
 from report_pages import HOSTILE, Page, assert_inert
 
 from diffmic_fast.config.preprocessing import Preprocessing
@@ -47,6 +47,13 @@ def test_a_page_shows_what_is_known_of_each_image(tmp_path):
         assert text in page.text
     row = batch.rows[0]
     assert f"{100 * row.probabilities[row.label]:.1f} %" in page.text
+    for text in (
+        "Guidance alone dark, 50.0 %", f"Prediction set dark, {CLASSES[1]} ",
+        "Interval width 0.100 Samples that agree 100 % Novelty 0.02 ",
+    ):  # fmt: skip
+        assert page.text.count(text) == 2, text
+    (card,) = page.all("li", **{"data-name": "one.png"})
+    assert (card["data-spread"], card["data-novelty"]) == ("0.050000", "0.020000")
     assert len(page.all("rect", width="8", height="8")) == 2 * 2 * 2  # each box and its halo
     assert len(page.all("svg", role="img")) == 2
     pictures = page.all("img")
