@@ -96,6 +96,8 @@ def test_int_labels_a_pipeline_and_the_same_numbers(fitted, preset, paths, label
     """Fitting is deterministic, keeps the random generators' states and leaves no folder."""
     numbers = np.array([{"blue": 2, "green": 5, "red": 11}[label] for label in labels])
     pipeline = Pipeline([("as_path", FunctionTransformer()), ("classifier", clone(fitted))])
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(77)  # not where the training of `fitted` would have left them
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     pipeline.fit([str(path) for path in paths], numbers)
     assert random.getstate() == states[0] and np.random.get_state()[1].tolist() == states[1]
