@@ -42,7 +42,7 @@ def test_an_interrupted_write_keeps_the_earlier_page(tmp_path):
         yield
 
     values = {
-        "rows": [], "classes": ["a"], "tiles": [], "drawings": drawings(), "configuration": "",
+        "rows": [], "classes": ["a"], "totals": [], "drawings": drawings(), "configuration": "",
         "table": {"caption": "x", "columns": [], "rows": []},
     }  # fmt: skip
     with pytest.raises(KeyboardInterrupt, match="stop"):
