@@ -41,7 +41,7 @@ from diffmic_fast.data.summary import skipped_lines
 from diffmic_fast.data.table import ImageTable
 from diffmic_fast.devices import choose_device
 from diffmic_fast.distributed.processes import current, is_first_process, process_group
-from diffmic_fast.inference.calibrate import calibrate
+from diffmic_fast.inference.calibrate import calibrate, images_of
 from diffmic_fast.inference.evaluate import evaluate
 from diffmic_fast.inference.figures import draw_confusion, draw_to
 from diffmic_fast.inference.output import check_suffix
@@ -56,6 +56,7 @@ from diffmic_fast.reports.prediction_report import (
     PredictionReport,
     check_folder,
     print_if_replaced,
+    remove_files,
 )
 from diffmic_fast.reports.settings import sampling_settings
 from diffmic_fast.reports.training_report import write_training_report
@@ -133,15 +134,19 @@ def _calibrate(args: argparse.Namespace) -> int:
     has_detector = model.calibration is not None and model.calibration.novelty is not None
     with process_group(args.device) as device:
         _report(config, table)
-        calibration = calibrate(
-            model,
-            make_dataset(config, table, train=False),
-            None if has_detector else _training_images(config, file),
-            options,
-            batch_size=args.batch_size or config.sampling.batch_size,
-            workers=args.workers,
-            device=choose_device(device),
-        )
+        validation = make_dataset(config, table, train=False)
+        training = None if has_detector else _training_images(config, file)
+        with _progress("calibrate", images_of(validation, training)) as bar:
+            calibration = calibrate(
+                model,
+                validation,
+                training,
+                options,
+                batch_size=args.batch_size or config.sampling.batch_size,
+                workers=args.workers,
+                device=choose_device(device),
+                on_batch=bar.update,
+            )
         if current().is_rank_zero:
             add_calibration(path, calibration)
             print(f"{path}: {calibration.summary}")
@@ -240,9 +245,10 @@ def _evaluate(args: argparse.Namespace) -> int:
         require(module, extra="evaluate", purpose="evaluate")
     if args.confusion:
         require("matplotlib", extra="figures", purpose="evaluate: --confusion")
+    earlier: list[Path] = []
     if args.report:
         _require_report("evaluate")
-        check_folder(args.report)
+        earlier = check_folder(args.report)
     if args.predictions and not args.predictions.lower().endswith(".csv"):
         raise ValueError(f"evaluate: --predictions must end in .csv, got {args.predictions!r}")
     make_parents(args.json, args.predictions, args.confusion)
@@ -291,6 +297,7 @@ def _evaluate(args: argparse.Namespace) -> int:
             split=args.split,
             settings=sampling_settings(methods[0], path),
         )
+        remove_files(earlier, page)
         print(f"the report is {page}", file=sys.stderr)
     return 0
 
@@ -420,7 +427,7 @@ def _require_report(command: str) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    for module in ("sklearn", "rich", "matplotlib"):
+    for module in ("sklearn", "rich", "matplotlib", "jinja2"):
         require(module, extra="all", purpose="demo")
     demo.run_demo(args.out, device=args.device)
     return 0

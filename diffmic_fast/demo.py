@@ -1,7 +1,8 @@
-"""The demonstration: draw synthetic fundus images, train on them, evaluate, predict and draw the results."""
+"""The demonstration: draw synthetic fundus images, train on them, evaluate, predict and write reports."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,22 @@ from diffmic_fast.data.sources import open_source
 from diffmic_fast.data.synthetic_fundus import write_dataset
 from diffmic_fast.devices import choose_device
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
-from diffmic_fast.inference.evaluate import Evaluation, evaluate
+from diffmic_fast.inference.evaluate import evaluate
 from diffmic_fast.inference.figures import draw_confusion, save_figure
 from diffmic_fast.inference.output import save
 from diffmic_fast.inference.pictures import Pictures
-from diffmic_fast.inference.predict import collect_files, predict_files
+from diffmic_fast.inference.predict import (
+    FilePredictor,
+    Predictions,
+    Row,
+    collect_files,
+    predict_files,
+)
 from diffmic_fast.models import DiffMIC
+from diffmic_fast.reports.evaluation_report import write_evaluation_report
+from diffmic_fast.reports.prediction_report import PredictionReport
+from diffmic_fast.reports.settings import sampling_settings
+from diffmic_fast.reports.training_report import PAGE, write_training_report
 from diffmic_fast.training.datasets import make_dataset
 from diffmic_fast.training.trainer import Trainer
 
@@ -60,6 +71,9 @@ def run_demo(
         "confusions": out / "confusion.png",
         "predictions": out / "predictions.csv",
         "picture": out / "picture.png",
+        "training": out / "run" / PAGE,
+        "evaluation": out / "evaluation" / "index.html",
+        "report": out / "report" / "index.html",
     }
     say(WARNING)
     config, text = _draw_images(preset, paths["images"])
@@ -68,13 +82,27 @@ def run_demo(
     trainer = Trainer(config, out / "run", device=device, resume=resume, quiet=quiet)
     model, classes = load_model(trainer.fit())
     chosen = choose_device(device)
-    evaluation = _evaluate(model, config, chosen)
+    write_training_report(out / "run", trainer.classes)
+    dataset = make_dataset(config, open_source(config.data, "test"), train=False)
+    methods = _methods(config)
+    evaluation = evaluate(
+        model, dataset, methods, batch_size=config.sampling.batch_size, device=chosen
+    )
     if not quiet:
         evaluation.print()
     evaluation.save(paths["measures"])
     shown = evaluation.primary
     figure = draw_confusion(shown.metrics.confusion, evaluation.classes, shown.method)
     save_figure(figure, paths["confusions"])
+    write_evaluation_report(
+        paths["evaluation"].parent,
+        evaluation,
+        dataset,
+        methods,
+        timesteps=config.model.timesteps,
+        split="test",
+        settings=sampling_settings(methods[0], paths["checkpoint"]),
+    )
     _predict(model, config, classes or evaluation.classes, paths, chosen)
     say(f"done in {time.perf_counter() - start:.0f} seconds; everything is in {out}:")
     for name, path in paths.items():
@@ -105,16 +133,10 @@ def _draw_images(preset: str, folder: Path) -> tuple[RunConfig, str]:
     return read_config(preset, [{"data": drawn}]), f"drew {text} images of each grade in {folder}"
 
 
-def _evaluate(model: DiffMIC, config: RunConfig, device: torch.device) -> Evaluation:
-    """Measure the configured sampler, the published truncation and a short respaced chain."""
+def _methods(config: RunConfig) -> list[SamplingOptions]:
+    """The configured sampler, the published truncation and a short respaced chain."""
     options = SamplingOptions.from_config(config.sampling)
-    return evaluate(
-        model,
-        make_dataset(config, open_source(config.data, "test"), train=False),
-        [options, options.with_sampler("ddpm_truncated:60"), options.with_sampler("ddim:20")],
-        batch_size=config.sampling.batch_size,
-        device=device,
-    )
+    return [options, options.with_sampler("ddpm_truncated:60"), options.with_sampler("ddim:20")]
 
 
 def _predict(
@@ -124,8 +146,9 @@ def _predict(
     paths: dict[str, Path],
     device: torch.device,
 ) -> None:
-    """Write the predictions for the test images, and a picture of a few of them."""
-    augmentation, sampling = config.data.augmentation, config.sampling
+    """Write the predictions for the test images, their report, and a picture of a few of them."""
+    augmentation = config.data.augmentation
+    options = SamplingOptions.from_config(config.sampling)
     files = collect_files([paths["images"] / "test"])
     # Evenly spaced, so that the picture shows every class.
     few = files[len(files) // (2 * _SHEET) :: max(len(files) // _SHEET, 1)][:_SHEET]
@@ -136,15 +159,22 @@ def _predict(
         truth={path: classes.index(path.parent.name) for path in few},
         title="DiffMIC on synthetic fundus images (drawn by a program, not patients)",
     )
-    predict = partial(
-        predict_files,
-        model,
-        classes=classes,
-        augmentation=augmentation,
-        options=SamplingOptions.from_config(sampling),
-        batch_size=sampling.batch_size,
-        device=device,
+    predictor = FilePredictor(model, classes, augmentation, options, device=device)
+    report = PredictionReport(
+        paths["report"].parent,
+        predictor.heading,
+        augmentation,
+        sampling_settings(options, paths["checkpoint"]),
     )
-    save(predict(files), paths["predictions"])
-    predict(few, on_batch=pictures.add)
+    report.begin()
+    rows: list[Row] = []
+    with contextlib.closing(report):
+        for batch in predictor.batches(files, batch_size=config.sampling.batch_size, explain=True):
+            report.add(batch)
+            rows += batch.rows
+        report.finish()
+    save(Predictions(predictor.heading, tuple(rows), ()), paths["predictions"])
+    predict_files(
+        model, few, classes, augmentation, options, device=device, on_batch=pictures.add
+    )  # fmt: skip
     pictures.finish()

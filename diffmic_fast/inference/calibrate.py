@@ -71,8 +71,8 @@ def calibrate(
     passes = _Passes(model, options, batch_size, workers, torch.device(device), on_batch)
     found = passes.predict(validation, range(len(validation)))
     detector = None
-    if training is not None and len(training) >= MIN_TRAINING_IMAGES:
-        chosen = evenly_spaced(len(training), MAX_TRAINING_IMAGES)
+    chosen = _encoded(training)
+    if training is not None and chosen:
         features, statistics = passes.encode(training, chosen)
         detector = fit_novelty(features, statistics, found.features, found.statistics)
     elif training is None and model.calibration is not None:
@@ -80,6 +80,18 @@ def calibrate(
     return fit_calibration(
         found.samples, found.guidance, found.labels, options, novelty=detector, weights=digest
     )
+
+
+def images_of(validation: ImageDataset, training: ImageDataset | None) -> int:
+    """The number of images that `calibrate` passes to its `on_batch`, of all processes together."""
+    return len(validation) + len(_encoded(training))
+
+
+def _encoded(training: ImageDataset | None) -> Sequence[int]:
+    """The training images whose features the novelty detector is fitted to; empty if there is none."""
+    if training is None or len(training) < MIN_TRAINING_IMAGES:
+        return ()
+    return evenly_spaced(len(training), MAX_TRAINING_IMAGES)
 
 
 def _renewed(detector: NoveltyDetector | None, found: _Found) -> NoveltyDetector | None:

@@ -165,6 +165,15 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         figure.savefig(file, format="png")
 
 
+def to_pixels(figure: Figure) -> NDArray[np.uint8]:
+    """A figure as pixels [H, W, 3]."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
 def draw_to(path: str | Path, draw: Callable[[], Figure]) -> bool:
     """Draw a figure and write it as PNG, after results that must not be lost with it.
 

@@ -124,9 +124,7 @@ class PredictionReport:
                 "cards": self._views(first),
             }
             write_page(self.folder / page, "predictions.html", values)
-        for path in _pages(self.folder):
-            if path.name not in pages:
-                path.unlink()
+        remove_files(_pages(self.folder), *(self.folder / page for page in pages))
         return self.folder / _FIRST_PAGE
 
     def close(self) -> None:
@@ -201,6 +199,13 @@ def check_folder(folder: str | Path) -> list[Path]:
         )
     cards = folder / CARDS
     return [*([cards] if cards.exists() else []), *_pages(folder)]
+
+
+def remove_files(files: Sequence[Path], *written: Path) -> None:
+    """Remove the files of an earlier report, except those that were written anew."""
+    for path in files:
+        if path not in written:
+            path.unlink()
 
 
 def print_if_replaced(folder: str | Path) -> None:

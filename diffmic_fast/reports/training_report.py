@@ -55,10 +55,15 @@ def write_training_report(folder: str | Path, classes: Sequence[str]) -> Path:
     return folder / PAGE
 
 
+def _epoch(row: Mapping[str, str]) -> int:
+    """The number of a row's epoch from 1, as `train` prints it; `log.csv` counts from 0."""
+    return int(row["epoch"]) + 1
+
+
 def _points(rows: Sequence[Mapping[str, str]], names: Mapping[str, str]) -> Points:
     """For each title of the columns `names` that have values, epochs and values."""
     found = {
-        title: [(int(row["epoch"]), float(row[name])) for row in rows if row.get(name)]
+        title: [(_epoch(row), float(row[name])) for row in rows if row.get(name)]
         for name, title in names.items()
     }
     return {title: points for title, points in found.items() if points}
@@ -75,7 +80,7 @@ def _tiles(rows: Sequence[Mapping[str, str]]) -> list[tuple[str, str, str]]:
         text = measured[-1][f"validation_{name}"]
         value = float(text) if text else None
         form = percent if name in ("accuracy", "balanced_accuracy") else number
-        tiles.append((f"Validation: {TITLES[name]}", form(value), f"epoch {measured[-1]['epoch']}"))
+        tiles.append((f"Validation: {TITLES[name]}", form(value), f"epoch {_epoch(measured[-1])}"))
     return tiles
 
 
@@ -95,7 +100,7 @@ def _phases(rows: Sequence[Mapping[str, str]]) -> Table:
         loss = next(
             (own[-1][name] for name in ("loss", "guidance_loss", "encoder_loss") if own[-1].get(name)), ""
         )  # fmt: skip
-        epochs = f"{own[0]['epoch']} to {own[-1]['epoch']}"
+        epochs = f"{_epoch(own[0])} to {_epoch(own[-1])}"
         speed = number(images / seconds, 1) if seconds > 0 else number(None)
         lines.append(
             [phase, epochs, number(float(loss), 4) if loss else "-", _duration(seconds), speed]

@@ -21,7 +21,8 @@ from diffmic_fast.data.table import ImageTable
 from diffmic_fast.data.transforms import evaluation_transform
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.distributed.processes import current
-from diffmic_fast.inference.calibrate import calibrate
+from diffmic_fast.inference.calibrate import calibrate, images_of
+from diffmic_fast.progress_bar import ProgressBar
 from diffmic_fast.training.random_states import keep_random_states
 
 
@@ -32,8 +33,9 @@ def calibrate_run(
     validation: ImageDataset | None,
     *,
     device: torch.device,
-    on_batch: Callable[[int], None],
+    on_batch: Callable[[], None],
     say: Callable[[str], None],
+    quiet: bool,
 ) -> None:
     """Collective: fit a calibration for ckpt.pth and ckpt_best.pth, each with its own weights, where it is missing.
 
@@ -46,8 +48,9 @@ def calibrate_run(
         training: The training images.
         validation: Images to fit to, or None.
         device: Where the model runs.
-        on_batch: Called with the number of images after each batch; may raise.
+        on_batch: Called after each batch; may raise.
         say: Called with a line for each checkpoint, or with the reason why nothing is fitted.
+        quiet: Show no progress.
     """
     obstacle = _obstacle(config, validation)
     if validation is None or obstacle:
@@ -55,20 +58,28 @@ def calibrate_run(
         return
     processes = current()
     transform = evaluation_transform(config.model.image_size, config.data.augmentation)
+    encoded = ImageDataset(training, transform)
+    images = -(-images_of(validation, encoded) // processes.world_size)
+
+    def count(images: int) -> None:
+        bar.update(images)
+        on_batch()
+
     with keep_random_states():
         # Rank 0 decides: it changes the files.
         for names in processes.all_gather(_uncalibrated(folder))[0]:
             model, _ = load_model(folder / names[0])
-            calibration = calibrate(
-                model,
-                validation,
-                ImageDataset(training, transform),
-                SamplingOptions.from_config(config.sampling),
-                batch_size=config.sampling.batch_size,
-                workers=config.data.workers,
-                device=device,
-                on_batch=on_batch,
-            )
+            with ProgressBar(f"calibrate {names[0]}", images, quiet=quiet) as bar:
+                calibration = calibrate(
+                    model,
+                    validation,
+                    encoded,
+                    SamplingOptions.from_config(config.sampling),
+                    batch_size=config.sampling.batch_size,
+                    workers=config.data.workers,
+                    device=device,
+                    on_batch=count,
+                )
             if processes.is_rank_zero:
                 for name in names:
                     add_calibration(folder / name, calibration)

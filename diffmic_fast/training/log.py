@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffmic_fast._optional import require
 from diffmic_fast.atomic_files import atomic_file
+from diffmic_fast.inference.figures import Panel, draw_predictions, to_pixels
 from diffmic_fast.inference.metrics import NAMES
 from diffmic_fast.training.progress import SUMS, Progress
+from diffmic_fast.training.random_states import keep_random_states
 from diffmic_fast.training.steps import LOSSES
 
 COLUMNS = (
@@ -102,13 +105,16 @@ def _text(rows: list[dict[str, Any]], *, header: bool) -> bytes:
 
 
 class TensorBoardLog:
-    """The numbers of each epoch as TensorBoard events; those after the first `epochs` are purged.
+    """The numbers of each epoch as TensorBoard events, with pictures of some predictions.
+
+    Events after the first `epochs` are purged; `classes` are the names in the pictures.
 
     Raises:
         MissingPackageError: from the constructor, where TensorBoard is not installed.
     """
 
-    def __init__(self, folder: Path, epochs: int) -> None:
+    def __init__(self, folder: Path, epochs: int, classes: Sequence[str]) -> None:
+        self._classes = classes
         tensorboard = require(
             "torch.utils.tensorboard",
             extra="train",
@@ -123,6 +129,20 @@ class TensorBoardLog:
                 name = key.removeprefix("validation_")
                 group = "train" if name == key else "validation"
                 self.writer.add_scalar(f"{group}/{name}", value, row["epoch"])
+        self.writer.flush()
+
+    def show(self, panels: Sequence[Panel], epoch: int) -> None:
+        """Write a picture of predictions as "validation/samples"; a UserWarning if it cannot be drawn."""
+        try:
+            with keep_random_states():
+                picture = to_pixels(draw_predictions(panels, self._classes))
+        except Exception as error:  # matplotlib raises many types, for instance for fonts
+            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+            warnings.warn(
+                f"TensorBoard has no picture of the samples: {reason}", UserWarning, stacklevel=2
+            )
+            return
+        self.writer.add_image("validation/samples", picture, epoch, dataformats="HWC")
         self.writer.flush()
 
     def close(self) -> None:

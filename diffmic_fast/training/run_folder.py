@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from diffmic_fast.checkpoint import (
 )
 from diffmic_fast.config.run import RunConfig
 from diffmic_fast.distributed.processes import Processes
+from diffmic_fast.inference.figures import Panel
 from diffmic_fast.training.log import CsvLog, TensorBoardLog
 from diffmic_fast.training.random_states import keep_random_states
 
@@ -89,7 +90,7 @@ class RunFolder:
         return bool(progress.get("epoch") == epoch)
 
     @contextlib.contextmanager
-    def logs(self, config: RunConfig, epochs: int) -> Iterator[None]:
+    def logs(self, config: RunConfig, classes: Sequence[str], epochs: int) -> Iterator[None]:
         """A block in which `append` writes to the logs, after the rows of the first `epochs`."""
         with contextlib.ExitStack() as stack:
             if self._writes:
@@ -98,11 +99,13 @@ class RunFolder:
                 self._logs = [CsvLog(self.folder / "log.csv", epochs)]
             if self._writes and config.training.tensorboard:
                 with keep_random_states():
-                    board = TensorBoardLog(self.folder / "tensorboard", epochs)
+                    board = TensorBoardLog(self.folder / "tensorboard", epochs, classes)
                 self._logs.append(stack.enter_context(contextlib.closing(board)))
             yield
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Write an epoch's row."""
+    def append(self, row: dict[str, Any], panels: Sequence[Panel] = ()) -> None:
+        """Write an epoch's row; TensorBoard shows a few predictions with it."""
         for log in self._logs:
             log.append(row)
+            if panels and isinstance(log, TensorBoardLog):
+                log.show(panels, row["epoch"])

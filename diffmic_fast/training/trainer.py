@@ -26,6 +26,7 @@ from diffmic_fast.data.table import ImageTable
 from diffmic_fast.devices import choose_device
 from diffmic_fast.distributed.processes import current
 from diffmic_fast.inference.evaluate import Evaluation
+from diffmic_fast.inference.figures import Panel
 from diffmic_fast.models import DiffMIC
 from diffmic_fast.ops._transfer import to_device
 from diffmic_fast.progress_bar import ProgressBar
@@ -251,7 +252,7 @@ class Trainer:
         if self._chosen:
             self._print(f"training.precision auto: {self.config.training.precision}")
         with (
-            self.folder.logs(self.config, self.progress.epoch),
+            self.folder.logs(self.config, self.classes, self.progress.epoch),
             Interruption() as self.interruption,
         ):
             try:
@@ -280,7 +281,7 @@ class Trainer:
     def _calibrate(self) -> None:
         """Collective: write a calibration into the finished run's checkpoints, where it is missing."""
 
-        def on_batch(images: int) -> None:
+        def on_batch() -> None:
             if self.processes.world_size == 1:
                 self._check_interruption()
 
@@ -293,6 +294,7 @@ class Trainer:
                 device=self.device,
                 on_batch=on_batch,
                 say=self._print,
+                quiet=self.quiet,
             )
         except Interrupted as interrupted:
             raise Interrupted(
@@ -309,11 +311,11 @@ class Trainer:
             self.steps.finish(phase)
         rate = self.steps.optimizer.param_groups[0]["lr"] if phase.trains_denoiser else None
         row = epoch_row(self.progress, phase.name, len(self.dataset), rate)
-        self._validate(phase)
+        panels = self._validate(phase)
         if self.last_evaluation is not None:
             row |= log_columns(self.last_evaluation)
         self._print(summary(title, row))
-        self.folder.append(row)
+        self.folder.append(row, panels)
         self.progress.begin_epoch()
         best = self.progress.is_best = self._is_best()
         every = self.config.training.checkpoint_every
@@ -426,15 +428,15 @@ class Trainer:
         self.progress.step += 1
         return self.steps.feature_step(features, prior, labels, epoch - phase.first)
 
-    def _validate(self, phase: Phase) -> None:
-        """Set `last_evaluation` if this epoch is to be validated."""
+    def _validate(self, phase: Phase) -> list[Panel]:
+        """Set `last_evaluation` if this epoch is to be validated; returns a few predictions for TensorBoard."""
         self.last_evaluation = None
         t, epoch = self.config.training, self.progress.epoch + 1
         number = epoch - phase.first
         if self.validation is None or (number % t.validate_every and epoch != self.epochs):
-            return
+            return []
         if phase.name == "encoder":  # neither the guidance model nor the diffusion has changed
-            return
+            return []
 
         def on_batch(images: int) -> None:
             bar.update(images)
@@ -443,7 +445,7 @@ class Trainer:
                 self._check_interruption()
 
         with self._bar("validation", len(self.validation)) as bar:
-            self.last_evaluation = validate(
+            self.last_evaluation, panels = validate(
                 self.steps,
                 self.validation,
                 self.config,
@@ -451,6 +453,7 @@ class Trainer:
                 phase.trains_denoiser,
                 on_batch,
             )
+        return panels
 
     def _is_best(self) -> bool:
         """Whether the last evaluation of the diffusion is the best so far, which it then becomes."""

@@ -13,8 +13,10 @@ from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
 from diffmic_fast.distributed.fsdp import gathered
 from diffmic_fast.inference.evaluate import Evaluation, evaluate
+from diffmic_fast.inference.figures import Panel
 from diffmic_fast.inference.metrics import NAMES
 from diffmic_fast.training.random_states import keep_random_states
+from diffmic_fast.training.sample_panels import sample_panels
 from diffmic_fast.training.steps import Steps
 
 
@@ -25,7 +27,7 @@ def validate(
     device: torch.device,
     joint: bool,
     on_batch: Callable[[int], None],
-) -> Evaluation:
+) -> tuple[Evaluation, list[Panel]]:
     """Collective: evaluate the model under training, with the state of training unchanged.
 
     Args:
@@ -36,6 +38,9 @@ def validate(
         joint: also evaluate the diffusion, with the moving average of its weights. Otherwise the guidance model is
             evaluated with its own, if it has one.
         on_batch: called with the number of images after each batch; may raise.
+
+    Returns:
+        The evaluation, and for TensorBoard, where the diffusion is evaluated, the predictions for a few images.
     """
     average = steps.average if joint else steps.guidance_average
     sampling = config.sampling
@@ -55,9 +60,11 @@ def validate(
             on_batch=on_batch,
             resamples=0,
         )
+        shown = joint and config.training.tensorboard
+        panels = sample_panels(steps.model, dataset, config, device) if shown else []
     # A calibration is of the weights before this training.
     published = tuple(result for result in evaluation.results if not result.calibrated)
-    return replace(evaluation, results=published)
+    return replace(evaluation, results=published), panels
 
 
 def log_columns(evaluation: Evaluation) -> dict[str, float]:

@@ -98,6 +98,20 @@ def test_evaluate_reports_the_split_and_its_mistakes(work, tmp_path, capsys):
     assert (report / "index.html").read_text() == "mine"
 
 
+def test_an_evaluation_replaces_all_pages_of_a_report_of_predictions(work, tmp_path, capsys):
+    folder, report = work / "images/test", tmp_path / "report"
+    assert main(["predict", str(work / "run"), str(folder), "--report", str(report)]) == 0
+    shutil.copy(report / "index.html", report / "page-0002.html")
+    (report / "page-0003.html").write_text("mine")
+    capsys.readouterr()
+    command = ["evaluate", str(work / "run"), "--batch-size", "8", "--bootstrap", "0"]
+    assert main([*command, "--report", str(report)]) == 0
+    assert f"the earlier report in {report} is replaced" in capsys.readouterr().err
+    assert sorted(path.name for path in report.iterdir()) == ["index.html", "page-0003.html"]
+    assert (report / "page-0003.html").read_text() == "mine"
+    assert "ROC" in Page(report / "index.html").text
+
+
 def test_train_ends_with_a_report_of_the_run(work, tmp_path, capsys, monkeypatch):
     page = Page(work / "run" / "report.html")
     assert_inert(page)

@@ -28,8 +28,9 @@ def calibrate_in(rank: int, folder: Path, config: RunConfig) -> list[str]:
         training,
         validation,
         device=torch.device("cpu"),
-        on_batch=lambda images: None,
+        on_batch=lambda: None,
         say=lines.append,
+        quiet=True,
     )
     return lines
 

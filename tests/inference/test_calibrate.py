@@ -25,7 +25,7 @@ from diffmic_fast.config.run import RunConfig
 from diffmic_fast.data.dataset import ImageDataset
 from diffmic_fast.data.sources import open_source
 from diffmic_fast.diffusion.sampling_options import SamplingOptions
-from diffmic_fast.inference.calibrate import calibrate
+from diffmic_fast.inference.calibrate import calibrate, images_of
 from diffmic_fast.inference.output import save
 from diffmic_fast.inference.predict import ProbabilityOptions, collect_files, predict_files
 from diffmic_fast.models import DiffMIC
@@ -93,7 +93,9 @@ def test_the_calibration_is_of_the_models_own_predictions(model, datasets):
 
 
 def test_batch_size_changes_only_the_rounding(model, datasets):
-    again = calibrate(model, *datasets, OPTIONS, batch_size=5)
+    counts: list[int] = []
+    again = calibrate(model, *datasets, OPTIONS, batch_size=5, on_batch=counts.append)
+    assert sum(counts) == images_of(*datasets) and max(counts) == 5
     one, other = model.calibration.diffusion, again.diffusion
     assert one.kind == other.kind and one.factor == pytest.approx(other.factor, rel=1e-3)
 
@@ -196,7 +198,9 @@ def test_a_compiled_and_an_exported_model_are_calibrated(datasets):
 
 def test_without_training_images_the_earlier_ones_are_kept(model, datasets):
     validation, _ = datasets
-    again = calibrate(model, validation, None, OPTIONS)
+    counts: list[int] = []
+    again = calibrate(model, validation, None, OPTIONS, on_batch=counts.append)
+    assert sum(counts) == images_of(validation, None) == len(validation)
     assert again.novelty is not None
     assert torch.equal(again.novelty.neighbours, model.calibration.novelty.neighbours)
     model.calibration = None

@@ -25,8 +25,8 @@ def test_a_run_of_two_phases_with_validation(tmp_path):
     assert (run / "report.html").is_file()
     for text in (
         "4 epochs of 2 classes", "3 min 20 s", "2.0 images per second", "Validation: accuracy 25.0 %",
-        "guidance 0 to 1 1.2500 1 min 40 s 2.0", "joint 2 to 3 0.5000", "Learning rate", HOSTILE[0],
-        "Throughput", "2 1 0.75",
+        "guidance 1 to 2 1.2500 1 min 40 s 2.0", "joint 3 to 4 0.5000", "Learning rate", HOSTILE[0],
+        "Throughput", "3 1 0.75",
     ):  # fmt: skip
         assert text in page.text, text
     assert len(page.all("svg", role="img")) == 4
@@ -38,7 +38,7 @@ def test_the_tiles_have_the_last_measures_and_the_hours(tmp_path):
         for accuracy in (0.25, 0.75)
     ]
     page = Page(write_training_report(write_run(tmp_path, [*rows, {"phase": "joint"}]), "ab"))
-    for text in ("2 h 14 min", "Validation: accuracy 75.0 % epoch 1", "Validation: macro F1 0.750"):
+    for text in ("2 h 14 min", "Validation: accuracy 75.0 % epoch 2", "Validation: macro F1 0.750"):
         assert text in page.text, text
 
 

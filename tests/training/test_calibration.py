@@ -144,8 +144,9 @@ def test_the_fit_is_reported_and_draws_nothing(finished, calibrated_config, tmp_
         open_source(data, "train"),
         validation,
         device=torch.device("cpu"),
-        on_batch=lambda images: None,
+        on_batch=lambda: None,
         say=lines.append,
+        quiet=True,
     )
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
     assert len(lines) == 1

@@ -313,6 +313,10 @@ def test_bf16_tensorboard_and_printed_lines(config, tmp_path, capsys):
         events.Tags()["scalars"]
     )
     assert [e.step for e in events.Scalars("train/guidance_loss")] == [0, 1]
+    (picture,) = events.Images(
+        "validation/samples"
+    )  # of the epoch with validation of the diffusion
+    assert picture.step == 1 and picture.width > picture.height > 500
     assert float(rows(tmp_path)[1]["loss"]) == pytest.approx(
         events.Scalars("train/loss")[0].value, rel=1e-5
     )
