@@ -48,7 +48,7 @@ def test_a_page_shows_what_is_known_of_each_image(tmp_path):
     row = batch.rows[0]
     assert f"{100 * row.probabilities[row.label]:.1f} %" in page.text
     for text in (
-        "Guidance alone dark, 50.0 %", f"Prediction set dark, {CLASSES[1]} ",
+        "Guidance alone dark 50.0 %", f"Prediction set dark, {CLASSES[1]} ",
         "Interval width 0.100 Samples that agree 100 % Novelty 0.02 ",
     ):  # fmt: skip
         assert page.text.count(text) == 2, text
