@@ -54,13 +54,13 @@ def finite(rows: list[dict[str, str]], column: str) -> list[float]:
 
 
 def assert_trained(model: DiffMIC, config: RunConfig) -> None:
-    """Every weight of both parts differs from its initial value, which a seed gives."""
+    """Every weight of both parts differs by more than rounding from its initial value, which a seed gives."""
     torch.manual_seed(config.seed)
     initial = dict(DiffMIC(config.model).named_parameters())
     for name, parameter in model.named_parameters():
         assert parameter.isfinite().all(), name
         if parameter.ndim > 1:
-            assert not torch.equal(parameter, initial[name]), name
+            assert not torch.allclose(parameter, initial[name], rtol=1e-5, atol=1e-6), name
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
