@@ -33,7 +33,12 @@ def make_steps(
 
     Raises:
         ValueError: as `check_sampler`; or alpha_bar is 0 in float32 at a timestep of the chain.
+        TypeError: `schedule` is no Schedule.
     """
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"make_steps: schedule must be a Schedule (make_schedule), got {type(schedule).__name__}"
+        )
     total = len(schedule.betas)
     check_sampler(sampler, steps, eta, total)
     chosen = SAMPLERS[sampler]

@@ -90,3 +90,8 @@ def test_tables_are_finite_for_every_schedule(name):
     table = make_steps(make_schedule(name, 200), "ddpm")
     for column in table[:-1]:
         assert bool(torch.isfinite(column).all())
+
+
+def test_a_schedule_must_come_first():
+    with pytest.raises(TypeError, match=r"schedule must be a Schedule \(make_schedule\), got str"):
+        make_steps("ddim", make_schedule("linear", 100))
