@@ -8,6 +8,7 @@
 #                  size, and tests), gpu-time (timings) and gpu-sanitize (compute-sanitizer), of
 #                  which each is a target of its own; logs and results are written to $(OUT)
 #   make lint      ruff, clang-format, mypy
+#   make docs      the site of the documentation, in build/site
 #   make bench RUN="benchmarks rois --write"
 #                  a benchmark; `pip install '.[bench]'` adds peers of `benchmarks mmd`, and
 #                  RUN="pytest --benchmark-only benchmarks"
@@ -38,7 +39,7 @@ COMPILED := $(filter csrc/%,$(CXX_SOURCES)) csrc/bindings/build_config.h.in CMak
 RUN ?= benchmarks rois
 OUT ?= build/gpu
 
-.PHONY: demo test test-all gpu gpu-build gpu-check gpu-time gpu-sanitize lint bench clean
+.PHONY: demo test test-all docs gpu gpu-build gpu-check gpu-time gpu-sanitize lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.all
@@ -70,6 +71,9 @@ lint: $(VENV)/.dev
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 bench: $(VENV)/.all
 	$(BIN)/python -m $(RUN)
 
@@ -84,10 +88,10 @@ $(VENV)/.venv:
 
 # Without a GPU nothing here runs the CUDA kernels, and they take long to compile. All targets share one
 # extension: kernels that were compiled for the tests stay.
-$(VENV)/.all: DIFFMIC_CUDA ?= $(if $(wildcard $(VENV)/.test $(VENV)/.dev),auto,visible)
+$(VENV)/.all $(VENV)/.docs: DIFFMIC_CUDA ?= $(if $(wildcard $(VENV)/.test $(VENV)/.dev),auto,visible)
 
 # Named after the extras of pyproject.toml.
-$(VENV)/.all $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.venv $(COMPILED)
+$(VENV)/.all $(VENV)/.test $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(VENV)/.venv $(COMPILED)
 	DIFFMIC_CUDA=$(DIFFMIC_CUDA) $(call install,$*)
 	@$(BIN)/python -c 'import json; built = json.load(open("diffmic_fast/_build.json")); \
 	  built["cuda"] or print("diffmic_fast: built without CUDA:", built["cuda_reason"])'

@@ -1,7 +1,7 @@
 """Picture of a report of predictions, for the README: the first image of each class, in headless Chromium.
 
     diffmic-fast demo --out demo
-    python -m benchmarks.report_picture demo/report/index.html docs/images/report.png
+    python -m benchmarks.report_picture demo/report/index.html docs/pictures/report.png
 
 Needs selenium (in the extra `test`), chromium and chromedriver (Debian: chromium, chromium-driver).
 """

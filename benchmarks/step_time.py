@@ -11,7 +11,7 @@ count. Meanwhile the copies in flight go on: as many stages of weights as of act
 complete in order. For the same reason a pass over the activations starts with no copy of weights in flight, which
 costs a latency of DRAM. Arithmetic, shared memory and barriers of a block are not counted.
 
-Needs DIFFMIC_EMULATED (tests/emulator/README.md), for the launch configuration.
+Needs DIFFMIC_EMULATED (docs/emulator.md), for the launch configuration.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ the sectors of all requests of all warps, which the L2 cache delivers without an
 which the count agrees within 1 %. Predicted times are lower bounds, not measurements: bytes over the
 published bandwidth or operations over the published rate, whichever takes longer.
 
-Needs DIFFMIC_EMULATED (tests/emulator/README.md).
+Needs DIFFMIC_EMULATED (docs/emulator.md).
 """
 
 from __future__ import annotations

@@ -43,3 +43,11 @@ def schedule(backend: str, seed: int) -> None:
     """Set the emulator's seed, which determines the schedule of the next launches."""
     if backend == "cuda-emulated":
         _native.cuda(backend).emulator.configure(seed=seed)
+
+
+def restore_emulator() -> None:
+    """Give the emulator, if it was built, the settings that it begins with."""
+    if _native.attempt_emulated()[0] is not None:
+        _native.cuda("cuda-emulated").emulator.configure(
+            seed=1, preempt=24, mode="checked", multiprocessors=4, shared_per_block=227 * 1024
+        )

@@ -1,5 +1,5 @@
 // The emulator of CUDA kernels: the interface for the headers of include/ and for the emulator's
-// own parts. README.md describes how it works.
+// own parts. docs/emulator.md describes how it works.
 #ifndef DIFFMIC_EMULATOR_EMULATOR_H_
 #define DIFFMIC_EMULATOR_EMULATOR_H_
 

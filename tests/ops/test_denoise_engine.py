@@ -42,7 +42,7 @@ def test_one_pass_over_the_weights_is_never_triton(
 def test_many_rows_are_triton_where_the_weights_would_be_read_again(
     capability: tuple[int, int], bf16: int, fp32: int | None
 ) -> None:
-    """The table of docs/kernels.md. Without a gain, both are bound by float32 multiply-adds."""
+    """The table of docs/kernels/denoise.md. Without a gain, both are bound by float32 multiply-adds."""
     card, _ = engine._DATA_SHEETS[capability]
     assert fewest(6144, "bf16", card) == bf16
     assert fewest(6144, "fp32", card) == (fp32 or 4096)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cuda_backends import CUDA_BACKENDS, device_of, schedule
+from cuda_backends import CUDA_BACKENDS, device_of, restore_emulator, schedule
 from denoise_cases import (
     SCHEDULE,
     assert_states,
@@ -87,9 +87,7 @@ def _no_gradients() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _device() -> Iterator[None]:
     yield
-    if _native.attempt_emulated()[0] is not None:
-        emulator = _native.cuda("cuda-emulated").emulator
-        emulator.configure(multiprocessors=4, shared_per_block=_AMPLE, mode="checked", preempt=24)
+    restore_emulator()
 
 
 def configure(backend: str, case: Case, kilobytes: int) -> None:

@@ -19,7 +19,7 @@
 //
 // What is not streamed costs latency, of which the copies in flight hide a part. A block therefore
 // keeps the records of its channels, the steps and the noise in shared memory, prefetches gamma
-// into the L2 cache, and issues loads together (docs/kernels.md, "Time on paper").
+// into the L2 cache, and issues loads together (docs/kernels/denoise.md, "Time on paper").
 //
 // The order of a sum is fixed: within a warp's eighth of the depth, over the eighths, over the
 // tiles of a block, over the blocks of each sixteenth of the grid, over these sixteenths; the first
