@@ -115,9 +115,15 @@ class Arguments:
         return f"[{', '.join(parts)}]"
 
 
+# Asked once: torch.compile of torch 2.7 does not trace the question.
+_WITH_AUTOCAST = frozenset(
+    name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name)
+)
+
+
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is enabled for a device; False for those that have none, as the meta device."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return device.type in _WITH_AUTOCAST and torch.is_autocast_enabled(device.type)
 
 
 def assert_within(what: str, value: Tensor, low: int, high: int) -> None:

@@ -128,7 +128,7 @@ py::object AskForCapsule(py::handle array, bool device) {
     // Producers of the first protocol do not know the keyword.
     if (!error.matches(PyExc_TypeError)) throw;
   }
-  return method();
+  return device ? method(py::arg("stream") = -1) : method();
 }
 
 // The exchange table that exactly this type offers, else NULL. A subclass inherits the attribute,

@@ -255,4 +255,5 @@ def test_preprocessing_is_the_part_of_the_augmentation_for_every_image():
     with pytest.raises(ValueError, match="std"):
         Preprocessing(std=(0.5, 0.0, 0.5))
     pixels = Preprocessing(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    assert Preprocessing.from_augmentation(pixels.to_augmentation()) == pixels
+    whole = AugmentationConfig(mean=pixels.mean, std=pixels.std, rotation=5.0)
+    assert Preprocessing.from_augmentation(whole) == pixels

@@ -366,7 +366,7 @@ if __name__ == "__main__":
     again = [dataset[i][0] for batch in batches for i in batch]
     assert all(map(torch.equal, expected, found))
     assert torch.equal(torch.cat(expected), torch.stack(again))
-    print(len(os.listdir(tempfile.gettempdir())))
+    print(sum(name.startswith("diffmic-cache-") for name in os.listdir(tempfile.gettempdir())))
 """
     (tmp_path / "script.py").write_text(script)
     folder = tmp_path / "temporary"
@@ -379,7 +379,7 @@ if __name__ == "__main__":
     )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) == (3 if method == "spawn" else 0)
-    assert not list(folder.iterdir())
+    assert not list(folder.glob("diffmic-cache-*"))  # torch 2.7 leaves a folder of its own
 
 
 def can_mount():

@@ -197,7 +197,7 @@ def test_the_average_of_the_guidance_model_is_validated(config):
         for _ in range(count):
             steps.guidance_step(*batch(6), 0.0)
         weights = copy.deepcopy(model.state_dict())
-        found = validate(steps, dataset, config, torch.device("cpu"), False, lambda images: None)
+        found, _ = validate(steps, dataset, config, torch.device("cpu"), False, lambda images: None)
         assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
         return found.results[0].probabilities
 
