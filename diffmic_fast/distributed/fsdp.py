@@ -38,6 +38,30 @@ def shard_parameters(module: nn.Module) -> None:
         register_fsdp_forward_method(module, "forward_branches")
 
 
+class _Probe(nn.Module):
+    """The sum of its weights, which begin as ones."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(count, dtype=torch.float32, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight * x).sum()
+
+
+def gradient_divisor(device: torch.device) -> float:
+    """Collective: what FSDP2 divides the sum of the processes' gradients by.
+
+    It is the number of processes, but 1 in torch 2.7 on CPUs, whose backend gloo sums where an average is asked for.
+    """
+    probe = _Probe(dist.get_world_size(), device)
+    shard_parameters(probe)
+    with torch.enable_grad():
+        probe(torch.ones((), dtype=torch.float32, device=device)).backward()
+    assert probe.weight.grad is not None
+    return dist.get_world_size() / float(full(probe.weight.grad)[0])
+
+
 def is_sharded(value: object) -> bool:
     """Whether a value is a `DTensor` or an `FSDPModule`, told without the slow import of either."""
     if isinstance(value, Tensor):

@@ -9,15 +9,16 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from diffmic_fast.distributed.fsdp import is_sharded, shard_parameters
+from diffmic_fast.distributed.fsdp import gradient_divisor, is_sharded, shard_parameters
 from diffmic_fast.distributed.processes import Processes
 
 
 class ParallelModule:
-    """Calls a module such that the backward pass averages its gradients over the processes.
+    """Calls a module such that the backward pass reduces its gradients over the processes.
 
     Attributes:
         module: the module itself, with the parameters that an optimizer updates.
+        divisor: the gradients become the sum of those of the processes, divided by this.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class ParallelModule:
             entry: a module that holds `module` and whose forward is called (default: `module`).
         """
         self.module, self._call = module, module if entry is None else entry
+        self.divisor = float(processes.world_size)
         if processes.world_size > 1 and shard:
+            self.divisor = gradient_divisor(next(module.parameters()).device)
             shard_parameters(module)
         elif processes.world_size > 1:
             self._call = _replicated(self._call)

@@ -218,8 +218,8 @@ class Steps:
                     fused = self._guidance(part.images)[0]
                 loss = self._cross_entropy(fused, part.labels)
                 found.append(self.processes.all_reduce(part.share * loss.detach())[None])
-                # ParallelModule averages the gradients of the processes, and the batch's is their sum.
-                torch.autograd.backward(part.share * self.processes.world_size * loss)
+                # The gradient of the batch is the sum of those of the processes.
+                torch.autograd.backward(part.share * self._guidance.divisor * loss)
         norm = self._clip(self.model.guidance, c.guidance_gradient_clip)
         total = _total("guidance model", *_read(found, norm))
         self.guidance_optimizer.step()
@@ -406,8 +406,8 @@ class Steps:
         values[1:] /= processes.world_size if gather else 1
         values = processes.all_reduce(values.double())
         total = values[0] + config.mmd_weight * values[1:].sum()
-        # ParallelModule averages the gradients of the processes, and the batch's is their sum.
-        loss = processes.world_size * (noise_loss + config.mmd_weight * mmds.sum())
+        # The gradient of the batch is the sum of those of the processes.
+        loss = self._denoiser.divisor * (noise_loss + config.mmd_weight * mmds.sum())
         return loss, torch.cat((total[None], values))
 
 

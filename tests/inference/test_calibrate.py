@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch_versions import traces_context_managers
 from training_fixtures import CLASSES, write_images
 from training_runs import make_config
 
@@ -176,6 +177,7 @@ def test_confidence_has_all_measures(model, datasets):
     assert flagged is not None and bool(flagged.all())
 
 
+@traces_context_managers
 def test_a_compiled_and_an_exported_model_are_calibrated(datasets):
     torch.manual_seed(2)
     configuration = make_config(Path("unused")).model

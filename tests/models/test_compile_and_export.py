@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 from torch import Tensor, nn
+from torch_versions import traces_context_managers
 
 from diffmic_fast import DiffMIC, DiffMICConfig
 from diffmic_fast.models.diffmic import DiffMICLoss
@@ -15,10 +16,6 @@ from diffmic_fast.models.diffmic import DiffMICLoss
 pytestmark = pytest.mark.usefixtures("auto_backend")
 
 CLASSES, TIMESTEPS, PIXELS = 3, 20, 32
-_TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
-traces_context_managers = pytest.mark.skipif(
-    _TORCH < (2, 11), reason="torch 2.7 and 2.8 do not trace the context managers of predict"
-)
 
 
 def network(channels: int) -> nn.Sequential:
