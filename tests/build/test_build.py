@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -219,7 +220,11 @@ exit $STATUS
         assert run_showing_progress(command, nowhere) == 3
     terminal, name = os.openpty()
     assert run_showing_progress(command, os.ttyname(name)) == 3
-    shown = os.read(terminal, 4096).decode().split("\r\x1b[K")
+    text = ""
+    # What was written arrives in parts.
+    while " after " not in text and select.select([terminal], [], [], 30)[0]:
+        text += os.read(terminal, 4096).decode()
+    shown = text.split("\r\x1b[K")
     assert shown[1:-1] == [f"diffmic_fast: {line} " for line in expected]
 
 
